@@ -1,0 +1,21 @@
+# `make run` and `make test` do everything on a fresh machine: environment, dependencies, then the work.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: run test micro
+
+run: $(VENV)/ready
+	$(BIN)/python experiment.py --out_dir run_0 run_1 --testbed=micro
+	$(BIN)/python plot.py
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -q tests
+
+micro: $(VENV)/ready
+	$(BIN)/python -m micro_pythia.make
+
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@

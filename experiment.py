@@ -1,0 +1,1107 @@
+"""Does an adaptive orthogonality loss make a sparse autoencoder (SAE) separate knowledge?
+
+    python experiment.py --out_dir=run_1                     # run 1 of the plan, nothing else needed
+    python experiment.py --out_dir run_0 run_1 run_6         # several runs on one pass of the LM
+    python experiment.py --out_dir=mine --arm=fixed --alpha=0.3 --seeds 0 1 2 3 4
+    python experiment.py --out_dir=run_1                     # again: a finished run says so and stays as it is
+    python plot.py                                           # figures over all run folders
+
+The file reads in the order in which data flows: config and plan -> activation stream -> OrthogonalSAE -> feature groups
+and losses -> trainer -> evaluation -> run -> main. DIMENSIONS in names: B batch rows, D d_in, F d_sae, G feature groups.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import simple_parsing
+
+# ------------------------------------------------------------------------------------------------ config and plan
+
+ARM_NAMES = ("vanilla", "fixed", "grouped", "adaptive")
+EVALS = ("core", "unlearning", "corpus", "geometry")
+
+
+class WrongRequest(Exception):
+    """What was asked cannot be done as asked: one line, exit code 2, nothing written."""
+
+
+class RunFailed(Exception):
+    """A run that began and cannot go on: one line, exit code 1, no final_info.json."""
+
+
+@dataclass
+class Config:
+    """One run. Fields that are None take the testbed's default; the recorded config.json holds none of those."""
+
+    arm: Literal[ARM_NAMES] = "vanilla"
+    """which orthogonality loss (see ARMS)"""
+    testbed: Literal["auto", "micro"] = "auto"
+    """which LM, text and questions (see testbeds.py)"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """one SAE a seed, trained side by side on one LM pass"""
+    evals: tuple[Literal[EVALS], ...] = EVALS
+    """which evaluations"""
+
+    tokens: int | None = None
+    """activations to train on, per SAE"""
+    context_size: int | None = None
+    """tokens a context, the leading BOS included"""
+    batch_size: int = 2048
+    """activations an optimiser step"""
+    buffer_tokens: int = 131_072
+    """activations that are collected and shuffled at once"""
+
+    d_sae: int | None = None
+    """features"""
+    target_l0: float | None = None
+    """mean active features a token that lambda is steered to; 0 keeps lambda at --l1"""
+    l1: float = 0.03
+    """lambda, weight of the sparsity loss: where it starts, or stays without a target"""
+
+    alpha: float = 0.1
+    """weight of the orthogonality loss (adaptive: where its steering starts)"""
+    group_size: int = 64
+    """features a group, at most d_in"""
+    group_update_steps: int = 100
+    """steps between two formations of the groups"""
+    tolerance: float = 0.2
+    """adaptive: |cosine| that two features of one domain may share freely"""
+    target_overlap: float = 0.5
+    """adaptive: overlap between domains that alpha is steered to (1: independent random directions)"""
+
+    lr: float = 1e-3
+    """Adam's learning rate after warm-up"""
+    warmup_steps: int = 100
+    """steps over which the learning rate rises from 0"""
+    decay_fraction: float = 0.2
+    """last part of training over which the learning rate falls to 0"""
+    resample_steps: int = 200
+    """steps between two resamplings of dead features, until the learning rate decays; 0: never"""
+    dead_tokens: int = 300_000
+    """a feature that has not fired for so many tokens is dead"""
+
+    time_budget_minutes: float = 110.0
+    """training stops in time to evaluate and write within this"""
+
+    def __post_init__(self):
+        positive = ("tokens", "context_size", "batch_size", "buffer_tokens", "d_sae", "lr", "group_size", "group_update_steps", "dead_tokens", "time_budget_minutes")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float | int) and not isinstance(value, bool):
+                if not math.isfinite(value) or value < 0 or (value == 0 and f.name in positive):
+                    raise WrongRequest(f"--{f.name} is {value}: give a finite number {'above 0' if f.name in positive else 'of at least 0'}")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise WrongRequest(f"--seeds {self.seeds}: give at least one, each once")
+        if self.tokens is not None and self.tokens < 100 * self.batch_size:
+            raise WrongRequest(f"--tokens {self.tokens} is {self.tokens // self.batch_size} steps of --batch_size {self.batch_size}: training takes at least 100")
+        if self.buffer_tokens < 4 * self.batch_size:
+            raise WrongRequest(f"--buffer_tokens {self.buffer_tokens} must hold at least 4 batches of {self.batch_size} to shuffle them")
+        if not 0 <= self.decay_fraction <= 1:
+            raise WrongRequest(f"--decay_fraction {self.decay_fraction} must lie in [0, 1]")
+        if not 0 <= self.tolerance < 1:
+            raise WrongRequest(f"--tolerance {self.tolerance} must lie in [0, 1)")
+
+
+@dataclass
+class Command(Config):
+    """What the command line says: settings that all runs share, and where the runs go."""
+
+    out_dir: tuple[str, ...] = ()
+    """run folders; run_0, run_1, ... are the plan's runs, another name needs --arm"""
+    overwrite: bool = False
+    """start anew in a folder that holds a run"""
+
+
+PLAN = {
+    "run_0": {"arm": "vanilla"},
+    "run_1": {"arm": "fixed", "alpha": 0.1},
+    "run_2": {"arm": "grouped", "alpha": 0.1},
+    "run_3": {"arm": "grouped", "alpha": 0.01},
+    "run_4": {"arm": "grouped", "alpha": 0.5},
+    "run_5": {"arm": "grouped", "alpha": 1.0},
+    "run_6": {"arm": "adaptive"},
+}
+
+
+def parse_command(argv: list[str]) -> tuple[Command, list[Config]]:
+    """The command and one Config per run folder: the plan's settings, then what the command line says.
+
+    Raises WrongRequest, or SystemExit(2) with one last line from the parser.
+    """
+
+    def parse(**planned) -> Command:
+        parser = simple_parsing.ArgumentParser(prog="experiment.py", description=__doc__, allow_abbrev=False)
+        parser.add_arguments(Command, dest="command", default=Command(**planned))
+        return parser.parse_args(argv).command
+
+    command, configs = parse(), []
+    if not command.out_dir:
+        raise WrongRequest(f"--out_dir is missing: name a run of the plan ({', '.join(PLAN)}), or another folder and --arm")
+    names = [Path(d).name for d in command.out_dir]
+    for out_dir, name in zip(command.out_dir, names):
+        if name not in PLAN and not any(a == "--arm" or a.startswith("--arm=") for a in argv):
+            raise WrongRequest(f"--out_dir {out_dir}: {name} is not in the plan ({', '.join(PLAN)}); give its --arm ({', '.join(ARM_NAMES)})")
+        planned = parse(**PLAN.get(name, {}))
+        configs.append(Config(**{f.name: getattr(planned, f.name) for f in fields(Config)}))
+    if len({Path(d).resolve() for d in command.out_dir}) != len(command.out_dir):
+        raise WrongRequest(f"--out_dir names a folder twice: {' '.join(command.out_dir)}")
+    return command, configs
+
+
+def unfinished(command: Command, configs: list[Config]) -> tuple[Command, list[Config]]:
+    """What of the command is left to do: complete runs are named and left alone.
+
+    Raises WrongRequest for a folder that is no folder, cannot be written, or holds a run made with other settings.
+    """
+    left = []
+    for out_dir, config in zip(map(Path, command.out_dir), configs):
+        parent = next(p for p in (out_dir, *out_dir.absolute().parents) if p.exists())
+        if not parent.is_dir():
+            raise WrongRequest(f"--out_dir {out_dir}: {parent} is a file; name a folder")
+        if not os.access(parent, os.W_OK):
+            raise WrongRequest(f"--out_dir {out_dir}: {parent} is not writable; name another folder")
+        if (out_dir / "config.json").exists() and not command.overwrite:
+            made = json.loads((out_dir / "config.json").read_text())
+            wanted = json.loads(json.dumps(asdict(config)))
+            differs = [k for k, v in wanted.items() if v not in (made["requested"].get(k), made["config"].get(k), "auto")]
+            if differs:
+                told = ", ".join(f"{k} {made['config'].get(k)} there, {wanted[k]} wanted" for k in differs)
+                raise WrongRequest(f"--out_dir {out_dir} holds a run with other settings ({told}); name another folder, or --overwrite it")
+            if (out_dir / "final_info.json").exists():
+                print(f"{out_dir} is complete: {out_dir / 'final_info.json'} (--overwrite starts anew)")
+                continue
+        left.append((str(out_dir), config))
+    return replace(command, out_dir=tuple(d for d, _ in left)), [c for _, c in left]
+
+
+if __name__ == "__main__":  # answer --help and wrong requests before anything heavy is imported
+    try:
+        COMMAND, CONFIGS = unfinished(*parse_command(sys.argv[1:]))
+        if not CONFIGS:
+            sys.exit(0)
+    except WrongRequest as wrong:
+        sys.exit(print(f"error: {wrong}", file=sys.stderr) or 2)
+
+import contextlib  # noqa: E402
+import io  # noqa: E402
+import pickle  # noqa: E402
+import platform  # noqa: E402
+import subprocess  # noqa: E402
+import tempfile  # noqa: E402
+import warnings  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from functools import partial  # noqa: E402
+from itertools import islice, permutations  # noqa: E402
+
+from unittest.mock import patch  # noqa: E402
+
+import beartype  # noqa: E402, F401  (before nnsight, which gives `object` a method that beartype's import trips over)
+import nnsight  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import testbeds  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------ activation stream
+
+
+def packed_contexts(dataset, tokenizer, context_size: int, seed: int, repeat=True) -> Iterator[list[int]]:
+    """Contexts of `context_size` tokens: BOS, then documents one after the other, each closed by EOS.
+
+    Every pass over the data set has its own order. Without `repeat`, one pass, and a last partial context is dropped.
+    Raises RunFailed when a whole pass yields no context.
+    """
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    bos = eos if bos is None else bos
+    rest, epoch, made = [], 0, 0
+    while epoch == 0 or repeat:
+        for documents in dataset.shuffle(seed=seed + epoch).iter(batch_size=1000):
+            for ids in tokenizer(documents["text"], add_special_tokens=False)["input_ids"]:
+                rest += ids + [eos] if ids else []
+            size = context_size - 1
+            for start in range(0, len(rest) - size + 1, size):
+                made += 1
+                yield [bos] + rest[start : start + size]
+            rest = rest[len(rest) // size * size :]
+        epoch += 1
+        if not made:
+            raise RunFailed(f"the text holds {len(rest)} tokens, fewer than one context of {context_size}")
+
+
+@dataclass
+class ActivationBlock:
+    """Shuffled activations x [rows, D] (fp32, unscaled) and whether each row's text was forget text [rows] (bool)."""
+
+    x: Tensor
+    forget: Tensor
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Whole batches only: up to size - 1 rows of a block are left over."""
+        for start in range(0, len(self.x) - size + 1, size):
+            yield self.x[start : start + size], self.forget[start : start + size]
+
+
+class ActivationStream:
+    """resid_post of one layer, from the LM through nnsight, as shuffled blocks.
+
+    Half of the contexts are forget text and half retain text, in every LM batch. The LM is stopped after the hook layer
+    and runs in bfloat16 where the machine has it. Rows of special tokens (BOS, EOS, padding) are left out.
+    """
+
+    def __init__(self, testbed: testbeds.Testbed, context_size: int, buffer_tokens: int, seed: int = 0, lm_tokens: int = 16_384):
+        self.lm, self.layer, self.device = testbed.lm, testbed.layer, testbed.lm.device
+        self.traced = nnsight.NNsight(testbed.lm)
+        self.hook = self.traced.get(testbed.hook_name)
+        self.special = torch.tensor(sorted(set(testbed.tokenizer.all_special_ids)), device=self.device)
+        self.n_contexts = max(2, lm_tokens // context_size // 2 * 2)  # per LM batch
+        self.n_lm_batches = max(1, round(buffer_tokens / (self.n_contexts * (context_size - 1))))
+        self.texts = [packed_contexts(t.train, testbed.tokenizer, context_size, seed) for t in (testbed.forget, testbed.retain)]
+        self.seed, self.block_index = seed, 0
+
+    @torch.no_grad()
+    def activations(self, tokens: Tensor) -> Tensor:
+        """resid_post [context, pos, D] (fp32) of tokens [context, pos]."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=has_bf16(self.device)), self.traced.trace(tokens, use_cache=False) as tracer:
+            resid = self.hook.output.save()
+            tracer.stop()
+        return (resid[0] if isinstance(resid, tuple) else resid).float()
+
+    def next_block(self) -> ActivationBlock:
+        xs, labels = [], []
+        for _ in range(self.n_lm_batches):
+            half = self.n_contexts // 2
+            tokens = torch.tensor([c for text in self.texts for c in islice(text, half)], device=self.device)
+            keep = ~torch.isin(tokens, self.special)
+            forget = torch.zeros_like(keep)
+            forget[:half] = True
+            xs.append(self.activations(tokens)[keep])
+            labels.append(forget[keep])
+        order = torch.randperm(sum(map(len, xs)), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.block_index)).to(self.device)
+        self.block_index += 1
+        return ActivationBlock(torch.cat(xs)[order], torch.cat(labels)[order])
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 matmuls are fast here: a GPU that supports them, or a CPU with the instructions."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+# ------------------------------------------------------------------------------------------------ the SAE
+
+
+@dataclass
+class Terms:
+    """What one pass measured, on the device: 0-d tensors but `fired`, the rows on which each feature fired [2, F],
+    on retain and forget text."""
+
+    fvu: Tensor
+    l1: Tensor
+    l0: Tensor
+    fired: Tensor
+
+
+class OrthogonalSAE(torch.nn.Module):
+    """f = ReLU((s x - b_dec) W_enc + b_enc),  x_hat = (f W_dec + b_dec) / s,  rows of W_dec of unit norm.
+
+    W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D]; `scale` s makes the mean of ||s x||² equal d_in. Any leading shape.
+    Statistics of the features live in buffers, so that they move and are saved with the module:
+    `rate` [2, F] firing rate on retain and forget text (exponential moving average over batches),
+    `idle` [F] tokens since the feature last fired, `groups` [G, size] indices of the features of each group (-1: none).
+    """
+
+    def __init__(self, d_in: int, d_sae: int, seed: int, scale: float = 1.0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
+        self.W_dec = torch.nn.Parameter(W_dec)
+        self.W_enc = torch.nn.Parameter(W_dec.T.clone() * 0.5)
+        self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
+        self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
+        self.register_buffer("scale", torch.tensor(float(scale)))
+        self.register_buffer("rate", torch.zeros(2, d_sae))
+        self.register_buffer("idle", torch.zeros(d_sae, dtype=torch.long))
+        self.register_buffer("groups", torch.full((1, 1), -1))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x [..., D] in the LM's units -> f [..., F] in scaled units."""
+        return torch.relu((x * self.scale - self.b_dec) @ self.W_enc + self.b_enc)
+
+    def decode(self, f: Tensor) -> Tensor:
+        """f [..., F] -> x_hat [..., D] in the LM's units."""
+        return (f @ self.W_dec + self.b_dec) / self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x))
+
+    @property
+    def affinity(self) -> Tensor:
+        """a = (p_forget - p_retain) / (p_forget + p_retain) in [-1, 1], [F]; 0 for a feature that never fired."""
+        total = self.rate.sum(0)
+        return (self.rate[1] - self.rate[0]) / total.clamp(min=1e-12)
+
+    def loss_terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """FVU and mean Σ f / √d_in of x [B, D], differentiable: the plain twin of `accumulate_grads`."""
+        f = self.encode(x)
+        error = (self.decode(f) - x) * self.scale
+        variance = ((x - x.mean(0)) * self.scale).pow(2).sum()
+        return error.pow(2).sum() / variance, f.sum() / len(x) / math.sqrt(x.shape[1])
+
+    @torch.no_grad()
+    def accumulate_grads(self, x: Tensor, forget: Tensor, l1: Tensor, dtype: torch.dtype) -> Terms:
+        """Add the gradients of FVU + l1 · mean Σ f / √d_in to .grad, by hand, and measure the terms.
+
+        x [B, D] in the LM's units, forget [B] (bool), l1 a 0-d tensor. Matrix products run in `dtype` and accumulate in
+        fp32; weights, biases' gradients and statistics are fp32. Five products instead of autograd's six: x needs no
+        gradient, and that of b_dec through the encoder is one matrix-vector product.
+        """
+        B, D = x.shape
+        x_BD = x * self.scale
+        variance = (x_BD - x_BD.mean(0)).pow(2).sum()
+        W_enc, W_dec = self.W_enc.to(dtype), self.W_dec.to(dtype)
+        in_BD = (x_BD - self.b_dec).to(dtype)
+        f_BF = torch.addmm(self.b_enc.to(dtype), in_BD, W_enc).relu_()
+        error_BD = (f_BF @ W_dec).float().add_(self.b_dec).sub_(x_BD)
+        d_out_BD = error_BD * (2 / variance)
+        d_out = d_out_BD.to(dtype)
+        sparsity = (l1 / (B * math.sqrt(D))).to(dtype)
+        d_pre_BF = torch.ops.aten.threshold_backward(torch.addmm(sparsity.expand(len(W_dec)), d_out, W_dec.T), f_BF, 0)
+        d_b_enc = d_pre_BF.sum(0, dtype=torch.float32)
+        for parameter, grad in (
+            (self.W_dec, f_BF.T @ d_out),
+            (self.W_enc, in_BD.T @ d_pre_BF),
+            (self.b_enc, d_b_enc),
+            (self.b_dec, d_out_BD.sum(0) - self.W_enc @ d_b_enc),
+        ):
+            if parameter.requires_grad:
+                parameter.grad = grad.float() if parameter.grad is None else parameter.grad + grad
+        domain_2B = torch.stack([~forget, forget]).to(dtype)
+        fired_2F = (domain_2B @ f_BF.sign()).float()
+        return Terms(error_BD.pow(2).sum() / variance, f_BF.sum(dtype=torch.float32) / (B * math.sqrt(D)), fired_2F.sum() / B, fired_2F)
+
+    @torch.no_grad()
+    def project_decoder_grad(self):
+        """Remove from W_dec's gradient the component along each row, which the unit norm would undo."""
+        self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
+
+    @torch.no_grad()
+    def normalise_decoder(self):
+        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+
+    @torch.no_grad()
+    def update_statistics(self, fired_2F: Tensor, n_forget: Tensor, n_rows: int, decay: float = 0.99):
+        """Fold one batch's firing counts into `rate` and `idle`; a domain absent from the batch keeps its rate."""
+        for domain, n in ((0, n_rows - n_forget), (1, n_forget)):
+            self.rate[domain] = torch.where(n > 0, decay * self.rate[domain] + (1 - decay) * fired_2F[domain] / n.clamp(min=1), self.rate[domain])
+        self.idle += n_rows
+        self.idle[fired_2F.sum(0) > 0] = 0
+
+    def export(self, folder: Path, metadata: dict):
+        """Save as a SAELens StandardSAE (cfg.json, sae_weights.safetensors) with `scale` folded into the weights.
+
+        ReLU is homogeneous: dividing both biases by s gives features f / s and the same reconstruction, rows still unit.
+        """
+        from sae_lens import StandardSAE, StandardSAEConfig
+        from sae_lens.saes.sae import SAEMetadata
+
+        D, F = self.W_enc.shape
+        sae = StandardSAE(StandardSAEConfig(d_in=D, d_sae=F, dtype="float32", device="cpu", apply_b_dec_to_input=True, normalize_activations="none", metadata=SAEMetadata(**metadata)))
+        weights = {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc / self.scale, "b_dec": self.b_dec / self.scale}
+        sae.load_state_dict({k: v.detach().cpu() for k, v in weights.items()})
+        sae.save_model(folder)
+
+
+def load_exported(folder: Path, device="cpu"):
+    """An exported SAE as SAEBench takes it: read by sae_lens, its config in the form SAEBench expects."""
+    from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
+    from sae_lens import SAE
+
+    return load_and_format_sae("", SAE.load_from_disk(folder, device=str(device)).requires_grad_(False), str(device))[1]
+
+
+# ------------------------------------------------------------------------------------------------ groups and losses
+#
+# Every Ω is scaled so that independent random unit rows give 1 (E cos² = 1 / d_in) and orthogonal rows give 0.
+
+
+def welch_floor(n: int, d_in: int) -> float:
+    """The least Ω over all pairs of n unit rows in d_in dimensions: (n - d_in) / (n - 1) (Welch, 1974)."""
+    return max(0.0, (n - d_in) / (n - 1)) if n > 1 else 0.0
+
+
+def omega_all_pairs(W_dec: Tensor) -> Tensor:
+    """d_in · mean of (w_i · w_j)² over all pairs i ≠ j, linear in d_sae: Σ_ij (w_i · w_j)² = ||W_decᵀ W_dec||²."""
+    n, d_in = W_dec.shape
+    own = W_dec.pow(2).sum(1).pow(2).sum()
+    return d_in * ((W_dec.T @ W_dec).pow(2).sum() - own) / max(n * (n - 1), 1)
+
+
+def group_cosines(W_dec: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines [G, size, size] of the rows of each group, and which entries are pairs i ≠ j of features (bool)."""
+    present = groups >= 0
+    rows = W_dec[groups.clamp(min=0)] * present[..., None]
+    pairs = present[:, :, None] & present[:, None, :] & ~torch.eye(groups.shape[1], dtype=torch.bool, device=groups.device)
+    return rows @ rows.transpose(1, 2), pairs
+
+
+def omega_grouped(W_dec: Tensor, groups: Tensor) -> Tensor:
+    """d_in · mean of cos² over the pairs inside a group; groups [G, size] of feature indices, -1 where a group is short."""
+    cosines, pairs = group_cosines(W_dec, groups)
+    return W_dec.shape[1] * (cosines.pow(2) * pairs).sum() / pairs.sum().clamp(min=1)
+
+
+def omega_between_domains(W_dec: Tensor, affinity: Tensor) -> Tensor:
+    """d_in · mean of cos² between forget-leaning and retain-leaning features, weighted by |affinity|; linear in d_sae.
+
+    Σ_ij u_i v_j cos²_ij = <Σ_i u_i w_i w_iᵀ, Σ_j v_j w_j w_jᵀ> with u = a₊ and v = (-a)₊.
+    """
+    forget, retain = affinity.clamp(min=0), (-affinity).clamp(min=0)
+    M_forget, M_retain = W_dec.T @ (W_dec * forget[:, None]), W_dec.T @ (W_dec * retain[:, None])
+    return W_dec.shape[1] * (M_forget * M_retain).sum() / (forget.sum() * retain.sum()).clamp(min=1e-12)
+
+
+def omega_shared(W_dec: Tensor, groups: Tensor, affinity: Tensor, tolerance: float) -> Tensor:
+    """Controlled sharing: d_in · mean over pairs in a group of (|cos| - τ_ij)₊², with τ_ij = tolerance · (1 - |a_i - a_j| / 2).
+
+    Features of one domain may overlap up to the tolerance; the more their domains differ, the less.
+    """
+    cosines, pairs = group_cosines(W_dec, groups)
+    a = affinity[groups.clamp(min=0)]
+    allowed = tolerance * (1 - (a[:, :, None] - a[:, None, :]).abs() / 2)
+    return W_dec.shape[1] * ((cosines.abs() - allowed).clamp(min=0).pow(2) * pairs).sum() / pairs.sum().clamp(min=1)
+
+
+def form_groups(profile: Tensor, group_size: int) -> Tensor:
+    """Balanced groups of features whose profiles are alike: groups [G, size] of indices, short groups end in -1.
+
+    profile [F, r] says how each feature fires. Recursive bisection at the median of the principal direction: G =
+    ceil(F / group_size) groups whose sizes differ by at most 1, in O(F r² log G), no F x F matrix; ties (dead features)
+    keep their order, so the result is a function of the profile alone.
+    """
+    n = len(profile)
+    n_groups = math.ceil(n / group_size)
+    sizes = [n // n_groups + (g < n % n_groups) for g in range(n_groups)]
+    out = torch.full((n_groups, sizes[0]), -1)
+
+    def split(members: Tensor, first: int, last: int):
+        if last - first == 1:
+            out[first, : len(members)] = members
+            return
+        centred = profile[members] - profile[members].mean(0)
+        direction = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
+        direction = direction * torch.sign(direction[direction.abs().argmax()])
+        order = members[torch.argsort(centred @ direction, stable=True)]
+        middle = (first + last) // 2
+        at = sum(sizes[first:middle])
+        split(order[:at], first, middle)
+        split(order[at:], middle, last)
+
+    profile = profile.double().cpu()
+    split(torch.arange(n), 0, n_groups)
+    return out
+
+
+def firing_profile(f_BF: Tensor, affinity: Tensor, generator: torch.Generator, width: int = 16) -> Tensor:
+    """How each feature fires, [F, width + 1]: random projections of its firing pattern over the batch, unit rows, and its
+    domain affinity. Features that fire on the same rows have like projections (Johnson & Lindenstrauss, 1984)."""
+    signs = torch.randint(0, 2, (len(f_BF), width), generator=generator).to(f_BF) * 2 - 1
+    sketch = torch.nn.functional.normalize((f_BF > 0).to(f_BF).T @ signs, dim=1)
+    return torch.cat([sketch, affinity[:, None].to(sketch)], dim=1)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the study. `omega(sae, config)` is the loss; `overlap(sae)`, if given, is what alpha is steered by."""
+
+    omega: Callable[[OrthogonalSAE, Config], Tensor] | None = None
+    overlap: Callable[[OrthogonalSAE], Tensor] | None = None
+    uses_groups: bool = False
+
+
+def omega_adaptive(sae: OrthogonalSAE, config: Config) -> Tensor:
+    """No overlap between domains, controlled sharing inside the groups."""
+    return omega_between_domains(sae.W_dec, sae.affinity) + omega_shared(sae.W_dec, sae.groups, sae.affinity, config.tolerance)
+
+
+ARMS = {
+    "vanilla": Arm(),
+    "fixed": Arm(lambda sae, config: omega_all_pairs(sae.W_dec)),
+    "grouped": Arm(lambda sae, config: omega_grouped(sae.W_dec, sae.groups), uses_groups=True),
+    "adaptive": Arm(omega_adaptive, lambda sae: omega_between_domains(sae.W_dec, sae.affinity), uses_groups=True),
+}
+
+
+# ------------------------------------------------------------------------------------------------ trainer
+
+
+class Trainer:
+    """One SAE in training: Adam, unit decoder rows, lambda steered to the target L0, dead features resampled."""
+
+    def __init__(self, config: Config, seed: int, d_in: int, n_steps: int, first_block: ActivationBlock):
+        self.config, self.arm, self.seed, self.n_steps = config, ARMS[config.arm], seed, n_steps
+        device = first_block.x.device
+        self.dtype = torch.bfloat16 if has_bf16(device) else torch.float32
+        scale = math.sqrt(d_in / first_block.x.pow(2).sum(1).mean().item())
+        self.sae = OrthogonalSAE(d_in, config.d_sae, seed, scale).to(device)
+        self.sae.b_dec.data.copy_(first_block.x.mean(0) * scale)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.adam = torch.optim.Adam(self.sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, self._lr_factor)
+        self.log_l1 = torch.tensor(math.log(config.l1) if config.l1 else -math.inf, device=device)
+        self.log_alpha = torch.tensor(math.log(config.alpha) if config.alpha and self.arm.omega else -math.inf, device=device)
+        self.l0 = torch.tensor(config.target_l0 or 0.0, device=device)  # moving average that steers lambda
+        self.steps, self.resampled = 0, 0
+
+    def _lr_factor(self, step: int) -> float:
+        rise = min(1.0, (step + 1) / max(self.config.warmup_steps, 1))
+        return rise * min(1.0, (self.n_steps - step) / max(self.config.decay_fraction * self.n_steps, 1))
+
+    def step(self, x: Tensor, forget: Tensor) -> dict[str, Tensor]:
+        """One optimiser step on x [B, D]; returns its loss terms as 0-d tensors. Raises RunFailed if one is not finite."""
+        sae, config = self.sae, self.config
+        if self.arm.uses_groups and self.steps % config.group_update_steps == 0:
+            with torch.no_grad():
+                sae.groups = form_groups(firing_profile(sae.encode(x), sae.affinity, self.generator), config.group_size).to(x.device)
+        l1, alpha = self.log_l1.exp(), self.log_alpha.exp()
+        terms = sae.accumulate_grads(x, forget, l1, self.dtype)
+        loss = terms.fvu + l1 * terms.l1
+        measured = {"fvu": terms.fvu, "l0": terms.l0, "l1_coefficient": l1, "alpha": alpha}
+        if self.arm.omega and config.alpha:
+            omega = self.arm.omega(sae, config)
+            (alpha * omega).backward()
+            loss = loss + alpha * omega.detach()
+            measured["omega"] = omega.detach()
+        measured["loss"] = loss
+        self._refuse_non_finite(measured)
+        sae.project_decoder_grad()
+        self.adam.step()
+        self.adam.zero_grad()
+        self.schedule.step()
+        sae.normalise_decoder()
+        sae.update_statistics(terms.fired, forget.sum(), len(x))
+        self._steer(terms)
+        self.steps += 1
+        if config.resample_steps and self.steps % config.resample_steps == 0 and self.steps < (1 - config.decay_fraction) * self.n_steps:
+            self._resample(x)
+        return measured
+
+    def _refuse_non_finite(self, measured: dict[str, Tensor]):
+        if not math.isfinite(measured["loss"].item()):
+            bad = ", ".join(f"{name} = {value.item()}" for name, value in measured.items() if not math.isfinite(value.item()))
+            raise RunFailed(f"{bad} at step {self.steps} of arm {self.config.arm}, seed {self.seed}: lower --lr or --alpha")
+
+    @torch.no_grad()
+    def _steer(self, terms: Terms):
+        """Multiply lambda by (L0 / target)^0.01 and alpha by (overlap / target)^0.01, L0 averaged over some 10 steps."""
+        if self.config.target_l0:
+            self.l0 = 0.9 * self.l0 + 0.1 * terms.l0
+            self.log_l1 += 0.01 * (self.l0.clamp(min=1e-3) / self.config.target_l0).log().clamp(-1, 1)
+        if self.arm.overlap and self.config.alpha:
+            overlap = self.arm.overlap(self.sae).clamp(min=1e-6)
+            self.log_alpha += 0.01 * (overlap / self.config.target_overlap).log().clamp(-1, 1)
+            self.log_alpha.clamp_(math.log(1e-4), math.log(10.0))
+
+    @torch.no_grad()
+    def _resample(self, x: Tensor):
+        """Point dead features at badly reconstructed rows of the batch (drawn by squared error), with small encoders and
+        fresh Adam moments (Bricken et al., Towards Monosemanticity, 2023, appendix on resampling)."""
+        sae = self.sae
+        dead = (sae.idle >= self.config.dead_tokens).nonzero()[:, 0]
+        if not len(dead):
+            return
+        error = x - sae(x)
+        chosen = torch.multinomial(error.pow(2).sum(1).cpu(), min(len(dead), len(x)), generator=self.generator).to(x.device)
+        dead = dead[: len(chosen)]
+        direction = torch.nn.functional.normalize(error[chosen], dim=1)
+        alive = sae.idle < self.config.dead_tokens
+        size = sae.W_enc[:, alive].norm(dim=0).mean() if alive.any() else torch.tensor(1.0)
+        sae.W_dec[dead] = direction
+        sae.W_enc[:, dead] = 0.5 * size * direction.T
+        sae.b_enc[dead] = 0.0
+        sae.idle[dead] = 0
+        for parameter, rows in ((sae.W_dec, (dead,)), (sae.W_enc, (slice(None), dead)), (sae.b_enc, (dead,))):
+            for moment in ("exp_avg", "exp_avg_sq"):
+                self.adam.state[parameter][moment][rows] = 0.0
+        self.resampled += len(dead)
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+#
+# Every SAE is read back from its exported files with sae_lens: what is evaluated is what was saved.
+
+ALL_PERMUTATIONS = [list(p) for p in permutations(range(4))]
+SWEEP = {"retain_thresholds": [0.001, 0.01], "n_features_list": [5, 10, 20, 50], "multipliers": [1, 3, 10, 30]}
+MIN_KNOWN = 10  # known questions a domain without which an accuracy means nothing
+
+
+class FeatureUnits:
+    """An SAE whose features count in units of their own mean active value, so that SAEBench's multipliers do too."""
+
+    def __init__(self, sae, unit_F: Tensor):
+        self.sae, self.unit_F, self.cfg = sae, unit_F, sae.cfg
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.sae.encode(x) / self.unit_F
+
+    def decode(self, f: Tensor) -> Tensor:
+        return self.sae.decode(f * self.unit_F)
+
+
+class Evaluator:
+    """The evaluations of one testbed. What does not depend on the SAE (contexts, residuals, the LM's own answers) is made
+    once and shared by all seeds and runs of the process."""
+
+    def __init__(self, testbed: testbeds.Testbed, context_size: int, n_contexts: int = 256):
+        self.testbed, self.context_size = testbed, context_size
+        self.lm = testbeds.InterventionLM(testbed)
+        self.exams: dict = {}
+        self.artifacts = tempfile.TemporaryDirectory(prefix="saebench-")  # private; SAEBench keeps its sweep as pickles
+        self.select, self.held_out = {}, {}  # domain -> (contexts [n, pos], resid [n, pos, D])
+        for domain, text in (("forget", testbed.forget), ("retain", testbed.retain)):
+            for part, dataset in ((self.select, text.train), (self.held_out, text.held_out)):
+                contexts = list(islice(packed_contexts(dataset, testbed.tokenizer, context_size, seed=0, repeat=False), n_contexts))
+                if len(contexts) < 16:
+                    raise RunFailed(f"{domain} text holds {len(contexts)} contexts of {context_size} tokens to evaluate on: give at least 16")
+                tokens = torch.tensor(contexts, device=testbed.lm.device)
+                part[domain] = tokens, torch.cat([self.lm.resid(t) for t in tokens.split(64)])
+        self.special = torch.tensor(sorted(set(testbed.tokenizer.all_special_ids)), device=testbed.lm.device)
+        self.subjects = {("wmdp-bio" if s == testbed.forget_subject else s): q for s, q in testbed.questions.items()}
+
+    @torch.no_grad()
+    def firing(self, sae) -> tuple[Tensor, Tensor, Tensor]:
+        """Firing rate of each feature on forget and on retain text, and its mean active value, each [F]."""
+        rates, total, count = [], 0.0, 0.0
+        for domain in ("forget", "retain"):
+            tokens, resid = self.select[domain]
+            f = sae.encode(resid[~torch.isin(tokens, self.special)])
+            rates.append((f > 0).float().mean(0))
+            total, count = total + f.sum(0), count + (f > 0).sum(0)
+        return rates[0], rates[1], torch.where(count > 0, total / count.clamp(min=1), torch.ones_like(total))
+
+    # ---- core
+
+    def core(self, sae) -> tuple[dict, dict]:
+        """SAEBench's core evaluation, unchanged, on held-out text, half forget and half retain: metrics by leaf name,
+        and SAEBench's own output."""
+        from sae_bench.evals.core import main as core
+        from sae_bench.evals.core.eval_config import CoreEvalConfig
+        from sae_lens import ActivationsStore
+
+        self.proxy = getattr(self, "proxy", None) or self._proxy()
+        n = min(len(self.held_out["forget"][0]), len(self.held_out["retain"][0]))
+        rows = torch.stack([self.held_out["forget"][0][:n], self.held_out["retain"][0][:n]], 1).flatten(0, 1)
+        dataset = testbeds.datasets.Dataset.from_dict({"input_ids": rows.tolist()}).to_iterable_dataset()
+        settings = CoreEvalConfig(
+            model_name=self.testbed.name, batch_size_prompts=16, context_size=self.context_size, dataset="held-out text",
+            n_eval_reconstruction_batches=max(1, n // 2 * 2 // 16), n_eval_sparsity_variance_batches=max(1, n * 2 // 16),
+            compute_kl=True, compute_ce_loss=True, compute_l2_norms=True, compute_sparsity_metrics=True, compute_variance_metrics=True,
+            compute_featurewise_density_statistics=True, compute_featurewise_weight_based_metrics=True,
+            exclude_special_tokens_from_reconstruction=True)  # fmt: skip
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            store = ActivationsStore.from_sae(self.proxy, sae, dataset=dataset, context_size=self.context_size, device=str(sae.device))
+            groups, features = core.run_evals(sae, store, self.proxy, settings, ignore_tokens=set(self.special.tolist()))
+        groups["misc_metrics"] = core.calculate_misc_metrics(features)
+        output = {"eval_type_id": "core", "eval_config": asdict(settings), "eval_result_metrics": groups}
+        return {name: value for group in groups.values() for name, value in group.items()}, output
+
+    def _proxy(self):
+        from sae_lens.load_model import HookedProxyLM
+
+        return HookedProxyLM(self.testbed.lm, self.testbed.tokenizer, hook_names=[self.testbed.hook_name])
+
+    # ---- unlearning
+
+    def mcq_metrics(self, model, mcq_batch_size, artifacts_folder, dataset_name, target_metric=None, permutations=((0, 1, 2, 3),),
+                    without_question=False, split="all", **_) -> dict:  # fmt: skip
+        """Stands in for SAEBench's `calculate_MCQ_metrics`, which knows Gemma by name only: the same prompts and the same
+        numbers for any LM, from the testbed's questions, by letter or by cloze."""
+        chosen = None
+        if target_metric is not None:
+            name = dataset_name if dataset_name == "wmdp-bio" else f"mmlu-{dataset_name.replace('_', '-')}"
+            ids = np.genfromtxt(Path(artifacts_folder) / f"data/question_ids/{split}/{name}_{target_metric}.csv", ndmin=1, dtype=int)
+            chosen = tuple(ids.tolist())
+        key = (dataset_name, chosen, tuple(map(tuple, permutations)), without_question)
+        if key not in self.exams:
+            questions = self.subjects[dataset_name]
+            questions = questions if chosen is None else [questions[i] for i in chosen]
+            self.exams[key] = testbeds.Exam(self.testbed.tokenizer, questions, self.testbed.scoring, permutations, self.testbed.prompt_format,
+                                            without_question, self.cfg_device)  # fmt: skip
+        probs = self.exams[key].probs(model.forward)
+        correct = (probs.argmax(-1) == self.exams[key].answers).float()
+        return {"mean_correct": correct.mean().item(), "total_correct": int(correct.sum()), "is_correct": correct.numpy(), "output_probs": probs.half().numpy()}
+
+    @property
+    def cfg_device(self):
+        return self.testbed.lm.device
+
+    def sweep(self, sae, forget_rate: np.ndarray, retain_rate: np.ndarray, name: str, subjects: list[str], **settings) -> tuple[list[dict], float]:
+        """SAEBench's unlearning sweep, by its own `run_eval_single_sae`: the cells (settings, accuracies, right or wrong by
+        question) and SAEBench's score. Global state (grad mode, RNG) is as before afterwards."""
+        from sae_bench.evals.unlearning import main as unlearning
+        from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
+        from sae_bench.evals.unlearning.utils import eval as sweep_eval
+        from sae_bench.evals.unlearning.utils import feature_activation, metrics
+
+        folder = Path(self.artifacts.name)
+        sparsities = folder / name / feature_activation.SPARSITIES_DIR
+        sparsities.mkdir(parents=True)
+        np.savetxt(sparsities / feature_activation.FORGET_FILENAME, forget_rate, fmt="%f")
+        np.savetxt(sparsities / feature_activation.RETAIN_FILENAME, retain_rate, fmt="%f")
+        config = UnlearningEvalConfig(dataset_names=subjects, model_name=self.testbed.name, llm_batch_size=32, llm_dtype="float32", **settings)
+        as_rows = {s: [asdict(q) for q in qs] for s, qs in self.subjects.items()}
+        numpy_state, grad_mode = np.random.get_state(), torch.is_grad_enabled()
+        np.random.seed(0)
+        try:
+            with (
+                patch.object(metrics, "calculate_MCQ_metrics", self.mcq_metrics),
+                patch.object(metrics, "load_dataset", lambda path, subject, split: as_rows["wmdp-bio" if path == "cais/wmdp" else subject]),
+                patch.object(metrics, "tqdm", lambda iterable, **_: iterable),
+                contextlib.redirect_stdout(io.StringIO()),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore")  # np.genfromtxt on subjects without a known question
+                sweep_eval.run_eval_single_sae(self.lm, sae, config, str(folder), name, force_rerun=False)
+        finally:
+            np.random.set_state(numpy_state)
+            torch.set_grad_enabled(grad_mode)
+            self.lm.reset_hooks()
+        results = folder / name / "results/metrics"
+        frame = unlearning.get_metrics_df(str(results))
+        score = float(unlearning.get_unlearning_scores(frame))
+        cells = []
+        for path in sorted(results.glob("*.pkl")):  # written just now by SAEBench into our private folder
+            measured = pickle.loads(path.read_bytes())
+            multiplier, n_features, _, threshold = unlearning.get_params(path.name)
+            retain = np.concatenate([measured[s]["is_correct"] for s in subjects if s != "wmdp-bio"])
+            forget = measured["wmdp-bio"]["is_correct"]
+            cells.append({"retain_threshold": float(threshold), "n_features": int(n_features), "multiplier": int(multiplier),
+                          "forget_accuracy": float(forget.mean()), "retain_accuracy": float(retain.mean()), "forget": forget, "retain": retain})  # fmt: skip
+        return cells, score
+
+    def known(self) -> dict[str, int]:
+        """How many questions of each subject the LM gets right under all 24 permutations."""
+        out = {}
+        for subject in self.subjects:
+            right = self.mcq_metrics(self.lm, None, None, subject, permutations=ALL_PERMUTATIONS)["is_correct"].reshape(-1, 24)
+            out[subject] = int(right.all(1).sum())
+        return out
+
+    def unlearning(self, sae, seed: int, name: str) -> tuple[dict, dict, list[str]]:
+        """SAEBench's unlearning score with what one needs to read it: metrics, details (sweep table, bootstrap interval,
+        random-feature floor), warnings. Metrics are None when the LM knows too few questions."""
+        self.n_known = getattr(self, "n_known", None) or self.known()
+        n_forget, n_retain = self.n_known["wmdp-bio"], sum(n for s, n in self.n_known.items() if s != "wmdp-bio")
+        metrics = {"n_known_forget": n_forget, "n_known_retain": n_retain}
+        names = ("unlearning_score", "forget_accuracy", "retain_accuracy", "lm_forget_accuracy", "lm_retain_accuracy", "random_feature_score",
+                 "reconstruction_forget_accuracy", "reconstruction_retain_accuracy", "n_features_selectable")  # fmt: skip
+        if min(n_forget, n_retain) < MIN_KNOWN:
+            reason = f"unlearning: the LM knows {n_forget} forget and {n_retain} retain questions ({self.testbed.scoring} scoring); {MIN_KNOWN} of each are needed"
+            return metrics | dict.fromkeys(names), {}, [reason]
+        subjects = ["wmdp-bio"] + [s for s, n in self.n_known.items() if n and s != "wmdp-bio"]
+        forget_rate, retain_rate, unit = self.firing(sae)
+        sae_in_units = FeatureUnits(sae, unit) if self.testbed.clamp_scale == "feature" else sae
+        cells, score = self.sweep(sae_in_units, forget_rate.cpu().numpy(), retain_rate.cpu().numpy(), name, subjects, **SWEEP)
+        allowed = [c for c in cells if c["retain_accuracy"] >= 0.99]
+        best = min(allowed, key=lambda c: (c["forget_accuracy"], -c["retain_accuracy"]), default={"forget_accuracy": 1.0, "retain_accuracy": 1.0})
+        rng, floors = np.random.default_rng(seed), []
+        for draw in range(2):  # as many features, drawn from the living at random, under the same clamps
+            random_rate = np.where((forget_rate + retain_rate).cpu().numpy() > 0, rng.uniform(0.1, 1.0, len(forget_rate)), 0.0)
+            floors.append(self.sweep(sae_in_units, random_rate, 0 * random_rate, f"{name}_random{draw}", subjects, **SWEEP | {"retain_thresholds": [0.001]})[1])
+        plain = self._accuracy(subjects)
+        through = self._accuracy(subjects, lambda resid, hook: torch.cat([resid[:, :1], sae.decode(sae.encode(resid[:, 1:]))], 1))
+        values = (score, best["forget_accuracy"], best["retain_accuracy"], *plain, float(np.mean(floors)), *through, int(((forget_rate > 0) & (retain_rate < max(SWEEP["retain_thresholds"]))).sum()))
+        details = {
+            "unlearning_score_bootstrap_95": bootstrap_interval(cells, seed),
+            "best": {k: v for k, v in best.items() if k not in ("forget", "retain")},
+            "random_feature_scores": floors,
+            "known": self.n_known,
+            "sweep": [{k: v for k, v in c.items() if k not in ("forget", "retain")} for c in cells],
+        }
+        return metrics | dict(zip(names, values)), details, []
+
+    def _accuracy(self, subjects: list[str], hook: Callable | None = None) -> tuple[float, float]:
+        """Accuracy on the known forget and retain questions, under a hook if given."""
+        self.lm.hook = hook
+        right = {s: self.mcq_metrics(self.lm, None, self.artifacts.name, s, target_metric="correct")["is_correct"] for s in subjects}
+        self.lm.reset_hooks()
+        return float(right["wmdp-bio"].mean()), float(np.concatenate([v for s, v in right.items() if s != "wmdp-bio"]).mean())
+
+    # ---- corpus unlearning
+
+    def corpus(self, sae) -> tuple[dict, dict]:
+        """Cross-entropy gained on held-out forget text against cross-entropy paid on held-out retain text, in nats a token,
+        under the interventions of SAEBench's sweep: the most gained at a cost of at most 0.01, 0.05 and 0.1."""
+        from sae_bench.evals.unlearning.utils.feature_activation import get_top_features
+        from sae_bench.evals.unlearning.utils.intervention import anthropic_clamp_resid_SAE_features
+
+        forget_rate, retain_rate, unit = self.firing(sae)
+        sae = FeatureUnits(sae, unit) if self.testbed.clamp_scale == "feature" else sae
+        parts = {domain: tuple(t[:96] for t in self.held_out[domain]) for domain in ("forget", "retain")}
+        self.lm.reset_hooks()
+        self.plain_ce = getattr(self, "plain_ce", None) or {domain: self.lm.ce(*part) for domain, part in parts.items()}
+        table = []
+        for threshold in SWEEP["retain_thresholds"]:
+            ranked = get_top_features(forget_rate.cpu().numpy(), retain_rate.cpu().numpy(), threshold)
+            for n in sorted({min(n, len(ranked)) for n in SWEEP["n_features_list"]} - {0}):
+                for multiplier in SWEEP["multipliers"]:
+                    self.lm.add_hook("", partial(anthropic_clamp_resid_SAE_features, sae=sae, features_to_ablate=ranked[:n].copy(), multiplier=multiplier))
+                    change = {domain: self.lm.ce(*part) - self.plain_ce[domain] for domain, part in parts.items()}
+                    table.append({"retain_threshold": threshold, "n_features": n, "multiplier": multiplier, "forget_ce_gain": change["forget"], "retain_ce_cost": change["retain"]})
+        self.lm.reset_hooks()
+        at = lambda cost: max([row["forget_ce_gain"] for row in table if row["retain_ce_cost"] <= cost], default=0.0)  # noqa: E731
+        metrics = {f"forget_ce_gain_at_retain_ce_cost_{cost}": max(0.0, at(cost)) for cost in (0.01, 0.05, 0.1)}
+        return metrics | {f"lm_{domain}_ce": ce for domain, ce in self.plain_ce.items()}, {"sweep": table}
+
+    # ---- geometry
+
+    @torch.no_grad()
+    def geometry(self, sae) -> tuple[dict, dict]:
+        """Directions of the living features: overlaps of all, and spectra of the forget (affinity > 0.5), retain (< -0.5)
+        and shared groups. Undefined values are None."""
+        forget_rate, retain_rate, _ = self.firing(sae)
+        total = forget_rate + retain_rate
+        alive = total > 0
+        W = torch.nn.functional.normalize(sae.W_dec[alive].double(), dim=1)
+        affinity = ((forget_rate - retain_rate) / total.clamp(min=1e-12))[alive]
+        groups = {"forget": affinity > 0.5, "retain": affinity < -0.5, "shared": affinity.abs() <= 0.5}
+        mean_max, above = overlaps(W)
+        metrics = {"omega": omega_all_pairs(W).item(), "omega_floor": welch_floor(*W.shape), "mean_max_cosine": mean_max, "frac_pairs_above_0.2": above}
+        metrics["omega_between_domains"] = omega_between_domains(W, affinity.double()).item() if groups["forget"].any() and groups["retain"].any() else None
+        spectra, bases = {}, {}
+        for name, members in groups.items():
+            metrics[f"n_{name}"] = int(members.sum())
+            _, values, basis = torch.linalg.svd(W[members], full_matrices=False) if members.any() else (None, torch.zeros(0), None)
+            spectra[name] = values.tolist()
+            metrics[f"condition_number_{name}"] = (values[0] / values[-1]).item() if len(values) and values[-1] > 1e-12 else None
+            share = values / values.sum() if len(values) else values
+            metrics[f"effective_rank_{name}"] = torch.exp(-(share * share.clamp(min=1e-300).log()).sum()).item() if len(values) else None
+            if len(values):
+                energy = values.pow(2).cumsum(0) / values.pow(2).sum()
+                bases[name] = basis[: int((energy < 0.9).sum()) + 1]
+        angles = torch.linalg.svdvals(bases["forget"] @ bases["retain"].T).clamp(max=1.0).tolist() if {"forget", "retain"} <= set(bases) else []
+        metrics["max_principal_cosine_forget_retain"] = angles[0] if angles else None
+        metrics["mean_principal_cosine_forget_retain"] = float(np.mean(angles)) if angles else None
+        return metrics, {"singular_values": spectra, "principal_cosines_forget_retain": angles}
+
+
+def bootstrap_interval(cells: list[dict], seed: int, draws: int = 2000) -> list[float]:
+    """95 % percentile interval of SAEBench's score over resampled questions (forget and retain apart); the choice of the
+    best cell is made anew in every resample."""
+    rng = np.random.default_rng(seed)
+    accuracies = []
+    for domain in ("forget", "retain"):
+        right = np.stack([c[domain] for c in cells])  # [cell, question]
+        n = right.shape[1]
+        accuracies.append(rng.multinomial(n, np.full(n, 1 / n), size=draws) @ right.T / n)
+    scores = 1 - np.where(accuracies[1] >= 0.99, accuracies[0], 1.0).min(1)
+    return np.quantile(scores, [0.025, 0.975]).tolist()
+
+
+def overlaps(W: Tensor, chunk: int = 1024) -> tuple[float | None, float | None]:
+    """Mean over rows of the largest |cosine| with another row, and the share of pairs whose |cosine| exceeds 0.2."""
+    if len(W) < 2:
+        return None, None
+    largest, above = [], 0
+    for start in range(0, len(W), chunk):
+        cosines = (W[start : start + chunk] @ W.T).abs()
+        cosines[torch.arange(len(cosines)), torch.arange(start, start + len(cosines))] = 0
+        largest.append(cosines.max(1).values)
+        above += int((cosines > 0.2).sum())
+    return torch.cat(largest).mean().item(), above / (len(W) * (len(W) - 1))
+
+
+# ------------------------------------------------------------------------------------------------ run
+
+
+class Run:
+    """One run folder: its trainers, its log, its results."""
+
+    def __init__(self, out_dir: str, requested: Config, config: Config, testbed: testbeds.Testbed, n_steps: int, first_block: ActivationBlock):
+        self.folder, self.config, self.testbed = Path(out_dir), config, testbed
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "final_info.json").unlink(missing_ok=True)
+        self.trainers = [Trainer(config, seed, testbed.d_in, n_steps, first_block) for seed in config.seeds]
+        self.warnings: list[str] = []
+        self.log = (self.folder / "train_log.jsonl").open("w")
+        write_json(self.folder / "config.json", {"requested": asdict(requested), "config": asdict(config), "testbed": {"name": testbed.name, "hook_name": testbed.hook_name, "d_in": testbed.d_in,
+                   "scoring": testbed.scoring, "clamp_scale": testbed.clamp_scale} | testbed.describe, "sweep": SWEEP, **provenance()})  # fmt: skip
+
+    def step(self, x: Tensor, forget: Tensor, log: bool):
+        for trainer in self.trainers:
+            measured = trainer.step(x, forget)
+            if log:
+                self.last = {k: v.item() for k, v in measured.items()}
+                dead = (trainer.sae.idle >= self.config.dead_tokens).float().mean().item()
+                record = {"seed": trainer.seed, "step": trainer.steps, "tokens": trainer.steps * self.config.batch_size, **self.last, "frac_dead": dead}
+                record["between_domains"] = omega_between_domains(trainer.sae.W_dec.detach(), trainer.sae.affinity).item()
+                self.log.write(json.dumps(record) + "\n")
+                self.log.flush()
+                trainer.history = getattr(trainer, "history", []) + [record]
+
+    def evaluate(self, evaluator: Evaluator, train_seconds: float):
+        """Export every SAE, evaluate what was exported, and write final_info.json, last and whole."""
+        results: dict[str, dict[str, list]] = {}
+        for trainer in self.trainers:
+            folder = self.folder / f"sae_seed{trainer.seed}"
+            trainer.sae.export(folder, {"model_name": self.testbed.name, "hook_name": self.testbed.hook_name, "hook_layer": self.testbed.layer,
+                                        "context_size": self.config.context_size, "prepend_bos": True})  # fmt: skip
+            sae = load_exported(folder, self.testbed.lm.device)
+            sections = {"training": self._training(trainer, train_seconds)}
+            for name, section in (("core", "core"), ("unlearning", "unlearning"), ("corpus", "corpus_unlearning"), ("geometry", "geometry")):
+                if name not in self.config.evals:
+                    continue
+                if name == "unlearning":
+                    sections[section], details, notes = evaluator.unlearning(sae, trainer.seed, f"{self.folder.name}_seed{trainer.seed}")
+                    self.warnings += [f"seed {trainer.seed}: {n}" for n in notes]
+                else:
+                    sections[section], details = getattr(evaluator, name)(sae)
+                write_json(self.folder / "eval" / f"seed{trainer.seed}_{section}.json", details)
+            self._gate(trainer, sections)
+            for section, metrics in sections.items():
+                for name, value in metrics.items():
+                    results.setdefault(section, {}).setdefault(name, []).append(value)
+        self.info = {section: self._summarise(section, metrics) for section, metrics in results.items()}
+        write_json(self.folder / "warnings.json", self.warnings)
+        write_json(self.folder / "final_info.json", self.info)
+
+    def _training(self, trainer: Trainer, seconds: float) -> dict:
+        tail = trainer.history[-max(1, len(trainer.history) // 20) :]
+        mean = lambda key: float(np.mean([r[key] for r in tail]))  # noqa: E731
+        tokens = trainer.steps * self.config.batch_size
+        return {"tokens_trained": tokens, "final_loss": mean("loss"), "final_fvu": mean("fvu"), "final_l0": mean("l0"), "l1_coefficient": tail[-1]["l1_coefficient"],
+                "alpha": tail[-1]["alpha"], "frac_dead": tail[-1]["frac_dead"], "resampled": trainer.resampled, "train_seconds": seconds,
+                "tokens_per_second": tokens / seconds}  # fmt: skip
+
+    def _gate(self, trainer: Trainer, sections: dict):
+        """What makes a number not to be taken at its face goes into warnings.json and the last lines of the output."""
+        t, core = sections["training"], sections.get("core", {})
+        say = lambda text: self.warnings.append(f"seed {trainer.seed}: {text}")  # noqa: E731
+        l0 = core.get("l0", t["final_l0"])
+        if self.config.target_l0 and abs(l0 - self.config.target_l0) > 2:
+            say(f"L0 is {l0:.1f}, more than 2 from the target {self.config.target_l0:g}")
+        if t["final_fvu"] >= 1:
+            say(f"fraction of variance unexplained is {t['final_fvu']:.3f}: no better than predicting the mean")
+        if not 0 < l0 <= self.testbed.d_in:
+            say(f"L0 is {l0:.1f}, outside (0, d_in]")
+        if 1 - core.get("frac_alive", 1 - t["frac_dead"]) > 0.5:
+            say("more than half of the features are dead")
+        if len(trainer.history) > 1 and t["final_loss"] >= trainer.history[0]["loss"]:
+            say("the loss did not fall")
+        if trainer.steps < trainer.n_steps:
+            say(f"the time budget ended training after {trainer.steps} of {trainer.n_steps} steps")
+
+    def _summarise(self, section: str, metrics: dict[str, list]) -> dict:
+        means, stderrs = {}, {}
+        for name, values in metrics.items():
+            undefined = [i for i, v in enumerate(values) if v is None or not math.isfinite(v)]
+            if undefined:
+                metrics[name] = [None if i in undefined else v for i, v in enumerate(values)]
+                self.warnings.append(f"{section}.{name} is undefined for seeds {[self.config.seeds[i] for i in undefined]}: its mean is null")
+            means[name] = None if undefined else float(np.mean(values))
+            stderrs[name] = None if undefined or len(values) < 2 else float(np.std(values, ddof=1) / math.sqrt(len(values)))
+        return {"means": means, "stderrs": stderrs, "final_info_dict": metrics}
+
+    def print_summary(self):
+        shown = {"training": ("tokens_trained", "l1_coefficient", "alpha", "tokens_per_second"), "core": ("l0", "explained_variance", "ce_loss_score", "frac_alive"),
+                 "unlearning": ("unlearning_score", "random_feature_score", "forget_accuracy", "retain_accuracy"),
+                 "corpus_unlearning": ("forget_ce_gain_at_retain_ce_cost_0.05",), "geometry": ("omega", "mean_max_cosine", "omega_between_domains")}  # fmt: skip
+        number = lambda v: "null" if v is None else f"{v:.4g}"  # noqa: E731
+        for section, names in shown.items():
+            for name in names:
+                if name in self.info.get(section, {}).get("means", {}):
+                    print(f"{self.folder.name} {section}.{name}: {number(self.info[section]['means'][name])} +- {number(self.info[section]['stderrs'][name])}")
+        for text in self.warnings:
+            print(f"{self.folder.name} warning: {text}")
+        print(f"{self.folder.name} complete: {self.folder / 'final_info.json'}")
+
+
+def write_json(path: Path, value):
+    """Strict JSON, whole or not at all: written beside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    os.replace(beside, path)
+
+
+def provenance() -> dict:
+    """Versions, hardware and the commit that made a run."""
+    from importlib.metadata import version
+
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=testbeds.HERE, capture_output=True, text=True)
+    return {"versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "nnsight", "transformers", "datasets", "numpy", "sae-bench", "sae-lens")},
+            "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]},
+            "git": git.stdout.strip() or None}  # fmt: skip
+
+
+def train(runs: list[Run], stream: ActivationStream, block: ActivationBlock, n_steps: int, deadline: float) -> float:
+    """Train all SAEs of all runs on one LM pass; returns the seconds it took. Stops at the deadline (time.monotonic())."""
+    started, done, config = time.monotonic(), 0, runs[0].config
+    with tqdm(total=n_steps * config.batch_size, unit="tok", unit_scale=True, desc="training", mininterval=2) as bar:
+        while done < n_steps and time.monotonic() < deadline:
+            for x, forget in islice(block.batches(config.batch_size), n_steps - done):
+                log = done % 25 == 0 or done == n_steps - 1
+                for run in runs:
+                    run.step(x, forget, log)
+                done += 1
+                bar.update(config.batch_size)
+            bar.set_postfix_str(" ".join(f"{r.folder.name}: fvu {r.last['fvu']:.3f} l0 {r.last['l0']:.1f}" for r in runs[:3]))
+            if done < n_steps:
+                block = stream.next_block()
+    return time.monotonic() - started
+
+
+def run_experiments(command: Command, configs: list[Config]):
+    """Train and evaluate all runs of one command."""
+    started = time.monotonic()
+    testbed = testbeds.load(configs[0].testbed)
+    if command.testbed == "auto":
+        print(f"testbed: auto means {testbed.name}")
+    resolved = [resolve(c, testbed) for c in configs]
+    config = resolved[0]
+    n_steps = config.tokens // config.batch_size
+    stream = ActivationStream(testbed, config.context_size, config.buffer_tokens)
+    block = stream.next_block()
+    runs = [Run(out_dir, *pair, testbed, n_steps, block) for out_dir, *pair in zip(command.out_dir, configs, resolved)]
+    budget = 60 * config.time_budget_minutes
+    seconds = train(runs, stream, block, n_steps, started + 0.7 * budget)
+    evaluator = Evaluator(testbed, config.context_size)
+    for run in tqdm(runs, desc="evaluating", unit="run"):
+        run.evaluate(evaluator, seconds)
+    print("---")
+    for run in runs:
+        run.print_summary()
+    print(f"total_seconds: {time.monotonic() - started:.0f}")
+
+
+def resolve(config: Config, testbed: testbeds.Testbed) -> Config:
+    """Fill what the command and the plan leave open from the testbed, and check it against the LM."""
+    config = replace(config, testbed=testbed.name, **{k: v for k, v in testbed.defaults.items() if getattr(config, k) is None})
+    if config.group_size > testbed.d_in:
+        config = replace(config, group_size=testbed.d_in)
+    return config
+
+
+def main(command: Command, configs: list[Config]) -> int:
+    try:
+        run_experiments(command, configs)
+    except WrongRequest as wrong:
+        print(f"error: {wrong}", file=sys.stderr)
+        return 2
+    except RunFailed as failed:
+        print(f"error: {failed}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(COMMAND, CONFIGS))

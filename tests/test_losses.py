@@ -1,0 +1,126 @@
+"""Every optimised loss against a naive reference, value and gradient, and against values derived by hand."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from experiment import form_groups, omega_all_pairs, omega_between_domains, omega_grouped, omega_shared, welch_floor
+
+torch.manual_seed(0)
+N, D = 40, 12
+
+
+@pytest.fixture
+def W():
+    return normalize(torch.randn(N, D, generator=torch.Generator().manual_seed(1)), dim=1).double().requires_grad_()
+
+
+@pytest.fixture
+def affinity():
+    return (torch.rand(N, generator=torch.Generator().manual_seed(2)) * 2 - 1).double()
+
+
+@pytest.fixture
+def groups(W):
+    return form_groups(W.detach(), 8)
+
+
+def naive_all_pairs(W):
+    pairs = [(W[i] @ W[j]) ** 2 for i in range(len(W)) for j in range(len(W)) if i != j]
+    return W.shape[1] * sum(pairs) / len(pairs)
+
+
+def naive_grouped(W, groups):
+    pairs = [(W[i] @ W[j]) ** 2 for g in groups.tolist() for i in g for j in g if i != j and i >= 0 and j >= 0]
+    return W.shape[1] * sum(pairs) / len(pairs)
+
+
+def naive_between_domains(W, a):
+    total = weight = 0.0
+    for i in range(len(W)):
+        for j in range(len(W)):
+            w = max(a[i], 0) * max(-a[j], 0)
+            total, weight = total + w * (W[i] @ W[j]) ** 2, weight + w
+    return W.shape[1] * total / weight
+
+
+def naive_shared(W, groups, a, tolerance):
+    pairs = [
+        max((W[i] @ W[j]).abs() - tolerance * (1 - abs(a[i] - a[j]) / 2), torch.tensor(0.0, dtype=W.dtype)) ** 2
+        for g in groups.tolist() for i in g for j in g if i != j and i >= 0 and j >= 0
+    ]  # fmt: skip
+    return W.shape[1] * sum(pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("name", ["all_pairs", "grouped", "between_domains", "shared"])
+def test_loss_and_gradient_equal_the_naive_double_loop(name, W, affinity, groups):
+    fast, naive = {
+        "all_pairs": (lambda: omega_all_pairs(W), lambda: naive_all_pairs(W)),
+        "grouped": (lambda: omega_grouped(W, groups), lambda: naive_grouped(W, groups)),
+        "between_domains": (lambda: omega_between_domains(W, affinity), lambda: naive_between_domains(W, affinity)),
+        "shared": (lambda: omega_shared(W, groups, affinity, 0.2), lambda: naive_shared(W, groups, affinity, 0.2)),
+    }[name]
+    assert fast().item() == pytest.approx(naive().item(), rel=1e-9)
+    assert fast().item() > 0.05, "the comparison would be empty"
+    torch.testing.assert_close(torch.autograd.grad(fast(), W)[0], torch.autograd.grad(naive(), W)[0])
+
+
+def test_independent_random_rows_give_one_and_orthogonal_rows_give_zero():
+    random = normalize(torch.randn(3000, 256), dim=1)
+    assert omega_all_pairs(random).item() == pytest.approx(1.0, abs=0.01)
+    assert omega_grouped(random, form_groups(random, 256)).item() < omega_grouped(random, torch.arange(3000).view(15, 200)).item()
+    assert omega_grouped(random, torch.arange(3000).view(15, 200)).item() == pytest.approx(1.0, abs=0.05)
+    assert omega_between_domains(random, torch.where(torch.arange(3000) < 1000, 1.0, -1.0)).item() == pytest.approx(1.0, abs=0.02)
+    assert omega_all_pairs(torch.eye(64)).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_all_pairs_cannot_fall_under_the_welch_floor_and_a_tight_frame_reaches_it():
+    # two orthonormal bases side by side: n = 2 d, each row has d - 1 zeros and d overlaps whose squares sum to 1
+    basis = torch.linalg.qr(torch.randn(32, 32, dtype=torch.double))[0]
+    frame = torch.cat([torch.eye(32, dtype=torch.double), basis])
+    assert omega_all_pairs(frame).item() == pytest.approx(32 / 63, rel=1e-9)
+    assert welch_floor(64, 32) == pytest.approx(32 / 63)
+    assert welch_floor(1024, 128) == pytest.approx(896 / 1023)
+    assert welch_floor(16, 32) == 0.0 and welch_floor(1, 32) == 0.0
+
+
+def test_tolerance_shrinks_with_the_distance_of_domains():
+    # two rows at cosine 0.3: free at tolerance 0.4 in one domain, (0.3 - 0)² · d when the domains are opposite
+    W = torch.tensor([[1.0, 0.0], [0.3, math.sqrt(1 - 0.09)]])
+    groups = torch.tensor([[0, 1]])
+    assert omega_shared(W, groups, torch.tensor([1.0, 1.0]), 0.4).item() == 0.0
+    assert omega_shared(W, groups, torch.tensor([1.0, -1.0]), 0.4).item() == pytest.approx(2 * 0.09, rel=1e-5)
+    assert omega_shared(W, groups, torch.tensor([1.0, 0.0]), 0.4).item() == pytest.approx(2 * 0.01, rel=1e-4)
+
+
+def test_a_single_domain_or_dead_features_give_zero_not_nan():
+    W = normalize(torch.randn(10, 4), dim=1)
+    for affinity in (torch.ones(10), torch.zeros(10)):
+        assert omega_between_domains(W, affinity).item() == 0.0
+    assert omega_grouped(W, torch.arange(10)[:, None]).item() == 0.0, "groups of one have no pairs"
+
+
+class TestGroups:
+    def test_every_feature_is_in_exactly_one_group_and_sizes_differ_by_at_most_one(self):
+        for n, size in ((1024, 64), (1000, 64), (7, 64), (65, 64), (1, 1), (129, 2)):
+            groups = form_groups(torch.randn(n, 5), size)
+            sizes = (groups >= 0).sum(1)
+            assert sorted(groups[groups >= 0].tolist()) == list(range(n))
+            assert sizes.max() - sizes.min() <= 1 and sizes.max() <= size
+            assert len(groups) == math.ceil(n / size)
+
+    def test_features_that_fire_alike_share_a_group(self):
+        kind = torch.arange(64) % 4
+        profile = torch.eye(4)[kind] + 0.01 * torch.randn(64, 4)
+        groups = form_groups(profile, 16)
+        assert all(len(set(kind[g].tolist())) == 1 for g in groups)
+
+    def test_the_result_is_a_function_of_the_profile(self):
+        profile = torch.randn(300, 6)
+        assert torch.equal(form_groups(profile, 32), form_groups(profile.clone(), 32))
+
+    def test_dead_features_and_a_single_domain_are_grouped_too(self):
+        groups = form_groups(torch.zeros(100, 4), 16)
+        assert sorted(groups[groups >= 0].tolist()) == list(range(100))

@@ -1,0 +1,176 @@
+"""The real command, end to end: what it writes, what it refuses, and what the earlier attempt got wrong."""
+
+import json
+import math
+import time
+
+import pytest
+from conftest import ROOT, run_script
+
+NEEDED = {
+    "training": "tokens_trained final_loss final_fvu final_l0 l1_coefficient alpha tokens_per_second train_seconds",
+    "core": "explained_variance mse cossim l0 l1 ce_loss_score ce_loss_with_sae ce_loss_without_sae kl_div_score l2_ratio frac_alive",
+    "unlearning": "unlearning_score forget_accuracy retain_accuracy lm_forget_accuracy lm_retain_accuracy n_known_forget n_known_retain random_feature_score",
+    "corpus_unlearning": "forget_ce_gain_at_retain_ce_cost_0.01 forget_ce_gain_at_retain_ce_cost_0.05 forget_ce_gain_at_retain_ce_cost_0.1",
+    "geometry": "omega omega_floor mean_max_cosine frac_pairs_above_0.2 condition_number_forget condition_number_retain condition_number_shared "
+    "effective_rank_forget effective_rank_retain effective_rank_shared max_principal_cosine_forget_retain",
+}
+
+
+def strict(path):
+    def refuse(token):
+        raise AssertionError(f"{path} holds {token}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_final_info_has_every_metric_for_every_seed_in_strict_json(short_runs):
+    for run in ("run_0", "run_1"):
+        info = strict(short_runs / run / "final_info.json")
+        assert {k: v["means"] for k, v in info.items()}.keys() == NEEDED.keys()
+        for section, names in NEEDED.items():
+            for name in names.split():
+                values = info[section]["final_info_dict"][name]
+                assert len(values) == 2, (section, name)
+                if None not in values:
+                    assert info[section]["means"][name] == pytest.approx(sum(values) / 2)
+                    assert info[section]["stderrs"][name] == pytest.approx(abs(values[0] - values[1]) / 2, abs=1e-12)
+
+
+def test_steps_were_trained_and_the_loss_fell(short_runs):
+    for run in ("run_0", "run_1"):
+        info = strict(short_runs / run / "final_info.json")["training"]
+        assert info["final_info_dict"]["tokens_trained"] == [300 * 2048] * 2
+        log = [json.loads(line) for line in (short_runs / run / "train_log.jsonl").read_text().splitlines()]
+        for seed in (0, 1):
+            losses = [r["loss"] for r in log if r["seed"] == seed]
+            assert losses[-1] < 0.5 * losses[0]
+
+
+def test_runs_and_seeds_differ_from_one_another(short_runs):
+    vanilla, fixed = (strict(short_runs / run / "final_info.json") for run in ("run_0", "run_1"))
+    for section, name in (("core", "explained_variance"), ("core", "l0"), ("geometry", "omega"), ("corpus_unlearning", "forget_ce_gain_at_retain_ce_cost_0.1")):
+        values = vanilla[section]["final_info_dict"][name] + fixed[section]["final_info_dict"][name]
+        assert len(set(values)) == 4, f"{section}.{name}: {values}"
+    assert vanilla["training"]["means"]["alpha"] == 0 and fixed["training"]["means"]["alpha"] == pytest.approx(0.1)
+
+
+def test_saebench_core_on_the_saved_sae_repeats_the_numbers(short_runs, micro):
+    import experiment
+
+    evaluator = experiment.Evaluator(micro, context_size=128)
+    again, _ = evaluator.core(experiment.load_exported(short_runs / "run_1" / "sae_seed1"))
+    written = strict(short_runs / "run_1" / "final_info.json")["core"]["final_info_dict"]
+    for name, values in written.items():
+        assert again[name] == pytest.approx(values[1], rel=1e-4, abs=1e-6), name
+
+
+def test_the_saved_sae_reconstructs_as_well_as_training_said(short_runs, activations):
+    import experiment
+
+    sae = experiment.load_exported(short_runs / "run_0" / "sae_seed0")
+    x = activations.x
+    fvu = ((sae(x) - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()).item()
+    assert fvu == pytest.approx(strict(short_runs / "run_0" / "final_info.json")["training"]["final_info_dict"]["final_fvu"][0], rel=0.1)
+
+
+def test_config_records_every_setting_the_testbed_and_what_ran_it(short_runs):
+    from dataclasses import fields
+
+    import experiment
+
+    config = strict(short_runs / "run_1" / "config.json")
+    assert set(config["requested"]) == set(config["config"])
+    assert set(config["config"]) == {f.name for f in fields(experiment.Config)} and None not in config["config"].values()
+    assert config["config"]["arm"] == "fixed" and config["config"]["testbed"] == "micro"
+    assert config["testbed"]["hook_name"] == "gpt_neox.layers.1" and {"versions", "hardware", "git"} <= set(config)
+
+
+def test_only_json_and_safetensors_are_in_a_run_folder(short_runs):
+    suffixes = {p.suffix for p in (short_runs / "run_0").rglob("*") if p.is_file()}
+    assert suffixes <= {".json", ".jsonl", ".safetensors"}
+
+
+def test_the_summary_can_be_grepped(short_runs):
+    lines = (short_runs / "stdout.txt").read_text().splitlines()
+    assert any(line.startswith("run_0 core.explained_variance: 0.") for line in lines)
+    assert any(line.startswith("run_1 complete: ") for line in lines)
+
+
+def test_a_finished_run_says_so_and_other_settings_are_refused(short_runs):
+    before = (short_runs / "run_1" / "final_info.json").stat().st_mtime_ns
+    settings = ("--out_dir", short_runs / "run_1", "--seeds", 0, 1, "--tokens", 300 * 2048, "--testbed=micro")
+    started = time.monotonic()
+    again = run_script("experiment.py", *settings)
+    assert again.returncode == 0 and "is complete" in again.stdout and time.monotonic() - started < 5
+    other = run_script("experiment.py", *settings, "--alpha=0.7")
+    assert other.returncode == 2 and "alpha" in other.stderr.splitlines()[-1] and "--overwrite" in other.stderr.splitlines()[-1]
+    assert (short_runs / "run_1" / "final_info.json").stat().st_mtime_ns == before
+
+
+WRONG = {
+    "no out_dir": [],
+    "not in the plan, no arm": ["--out_dir=somewhere"],
+    "unknown run": ["--out_dir=run_77"],
+    "unknown arm": ["--out_dir=x", "--arm=magic"],
+    "unknown option": ["--out_dir=run_0", "--learning_rate=1"],
+    "unknown testbed": ["--out_dir=run_0", "--testbed=gpt-5"],
+    "fewer tokens than steps": ["--out_dir=run_0", "--tokens=1000"],
+    "nan": ["--out_dir=run_0", "--lr=nan"],
+    "negative": ["--out_dir=run_0", "--alpha=-1"],
+    "zero": ["--out_dir=run_0", "--d_sae=0"],
+    "not a number": ["--out_dir=run_0", "--d_sae=many"],
+    "same seed twice": ["--out_dir=run_0", "--seeds", "1", "1"],
+    "same folder twice": ["--out_dir", "run_0", "./run_0"],
+    "buffer under a batch": ["--out_dir=run_0", "--buffer_tokens=100"],
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_requests_end_at_once_with_one_line_and_exit_code_2(case, tmp_path):
+    started = time.monotonic()
+    done = run_script("experiment.py", *WRONG[case], cwd=tmp_path)
+    assert done.returncode == 2 and time.monotonic() - started < 5
+    assert "error: " in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+def test_an_out_dir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "run_0").write_text("mine")
+    done = run_script("experiment.py", "--out_dir=run_0", cwd=tmp_path)
+    assert done.returncode == 2 and "is a file" in done.stderr and (tmp_path / "run_0").read_text() == "mine"
+
+
+def test_help_answers_within_a_second_and_names_every_option():
+    started = time.monotonic()
+    done = run_script("experiment.py", "--help")
+    assert done.returncode == 0 and time.monotonic() - started < 2  # a second, and room for a busy machine
+    assert "--out_dir" in done.stdout and "--target_l0" in done.stdout
+
+
+def test_plot_draws_complete_runs_and_names_the_ones_it_skips(short_runs, tmp_path):
+    (short_runs / "run_9").mkdir(exist_ok=True)
+    done = run_script("plot.py", short_runs / "run_0", short_runs / "run_1", short_runs / "run_9", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "run_9: no final_info.json" in done.stderr and "| run_1 | fixed | 2 |" in done.stdout
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("training_curves.png", "unlearning_tradeoff.png"))
+    alone = run_script("plot.py", short_runs / "run_0", cwd=tmp_path)
+    assert alone.returncode == 0, "one run is enough"
+    none = run_script("plot.py", cwd=tmp_path)
+    assert none.returncode == 2 and "no complete run folder" in none.stderr
+
+
+def test_plot_needs_no_torch():
+    text = (ROOT / "plot.py").read_text()
+    assert "torch" not in text.replace("needs no torch", "") and "import experiment" not in text
+
+
+def test_undefined_metrics_are_null_with_a_reason_and_never_a_mean_of_fewer_seeds():
+    import experiment
+
+    run = experiment.Run.__new__(experiment.Run)
+    run.config, run.warnings = experiment.Config(seeds=(3, 4)), []
+    summary = run._summarise("core", {"good": [1.0, 3.0], "bad": [1.0, math.nan], "none": [None, None]})
+    assert summary["means"] == {"good": 2.0, "bad": None, "none": None} and summary["stderrs"]["good"] == pytest.approx(1.0)
+    assert summary["final_info_dict"]["bad"] == [1.0, None]
+    assert any("core.bad is undefined for seeds [4]" in w for w in run.warnings)

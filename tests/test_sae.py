@@ -1,0 +1,99 @@
+"""The SAE: hand-written gradients against autograd, shapes, norms, statistics, and the exported file."""
+
+import pytest
+import torch
+
+import experiment
+from experiment import OrthogonalSAE
+
+
+@pytest.fixture
+def sae():
+    sae = OrthogonalSAE(d_in=24, d_sae=96, seed=3, scale=0.7)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for p in (sae.b_enc, sae.b_dec):
+            p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+        sae.W_enc.add_(0.1 * torch.randn(sae.W_enc.shape, generator=generator))
+    return sae
+
+
+@pytest.fixture
+def x():
+    return torch.randn(256, 24, generator=torch.Generator().manual_seed(5)) + 0.5
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+def test_hand_written_gradients_equal_autograd_of_the_plain_forward(sae, x, dtype, rtol):
+    l1 = torch.tensor(0.05)
+    terms = sae.accumulate_grads(x, torch.arange(256) % 2 == 0, l1, dtype)
+    by_hand = {name: p.grad.clone() for name, p in sae.named_parameters()}
+    sae.zero_grad()
+    fvu, sparsity = sae.loss_terms(x)
+    (fvu + l1 * sparsity).backward()
+    assert terms.fvu.item() == pytest.approx(fvu.item(), rel=rtol)
+    assert terms.l1.item() == pytest.approx(sparsity.item(), rel=rtol)
+    for name, p in sae.named_parameters():
+        assert (by_hand[name] - p.grad).norm() <= rtol * p.grad.norm(), name
+        assert p.grad.norm() > 1e-4, f"{name}: the comparison would be empty"
+
+
+def test_gradients_accumulate_and_a_frozen_decoder_gets_none(sae, x):
+    forget, l1 = torch.zeros(256, dtype=torch.bool), torch.tensor(0.0)
+    sae.accumulate_grads(x, forget, l1, torch.float32)
+    once = sae.W_enc.grad.clone()
+    sae.accumulate_grads(x, forget, l1, torch.float32)
+    torch.testing.assert_close(sae.W_enc.grad, 2 * once)
+    sae.zero_grad()
+    sae.W_dec.requires_grad_(False)
+    sae.accumulate_grads(x, forget, l1, torch.float32)
+    assert sae.W_dec.grad is None and sae.W_enc.grad is not None
+
+
+def test_counts_and_l0_are_those_of_the_features(sae, x):
+    forget = torch.arange(256) < 100
+    terms = sae.accumulate_grads(x, forget, torch.tensor(0.0), torch.float32)
+    active = sae.encode(x) > 0
+    assert torch.equal(terms.fired[1], active[:100].sum(0).float()) and torch.equal(terms.fired[0], active[100:].sum(0).float())
+    assert terms.l0.item() == pytest.approx(active.sum(1).float().mean().item())
+
+
+@pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 24), (2, 3, 4, 24)])
+def test_any_leading_shape_gives_the_same_rows(sae, shape):
+    x = torch.randn(shape)
+    flat = sae(x.reshape(-1, 24))
+    torch.testing.assert_close(sae(x), flat.reshape(shape))
+    assert sae.encode(x).shape == (*shape[:-1], 96)
+
+
+def test_decoder_rows_are_normalised_along_d_in_and_the_radial_gradient_is_removed(sae, x):
+    sae.accumulate_grads(x, torch.zeros(256, dtype=torch.bool), torch.tensor(0.0), torch.float32)
+    sae.project_decoder_grad()
+    assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-7
+    with torch.no_grad():
+        sae.W_dec *= 3.0
+    sae.normalise_decoder()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(96))
+
+
+def test_the_exported_file_gives_the_same_features_and_reconstruction_in_sae_lens(sae, x, tmp_path):
+    sae.export(tmp_path, {"model_name": "m", "hook_name": "h", "hook_layer": 0, "context_size": 16, "prepend_bos": True})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+    loaded = experiment.load_exported(tmp_path)
+    torch.testing.assert_close(loaded.encode(x) * sae.scale, sae.encode(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loaded(x), sae(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(96))
+
+
+def test_statistics_follow_the_domains_and_are_saved_with_the_module(sae):
+    fired = torch.zeros(2, 96)
+    fired[0, 0], fired[1, 1], fired[:, 2] = 50, 20, torch.tensor([50.0, 20.0])
+    for _ in range(2000):
+        sae.update_statistics(fired, torch.tensor(20), 70)
+    assert sae.rate[:, 0].tolist() == pytest.approx([1, 0]) and sae.rate[:, 1].tolist() == pytest.approx([0, 1], abs=1e-4)
+    assert sae.affinity[:4].tolist() == pytest.approx([-1, 1, 0, 0], abs=1e-4)
+    assert sae.idle[0] == 0 and sae.idle[3] == 70 * 2000
+    before = sae.rate[1].clone()
+    sae.update_statistics(torch.zeros(2, 96), torch.tensor(0), 70)
+    assert torch.equal(sae.rate[1], before), "a domain that is not in the batch keeps its rate"
+    assert {"rate", "idle", "groups", "scale"} <= set(sae.state_dict())

@@ -1,0 +1,70 @@
+"""The activation stream: packing, labels, special tokens, and agreement with a plain forward pass."""
+
+import datasets
+import pytest
+import torch
+
+from experiment import ActivationStream, RunFailed, packed_contexts
+
+
+class Letters:
+    """A tokenizer of single letters; BOS is 0 and EOS is 1."""
+
+    bos_token_id, eos_token_id = 0, 1
+
+    def __call__(self, texts, add_special_tokens):
+        return {"input_ids": [[ord(c) - 95 for c in t] for t in texts]}
+
+
+def corpus(*texts):
+    return datasets.Dataset.from_dict({"text": list(texts)})
+
+
+def test_documents_are_packed_after_bos_and_closed_by_eos():
+    contexts = list(packed_contexts(corpus("abc"), Letters(), 5, seed=0, repeat=False))
+    assert contexts == [[0, 2, 3, 4, 1]]
+    everything = list(packed_contexts(corpus("ab", "", "c", "defghijkl"), Letters(), 4, seed=0, repeat=False))
+    assert all(len(c) == 4 and c[0] == 0 for c in everything)
+    body = [t for c in everything for t in c[1:]]
+    assert len(body) == 15 and body.count(1) == 3, "an empty document leaves no trace; 12 letters + 3 EOS, cut into contexts"
+
+
+def test_short_text_repeats_in_a_new_order_and_text_under_one_context_is_refused():
+    from itertools import islice
+
+    contexts = list(islice(packed_contexts(corpus(*"abcdefgh"), Letters(), 17, seed=0), 5))
+    assert all(sorted(c[1::2]) == list(range(2, 10)) for c in contexts) and len({tuple(c) for c in contexts}) > 1
+    with pytest.raises(RunFailed, match="3 tokens, fewer than one context of 128"):
+        next(packed_contexts(corpus("ab"), Letters(), 128, seed=0))
+
+
+def test_rows_are_resid_post_of_the_hook_layer_without_special_tokens(micro):
+    stream = ActivationStream(micro, context_size=128, buffer_tokens=16_384)
+    tokens = torch.tensor([next(stream.texts[0]) for _ in range(4)])
+    states = micro.lm(tokens, output_hidden_states=True).hidden_states
+    plain = states[micro.layer + 1]  # hidden_states[0] is the embedding
+    got = stream.activations(tokens)
+    assert (got - plain).norm() / plain.norm() < 0.01, "bfloat16 against float32"
+    assert (got - states[micro.layer]).norm() / plain.norm() > 0.1
+
+
+def test_a_block_is_half_forget_half_retain_shuffled_and_repeatable(micro):
+    first, again = (ActivationStream(micro, 128, 16_384, seed=1).next_block() for _ in range(2))
+    assert torch.equal(first.x, again.x) and torch.equal(first.forget, again.forget)
+    assert first.forget.float().mean().item() == pytest.approx(0.5, abs=0.03)
+    halves = first.forget.float().view(-1).split(len(first.forget) // 2)
+    assert halves[0].mean().item() == pytest.approx(halves[1].mean().item(), abs=0.05), "domains are mixed within a block"
+    other = ActivationStream(micro, 128, 16_384, seed=2).next_block()
+    assert other.x.shape != first.x.shape or not torch.equal(other.x, first.x)
+
+
+def test_batches_are_whole_and_cover_a_block_once(activations):
+    batches = list(activations.batches(2048))
+    assert all(len(x) == 2048 == len(forget) for x, forget in batches)
+    assert len(batches) == len(activations.x) // 2048
+    assert torch.equal(torch.cat([x for x, _ in batches]), activations.x[: 2048 * len(batches)])
+
+
+def test_train_and_held_out_text_share_no_document(micro):
+    for text in (micro.forget, micro.retain):
+        assert not set(text.train["text"]) & set(text.held_out["text"])

@@ -1,0 +1,139 @@
+"""The trainer: what it steers, what it refuses, and that every setting reaches the run."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from experiment import ARMS, ActivationBlock, Config, RunFailed, Trainer
+
+SMALL = Config(arm="vanilla", d_sae=256, target_l0=8.0, batch_size=512, tokens=200 * 512, group_size=32, group_update_steps=20,
+               resample_steps=40, dead_tokens=20_000, warmup_steps=20)  # fmt: skip
+
+
+def train(config, activations, steps=60, seed=0) -> tuple[Trainer, list[dict]]:
+    trainer = Trainer(config, seed, activations.x.shape[1], 200, activations)
+    batches = list(activations.batches(config.batch_size))
+    history = [{k: v.item() for k, v in trainer.step(*batches[i % len(batches)]).items()} for i in range(steps)]
+    return trainer, history
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_learns_keeps_unit_rows_and_stays_finite(arm, activations):
+    trainer, history = train(replace(SMALL, arm=arm), activations)
+    assert history[-1]["fvu"] < 0.8 * history[0]["fvu"]
+    assert all(math.isfinite(v) for record in history for v in record.values())
+    torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(256))
+    assert ("omega" in history[-1]) == (arm != "vanilla")
+
+
+def test_the_sae_trained_is_the_function_evaluated(activations):
+    """FVU reported by a training step equals FVU of forward() on the same batch and weights."""
+    trainer, _ = train(SMALL, activations, steps=30)
+    x, forget = next(activations.batches(512))
+    fvu = trainer.sae.loss_terms(x)[0].item()
+    plain = ((trainer.sae(x) - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()).item()
+    assert fvu == pytest.approx(plain, rel=1e-4)
+    assert trainer.step(x, forget)["fvu"].item() == pytest.approx(plain, rel=0.02)
+
+
+def test_the_input_is_scaled_to_mean_square_norm_d_in(activations):
+    trainer, _ = train(SMALL, activations, steps=1)
+    assert (activations.x * trainer.sae.scale).pow(2).sum(1).mean().item() == pytest.approx(activations.x.shape[1], rel=1e-4)
+
+
+def test_lambda_is_steered_to_the_target_l0(activations):
+    _, history = train(replace(SMALL, decay_fraction=0.0), activations, steps=900)
+    assert sum(r["l0"] for r in history[-50:]) / 50 == pytest.approx(8.0, abs=2.0)
+    assert history[-1]["l1_coefficient"] != history[0]["l1_coefficient"]
+    _, fixed = train(replace(SMALL, target_l0=0.0), activations, steps=20)
+    assert fixed[-1]["l1_coefficient"] == pytest.approx(SMALL.l1)
+
+
+def test_the_orthogonality_losses_lower_what_they_measure(activations):
+    from experiment import omega_all_pairs, omega_grouped
+
+    plain, _ = train(SMALL, activations, steps=150)
+    fixed, _ = train(replace(SMALL, arm="fixed", alpha=1.0), activations, steps=150)
+    grouped, _ = train(replace(SMALL, arm="grouped", alpha=1.0, group_update_steps=1000), activations, steps=150)
+    assert omega_all_pairs(fixed.sae.W_dec) < 0.95 * omega_all_pairs(plain.sae.W_dec)
+    groups = grouped.sae.groups
+    assert omega_grouped(grouped.sae.W_dec, groups) < 0.5 * omega_grouped(plain.sae.W_dec, groups)
+
+
+def test_dead_features_are_revived_with_unit_rows_and_fresh_moments(activations):
+    trainer, _ = train(replace(SMALL, resample_steps=0), activations, steps=10)
+    sae = trainer.sae
+    with torch.no_grad():
+        sae.b_enc[:40] = -100.0
+        sae.idle[:40] = SMALL.dead_tokens
+    x, _ = next(activations.batches(512))
+    assert (sae.encode(x)[:, :40] > 0).sum() == 0
+    trainer._resample(x)
+    assert (sae.encode(x)[:, :40] > 0).any(0).float().mean() > 0.9
+    assert trainer.resampled == 40 and sae.idle[:40].max() == 0
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(256))
+    assert trainer.adam.state[sae.W_enc]["exp_avg"][:, :40].abs().max() == 0 < trainer.adam.state[sae.W_enc]["exp_avg"][:, 40:].abs().max()
+
+
+@pytest.mark.parametrize("where", ["activation", "weight", "omega"])
+def test_a_non_finite_term_stops_the_run_and_is_named(where, activations, monkeypatch):
+    trainer, _ = train(replace(SMALL, arm="fixed"), activations, steps=5)
+    x, forget = next(activations.batches(512))
+    before = trainer.sae.W_dec.detach().clone()
+    if where == "activation":
+        x = x.clone()
+        x[3, 4] = math.nan
+    elif where == "weight":
+        trainer.sae.b_dec.data[0] = before.new_tensor(math.inf)
+    else:
+        monkeypatch.setattr("experiment.omega_all_pairs", lambda W: W.sum() * math.nan)
+    with pytest.raises(RunFailed, match=f"{'omega' if where == 'omega' else 'fvu'} = (nan|inf).* at step 5 of arm fixed, seed 0"):
+        trainer.step(x, forget)
+    assert torch.equal(trainer.sae.W_dec, before), "no step was taken on it"
+
+
+CHANGES = {  # field -> (arm, changed value); what a field must change is the trained weights
+    "alpha": ("fixed", 0.7), "l1": ("vanilla", 0.1), "lr": ("vanilla", 5e-4), "warmup_steps": ("vanilla", 5), "decay_fraction": ("vanilla", 0.95),
+    "target_l0": ("vanilla", 30.0), "group_size": ("grouped", 16), "group_update_steps": ("grouped", 7), "tolerance": ("adaptive", 0.05),
+    "target_overlap": ("adaptive", 0.1), "dead_tokens": ("vanilla", 600), "resample_steps": ("vanilla", 25), "d_sae": ("vanilla", 300),
+    "batch_size": ("vanilla", 400), "arm": ("vanilla", "fixed"),
+}  # fmt: skip
+ELSEWHERE = {"testbed", "seeds", "evals", "tokens", "context_size", "buffer_tokens", "time_budget_minutes"}  # reach the stream and the run
+
+
+def test_every_field_of_the_config_is_looked_at():
+    from dataclasses import fields
+
+    assert set(CHANGES) | ELSEWHERE == {f.name for f in fields(Config)}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changing_a_field_changes_the_run(name, activations):
+    arm, value = CHANGES[name]
+    base = replace(SMALL, arm=arm, dead_tokens=2000 if name == "resample_steps" else SMALL.dead_tokens)
+    one, two = (train(c, activations, steps=61)[0].sae for c in (base, replace(base, **{name: value})))
+    assert one.W_dec.shape != two.W_dec.shape or not torch.equal(one.W_enc, two.W_enc)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(activations):
+    one, two, three = (train(replace(SMALL, arm="adaptive"), activations, steps=30, seed=s)[0].sae.W_dec for s in (0, 0, 1))
+    assert torch.equal(one, two) and not torch.equal(one, three)
+
+
+def test_seeds_trained_side_by_side_are_independent(activations):
+    alone = train(SMALL, activations, steps=20, seed=1)[0].sae.W_enc
+    a, b = (Trainer(SMALL, s, activations.x.shape[1], 200, activations) for s in (0, 1))
+    batches = list(activations.batches(512))
+    for i in range(20):
+        for t in (a, b):
+            t.step(*batches[i % len(batches)])
+    assert torch.equal(b.sae.W_enc, alone)
+
+
+def test_a_single_domain_in_the_stream_trains_too(activations):
+    only = ActivationBlock(activations.x, torch.zeros_like(activations.forget))
+    for arm in ARMS:
+        _, history = train(replace(SMALL, arm=arm), only, steps=45)
+        assert all(math.isfinite(v) for r in history for v in r.values())
