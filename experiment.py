@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -72,10 +72,10 @@ class Config:
     """steps between two formations of the groups"""
     tolerance: float = 0.2
     """adaptive: |cosine| that two features of one domain may share freely"""
-    target_overlap: float = 0.5
-    """adaptive: overlap between domains that alpha is steered to (1: independent random directions)"""
+    target_sharing: float = 0.3
+    """adaptive: share of firing that the domains may have in common, which alpha is steered to"""
 
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Adam's learning rate after warm-up"""
     warmup_steps: int = 100
     """steps over which the learning rate rises from 0"""
@@ -196,9 +196,8 @@ import subprocess  # noqa: E402
 import tempfile  # noqa: E402
 import warnings  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
-from functools import partial  # noqa: E402
+from functools import cached_property, partial  # noqa: E402
 from itertools import islice, permutations  # noqa: E402
-
 from unittest.mock import patch  # noqa: E402
 
 import beartype  # noqa: E402, F401  (before nnsight, which gives `object` a method that beartype's import trips over)
@@ -301,13 +300,14 @@ def has_bf16(device: torch.device) -> bool:
 
 @dataclass
 class Terms:
-    """What one pass measured, on the device: 0-d tensors but `fired`, the rows on which each feature fired [2, F],
-    on retain and forget text."""
+    """What one pass measured, on the device: 0-d tensors; per feature, on retain and forget rows [2, F], how often it
+    `fired` and its share `l1_2F` of l1 = mean Σ f / √d_in."""
 
     fvu: Tensor
     l1: Tensor
     l0: Tensor
     fired: Tensor
+    l1_2F: Tensor
 
 
 class OrthogonalSAE(torch.nn.Module):
@@ -324,7 +324,7 @@ class OrthogonalSAE(torch.nn.Module):
         generator = torch.Generator().manual_seed(seed)
         W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
         self.W_dec = torch.nn.Parameter(W_dec)
-        self.W_enc = torch.nn.Parameter(W_dec.T.clone() * 0.5)
+        self.W_enc = torch.nn.Parameter(W_dec.T.contiguous() * 0.5)  # contiguous: fused Adam walks weight and gradient in memory order
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
         self.register_buffer("scale", torch.tensor(float(scale)))
@@ -357,10 +357,11 @@ class OrthogonalSAE(torch.nn.Module):
         return error.pow(2).sum() / variance, f.sum() / len(x) / math.sqrt(x.shape[1])
 
     @torch.no_grad()
-    def accumulate_grads(self, x: Tensor, forget: Tensor, l1: Tensor, dtype: torch.dtype) -> Terms:
-        """Add the gradients of FVU + l1 · mean Σ f / √d_in to .grad, by hand, and measure the terms.
+    def accumulate_grads(self, x: Tensor, forget: Tensor, l1: Tensor, dtype: torch.dtype, price_2F: Tensor | None = None) -> Terms:
+        """Add the gradients of FVU + mean Σ_i (l1 + price_i) f_i / √d_in to .grad, by hand, and measure the terms.
 
-        x [B, D] in the LM's units, forget [B] (bool), l1 a 0-d tensor. Matrix products run in `dtype` and accumulate in
+        x [B, D] in the LM's units, forget [B] (bool), l1 a 0-d tensor; price [2, F], if given, is what each feature costs on
+        retain and on forget rows beyond l1. Matrix products run in `dtype` and accumulate in
         fp32; weights, biases' gradients and statistics are fp32. Five products instead of autograd's six: x needs no
         gradient, and that of b_dec through the encoder is one matrix-vector product.
         """
@@ -373,9 +374,12 @@ class OrthogonalSAE(torch.nn.Module):
         error_BD = (f_BF @ W_dec).float().add_(self.b_dec).sub_(x_BD)
         d_out_BD = error_BD * (2 / variance)
         d_out = d_out_BD.to(dtype)
-        sparsity = (l1 / (B * math.sqrt(D))).to(dtype)
-        d_pre_BF = torch.ops.aten.threshold_backward(torch.addmm(sparsity.expand(len(W_dec)), d_out, W_dec.T), f_BF, 0)
-        d_b_enc = d_pre_BF.sum(0, dtype=torch.float32)
+        domain_2B, per_row = torch.stack([~forget, forget]).to(dtype), 1 / (B * math.sqrt(D))
+        d_f_BF = torch.addmm((l1 * per_row).to(dtype).expand(len(W_dec)), d_out, W_dec.T)
+        if price_2F is not None:
+            d_f_BF.addmm_(domain_2B.T, (price_2F * per_row).to(dtype))
+        d_pre_BF = torch.ops.aten.threshold_backward(d_f_BF, f_BF, 0)
+        d_b_enc = (domain_2B @ d_pre_BF).float().sum(0)  # a product, not .sum(0): that would first copy all of it to fp32
         for parameter, grad in (
             (self.W_dec, f_BF.T @ d_out),
             (self.W_enc, in_BD.T @ d_pre_BF),
@@ -384,9 +388,8 @@ class OrthogonalSAE(torch.nn.Module):
         ):
             if parameter.requires_grad:
                 parameter.grad = grad.float() if parameter.grad is None else parameter.grad + grad
-        domain_2B = torch.stack([~forget, forget]).to(dtype)
-        fired_2F = (domain_2B @ f_BF.sign()).float()
-        return Terms(error_BD.pow(2).sum() / variance, f_BF.sum(dtype=torch.float32) / (B * math.sqrt(D)), fired_2F.sum() / B, fired_2F)
+        fired_2F, total_2F = (domain_2B @ f_BF.sign()).float(), (domain_2B @ f_BF).float()
+        return Terms(error_BD.pow(2).sum() / variance, total_2F.sum() * per_row, fired_2F.sum() / B, fired_2F, total_2F * per_row)
 
     @torch.no_grad()
     def project_decoder_grad(self):
@@ -518,17 +521,35 @@ def firing_profile(f_BF: Tensor, affinity: Tensor, generator: torch.Generator, w
     return torch.cat([sketch, affinity[:, None].to(sketch)], dim=1)
 
 
+def wrong_domain_price(sae: OrthogonalSAE) -> Tensor:
+    """What a feature's activation costs on retain and on forget rows, [2, F]: its affinity for the other domain.
+
+    Weighted by activations this is the overlap of forget-leaning features with retain text and the reverse: zero when the
+    firing of each feature is orthogonal to the other domain; features without a leaning (a = 0) are shared for free.
+    """
+    return torch.stack([sae.affinity.clamp(min=0), (-sae.affinity).clamp(min=0)])
+
+
+def sharing(rate: Tensor) -> Tensor:
+    """Share of firing that the domains have in common, 2 Σ min(p_forget, p_retain) / Σ (p_forget + p_retain), from rate [2, F]."""
+    return 2 * rate.amin(0).sum() / rate.sum().clamp(min=1e-12)
+
+
 @dataclass(frozen=True)
 class Arm:
-    """One row of the study. `omega(sae, config)` is the loss; `overlap(sae)`, if given, is what alpha is steered by."""
+    """One row of the study: alpha · (omega(sae, config) on the weights + the price of activations on the wrong domain).
+
+    `steered`: alpha follows the measured sharing between the domains towards --target_sharing, instead of staying as given.
+    """
 
     omega: Callable[[OrthogonalSAE, Config], Tensor] | None = None
-    overlap: Callable[[OrthogonalSAE], Tensor] | None = None
+    price: Callable[[OrthogonalSAE], Tensor] | None = None
+    steered: bool = False
     uses_groups: bool = False
 
 
 def omega_adaptive(sae: OrthogonalSAE, config: Config) -> Tensor:
-    """No overlap between domains, controlled sharing inside the groups."""
+    """Decoder part of adaptive: no overlap between domains, controlled sharing inside the groups."""
     return omega_between_domains(sae.W_dec, sae.affinity) + omega_shared(sae.W_dec, sae.groups, sae.affinity, config.tolerance)
 
 
@@ -536,7 +557,7 @@ ARMS = {
     "vanilla": Arm(),
     "fixed": Arm(lambda sae, config: omega_all_pairs(sae.W_dec)),
     "grouped": Arm(lambda sae, config: omega_grouped(sae.W_dec, sae.groups), uses_groups=True),
-    "adaptive": Arm(omega_adaptive, lambda sae: omega_between_domains(sae.W_dec, sae.affinity), uses_groups=True),
+    "adaptive": Arm(omega_adaptive, wrong_domain_price, steered=True, uses_groups=True),
 }
 
 
@@ -553,13 +574,18 @@ class Trainer:
         scale = math.sqrt(d_in / first_block.x.pow(2).sum(1).mean().item())
         self.sae = OrthogonalSAE(d_in, config.d_sae, seed, scale).to(device)
         self.sae.b_dec.data.copy_(first_block.x.mean(0) * scale)
+        if config.target_l0:  # start near the target: lambda would otherwise run up while L0 falls, and kill features
+            with torch.no_grad():
+                pre = (first_block.x[:4096] * scale - self.sae.b_dec) @ self.sae.W_enc
+                self.sae.b_enc -= torch.quantile(pre.flatten()[: 2**24], 1 - min(0.5, 2 * config.target_l0 / config.d_sae))
         self.generator = torch.Generator().manual_seed(seed)
         self.adam = torch.optim.Adam(self.sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, self._lr_factor)
         self.log_l1 = torch.tensor(math.log(config.l1) if config.l1 else -math.inf, device=device)
-        self.log_alpha = torch.tensor(math.log(config.alpha) if config.alpha and self.arm.omega else -math.inf, device=device)
+        self.log_alpha = torch.tensor(math.log(config.alpha) if config.alpha and (self.arm.omega or self.arm.price) else -math.inf, device=device)
         self.l0 = torch.tensor(config.target_l0 or 0.0, device=device)  # moving average that steers lambda
         self.steps, self.resampled = 0, 0
+        self.history: list[dict] = []  # one record a logged step
 
     def _lr_factor(self, step: int) -> float:
         rise = min(1.0, (step + 1) / max(self.config.warmup_steps, 1))
@@ -572,14 +598,18 @@ class Trainer:
             with torch.no_grad():
                 sae.groups = form_groups(firing_profile(sae.encode(x), sae.affinity, self.generator), config.group_size).to(x.device)
         l1, alpha = self.log_l1.exp(), self.log_alpha.exp()
-        terms = sae.accumulate_grads(x, forget, l1, self.dtype)
-        loss = terms.fvu + l1 * terms.l1
+        price = self.arm.price(sae) if self.arm.price and config.alpha else None
+        terms = sae.accumulate_grads(x, forget, l1, self.dtype, None if price is None else alpha * price)
         measured = {"fvu": terms.fvu, "l0": terms.l0, "l1_coefficient": l1, "alpha": alpha}
+        loss = terms.fvu + l1 * terms.l1
+        if price is not None:
+            measured["omega_firing"] = (price * terms.l1_2F).sum()
+            loss = loss + alpha * measured["omega_firing"]
         if self.arm.omega and config.alpha:
             omega = self.arm.omega(sae, config)
             (alpha * omega).backward()
-            loss = loss + alpha * omega.detach()
             measured["omega"] = omega.detach()
+            loss = loss + alpha * measured["omega"]
         measured["loss"] = loss
         self._refuse_non_finite(measured)
         sae.project_decoder_grad()
@@ -601,14 +631,13 @@ class Trainer:
 
     @torch.no_grad()
     def _steer(self, terms: Terms):
-        """Multiply lambda by (L0 / target)^0.01 and alpha by (overlap / target)^0.01, L0 averaged over some 10 steps."""
+        """Multiply lambda by (L0 / target)^0.01 and alpha by (sharing / target)^0.01, L0 averaged over some 10 steps."""
         if self.config.target_l0:
             self.l0 = 0.9 * self.l0 + 0.1 * terms.l0
             self.log_l1 += 0.01 * (self.l0.clamp(min=1e-3) / self.config.target_l0).log().clamp(-1, 1)
-        if self.arm.overlap and self.config.alpha:
-            overlap = self.arm.overlap(self.sae).clamp(min=1e-6)
-            self.log_alpha += 0.01 * (overlap / self.config.target_overlap).log().clamp(-1, 1)
-            self.log_alpha.clamp_(math.log(1e-4), math.log(10.0))
+        if self.arm.steered and self.config.alpha:
+            self.log_alpha += 0.01 * (sharing(self.sae.rate) / self.config.target_sharing).log().clamp(-1, 1)
+            self.log_alpha.clamp_(math.log(1e-3), math.log(30.0))
 
     @torch.no_grad()
     def _resample(self, x: Tensor):
@@ -643,25 +672,35 @@ SWEEP = {"retain_thresholds": [0.001, 0.01], "n_features_list": [5, 10, 20, 50],
 MIN_KNOWN = 10  # known questions a domain without which an accuracy means nothing
 
 
-class FeatureUnits:
-    """An SAE whose features count in units of their own mean active value, so that SAEBench's multipliers do too."""
+class ChosenFeatures:
+    """The few features of an SAE that an intervention may touch, each in units of `unit_F`, as SAEBench's code takes an SAE.
 
-    def __init__(self, sae, unit_F: Tensor):
-        self.sae, self.unit_F, self.cfg = sae, unit_F, sae.cfg
+    Clamping changes the residual by (f' - f) W_dec of the clamped features alone, since SAEBench adds the SAE's error back:
+    the others need not be computed. With the features' own mean active values as units, SAEBench's multipliers count in those.
+    """
+
+    def __init__(self, sae, chosen: Tensor, unit_F: Tensor):
+        self.sae, self.chosen, self.unit, self.cfg = sae, chosen, unit_F[chosen], sae.cfg
+        self.W_dec = sae.W_dec[chosen] * self.unit[:, None]
+        if sae.cfg.architecture() == "standard":  # features do not compete: encode the chosen alone
+            W_enc, b_enc = sae.W_enc[:, chosen] / self.unit, sae.b_enc[chosen] / self.unit
+            self.encode = lambda x: torch.relu((x - sae.b_dec) @ W_enc + b_enc)
 
     def encode(self, x: Tensor) -> Tensor:
-        return self.sae.encode(x) / self.unit_F
+        """x [..., D] -> [..., chosen]."""
+        return self.sae.encode(x)[..., self.chosen] / self.unit
 
     def decode(self, f: Tensor) -> Tensor:
-        return self.sae.decode(f * self.unit_F)
+        """[..., chosen] -> what the chosen features write, [..., D]."""
+        return f @ self.W_dec
 
 
 class Evaluator:
     """The evaluations of one testbed. What does not depend on the SAE (contexts, residuals, the LM's own answers) is made
     once and shared by all seeds and runs of the process."""
 
-    def __init__(self, testbed: testbeds.Testbed, context_size: int, n_contexts: int = 256):
-        self.testbed, self.context_size = testbed, context_size
+    def __init__(self, testbed: testbeds.Testbed, context_size: int, n_contexts: int = 512, n_core: int = 128):
+        self.testbed, self.context_size, self.n_core = testbed, context_size, n_core
         self.lm = testbeds.InterventionLM(testbed)
         self.exams: dict = {}
         self.artifacts = tempfile.TemporaryDirectory(prefix="saebench-")  # private; SAEBench keeps its sweep as pickles
@@ -696,13 +735,12 @@ class Evaluator:
         from sae_bench.evals.core.eval_config import CoreEvalConfig
         from sae_lens import ActivationsStore
 
-        self.proxy = getattr(self, "proxy", None) or self._proxy()
-        n = min(len(self.held_out["forget"][0]), len(self.held_out["retain"][0]))
+        n = min(self.n_core, len(self.held_out["forget"][0]), len(self.held_out["retain"][0]))
         rows = torch.stack([self.held_out["forget"][0][:n], self.held_out["retain"][0][:n]], 1).flatten(0, 1)
         dataset = testbeds.datasets.Dataset.from_dict({"input_ids": rows.tolist()}).to_iterable_dataset()
         settings = CoreEvalConfig(
             model_name=self.testbed.name, batch_size_prompts=16, context_size=self.context_size, dataset="held-out text",
-            n_eval_reconstruction_batches=max(1, n // 2 * 2 // 16), n_eval_sparsity_variance_batches=max(1, n * 2 // 16),
+            n_eval_reconstruction_batches=max(1, n * 2 // 16), n_eval_sparsity_variance_batches=max(1, n * 2 // 16),
             compute_kl=True, compute_ce_loss=True, compute_l2_norms=True, compute_sparsity_metrics=True, compute_variance_metrics=True,
             compute_featurewise_density_statistics=True, compute_featurewise_weight_based_metrics=True,
             exclude_special_tokens_from_reconstruction=True)  # fmt: skip
@@ -714,7 +752,9 @@ class Evaluator:
         output = {"eval_type_id": "core", "eval_config": asdict(settings), "eval_result_metrics": groups}
         return {name: value for group in groups.values() for name, value in group.items()}, output
 
-    def _proxy(self):
+    @cached_property
+    def proxy(self):
+        """The LM in the form that SAEBench core takes any LM."""
         from sae_lens.load_model import HookedProxyLM
 
         return HookedProxyLM(self.testbed.lm, self.testbed.tokenizer, hook_names=[self.testbed.hook_name])
@@ -735,16 +775,12 @@ class Evaluator:
             questions = self.subjects[dataset_name]
             questions = questions if chosen is None else [questions[i] for i in chosen]
             self.exams[key] = testbeds.Exam(self.testbed.tokenizer, questions, self.testbed.scoring, permutations, self.testbed.prompt_format,
-                                            without_question, self.cfg_device)  # fmt: skip
+                                            without_question, self.testbed.lm.device)  # fmt: skip
         probs = self.exams[key].probs(model.forward)
         correct = (probs.argmax(-1) == self.exams[key].answers).float()
         return {"mean_correct": correct.mean().item(), "total_correct": int(correct.sum()), "is_correct": correct.numpy(), "output_probs": probs.half().numpy()}
 
-    @property
-    def cfg_device(self):
-        return self.testbed.lm.device
-
-    def sweep(self, sae, forget_rate: np.ndarray, retain_rate: np.ndarray, name: str, subjects: list[str], **settings) -> tuple[list[dict], float]:
+    def sweep(self, sae, forget_rate: np.ndarray, retain_rate: np.ndarray, unit: Tensor, name: str, subjects: list[str], **settings) -> tuple[list[dict], float]:
         """SAEBench's unlearning sweep, by its own `run_eval_single_sae`: the cells (settings, accuracies, right or wrong by
         question) and SAEBench's score. Global state (grad mode, RNG) is as before afterwards."""
         from sae_bench.evals.unlearning import main as unlearning
@@ -752,6 +788,10 @@ class Evaluator:
         from sae_bench.evals.unlearning.utils import eval as sweep_eval
         from sae_bench.evals.unlearning.utils import feature_activation, metrics
 
+        top = [feature_activation.get_top_features(forget_rate, retain_rate, t)[: max(settings["n_features_list"])] for t in settings["retain_thresholds"]]
+        chosen = np.unique(np.concatenate(top + [[0]]))  # all that the sweep can touch
+        unit = unit if self.testbed.clamp_scale == "feature" else torch.ones_like(unit)
+        sae, forget_rate, retain_rate = ChosenFeatures(sae, torch.from_numpy(chosen), unit), forget_rate[chosen], retain_rate[chosen]
         folder = Path(self.artifacts.name)
         sparsities = folder / name / feature_activation.SPARSITIES_DIR
         sparsities.mkdir(parents=True)
@@ -788,7 +828,8 @@ class Evaluator:
                           "forget_accuracy": float(forget.mean()), "retain_accuracy": float(retain.mean()), "forget": forget, "retain": retain})  # fmt: skip
         return cells, score
 
-    def known(self) -> dict[str, int]:
+    @cached_property
+    def n_known(self) -> dict[str, int]:
         """How many questions of each subject the LM gets right under all 24 permutations."""
         out = {}
         for subject in self.subjects:
@@ -799,7 +840,6 @@ class Evaluator:
     def unlearning(self, sae, seed: int, name: str) -> tuple[dict, dict, list[str]]:
         """SAEBench's unlearning score with what one needs to read it: metrics, details (sweep table, bootstrap interval,
         random-feature floor), warnings. Metrics are None when the LM knows too few questions."""
-        self.n_known = getattr(self, "n_known", None) or self.known()
         n_forget, n_retain = self.n_known["wmdp-bio"], sum(n for s, n in self.n_known.items() if s != "wmdp-bio")
         metrics = {"n_known_forget": n_forget, "n_known_retain": n_retain}
         names = ("unlearning_score", "forget_accuracy", "retain_accuracy", "lm_forget_accuracy", "lm_retain_accuracy", "random_feature_score",
@@ -809,14 +849,13 @@ class Evaluator:
             return metrics | dict.fromkeys(names), {}, [reason]
         subjects = ["wmdp-bio"] + [s for s, n in self.n_known.items() if n and s != "wmdp-bio"]
         forget_rate, retain_rate, unit = self.firing(sae)
-        sae_in_units = FeatureUnits(sae, unit) if self.testbed.clamp_scale == "feature" else sae
-        cells, score = self.sweep(sae_in_units, forget_rate.cpu().numpy(), retain_rate.cpu().numpy(), name, subjects, **SWEEP)
+        cells, score = self.sweep(sae, forget_rate.cpu().numpy(), retain_rate.cpu().numpy(), unit, name, subjects, **SWEEP)
         allowed = [c for c in cells if c["retain_accuracy"] >= 0.99]
         best = min(allowed, key=lambda c: (c["forget_accuracy"], -c["retain_accuracy"]), default={"forget_accuracy": 1.0, "retain_accuracy": 1.0})
         rng, floors = np.random.default_rng(seed), []
         for draw in range(2):  # as many features, drawn from the living at random, under the same clamps
             random_rate = np.where((forget_rate + retain_rate).cpu().numpy() > 0, rng.uniform(0.1, 1.0, len(forget_rate)), 0.0)
-            floors.append(self.sweep(sae_in_units, random_rate, 0 * random_rate, f"{name}_random{draw}", subjects, **SWEEP | {"retain_thresholds": [0.001]})[1])
+            floors.append(self.sweep(sae, random_rate, 0 * random_rate, unit, f"{name}_random{draw}", subjects, **SWEEP | {"retain_thresholds": [0.001]})[1])
         plain = self._accuracy(subjects)
         through = self._accuracy(subjects, lambda resid, hook: torch.cat([resid[:, :1], sae.decode(sae.encode(resid[:, 1:]))], 1))
         values = (score, best["forget_accuracy"], best["retain_accuracy"], *plain, float(np.mean(floors)), *through, int(((forget_rate > 0) & (retain_rate < max(SWEEP["retain_thresholds"]))).sum()))
@@ -838,6 +877,15 @@ class Evaluator:
 
     # ---- corpus unlearning
 
+    def _held_out_ce(self) -> dict[str, float]:
+        """Cross-entropy on 48 held-out contexts of each domain, under the hook if there is one."""
+        return {domain: self.lm.ce(tokens[:48], resid[:48]) for domain, (tokens, resid) in self.held_out.items()}
+
+    @cached_property
+    def plain_ce(self) -> dict[str, float]:
+        self.lm.reset_hooks()
+        return self._held_out_ce()
+
     def corpus(self, sae) -> tuple[dict, dict]:
         """Cross-entropy gained on held-out forget text against cross-entropy paid on held-out retain text, in nats a token,
         under the interventions of SAEBench's sweep: the most gained at a cost of at most 0.01, 0.05 and 0.1."""
@@ -845,17 +893,15 @@ class Evaluator:
         from sae_bench.evals.unlearning.utils.intervention import anthropic_clamp_resid_SAE_features
 
         forget_rate, retain_rate, unit = self.firing(sae)
-        sae = FeatureUnits(sae, unit) if self.testbed.clamp_scale == "feature" else sae
-        parts = {domain: tuple(t[:96] for t in self.held_out[domain]) for domain in ("forget", "retain")}
-        self.lm.reset_hooks()
-        self.plain_ce = getattr(self, "plain_ce", None) or {domain: self.lm.ce(*part) for domain, part in parts.items()}
+        unit = unit if self.testbed.clamp_scale == "feature" else torch.ones_like(unit)
         table = []
         for threshold in SWEEP["retain_thresholds"]:
             ranked = get_top_features(forget_rate.cpu().numpy(), retain_rate.cpu().numpy(), threshold)
             for n in sorted({min(n, len(ranked)) for n in SWEEP["n_features_list"]} - {0}):
+                chosen = ChosenFeatures(sae, torch.from_numpy(ranked[:n].copy()), unit)
                 for multiplier in SWEEP["multipliers"]:
-                    self.lm.add_hook("", partial(anthropic_clamp_resid_SAE_features, sae=sae, features_to_ablate=ranked[:n].copy(), multiplier=multiplier))
-                    change = {domain: self.lm.ce(*part) - self.plain_ce[domain] for domain, part in parts.items()}
+                    self.lm.add_hook("", partial(anthropic_clamp_resid_SAE_features, sae=chosen, features_to_ablate=list(range(n)), multiplier=multiplier))
+                    change = {domain: ce - self.plain_ce[domain] for domain, ce in self._held_out_ce().items()}
                     table.append({"retain_threshold": threshold, "n_features": n, "multiplier": multiplier, "forget_ce_gain": change["forget"], "retain_ce_cost": change["retain"]})
         self.lm.reset_hooks()
         at = lambda cost: max([row["forget_ce_gain"] for row in table if row["retain_ce_cost"] <= cost], default=0.0)  # noqa: E731
@@ -876,6 +922,7 @@ class Evaluator:
         groups = {"forget": affinity > 0.5, "retain": affinity < -0.5, "shared": affinity.abs() <= 0.5}
         mean_max, above = overlaps(W)
         metrics = {"omega": omega_all_pairs(W).item(), "omega_floor": welch_floor(*W.shape), "mean_max_cosine": mean_max, "frac_pairs_above_0.2": above}
+        metrics["sharing"] = sharing(torch.stack([retain_rate, forget_rate])).item()
         metrics["omega_between_domains"] = omega_between_domains(W, affinity.double()).item() if groups["forget"].any() and groups["retain"].any() else None
         spectra, bases = {}, {}
         for name, members in groups.items():
@@ -940,13 +987,20 @@ class Run:
         for trainer in self.trainers:
             measured = trainer.step(x, forget)
             if log:
-                self.last = {k: v.item() for k, v in measured.items()}
-                dead = (trainer.sae.idle >= self.config.dead_tokens).float().mean().item()
-                record = {"seed": trainer.seed, "step": trainer.steps, "tokens": trainer.steps * self.config.batch_size, **self.last, "frac_dead": dead}
-                record["between_domains"] = omega_between_domains(trainer.sae.W_dec.detach(), trainer.sae.affinity).item()
-                self.log.write(json.dumps(record) + "\n")
-                self.log.flush()
-                trainer.history = getattr(trainer, "history", []) + [record]
+                trainer.history.append(self._record(trainer, measured))
+                self.log.write(json.dumps(trainer.history[-1]) + "\n")
+        if log:
+            self.log.flush()
+
+    def _record(self, trainer: Trainer, measured: dict[str, Tensor]) -> dict:
+        sae = trainer.sae
+        return {"seed": trainer.seed, "step": trainer.steps, "tokens": trainer.steps * self.config.batch_size} | {k: v.item() for k, v in measured.items()} | {
+            "frac_dead": (sae.idle >= self.config.dead_tokens).float().mean().item(), "sharing": sharing(sae.rate).item(),
+            "between_domains": omega_between_domains(sae.W_dec.detach(), sae.affinity).item()}  # fmt: skip
+
+    def progress(self) -> str:
+        last = self.trainers[-1].history[-1]
+        return f"{self.folder.name}: fvu {last['fvu']:.3f} l0 {last['l0']:.1f}"
 
     def evaluate(self, evaluator: Evaluator, train_seconds: float):
         """Export every SAE, evaluate what was exported, and write final_info.json, last and whole."""
@@ -1054,7 +1108,7 @@ def train(runs: list[Run], stream: ActivationStream, block: ActivationBlock, n_s
                     run.step(x, forget, log)
                 done += 1
                 bar.update(config.batch_size)
-            bar.set_postfix_str(" ".join(f"{r.folder.name}: fvu {r.last['fvu']:.3f} l0 {r.last['l0']:.1f}" for r in runs[:3]))
+            bar.set_postfix_str(", ".join(run.progress() for run in runs[:3]))
             if done < n_steps:
                 block = stream.next_block()
     return time.monotonic() - started

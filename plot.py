@@ -92,8 +92,8 @@ def save(figure, name: str):
 
 
 def training_curves(runs: list[Run]):
-    """FVU, L0, λ and overlap between domains over training: mean over seeds, band from least to most."""
-    panels = (("fvu", "fraction of variance unexplained"), ("l0", "L0"), ("l1_coefficient", "λ"), ("between_domains", "Ω between forget and retain features"))
+    """FVU, L0, λ and sharing between domains over training: mean over seeds, band from least to most."""
+    panels = (("fvu", "fraction of variance unexplained"), ("l0", "L0"), ("l1_coefficient", "λ"), ("sharing", "share of firing common to both domains"))
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), sharex=True)
     for axis, (key, title) in zip(axes.flat, panels):
         for i, run in enumerate(runs):
@@ -102,7 +102,7 @@ def training_curves(runs: list[Run]):
             axis.plot(np.array(tokens) / 1e6, curves.mean(0), label=run.label, **style(i))
             axis.fill_between(np.array(tokens) / 1e6, curves.min(0), curves.max(0), color=style(i)["color"], alpha=0.15, linewidth=0)
         axis.set_title(title, fontsize=10)
-        axis.set_yscale("linear" if key == "between_domains" else "log")
+        axis.set_yscale("linear" if key == "sharing" else "log")
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
     for axis in axes[1]:

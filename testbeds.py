@@ -251,6 +251,11 @@ class InterventionLM:
     def reset_hooks(self):
         self.hook = None
 
+    def _changed(self, resid: Tensor) -> Tensor:
+        """resid under the hook; without one, or where SAEBench's hook has no feature to clamp (None), as it is."""
+        changed = None if self.hook is None else self.hook(resid, hook=None)
+        return resid if changed is None else changed
+
     @contextlib.contextmanager
     def resumed_from(self, resid: Tensor):
         """Inside, the layers below the hook pass their input on, and the hook layer puts out `resid`."""
@@ -289,7 +294,7 @@ class InterventionLM:
             return logits_at(self.lm, batch.tokens, batch.positions)
         if batch.resid is None:
             batch.resid = self.resid(batch.tokens)
-        with self.resumed_from(self.hook(batch.resid, hook=None)):
+        with self.resumed_from(self._changed(batch.resid)):
             return logits_at(self.lm, batch.tokens, batch.positions)
 
     @torch.no_grad()
@@ -297,7 +302,7 @@ class InterventionLM:
         """Mean next-token cross-entropy (nats) on contexts [n, pos] from cached resid, under the hook if there is one."""
         losses = []
         for t, r in zip(tokens.split(32), resid.split(32)):
-            with self.resumed_from(r if self.hook is None else self.hook(r, hook=None)):
+            with self.resumed_from(self._changed(r)):
                 logits = self.lm(t, use_cache=False).logits[:, :-1]
             losses.append(torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), t[:, 1:].flatten(), reduction="none"))
         return torch.cat(losses).mean().item()

@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from micro_pythia.world import SUBJECTS, World, lookup_drill, lookup_list, lookup_question, mcq_prompt
+from micro_pythia.world import SUBJECTS, World, lookup_drill, lookup_list, lookup_question
 from testbeds import Exam, Question, logits_at
 
 BOS = "<|endoftext|>"
@@ -140,7 +140,7 @@ class Reader:
         return self.docs[kind][self.rng.integers(len(self.docs[kind]))]
 
 
-def train(lm, reader: Reader, probe: Exam, max_steps=5_000, lr=1e-3, tail=900, drill_learned=0.5, ramp=200):
+def train(lm, reader: Reader, probe: Exam, max_steps=5_000, lr=2e-3, tail=900, drill_learned=0.5, ramp=200):
     """Two stages with AdamW in bf16 autocast: look-ups until their loss is under `drill_learned`, then facts.
 
     Two probes in a row with 94 % of the letters right start the last `tail` steps, over which the learning rate decays.
@@ -230,7 +230,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write")
     parser.add_argument("--world_seed", type=int, default=0, help="which world of facts")
-    parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's peak learning rate")
+    parser.add_argument("--lr", type=float, default=2e-3, help="AdamW's peak learning rate")
     parser.add_argument("--max_steps", type=int, default=5_000, help="optimiser steps of 4,096 tokens, at most")
     args = parser.parse_args()
 

@@ -68,15 +68,22 @@ def test_running_on_from_cached_activations_equals_the_whole_lm(micro, evaluator
     assert lm.ce(tokens[:8], resid[:8]) == pytest.approx(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:8, 1:].flatten()).item(), abs=1e-4)
 
 
-def test_features_in_their_own_units_are_the_same_sae(exported, evaluator):
-    unit = evaluator.firing(exported)[2]
-    in_units = experiment.FeatureUnits(exported, unit)
-    x = evaluator.held_out["forget"][1][:2]
-    torch.testing.assert_close(in_units.decode(in_units.encode(x)), exported(x), atol=1e-5, rtol=1e-4)
-    tokens, resid = evaluator.select["forget"]
-    both = torch.cat([in_units.encode(r[~torch.isin(t, evaluator.special)]) for t, r in evaluator.select.values()])
-    active = (both > 0).sum(0)
-    torch.testing.assert_close((both.sum(0) / active)[active > 0], torch.ones(int((active > 0).sum())), atol=1e-4, rtol=1e-4)
+def test_clamping_the_chosen_features_alone_equals_clamping_within_the_whole_sae(exported, evaluator):
+    from sae_bench.evals.unlearning.utils.intervention import anthropic_clamp_resid_SAE_features as clamp
+
+    x, chosen = evaluator.held_out["forget"][1][:4], torch.tensor([3, 99, 500])
+    alone = clamp(x, None, experiment.ChosenFeatures(exported, chosen, torch.ones(1024)), [0, 1, 2], 5)
+    whole = clamp(x, None, exported, chosen.tolist(), 5)
+    torch.testing.assert_close(alone, whole, atol=1e-4, rtol=1e-4)
+    assert (whole - x).abs().max() > 0.1, "the comparison would be empty"
+
+
+def test_units_are_the_mean_active_values(exported, evaluator):
+    forget_rate, retain_rate, unit = evaluator.firing(exported)
+    alive = (forget_rate + retain_rate > 0).nonzero()[:50, 0]
+    in_units = experiment.ChosenFeatures(exported, alive, unit)
+    f = torch.cat([in_units.encode(r[~torch.isin(t, evaluator.special)]) for t, r in evaluator.select.values()])
+    torch.testing.assert_close(f.sum(0) / (f > 0).sum(0), torch.ones(len(alive)), atol=1e-3, rtol=1e-3)
 
 
 def test_too_few_known_questions_give_null_and_the_reason(evaluator, exported, monkeypatch):
@@ -87,7 +94,7 @@ def test_too_few_known_questions_give_null_and_the_reason(evaluator, exported, m
 
 
 def test_the_lm_is_right_on_all_its_known_questions(evaluator, exported):
-    evaluator.sweep(exported, np.ones(1024), np.zeros(1024), "probe", list(evaluator.subjects), retain_thresholds=[0.001], n_features_list=[1], multipliers=[1])
+    evaluator.sweep(exported, np.ones(1024), np.zeros(1024), torch.ones(1024), "probe", list(evaluator.subjects), retain_thresholds=[0.001], n_features_list=[1], multipliers=[1])
     assert evaluator._accuracy(list(evaluator.subjects)) == (1.0, 1.0)
 
 

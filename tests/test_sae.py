@@ -90,10 +90,33 @@ def test_statistics_follow_the_domains_and_are_saved_with_the_module(sae):
     fired[0, 0], fired[1, 1], fired[:, 2] = 50, 20, torch.tensor([50.0, 20.0])
     for _ in range(2000):
         sae.update_statistics(fired, torch.tensor(20), 70)
-    assert sae.rate[:, 0].tolist() == pytest.approx([1, 0]) and sae.rate[:, 1].tolist() == pytest.approx([0, 1], abs=1e-4)
+    assert sae.rate[:, 0].tolist() == pytest.approx([1, 0], abs=1e-4) and sae.rate[:, 1].tolist() == pytest.approx([0, 1], abs=1e-4)
     assert sae.affinity[:4].tolist() == pytest.approx([-1, 1, 0, 0], abs=1e-4)
     assert sae.idle[0] == 0 and sae.idle[3] == 70 * 2000
     before = sae.rate[1].clone()
     sae.update_statistics(torch.zeros(2, 96), torch.tensor(0), 70)
     assert torch.equal(sae.rate[1], before), "a domain that is not in the batch keeps its rate"
     assert {"rate", "idle", "groups", "scale"} <= set(sae.state_dict())
+
+
+def test_a_price_on_the_wrong_domain_is_the_gradient_of_its_loss(sae, x):
+    forget, l1 = torch.arange(256) < 100, torch.tensor(0.05)
+    price = torch.rand(2, 96, generator=torch.Generator().manual_seed(6))
+    terms = sae.accumulate_grads(x, forget, l1, torch.float32, price)
+    by_hand = {name: p.grad.clone() for name, p in sae.named_parameters()}
+    sae.zero_grad()
+    fvu, sparsity = sae.loss_terms(x)
+    f = sae.encode(x)
+    paid = sum(price[int(forget[b])] @ f[b] for b in range(256)) / 256 / 24**0.5  # row by row
+    (fvu + l1 * sparsity + paid).backward()
+    assert (price * terms.l1_2F).sum().item() == pytest.approx(paid.item(), rel=1e-4)
+    for name, p in sae.named_parameters():
+        assert (by_hand[name] - p.grad).norm() <= 1e-4 * p.grad.norm(), name
+
+
+def test_price_and_sharing_by_hand(sae):
+    sae.rate = torch.zeros(2, 96)
+    sae.rate[:, :3] = torch.tensor([[0.1, 0.0, 0.2], [0.3, 0.4, 0.2]])  # retain, forget
+    price = experiment.wrong_domain_price(sae)
+    assert price[:, :4].tolist() == [pytest.approx([0.5, 1.0, 0.0, 0.0]), pytest.approx([0.0, 0.0, 0.0, 0.0])]
+    assert experiment.sharing(sae.rate).item() == pytest.approx(2 * (0.1 + 0.0 + 0.2) / 1.2)
