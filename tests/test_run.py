@@ -44,7 +44,7 @@ def test_steps_were_trained_and_the_loss_fell(short_runs):
         log = [json.loads(line) for line in (short_runs / run / "train_log.jsonl").read_text().splitlines()]
         for seed in (0, 1):
             losses = [r["loss"] for r in log if r["seed"] == seed]
-            assert losses[-1] < 0.5 * losses[0]
+            assert losses[-1] < 0.8 * losses[0]
 
 
 def test_runs_and_seeds_differ_from_one_another(short_runs):

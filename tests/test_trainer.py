@@ -13,7 +13,7 @@ SMALL = Config(arm="vanilla", d_sae=256, target_l0=8.0, batch_size=512, tokens=2
 
 
 def train(config, activations, steps=60, seed=0) -> tuple[Trainer, list[dict]]:
-    trainer = Trainer(config, seed, activations.x.shape[1], 200, activations)
+    trainer = Trainer(config, seed, activations.x.shape[1], max(200, steps), activations)
     batches = list(activations.batches(config.batch_size))
     history = [{k: v.item() for k, v in trainer.step(*batches[i % len(batches)]).items()} for i in range(steps)]
     return trainer, history
@@ -97,7 +97,7 @@ def test_a_non_finite_term_stops_the_run_and_is_named(where, activations, monkey
 CHANGES = {  # field -> (arm, changed value); what a field must change is the trained weights
     "alpha": ("fixed", 0.7), "l1": ("vanilla", 0.1), "lr": ("vanilla", 5e-4), "warmup_steps": ("vanilla", 5), "decay_fraction": ("vanilla", 0.95),
     "target_l0": ("vanilla", 30.0), "group_size": ("grouped", 16), "group_update_steps": ("grouped", 7), "tolerance": ("adaptive", 0.05),
-    "target_sharing": ("adaptive", 0.1), "dead_tokens": ("vanilla", 600), "resample_steps": ("vanilla", 25), "d_sae": ("vanilla", 300),
+    "target_sharing": ("adaptive", 0.9), "dead_tokens": ("vanilla", 512), "resample_steps": ("vanilla", 25), "d_sae": ("vanilla", 300),
     "batch_size": ("vanilla", 400), "arm": ("vanilla", "fixed"),
 }  # fmt: skip
 ELSEWHERE = {"testbed", "seeds", "evals", "tokens", "context_size", "buffer_tokens", "time_budget_minutes"}  # reach the stream and the run
@@ -112,7 +112,9 @@ def test_every_field_of_the_config_is_looked_at():
 @pytest.mark.parametrize("name", CHANGES)
 def test_changing_a_field_changes_the_run(name, activations):
     arm, value = CHANGES[name]
-    base = replace(SMALL, arm=arm, dead_tokens=2000 if name == "resample_steps" else SMALL.dead_tokens)
+    base = replace(SMALL, arm=arm)
+    if name in ("dead_tokens", "resample_steps"):  # features that rest for one batch of 512 but not for ten
+        base = replace(base, target_l0=0.0, l1=1.0, dead_tokens=512 if name == "resample_steps" else 5120)
     one, two = (train(c, activations, steps=61)[0].sae for c in (base, replace(base, **{name: value})))
     assert one.W_dec.shape != two.W_dec.shape or not torch.equal(one.W_enc, two.W_enc)
 
