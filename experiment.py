@@ -23,7 +23,7 @@ import simple_parsing
 
 # ------------------------------------------------------------------------------------------------ config and plan
 
-ARM_NAMES = ("vanilla", "fixed", "grouped", "adaptive")
+ARM_NAMES = ("vanilla", "frozen_decoder", "fixed", "grouped", "adaptive", "ortsae")
 EVALS = ("core", "unlearning", "corpus", "geometry")
 
 
@@ -68,11 +68,13 @@ class Config:
     """weight of the orthogonality loss (adaptive: where its steering starts)"""
     group_size: int = 64
     """features a group, at most d_in"""
+    chunk_size: int = 512
+    """ortsae: features a random chunk"""
     group_update_steps: int = 100
     """steps between two formations of the groups"""
     tolerance: float = 0.2
     """adaptive: |cosine| that two features of one domain may share freely"""
-    target_sharing: float = 0.3
+    target_sharing: float = 0.6
     """adaptive: share of firing that the domains may have in common, which alpha is steered to"""
 
     lr: float = 3e-3
@@ -81,16 +83,16 @@ class Config:
     """steps over which the learning rate rises from 0"""
     decay_fraction: float = 0.2
     """last part of training over which the learning rate falls to 0"""
-    resample_steps: int = 200
+    resample_steps: int = 100
     """steps between two resamplings of dead features, until the learning rate decays; 0: never"""
-    dead_tokens: int = 300_000
+    dead_tokens: int = 100_000
     """a feature that has not fired for so many tokens is dead"""
 
     time_budget_minutes: float = 110.0
     """training stops in time to evaluate and write within this"""
 
     def __post_init__(self):
-        positive = ("tokens", "context_size", "batch_size", "buffer_tokens", "d_sae", "lr", "group_size", "group_update_steps", "dead_tokens", "time_budget_minutes")
+        positive = ("tokens", "context_size", "batch_size", "buffer_tokens", "d_sae", "lr", "group_size", "chunk_size", "group_update_steps", "dead_tokens", "time_budget_minutes")
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, float | int) and not isinstance(value, bool):
@@ -126,6 +128,8 @@ PLAN = {
     "run_4": {"arm": "grouped", "alpha": 0.5},
     "run_5": {"arm": "grouped", "alpha": 1.0},
     "run_6": {"arm": "adaptive"},
+    "run_9": {"arm": "ortsae", "alpha": 0.25},
+    "run_10": {"arm": "frozen_decoder"},
 }
 
 
@@ -521,6 +525,18 @@ def firing_profile(f_BF: Tensor, affinity: Tensor, generator: torch.Generator, w
     return torch.cat([sketch, affinity[:, None].to(sketch)], dim=1)
 
 
+def omega_ortsae(W_dec: Tensor, chunk_size: int, generator: torch.Generator) -> Tensor:
+    """OrtSAE (arXiv 2509.22033): rows in random chunks, mean over rows of (max_{j ≠ i in the chunk} cos_ij)².
+
+    The maximum is signed, as published: antipodal pairs are free. A row alone in its chunk counts 0. Not scaled by d_in.
+    """
+    order = torch.randperm(len(W_dec), generator=generator).to(W_dec.device)
+    chunks = torch.nn.functional.pad(order, (0, -len(order) % chunk_size), value=-1).view(-1, chunk_size)
+    cosines, pairs = group_cosines(W_dec, chunks)
+    largest = cosines.masked_fill(~pairs, -torch.inf).amax(2)
+    return largest[pairs.any(2)].pow(2).sum() / len(W_dec)
+
+
 def wrong_domain_price(sae: OrthogonalSAE) -> Tensor:
     """What a feature's activation costs on retain and on forget rows, [2, F]: its affinity for the other domain.
 
@@ -537,27 +553,33 @@ def sharing(rate: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the study: alpha · (omega(sae, config) on the weights + the price of activations on the wrong domain).
+    """One row of the study: alpha · (omega(sae, config, generator) on the weights + the price of activations on the wrong
+    domain).
 
     `steered`: alpha follows the measured sharing between the domains towards --target_sharing, instead of staying as given.
+    `every`: omega is applied every so many steps, with as many times the weight.
     """
 
-    omega: Callable[[OrthogonalSAE, Config], Tensor] | None = None
+    omega: Callable[[OrthogonalSAE, Config, torch.Generator], Tensor] | None = None
     price: Callable[[OrthogonalSAE], Tensor] | None = None
     steered: bool = False
     uses_groups: bool = False
+    trains_decoder: bool = True
+    every: int = 1
 
 
-def omega_adaptive(sae: OrthogonalSAE, config: Config) -> Tensor:
+def omega_adaptive(sae: OrthogonalSAE, config: Config, _) -> Tensor:
     """Decoder part of adaptive: no overlap between domains, controlled sharing inside the groups."""
     return omega_between_domains(sae.W_dec, sae.affinity) + omega_shared(sae.W_dec, sae.groups, sae.affinity, config.tolerance)
 
 
 ARMS = {
     "vanilla": Arm(),
-    "fixed": Arm(lambda sae, config: omega_all_pairs(sae.W_dec)),
-    "grouped": Arm(lambda sae, config: omega_grouped(sae.W_dec, sae.groups), uses_groups=True),
+    "frozen_decoder": Arm(trains_decoder=False),
+    "fixed": Arm(lambda sae, config, _: omega_all_pairs(sae.W_dec)),
+    "grouped": Arm(lambda sae, config, _: omega_grouped(sae.W_dec, sae.groups), uses_groups=True),
     "adaptive": Arm(omega_adaptive, wrong_domain_price, steered=True, uses_groups=True),
+    "ortsae": Arm(lambda sae, config, generator: omega_ortsae(sae.W_dec, config.chunk_size, generator), every=5),
 }
 
 
@@ -578,6 +600,7 @@ class Trainer:
             with torch.no_grad():
                 pre = (first_block.x[:4096] * scale - self.sae.b_dec) @ self.sae.W_enc
                 self.sae.b_enc -= torch.quantile(pre.flatten()[: 2**24], 1 - min(0.5, 2 * config.target_l0 / config.d_sae))
+        self.sae.W_dec.requires_grad_(self.arm.trains_decoder)
         self.generator = torch.Generator().manual_seed(seed)
         self.adam = torch.optim.Adam(self.sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, self._lr_factor)
@@ -605,18 +628,20 @@ class Trainer:
         if price is not None:
             measured["omega_firing"] = (price * terms.l1_2F).sum()
             loss = loss + alpha * measured["omega_firing"]
-        if self.arm.omega and config.alpha:
-            omega = self.arm.omega(sae, config)
-            (alpha * omega).backward()
+        if self.arm.omega and config.alpha and self.steps % self.arm.every == 0:
+            omega = self.arm.omega(sae, config, self.generator)
+            (self.arm.every * alpha * omega).backward()
             measured["omega"] = omega.detach()
-            loss = loss + alpha * measured["omega"]
+            loss = loss + self.arm.every * alpha * measured["omega"]
         measured["loss"] = loss
         self._refuse_non_finite(measured)
-        sae.project_decoder_grad()
+        if self.arm.trains_decoder:
+            sae.project_decoder_grad()
         self.adam.step()
         self.adam.zero_grad()
         self.schedule.step()
-        sae.normalise_decoder()
+        if self.arm.trains_decoder:
+            sae.normalise_decoder()
         sae.update_statistics(terms.fired, forget.sum(), len(x))
         self._steer(terms)
         self.steps += 1
@@ -653,12 +678,15 @@ class Trainer:
         direction = torch.nn.functional.normalize(error[chosen], dim=1)
         alive = sae.idle < self.config.dead_tokens
         size = sae.W_enc[:, alive].norm(dim=0).mean() if alive.any() else torch.tensor(1.0)
-        sae.W_dec[dead] = direction
+        if self.arm.trains_decoder:
+            sae.W_dec[dead] = direction
+        else:
+            direction = sae.W_dec[dead]
         sae.W_enc[:, dead] = 0.5 * size * direction.T
         sae.b_enc[dead] = 0.0
         sae.idle[dead] = 0
         for parameter, rows in ((sae.W_dec, (dead,)), (sae.W_enc, (slice(None), dead)), (sae.b_enc, (dead,))):
-            for moment in ("exp_avg", "exp_avg_sq"):
+            for moment in ("exp_avg", "exp_avg_sq") if parameter.requires_grad else ():
                 self.adam.state[parameter][moment][rows] = 0.0
         self.resampled += len(dead)
 

@@ -164,14 +164,17 @@ def summary_table(runs: list[Run]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path, help="run folders (default: run_* here)")
+    parser.add_argument("--table", action="store_true", help="print the table and draw nothing")
     args = parser.parse_args()
     runs = find_runs(args.folders or [p for p in Path().glob("run_*") if p.is_dir()])
     if not runs:
         print("error: no complete run folder to plot; make one with python experiment.py --out_dir=run_0", file=sys.stderr)
         return 2
+    print(summary_table(runs))
+    if args.table:
+        return 0
     training_curves(runs)
     unlearning_tradeoff(runs)
-    print(summary_table(runs))
     for run in runs:
         for text in run.warnings:
             print(f"{run.name} warning: {text}")

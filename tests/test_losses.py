@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from experiment import form_groups, omega_all_pairs, omega_between_domains, omega_grouped, omega_shared, welch_floor
+from experiment import form_groups, omega_all_pairs, omega_between_domains, omega_grouped, omega_ortsae, omega_shared, welch_floor
 
 torch.manual_seed(0)
 N, D = 40, 12
@@ -100,6 +100,31 @@ def test_a_single_domain_or_dead_features_give_zero_not_nan():
     for affinity in (torch.ones(10), torch.zeros(10)):
         assert omega_between_domains(W, affinity).item() == 0.0
     assert omega_grouped(W, torch.arange(10)[:, None]).item() == 0.0, "groups of one have no pairs"
+
+
+def naive_ortsae(W, chunk_size, generator):
+    """The published formula in few lines: random chunks, largest signed cosine of each row, squared, mean over rows."""
+    order, total = torch.randperm(len(W), generator=generator).tolist(), 0.0
+    for start in range(0, len(W), chunk_size):
+        chunk = order[start : start + chunk_size]
+        for i in chunk:
+            if len(chunk) > 1:
+                total = total + max(W[i] @ W[j] for j in chunk if j != i) ** 2
+    return total / len(W)
+
+
+@pytest.mark.parametrize("chunk_size", [8, 13, 39, 40, 64])
+def test_ortsae_equals_the_published_formula(W, chunk_size):
+    draw = lambda: torch.Generator().manual_seed(9)  # noqa: E731
+    fast, naive = omega_ortsae(W, chunk_size, draw()), naive_ortsae(W, chunk_size, draw())
+    assert fast.item() == pytest.approx(naive.item(), rel=1e-9) and fast.item() > 0.01
+    torch.testing.assert_close(torch.autograd.grad(fast, W)[0], torch.autograd.grad(naive, W)[0])
+
+
+def test_ortsae_leaves_antipodal_pairs_free():
+    pair = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    assert omega_ortsae(pair, 4, torch.Generator()).item() == 0.0
+    assert omega_ortsae(pair.abs(), 4, torch.Generator()).item() == 1.0
 
 
 class TestGroups:
