@@ -63,7 +63,7 @@ def test_the_orthogonality_losses_lower_what_they_measure(activations):
 
 
 def test_a_frozen_decoder_is_never_trained(activations):
-    config = replace(SMALL, arm="frozen_decoder", target_l0=0.0, l1=1.0, dead_tokens=512)
+    config = replace(SMALL, arm="frozen_decoder", target_l0=0.0, l1=10.0, dead_tokens=512)
     trainer, history = train(config, activations)
     assert torch.equal(trainer.sae.W_dec, Trainer(config, 0, activations.x.shape[1], 200, activations).sae.W_dec)
     assert trainer.resampled > 0, "revived features keep their random directions too"
@@ -129,7 +129,7 @@ def test_changing_a_field_changes_the_run(name, activations):
     arm, value = CHANGES[name]
     base = replace(SMALL, arm=arm)
     if name in ("dead_tokens", "resample_steps"):  # features that rest for one batch of 512 but not for ten
-        base = replace(base, target_l0=0.0, l1=1.0, dead_tokens=512 if name == "resample_steps" else 5120)
+        base = replace(base, target_l0=0.0, l1=10.0, dead_tokens=512 if name == "resample_steps" else 5120)
     one, two = (train(c, activations, steps=61)[0].sae for c in (base, replace(base, **{name: value})))
     assert one.W_dec.shape != two.W_dec.shape or not torch.equal(one.W_enc, two.W_enc)
 
