@@ -83,9 +83,9 @@ class Config:
     """steps over which the learning rate rises from 0"""
     decay_fraction: float = 0.2
     """last part of training over which the learning rate falls to 0"""
-    resample_steps: int = 100
+    resample_steps: int = 50
     """steps between two resamplings of dead features, until the learning rate decays; 0: never"""
-    dead_tokens: int = 100_000
+    dead_tokens: int = 50_000
     """a feature that has not fired for so many tokens is dead"""
 
     time_budget_minutes: float = 110.0
