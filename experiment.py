@@ -98,8 +98,18 @@ class Config:
             if isinstance(value, float | int) and not isinstance(value, bool):
                 if not math.isfinite(value) or value < 0 or (value == 0 and f.name in positive):
                     raise WrongRequest(f"--{f.name} is {value}: give a finite number {'above 0' if f.name in positive else 'of at least 0'}")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise WrongRequest(f"--seeds {self.seeds}: give at least one, each once")
+        for name in ("seeds", "evals"):
+            if not getattr(self, name) or len(set(getattr(self, name))) != len(getattr(self, name)):
+                raise WrongRequest(f"--{name} {getattr(self, name)}: give at least one, each once")
+        if not all(0 <= seed < 2**31 for seed in self.seeds):
+            raise WrongRequest(f"--seeds {self.seeds}: a seed lies in [0, 2**31)")
+        for name, least, most in (("batch_size", 2, 2**20), ("context_size", 8, 2**20), ("d_sae", 2, 2**22), ("tokens", 1, 10**12), ("buffer_tokens", 1, 2**26)):
+            if getattr(self, name) is not None and not least <= getattr(self, name) <= most:
+                raise WrongRequest(f"--{name} {getattr(self, name)} must lie in [{least}, {most}]")
+        if self.target_l0 and not self.l1:
+            raise WrongRequest("--l1 0 cannot be steered to a target L0: start from a small number, or give --target_l0 0")
+        if not 0 < self.target_sharing <= 1:
+            raise WrongRequest(f"--target_sharing {self.target_sharing} must lie in (0, 1]")
         if self.tokens is not None and self.tokens < 100 * self.batch_size:
             raise WrongRequest(f"--tokens {self.tokens} is {self.tokens // self.batch_size} steps of --batch_size {self.batch_size}: training takes at least 100")
         if self.buffer_tokens < 4 * self.batch_size:
@@ -136,16 +146,20 @@ PLAN = {
 def parse_command(argv: list[str]) -> tuple[Command, list[Config]]:
     """The command and one Config per run folder: the plan's settings, then what the command line says.
 
-    Raises WrongRequest, or SystemExit(2) with one last line from the parser.
+    Raises WrongRequest.
     """
+
+    def refuse(message: str):
+        raise WrongRequest(f"{message} (--help lists the options)")
 
     def parse(**planned) -> Command:
         parser = simple_parsing.ArgumentParser(prog="experiment.py", description=__doc__, allow_abbrev=False)
+        parser.error = refuse
         parser.add_arguments(Command, dest="command", default=Command(**planned))
         return parser.parse_args(argv).command
 
     command, configs = parse(), []
-    if not command.out_dir:
+    if not command.out_dir or "" in command.out_dir:
         raise WrongRequest(f"--out_dir is missing: name a run of the plan ({', '.join(PLAN)}), or another folder and --arm")
     names = [Path(d).name for d in command.out_dir]
     for out_dir, name in zip(command.out_dir, names):
@@ -153,9 +167,20 @@ def parse_command(argv: list[str]) -> tuple[Command, list[Config]]:
             raise WrongRequest(f"--out_dir {out_dir}: {name} is not in the plan ({', '.join(PLAN)}); give its --arm ({', '.join(ARM_NAMES)})")
         planned = parse(**PLAN.get(name, {}))
         configs.append(Config(**{f.name: getattr(planned, f.name) for f in fields(Config)}))
-    if len({Path(d).resolve() for d in command.out_dir}) != len(command.out_dir):
-        raise WrongRequest(f"--out_dir names a folder twice: {' '.join(command.out_dir)}")
+    if len(set(names)) != len(names):
+        raise WrongRequest(f"--out_dir gives two runs one name: {' '.join(command.out_dir)}")
     return command, configs
+
+
+def read_run_json(path: Path, keys: set[str]) -> dict:
+    """An object from a run folder. Raises WrongRequest when the file is not one that this program wrote."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WrongRequest(f"{path} cannot be read ({error}); name another folder, or --overwrite it") from error
+    if not isinstance(value, dict) or not keys <= set(value) or not all(isinstance(value[k], dict) for k in keys):
+        raise WrongRequest(f"{path} was not written by this program; name another folder, or --overwrite it")
+    return value
 
 
 def unfinished(command: Command, configs: list[Config]) -> tuple[Command, list[Config]]:
@@ -171,13 +196,13 @@ def unfinished(command: Command, configs: list[Config]) -> tuple[Command, list[C
         if not os.access(parent, os.W_OK):
             raise WrongRequest(f"--out_dir {out_dir}: {parent} is not writable; name another folder")
         if (out_dir / "config.json").exists() and not command.overwrite:
-            made = json.loads((out_dir / "config.json").read_text())
+            made = read_run_json(out_dir / "config.json", {"requested", "config"})
             wanted = json.loads(json.dumps(asdict(config)))
             differs = [k for k, v in wanted.items() if v not in (made["requested"].get(k), made["config"].get(k), "auto")]
             if differs:
                 told = ", ".join(f"{k} {made['config'].get(k)} there, {wanted[k]} wanted" for k in differs)
                 raise WrongRequest(f"--out_dir {out_dir} holds a run with other settings ({told}); name another folder, or --overwrite it")
-            if (out_dir / "final_info.json").exists():
+            if (out_dir / "final_info.json").exists() and read_run_json(out_dir / "final_info.json", {"training"}):
                 print(f"{out_dir} is complete: {out_dir / 'final_info.json'} (--overwrite starts anew)")
                 continue
         left.append((str(out_dir), config))
@@ -365,9 +390,9 @@ class OrthogonalSAE(torch.nn.Module):
         """Add the gradients of FVU + mean Σ_i (l1 + price_i) f_i / √d_in to .grad, by hand, and measure the terms.
 
         x [B, D] in the LM's units, forget [B] (bool), l1 a 0-d tensor; price [2, F], if given, is what each feature costs on
-        retain and on forget rows beyond l1. Matrix products run in `dtype` and accumulate in
-        fp32; weights, biases' gradients and statistics are fp32. Five products instead of autograd's six: x needs no
-        gradient, and that of b_dec through the encoder is one matrix-vector product.
+        retain and on forget rows beyond l1. Matrix products run in `dtype` and accumulate in fp32, weights stay fp32; in
+        bfloat16 a product's entries, counts of firing among them, are right to 0.4 %. Five products instead of autograd's
+        six: x needs no gradient, and that of b_dec through the encoder is one matrix-vector product.
         """
         B, D = x.shape
         x_BD = x * self.scale
@@ -437,7 +462,7 @@ def load_exported(folder: Path, device="cpu"):
 
 # ------------------------------------------------------------------------------------------------ groups and losses
 #
-# Every Ω is scaled so that independent random unit rows give 1 (E cos² = 1 / d_in) and orthogonal rows give 0.
+# Orthogonal rows give 0. Plain squared cosines are scaled by d_in, so that independent random unit rows give 1.
 
 
 def welch_floor(n: int, d_in: int) -> float:
@@ -615,7 +640,8 @@ class Trainer:
         return rise * min(1.0, (self.n_steps - step) / max(self.config.decay_fraction * self.n_steps, 1))
 
     def step(self, x: Tensor, forget: Tensor) -> dict[str, Tensor]:
-        """One optimiser step on x [B, D]; returns its loss terms as 0-d tensors. Raises RunFailed if one is not finite."""
+        """One optimiser step on x [B, D]; returns its loss terms as 0-d tensors (`omega` only where it was applied, `loss` with
+        its plain weight alpha). Raises RunFailed if one is not finite."""
         sae, config = self.sae, self.config
         if self.arm.uses_groups and self.steps % config.group_update_steps == 0:
             with torch.no_grad():
@@ -632,7 +658,7 @@ class Trainer:
             omega = self.arm.omega(sae, config, self.generator)
             (self.arm.every * alpha * omega).backward()
             measured["omega"] = omega.detach()
-            loss = loss + self.arm.every * alpha * measured["omega"]
+            loss = loss + alpha * measured["omega"]
         measured["loss"] = loss
         self._refuse_non_finite(measured)
         if self.arm.trains_decoder:
@@ -817,7 +843,7 @@ class Evaluator:
         from sae_bench.evals.unlearning.utils import feature_activation, metrics
 
         top = [feature_activation.get_top_features(forget_rate, retain_rate, t)[: max(settings["n_features_list"])] for t in settings["retain_thresholds"]]
-        chosen = np.unique(np.concatenate(top + [[0]]))  # all that the sweep can touch
+        chosen = np.unique(np.concatenate(top + [[0, 1]]))  # all that the sweep can touch; at least two, or SAEBench reads a number for a list
         unit = unit if self.testbed.clamp_scale == "feature" else torch.ones_like(unit)
         sae, forget_rate, retain_rate = ChosenFeatures(sae, torch.from_numpy(chosen), unit), forget_rate[chosen], retain_rate[chosen]
         folder = Path(self.artifacts.name)
@@ -1004,7 +1030,8 @@ class Run:
     def __init__(self, out_dir: str, requested: Config, config: Config, testbed: testbeds.Testbed, n_steps: int, first_block: ActivationBlock):
         self.folder, self.config, self.testbed = Path(out_dir), config, testbed
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "final_info.json").unlink(missing_ok=True)
+        for old in (*self.folder.glob("*.json"), *self.folder.glob("eval/*.json")):  # of a run that is done anew
+            old.unlink()
         self.trainers = [Trainer(config, seed, testbed.d_in, n_steps, first_block) for seed in config.seeds]
         self.warnings: list[str] = []
         self.log = (self.folder / "train_log.jsonl").open("w")
@@ -1057,6 +1084,8 @@ class Run:
         write_json(self.folder / "final_info.json", self.info)
 
     def _training(self, trainer: Trainer, seconds: float) -> dict:
+        if not trainer.history:
+            raise RunFailed("the time budget ended before the first step: raise --time_budget_minutes")
         tail = trainer.history[-max(1, len(trainer.history) // 20) :]
         mean = lambda key: float(np.mean([r[key] for r in tail]))  # noqa: E731
         tokens = trainer.steps * self.config.batch_size
@@ -1168,9 +1197,12 @@ def run_experiments(command: Command, configs: list[Config]):
 def resolve(config: Config, testbed: testbeds.Testbed) -> Config:
     """Fill what the command and the plan leave open from the testbed, and check it against the LM."""
     config = replace(config, testbed=testbed.name, **{k: v for k, v in testbed.defaults.items() if getattr(config, k) is None})
-    if config.group_size > testbed.d_in:
-        config = replace(config, group_size=testbed.d_in)
-    return config
+    longest = getattr(testbed.lm.config, "max_position_embeddings", math.inf)
+    if config.context_size > longest:
+        raise WrongRequest(f"--context_size {config.context_size} is more than the {longest} positions of the LM")
+    if config.target_l0 >= config.d_sae:
+        raise WrongRequest(f"--target_l0 {config.target_l0:g} must be under --d_sae {config.d_sae}")
+    return replace(config, group_size=min(config.group_size, testbed.d_in))
 
 
 def main(command: Command, configs: list[Config]) -> int:
@@ -1181,6 +1213,9 @@ def main(command: Command, configs: list[Config]) -> int:
         return 2
     except RunFailed as failed:
         print(f"error: {failed}", file=sys.stderr)
+        return 1
+    except (OSError, MemoryError) as failed:
+        print(f"error: {type(failed).__name__}: {failed}; no result was written", file=sys.stderr)
         return 1
     return 0
 

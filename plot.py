@@ -23,6 +23,8 @@ labels = {
     "run_4": "grouped, α 0.5",
     "run_5": "grouped, α 1",
     "run_6": "adaptive",
+    "run_9": "ortsae",
+    "run_10": "frozen decoder",
 }
 
 # Okabe & Ito's palette, told apart by the colour-blind; line styles and markers tell the rest apart in print
@@ -54,25 +56,27 @@ class Run:
             self.config = json.loads((folder / "config.json").read_text())
             self.log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
             self.warnings = json.loads((folder / "warnings.json").read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"not readable: {error}") from error
+            self.seeds = self.config["config"]["seeds"]
+            self.evals = {s: [json.loads(p.read_text()) for seed in self.seeds if (p := folder / "eval" / f"seed{seed}_{s}.json").is_file()] for s in self.info}
+            if not self.info["training"]["means"] or {r["seed"] for r in self.log} != set(self.seeds):
+                raise ValueError("training results or logs of some seeds are missing")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"not a run's files ({type(error).__name__}: {error})") from error
         self.label = labels.get(self.name, self.name)
-        self.seeds = self.config["config"]["seeds"]
 
     def mean(self, section: str, metric: str) -> tuple[float, float]:
         """Mean and standard error over seeds; nan where the run has none."""
         means, stderrs = (self.info.get(section, {}).get(k, {}) for k in ("means", "stderrs"))
         return tuple(np.nan if v is None else v for v in (means.get(metric), stderrs.get(metric)))
 
-    def details(self, section: str) -> list[dict]:
-        """What the evaluation kept for each seed; seeds without are left out."""
-        paths = [self.folder / "eval" / f"seed{seed}_{section}.json" for seed in self.seeds]
-        return [json.loads(p.read_text()) for p in paths if p.is_file()]
+    def sweeps(self, section: str) -> list[list[dict]]:
+        """The sweep's cells of each seed that has any."""
+        return [details["sweep"] for details in self.evals.get(section, []) if details.get("sweep")]
 
 
 def find_runs(folders: list[Path]) -> list[Run]:
     runs = []
-    for folder in sorted(folders, key=lambda p: [int(t) if t.isdigit() else t for t in p.name.split("_")]):
+    for folder in sorted(set(folders), key=lambda p: [(not t.isdigit(), int(t) if t.isdigit() else 0, t) for t in p.name.split("_")]):
         try:
             runs.append(Run(folder))
         except ValueError as reason:
@@ -127,15 +131,14 @@ def unlearning_tradeoff(runs: list[Run]):
     seed, joined by the arm's colour; chance and SAEBench's retain bound drawn in."""
     figure, (questions, corpus) = plt.subplots(1, 2, figsize=(11, 4.6))
     for i, run in enumerate(runs):
-        for n, details in enumerate(run.details("unlearning")):
-            if details.get("sweep"):
-                x, y = frontier([{"retain_accuracy": 1.0, "forget_accuracy": 1.0}] + details["sweep"], "retain_accuracy", "forget_accuracy", lowest=True)
-                questions.step(x, y, where="post", marker=MARKERS[i % len(MARKERS)], markersize=3, linewidth=1, alpha=0.8, label=run.label if n == 0 else None, **style(i))
+        for n, cells in enumerate(run.sweeps("unlearning")):
+            x, y = frontier([{"retain_accuracy": 1.0, "forget_accuracy": 1.0}] + cells, "retain_accuracy", "forget_accuracy", lowest=True)
+            questions.step(x, y, where="post", marker=MARKERS[i % len(MARKERS)], markersize=3, linewidth=1, alpha=0.8, label=run.label if n == 0 else None, **style(i))
         floor = run.mean("unlearning", "random_feature_score")[0]
         if np.isfinite(floor):
             questions.axhline(1 - floor, color=style(i)["color"], linewidth=0.6, alpha=0.6, linestyle=":")
-        for n, details in enumerate(run.details("corpus_unlearning")):
-            x, y = frontier([{"retain_ce_cost": 0.0, "forget_ce_gain": 0.0}] + details["sweep"], "retain_ce_cost", "forget_ce_gain", lowest=False)
+        for n, cells in enumerate(run.sweeps("corpus_unlearning")):
+            x, y = frontier([{"retain_ce_cost": 0.0, "forget_ce_gain": 0.0}] + cells, "retain_ce_cost", "forget_ce_gain", lowest=False)
             corpus.step(np.maximum(x, 1e-4), y, where="post", marker=MARKERS[i % len(MARKERS)], markersize=3, linewidth=1, alpha=0.8, label=run.label if n == 0 else None, **style(i))
     questions.axhline(0.25, color="grey", linewidth=1)
     questions.annotate("chance", (0.99, 0.255), xycoords=("axes fraction", "data"), ha="right", fontsize=8, color="grey")
@@ -145,7 +148,8 @@ def unlearning_tradeoff(runs: list[Run]):
     corpus.set(xlabel="cross-entropy added on retain text (nats a token)", ylabel="cross-entropy added on forget text", xscale="log", title="held-out text")
     for axis in (questions, corpus):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
     save(figure, "unlearning_tradeoff.png")
 
 

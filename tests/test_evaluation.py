@@ -93,6 +93,12 @@ def test_too_few_known_questions_give_null_and_the_reason(evaluator, exported, m
     assert "10000 of each are needed" in notes[0]
 
 
+def test_an_sae_without_a_selectable_feature_scores_zero(evaluator, exported):
+    subjects = list(evaluator.subjects)
+    cells, score = evaluator.sweep(exported, np.ones(1024), np.ones(1024), torch.ones(1024), "hopeless", subjects, **experiment.SWEEP)
+    assert score == 0.0 and all(c["n_features"] == 0 and c["forget_accuracy"] == 1.0 for c in cells)
+
+
 def test_the_lm_is_right_on_all_its_known_questions(evaluator, exported):
     evaluator.sweep(exported, np.ones(1024), np.zeros(1024), torch.ones(1024), "probe", list(evaluator.subjects), retain_thresholds=[0.001], n_features_list=[1], multipliers=[1])
     assert evaluator._accuracy(list(evaluator.subjects)) == (1.0, 1.0)

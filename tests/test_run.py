@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import time
 
 import pytest
@@ -139,6 +140,18 @@ WRONG = {
     "not a number": ["--out_dir=run_0", "--d_sae=many"],
     "same seed twice": ["--out_dir=run_0", "--seeds", "1", "1"],
     "same folder twice": ["--out_dir", "run_0", "./run_0"],
+    "negative seed": ["--out_dir=run_0", "--seeds", "-1"],
+    "no seed": ["--out_dir=run_0", "--seeds"],
+    "one evaluation twice": ["--out_dir=run_0", "--evals", "geometry", "geometry"],
+    "unknown evaluation": ["--out_dir=run_0", "--evals", "vibes"],
+    "context of one": ["--out_dir=run_0", "--context_size=1"],
+    "batch of one": ["--out_dir=run_0", "--batch_size=1"],
+    "more features than memory": ["--out_dir=run_0", "--d_sae=99999999999"],
+    "more tokens than there are": ["--out_dir=run_0", "--tokens=99999999999999999999"],
+    "two runs of one name": ["--out_dir", "a/run_0", "b/run_0"],
+    "empty out_dir": ["--out_dir=", "--arm=fixed"],
+    "no way to steer": ["--out_dir=run_0", "--l1=0"],
+    "sharing beyond all": ["--out_dir=run_0", "--target_sharing=1.5"],
     "buffer under a batch": ["--out_dir=run_0", "--buffer_tokens=100"],
 }
 
@@ -148,8 +161,23 @@ def test_wrong_requests_end_at_once_with_one_line_and_exit_code_2(case, tmp_path
     started = time.monotonic()
     done = run_script("experiment.py", *WRONG[case], cwd=tmp_path)
     assert done.returncode == 2 and time.monotonic() - started < 5
-    assert "error: " in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": "npm"}', '{"requested": 1, "config": 2}', b"\xff\xfe"])
+def test_a_folder_with_a_strange_config_is_refused(content, tmp_path):
+    (tmp_path / "run_0").mkdir()
+    (tmp_path / "run_0" / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    done = run_script("experiment.py", "--out_dir=run_0", cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--overwrite" in done.stderr
+
+
+def test_what_only_the_lm_can_refuse_is_refused_before_anything_is_written(tmp_path):
+    for wrong, said in ((["--context_size=257"], "256 positions"), (["--d_sae=8"], "must be under --d_sae 8")):
+        done = run_script("experiment.py", "--out_dir=run_0", "--testbed=micro", *wrong, cwd=tmp_path)
+        assert done.returncode == 2 and said in done.stderr.splitlines()[-1], done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_out_dir_that_is_a_file_is_refused(tmp_path):
@@ -173,6 +201,13 @@ def test_plot_draws_complete_runs_and_names_the_ones_it_skips(short_runs, tmp_pa
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("training_curves.png", "unlearning_tradeoff.png"))
     alone = run_script("plot.py", short_runs / "run_0", cwd=tmp_path)
     assert alone.returncode == 0, "one run is enough"
+    for name, content in (("final_info.json", "[]"), ("config.json", '{"a": 1}'), ("train_log.jsonl", ""), ("eval/seed0_unlearning.json", "{")):
+        broken = tmp_path / "3_a"
+        shutil.copytree(short_runs / "run_0", broken, dirs_exist_ok=True)
+        (broken / name).write_text(content)
+        done = run_script("plot.py", broken, short_runs / "run_1", "--table", cwd=tmp_path)
+        assert done.returncode == 0 and "skipping" in done.stderr and "Traceback" not in done.stderr, name
+        shutil.rmtree(broken)
     none = run_script("plot.py", cwd=tmp_path)
     assert none.returncode == 2 and "no complete run folder" in none.stderr
 
