@@ -144,7 +144,7 @@ def unlearning_tradeoff(runs: list[Run]):
     questions.annotate("chance", (0.99, 0.255), xycoords=("axes fraction", "data"), ha="right", fontsize=8, color="grey")
     questions.axvline(0.99, color="grey", linewidth=1, linestyle=":")
     questions.annotate("SAEBench's bound (0.99)", (0.989, 0.03), xycoords=("data", "axes fraction"), rotation=90, ha="left", fontsize=7, color="grey")
-    questions.set(xlabel="accuracy on known retain questions", ylabel="accuracy on known forget questions (lower: more unlearned)", xlim=(1.01, 0.5), ylim=(0, 1.03), title="questions (dotted: random features)")
+    questions.set(xlabel="accuracy on known retain questions", ylabel="accuracy on known forget questions", xlim=(1.01, 0.5), ylim=(0, 1.03), title="questions (lower: more unlearned; dotted: random features)")
     corpus.set(xlabel="cross-entropy added on retain text (nats a token)", ylabel="cross-entropy added on forget text", xscale="log", title="held-out text")
     for axis in (questions, corpus):
         axis.grid(alpha=0.3)
