@@ -106,7 +106,7 @@ class Config:
         for name, least, most in (("batch_size", 2, 2**20), ("context_size", 8, 2**20), ("d_sae", 2, 2**22), ("tokens", 1, 10**12), ("buffer_tokens", 1, 2**26)):
             if getattr(self, name) is not None and not least <= getattr(self, name) <= most:
                 raise WrongRequest(f"--{name} {getattr(self, name)} must lie in [{least}, {most}]")
-        if self.target_l0 and not self.l1:
+        if self.target_l0 != 0 and not self.l1:  # None is the testbed's target
             raise WrongRequest("--l1 0 cannot be steered to a target L0: start from a small number, or give --target_l0 0")
         if not 0 < self.target_sharing <= 1:
             raise WrongRequest(f"--target_sharing {self.target_sharing} must lie in (0, 1]")
