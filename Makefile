@@ -6,8 +6,8 @@ BIN = $(VENV)/bin
 .PHONY: run test micro
 
 run: $(VENV)/ready
-	$(BIN)/python experiment.py --out_dir run_0 run_1 --testbed=micro
-	$(BIN)/python plot.py
+	$(BIN)/python experiment.py --out_dir reproduced/run_0 reproduced/run_1 --testbed=micro
+	$(BIN)/python plot.py reproduced/run_0 reproduced/run_1
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q tests
