@@ -89,7 +89,7 @@ class Config:
     """a feature that has not fired for so many tokens is dead"""
 
     time_budget_minutes: float = 110.0
-    """training stops when 70 % of this is used; the rest is left for evaluation, which is not interrupted"""
+    """training stops when seven tenths of this are used; the rest is left for evaluation, which is not interrupted"""
 
     def __post_init__(self):
         positive = ("tokens", "context_size", "batch_size", "buffer_tokens", "d_sae", "lr", "group_size", "chunk_size", "group_update_steps", "dead_tokens", "time_budget_minutes")
