@@ -23,8 +23,9 @@ import simple_parsing
 
 # ------------------------------------------------------------------------------------------------ config and plan
 
+ACTIVATION_NAMES = ("relu", "batchtopk", "softk")
 ARM_NAMES = ("vanilla", "frozen_decoder", "fixed", "grouped", "adaptive", "ortsae")
-EVALS = ("core", "unlearning", "corpus", "geometry")
+EVALS = ("core", "unlearning", "corpus", "geometry", "none")
 
 
 class WrongRequest(Exception):
@@ -45,8 +46,8 @@ class Config:
     """which LM, text and questions (see testbeds.py)"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """one SAE a seed, trained side by side on one LM pass"""
-    evals: tuple[Literal[EVALS], ...] = EVALS
-    """which evaluations"""
+    evals: tuple[Literal[EVALS], ...] = EVALS[:-1]
+    """which evaluations, or none"""
 
     tokens: int | None = None
     """activations to train on, per SAE"""
@@ -59,6 +60,12 @@ class Config:
 
     d_sae: int | None = None
     """features"""
+    activation: Literal[ACTIVATION_NAMES] = "relu"
+    """how features compete: relu (sparse by lambda), batchtopk (the k B largest of a batch), softk (soft k-winners-take-all)"""
+    k: int | None = None
+    """batchtopk, softk: active features a token"""
+    temperature: float = 0.3
+    """softk: the gate's temperature at the start; it falls to 0 by the time the learning rate decays"""
     target_l0: float | None = None
     """mean active features a token that lambda is steered to; 0 keeps lambda at --l1"""
     l1: float = 0.03
@@ -77,8 +84,30 @@ class Config:
     target_sharing: float = 0.6
     """adaptive: share of firing that the domains may have in common, which alpha is steered to"""
 
+    alpha_start: float = 0.0
+    """alpha curriculum: alpha starts here and rises geometrically to --alpha half-way; 0: no curriculum"""
+    loss_warmup_steps: int = 0
+    """steps over which lambda and alpha count from 0 to full"""
+
+    layer_norm: bool = False
+    """feed the SAE layer-normalised activations"""
+    skip: float = 0.0
+    """share of the centred input that goes past the features; not in the SAELens format, so it needs --evals none"""
+    orthogonal_init: bool = False
+    """start from blocks of orthonormal decoder rows"""
+    feature_dropout: float = 0.0
+    """share of the features left out of each batch"""
+    unlock_steps: int = 0
+    """progressive unlocking: a quarter of the features, and every so many steps a tenth more; 0: all at once"""
+
     lr: float = 3e-3
     """Adam's learning rate after warm-up"""
+    feature_lr_power: float = 0.0
+    """a feature's learning rate is multiplied by (mean firing rate / its own) to this power, within 0.1 to 10"""
+    grad_clip: float = 0.0
+    """largest norm of the gradient over all parameters; 0: any"""
+    grad_accumulation: int = 1
+    """batches whose mean gradient makes one optimiser step"""
     warmup_steps: int = 100
     """steps over which the learning rate rises from 0"""
     decay_fraction: float = 0.2
@@ -92,7 +121,7 @@ class Config:
     """training stops when seven tenths of this are used; the rest is left for evaluation, which is not interrupted"""
 
     def __post_init__(self):
-        positive = ("tokens", "context_size", "batch_size", "buffer_tokens", "d_sae", "lr", "group_size", "chunk_size", "group_update_steps", "dead_tokens", "time_budget_minutes")
+        positive = ("tokens", "context_size", "batch_size", "buffer_tokens", "d_sae", "lr", "group_size", "chunk_size", "group_update_steps", "dead_tokens", "grad_accumulation", "temperature", "time_budget_minutes")
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, float | int) and not isinstance(value, bool):
@@ -106,7 +135,18 @@ class Config:
         for name, least, most in (("batch_size", 2, 2**20), ("context_size", 8, 2**20), ("d_sae", 2, 2**22), ("tokens", 1, 10**12), ("buffer_tokens", 1, 2**26)):
             if getattr(self, name) is not None and not least <= getattr(self, name) <= most:
                 raise WrongRequest(f"--{name} {getattr(self, name)} must lie in [{least}, {most}]")
-        if self.target_l0 != 0 and not self.l1:  # None is the testbed's target
+        for name in ("skip", "feature_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise WrongRequest(f"--{name} {getattr(self, name)} must lie in [0, 1)")
+        if "none" in self.evals and len(self.evals) > 1:
+            raise WrongRequest(f"--evals {' '.join(self.evals)}: none stands alone")
+        if self.skip and self.evals != ("none",):
+            raise WrongRequest(f"--skip {self.skip} cannot be held by the SAELens format that the evaluations read: give --evals none to train without them")
+        if self.k is not None and self.d_sae is not None and not 1 <= self.k < self.d_sae:
+            raise WrongRequest(f"--k {self.k} must lie in [1, --d_sae {self.d_sae})")
+        if self.tokens is not None and 8 * self.unlock_steps >= self.tokens // self.batch_size:
+            raise WrongRequest(f"--unlock_steps {self.unlock_steps}: all features are open after 8 times that, but training takes {self.tokens // self.batch_size} steps")
+        if self.activation == "relu" and self.target_l0 != 0 and not self.l1:  # None is the testbed's target
             raise WrongRequest("--l1 0 cannot be steered to a target L0: start from a small number, or give --target_l0 0")
         if not 0 < self.target_sharing <= 1:
             raise WrongRequest(f"--target_sharing {self.target_sharing} must lie in (0, 1]")
@@ -340,37 +380,60 @@ class Terms:
 
 
 class OrthogonalSAE(torch.nn.Module):
-    """f = ReLU((s x - b_dec) W_enc + b_enc),  x_hat = (f W_dec + b_dec) / s,  rows of W_dec of unit norm.
+    """f = act((u - b_dec) W_enc + b_enc),  u_hat = f W_dec + b_dec + skip (u - b_dec),  rows of W_dec of unit norm.
 
-    W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D]; `scale` s makes the mean of ||s x||² equal d_in. Any leading shape.
-    Statistics of the features live in buffers, so that they move and are saved with the module:
-    `rate` [2, F] firing rate on retain and forget text (exponential moving average over batches),
-    `idle` [F] tokens since the feature last fired, `groups` [G, size] indices of the features of each group (-1: none).
+    W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D]. u is x scaled by `scale` s, which makes the mean of ||u||² equal d_in, or
+    with `layer_norm` x less its mean over its own standard deviation; x_hat undoes that. Any leading shape. act is one of
+    ACTIVATIONS. Statistics and state live in buffers, so that they move and are saved with the module:
+    `rate` [2, F] firing rate on retain and forget text (exponential moving average over batches), `idle` [F] tokens since the
+    feature last fired, `groups` [G, size] indices of the features of each group (-1: none), `unlocked` how many features take
+    part (the first ones), `threshold` (batchtopk) and `temperature` (softk) of the activation function.
     """
 
-    def __init__(self, d_in: int, d_sae: int, seed: int, scale: float = 1.0):
+    def __init__(self, d_in: int, d_sae: int, seed: int, scale: float = 1.0, activation: str = "relu", k: int = 16,
+                 layer_norm: bool = False, skip: float = 0.0, orthogonal_init: bool = False):  # fmt: skip
         super().__init__()
+        self.activation, self.k, self.layer_norm, self.skip = activation, k, layer_norm, skip
         generator = torch.Generator().manual_seed(seed)
         W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
+        if orthogonal_init:  # blocks of d_in orthonormal rows, as near to orthogonal as d_sae rows can be
+            W_dec = torch.cat([torch.nn.init.orthogonal_(block, generator=generator) for block in W_dec.split(d_in)])
         self.W_dec = torch.nn.Parameter(W_dec)
         self.W_enc = torch.nn.Parameter(W_dec.T.contiguous() * 0.5)  # contiguous: fused Adam walks weight and gradient in memory order
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
-        self.register_buffer("scale", torch.tensor(float(scale)))
+        self.register_buffer("scale", torch.tensor(1.0 if layer_norm else float(scale)))
         self.register_buffer("rate", torch.zeros(2, d_sae))
         self.register_buffer("idle", torch.zeros(d_sae, dtype=torch.long))
         self.register_buffer("groups", torch.full((1, 1), -1))
+        self.register_buffer("unlocked", torch.tensor(d_sae))
+        self.register_buffer("threshold", torch.tensor(0.0))
+        self.register_buffer("temperature", torch.tensor(0.0))
+
+    def normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u [..., D], and the mean and the size that lead back: x = u · size + mean. Layer norm as SAELens has it."""
+        if not self.layer_norm:
+            return x * self.scale, torch.zeros_like(self.scale), 1 / self.scale
+        mean = x.mean(-1, keepdim=True)
+        size = x.std(-1, keepdim=True)
+        return (x - mean) / (size + 1e-5), mean, size
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [..., D] in the LM's units -> f [..., F] in scaled units."""
-        return torch.relu((x * self.scale - self.b_dec) @ self.W_enc + self.b_enc)
+        """x [..., D] in the LM's units -> f [..., F] in units of u."""
+        pre = (self.normalise(x)[0] - self.b_dec) @ self.W_enc + self.b_enc
+        if self.activation == "batchtopk":  # at inference a feature stands for itself: above the threshold that training met
+            f = torch.relu(pre) * (pre > self.threshold)
+        else:
+            f = ACTIVATIONS[self.activation](pre, self)[0]
+        return f if self.unlocked == f.shape[-1] else f * (torch.arange(f.shape[-1], device=f.device) < self.unlocked)
 
-    def decode(self, f: Tensor) -> Tensor:
-        """f [..., F] -> x_hat [..., D] in the LM's units."""
-        return (f @ self.W_dec + self.b_dec) / self.scale
+    def decode(self, f: Tensor, x: Tensor) -> Tensor:
+        """f [..., F] of x [..., D] -> x_hat [..., D] in the LM's units; x matters for `layer_norm` and `skip` only."""
+        u, mean, size = self.normalise(x)
+        return (f @ self.W_dec + self.b_dec + self.skip * (u - self.b_dec)) * size + mean
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.decode(self.encode(x))
+        return self.decode(self.encode(x), x)
 
     @property
     def affinity(self) -> Tensor:
@@ -379,46 +442,51 @@ class OrthogonalSAE(torch.nn.Module):
         return (self.rate[1] - self.rate[0]) / total.clamp(min=1e-12)
 
     def loss_terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """FVU and mean Σ f / √d_in of x [B, D], differentiable: the plain twin of `accumulate_grads`."""
+        """FVU and mean Σ f / √d_in of x [B, D], differentiable: the plain twin of `accumulate_grads` (relu, softk)."""
         f = self.encode(x)
-        error = (self.decode(f) - x) * self.scale
-        variance = ((x - x.mean(0)) * self.scale).pow(2).sum()
-        return error.pow(2).sum() / variance, f.sum() / len(x) / math.sqrt(x.shape[1])
+        return (self.decode(f, x) - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum(), f.sum() / len(x) / math.sqrt(x.shape[1])
 
     @torch.no_grad()
-    def accumulate_grads(self, x: Tensor, forget: Tensor, l1: Tensor, dtype: torch.dtype, price_2F: Tensor | None = None) -> Terms:
-        """Add the gradients of FVU + mean Σ_i (l1 + price_i) f_i / √d_in to .grad, by hand, and measure the terms.
+    def accumulate_grads(self, x: Tensor, forget: Tensor, l1: Tensor, dtype: torch.dtype, price_2F: Tensor | None = None,
+                         gain_F: Tensor | None = None, weight: float = 1.0) -> Terms:  # fmt: skip
+        """Add `weight` times the gradients of FVU + mean Σ_i (l1 + price_i) f_i / √d_in to .grad, by hand, and measure the terms.
 
         x [B, D] in the LM's units, forget [B] (bool), l1 a 0-d tensor; price [2, F], if given, is what each feature costs on
-        retain and on forget rows beyond l1. Matrix products run in `dtype` and accumulate in fp32, weights stay fp32; in
-        bfloat16 a product's entries, counts of firing among them, are right to 0.4 %. Five products instead of autograd's
-        six: x needs no gradient, and that of b_dec through the encoder is one matrix-vector product.
+        retain and on forget rows beyond l1; gain [F], if given, multiplies each feature (0: it takes no part). Matrix products run in
+        `dtype` and accumulate in fp32, weights stay fp32; in bfloat16 a product's entries, counts of firing among them, are
+        right to 0.4 %. Five products instead of autograd's six: x needs no gradient, and that of b_dec through the encoder
+        is one matrix-vector product.
         """
         B, D = x.shape
-        x_BD = x * self.scale
-        variance = (x_BD - x_BD.mean(0)).pow(2).sum()
+        u_BD, _, size = self.normalise(x)
+        variance = (x - x.mean(0)).pow(2).sum()
         W_enc, W_dec = self.W_enc.to(dtype), self.W_dec.to(dtype)
-        in_BD = (x_BD - self.b_dec).to(dtype)
-        f_BF = torch.addmm(self.b_enc.to(dtype), in_BD, W_enc).relu_()
-        error_BD = (f_BF @ W_dec).float().add_(self.b_dec).sub_(x_BD)
-        d_out_BD = error_BD * (2 / variance)
+        u_BD = u_BD - self.b_dec
+        in_BD = u_BD.to(dtype)
+        f_BF, slope_BF = ACTIVATIONS[self.activation](torch.addmm(self.b_enc.to(dtype), in_BD, W_enc), self)
+        if gain_F is not None:
+            f_BF *= gain_F.to(dtype)
+        error_BD = (f_BF @ W_dec).float().sub_(u_BD, alpha=1 - self.skip)
+        d_out_BD = error_BD * (size**2 * (2 * weight / variance))
         d_out = d_out_BD.to(dtype)
         domain_2B, per_row = torch.stack([~forget, forget]).to(dtype), 1 / (B * math.sqrt(D))
-        d_f_BF = torch.addmm((l1 * per_row).to(dtype).expand(len(W_dec)), d_out, W_dec.T)
+        d_f_BF = torch.addmm((l1 * per_row * weight).to(dtype).expand(len(W_dec)), d_out, W_dec.T)
         if price_2F is not None:
-            d_f_BF.addmm_(domain_2B.T, (price_2F * per_row).to(dtype))
+            d_f_BF.addmm_(domain_2B.T, (price_2F * per_row * weight).to(dtype))
         d_pre_BF = torch.ops.aten.threshold_backward(d_f_BF, f_BF, 0)
+        for factor in (slope_BF, gain_F):
+            d_pre_BF = d_pre_BF if factor is None else d_pre_BF.mul_(factor)
         d_b_enc = (domain_2B @ d_pre_BF).float().sum(0)  # a product, not .sum(0): that would first copy all of it to fp32
         for parameter, grad in (
             (self.W_dec, f_BF.T @ d_out),
             (self.W_enc, in_BD.T @ d_pre_BF),
             (self.b_enc, d_b_enc),
-            (self.b_dec, d_out_BD.sum(0) - self.W_enc @ d_b_enc),
+            (self.b_dec, (1 - self.skip) * d_out_BD.sum(0) - self.W_enc @ d_b_enc),
         ):
             if parameter.requires_grad:
                 parameter.grad = grad.float() if parameter.grad is None else parameter.grad + grad
         fired_2F, total_2F = (domain_2B @ f_BF.sign()).float(), (domain_2B @ f_BF).float()
-        return Terms(error_BD.pow(2).sum() / variance, total_2F.sum() * per_row, fired_2F.sum() / B, fired_2F, total_2F * per_row)
+        return Terms((error_BD * size).pow(2).sum() / variance, total_2F.sum() * per_row, fired_2F.sum() / B, fired_2F, total_2F * per_row)
 
     @torch.no_grad()
     def project_decoder_grad(self):
@@ -438,18 +506,65 @@ class OrthogonalSAE(torch.nn.Module):
         self.idle[fired_2F.sum(0) > 0] = 0
 
     def export(self, folder: Path, metadata: dict):
-        """Save as a SAELens StandardSAE (cfg.json, sae_weights.safetensors) with `scale` folded into the weights.
+        """Save in SAELens' format (cfg.json, sae_weights.safetensors) with `scale` folded into the weights: StandardSAE,
+        for batchtopk JumpReLUSAE, for softk TopKSAE; locked features never fire.
 
-        ReLU is homogeneous: dividing both biases by s gives features f / s and the same reconstruction, rows still unit.
+        All three are homogeneous: dividing biases and threshold by s gives features f / s and the same reconstruction,
+        rows still unit. Raises ValueError for what the format cannot hold: a skip connection, a temperature above 0.
         """
-        from sae_lens import StandardSAE, StandardSAEConfig
+        import sae_lens as lens
         from sae_lens.saes.sae import SAEMetadata
 
+        if self.skip or self.temperature > 0:
+            what = f"a skip connection of {self.skip:g}" if self.skip else f"soft k-winners at temperature {self.temperature.item():.3g} (it must reach 0)"
+            raise ValueError(f"the SAELens format cannot hold {what}")
         D, F = self.W_enc.shape
-        sae = StandardSAE(StandardSAEConfig(d_in=D, d_sae=F, dtype="float32", device="cpu", apply_b_dec_to_input=True, normalize_activations="none", metadata=SAEMetadata(**metadata)))
-        weights = {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_enc": self.b_enc / self.scale, "b_dec": self.b_dec / self.scale}
+        kinds = {"relu": (lens.StandardSAE, lens.StandardSAEConfig, {}), "batchtopk": (lens.JumpReLUSAE, lens.JumpReLUSAEConfig, {}),
+                 "softk": (lens.TopKSAE, lens.TopKSAEConfig, {"k": self.k})}  # fmt: skip
+        kind, settings, extra = kinds[self.activation]
+        sae = kind(settings(d_in=D, d_sae=F, dtype="float32", device="cpu", apply_b_dec_to_input=True,
+                            normalize_activations="layer_norm" if self.layer_norm else "none", metadata=SAEMetadata(**metadata), **extra))  # fmt: skip
+        weights = {"W_enc": self.W_enc.clone(), "W_dec": self.W_dec, "b_enc": self.b_enc / self.scale, "b_dec": self.b_dec / self.scale}
+        weights["W_enc"][:, self.unlocked :], weights["b_enc"][self.unlocked :] = 0.0, -1.0
+        if self.activation == "batchtopk":
+            weights["threshold"] = (self.threshold / self.scale).expand(F)
         sae.load_state_dict({k: v.detach().cpu() for k, v in weights.items()})
         sae.save_model(folder)
+
+
+# Activation functions: pre-activations [..., F] -> features, and their slope where they are active (None: 1).
+
+
+def relu(pre: Tensor, sae: OrthogonalSAE) -> tuple[Tensor, None]:
+    return torch.relu(pre), None
+
+
+def batch_top_k(pre: Tensor, sae: OrthogonalSAE) -> tuple[Tensor, None]:
+    """The k·B largest of a batch (Bussmann et al., BatchTopK, arXiv 2412.06410); equals at the border are kept. A moving average of
+    that border is the threshold at inference."""
+    f = torch.relu(pre)
+    n = sae.k * (f.numel() // f.shape[-1])
+    few = f[f > 0.8 * sae.threshold].float()  # the border is near where it was: seldom more than a few per cent must be ranked
+    few = few if len(few) >= n else f.flatten().float()
+    border = few.kthvalue(len(few) - n + 1).values
+    sae.threshold.copy_(torch.where(sae.threshold > 0, sae.threshold.lerp(border, 0.01), border))
+    return f.masked_fill_(f < border, 0), None
+
+
+def soft_k_winners(pre: Tensor, sae: OrthogonalSAE) -> tuple[Tensor, Tensor | None]:
+    """relu(pre) · σ((pre - θ) / T), θ midway between the k-th and the next largest of the row and held constant in the
+    gradient; gates under 1 % are shut. At temperature T = 0 this is top-k."""
+    top = pre.topk(sae.k + 1, dim=-1).values
+    border = (top[..., -2:].sum(-1, keepdim=True) / 2).detach()
+    if not sae.temperature > 0:
+        return torch.relu(pre) * (pre >= top[..., -2:-1]), None
+    gate = torch.sigmoid((pre - border) / sae.temperature.to(pre))
+    gate = gate * (gate >= 0.01)
+    f = torch.relu(pre) * gate
+    return f, gate + f * (1 - gate) / sae.temperature.to(pre)
+
+
+ACTIVATIONS = {"relu": relu, "batchtopk": batch_top_k, "softk": soft_k_winners}
 
 
 def load_exported(folder: Path, device="cpu"):
@@ -616,64 +731,122 @@ class Trainer:
 
     def __init__(self, config: Config, seed: int, d_in: int, n_steps: int, first_block: ActivationBlock):
         self.config, self.arm, self.seed, self.n_steps = config, ARMS[config.arm], seed, n_steps
-        device = first_block.x.device
+        device, x = first_block.x.device, first_block.x
         self.dtype = torch.bfloat16 if has_bf16(device) else torch.float32
-        scale = math.sqrt(d_in / first_block.x.pow(2).sum(1).mean().item())
-        self.sae = OrthogonalSAE(d_in, config.d_sae, seed, scale).to(device)
-        self.sae.b_dec.data.copy_(first_block.x.mean(0) * scale)
-        if config.target_l0:  # start near the target: lambda would otherwise run up while L0 falls, and kill features
-            with torch.no_grad():
-                pre = (first_block.x[:4096] * scale - self.sae.b_dec) @ self.sae.W_enc
+        scale = math.sqrt(d_in / x.pow(2).sum(1).mean().item())
+        self.sae = OrthogonalSAE(d_in, config.d_sae, seed, scale, config.activation, config.k, config.layer_norm, config.skip, config.orthogonal_init).to(device)
+        self.steered_l0 = config.target_l0 if config.activation == "relu" else 0.0
+        with torch.no_grad():
+            self.sae.b_dec.copy_(self.sae.normalise(x)[0].mean(0))
+            if self.steered_l0:  # start near the target: lambda would otherwise run up while L0 falls, and kill features
+                pre = (self.sae.normalise(x[:4096])[0] - self.sae.b_dec) @ self.sae.W_enc
                 self.sae.b_enc -= torch.quantile(pre.flatten()[: 2**24], 1 - min(0.5, 2 * config.target_l0 / config.d_sae))
         self.sae.W_dec.requires_grad_(self.arm.trains_decoder)
         self.generator = torch.Generator().manual_seed(seed)
         self.adam = torch.optim.Adam(self.sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, self._lr_factor)
-        self.log_l1 = torch.tensor(math.log(config.l1) if config.l1 else -math.inf, device=device)
+        self.log_l1 = torch.tensor(math.log(config.l1) if config.l1 and config.activation == "relu" else -math.inf, device=device)
         self.log_alpha = torch.tensor(math.log(config.alpha) if config.alpha and (self.arm.omega or self.arm.price) else -math.inf, device=device)
-        self.l0 = torch.tensor(config.target_l0 or 0.0, device=device)  # moving average that steers lambda
+        self.l0 = torch.tensor(self.steered_l0 or 0.0, device=device)  # moving average that steers lambda
         self.steps, self.resampled = 0, 0
         self.history: list[dict] = []  # one record a logged step
 
-    def _lr_factor(self, step: int) -> float:
+    # what depends on the time in training alone
+
+    def _lr_factor(self, update: int) -> float:
+        step = update * self.config.grad_accumulation
         rise = min(1.0, (step + 1) / max(self.config.warmup_steps, 1))
         return rise * min(1.0, (self.n_steps - step) / max(self.config.decay_fraction * self.n_steps, 1))
 
-    def step(self, x: Tensor, forget: Tensor) -> dict[str, Tensor]:
-        """One optimiser step on x [B, D]; returns its loss terms as 0-d tensors (`omega` only where it was applied, `loss` with
-        its plain weight alpha). Raises RunFailed if one is not finite."""
+    def _loss_factors(self) -> tuple[float, float]:
+        """Loss warm-up and alpha curriculum: what lambda and alpha are multiplied by now."""
+        config = self.config
+        warm = min(1.0, (self.steps + 1) / max(config.loss_warmup_steps, 1))
+        left = max(0.0, 1 - 2 * self.steps / self.n_steps)
+        return warm, warm * ((config.alpha_start / config.alpha) ** left if config.alpha_start and config.alpha else 1.0)
+
+    def _unlock_and_cool(self):
+        """Progressive unlocking, and softk's falling temperature."""
         sae, config = self.sae, self.config
+        if config.unlock_steps:
+            sae.unlocked.fill_(math.ceil(min(1.0, 0.25 + 0.1 * (self.steps // config.unlock_steps)) * config.d_sae))
+            sae.idle[sae.unlocked :] = 0
+        if config.activation == "softk":
+            sae.temperature.fill_(config.temperature * max(0.0, 1 - self.steps / max((1 - config.decay_fraction) * self.n_steps - 1, 1)))
+
+    def _gain(self) -> Tensor | None:
+        """What each feature is multiplied by in this batch, [F]: 0 for locked ones and for feature dropout; None for all 1."""
+        sae, p = self.sae, self.config.feature_dropout
+        if not p and not self.config.unlock_steps:
+            return None
+        gain = (torch.arange(self.config.d_sae, device=sae.unlocked.device) < sae.unlocked).float()
+        return gain * (torch.rand(len(gain), generator=self.generator) >= p).to(gain) / (1 - p) if p else gain
+
+    # one step
+
+    def step(self, x: Tensor, forget: Tensor) -> dict[str, Tensor]:
+        """One batch x [B, D]; returns its loss terms as 0-d tensors (`omega` only where it was applied, `loss` with its
+        plain weight alpha). Raises RunFailed if one is not finite."""
+        sae, config = self.sae, self.config
+        self._unlock_and_cool()
         if self.arm.uses_groups and self.steps % config.group_update_steps == 0:
             with torch.no_grad():
                 sae.groups = form_groups(firing_profile(sae.encode(x), sae.affinity, self.generator), config.group_size).to(x.device)
-        l1, alpha = self.log_l1.exp(), self.log_alpha.exp()
+        (l1_factor, alpha_factor), share = self._loss_factors(), 1 / config.grad_accumulation
+        l1, alpha = self.log_l1.exp() * l1_factor, self.log_alpha.exp() * alpha_factor
         price = self.arm.price(sae) if self.arm.price and config.alpha else None
-        terms = sae.accumulate_grads(x, forget, l1, self.dtype, None if price is None else alpha * price)
+        terms = sae.accumulate_grads(x, forget, l1, self.dtype, None if price is None else alpha * price, self._gain(), share)
         measured = {"fvu": terms.fvu, "l0": terms.l0, "l1_coefficient": l1, "alpha": alpha}
         loss = terms.fvu + l1 * terms.l1
         if price is not None:
             measured["omega_firing"] = (price * terms.l1_2F).sum()
             loss = loss + alpha * measured["omega_firing"]
-        if self.arm.omega and config.alpha and self.steps % self.arm.every == 0:
+        updates, batches_left = divmod(self.steps, config.grad_accumulation)
+        update_now = batches_left == config.grad_accumulation - 1
+        if self.arm.omega and config.alpha and update_now and updates % self.arm.every == 0:
             omega = self.arm.omega(sae, config, self.generator)
             (self.arm.every * alpha * omega).backward()
             measured["omega"] = omega.detach()
             loss = loss + alpha * measured["omega"]
         measured["loss"] = loss
         self._refuse_non_finite(measured)
-        if self.arm.trains_decoder:
-            sae.project_decoder_grad()
-        self.adam.step()
-        self.adam.zero_grad()
-        self.schedule.step()
-        if self.arm.trains_decoder:
-            sae.normalise_decoder()
+        if update_now:
+            self._update()
         sae.update_statistics(terms.fired, forget.sum(), len(x))
         self._steer(terms)
         self.steps += 1
         if config.resample_steps and self.steps % config.resample_steps == 0 and self.steps < (1 - config.decay_fraction) * self.n_steps:
             self._resample(x)
         return measured
+
+    def _update(self):
+        """Take the optimiser's step on the gradients gathered."""
+        sae, config = self.sae, self.config
+        if self.arm.trains_decoder:
+            sae.project_decoder_grad()
+        if config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), config.grad_clip)
+        if config.feature_lr_power:
+            with self._own_learning_rates():
+                self.adam.step()
+        else:
+            self.adam.step()
+        self.adam.zero_grad()
+        self.schedule.step()
+        if self.arm.trains_decoder:
+            sae.normalise_decoder()
+
+    @contextlib.contextmanager
+    def _own_learning_rates(self):
+        """Inside, the optimiser's change of each feature's weights is multiplied by (mean rate / its rate)^power."""
+        sae = self.sae
+        rate = sae.rate.mean(0)
+        factor = (rate.mean().clamp(min=1e-12) / rate.clamp(min=1e-12)).pow(self.config.feature_lr_power).clamp(0.1, 10.0)
+        shaped = ((sae.W_enc, factor), (sae.b_enc, factor), (sae.W_dec, factor[:, None]))
+        before = [p.detach().clone() for p, _ in shaped]
+        yield
+        for (p, f), old in zip(shaped, before):
+            p.data.copy_(old.lerp(p.data, f.expand_as(old)))
 
     def _refuse_non_finite(self, measured: dict[str, Tensor]):
         if not math.isfinite(measured["loss"].item()):
@@ -683,7 +856,7 @@ class Trainer:
     @torch.no_grad()
     def _steer(self, terms: Terms):
         """Multiply lambda by (L0 / target)^0.01 and alpha by (sharing / target)^0.01, L0 averaged over some 10 steps."""
-        if self.config.target_l0:
+        if self.steered_l0:
             self.l0 = 0.9 * self.l0 + 0.1 * terms.l0
             self.log_l1 += 0.01 * (self.l0.clamp(min=1e-3) / self.config.target_l0).log().clamp(-1, 1)
         if self.arm.steered and self.config.alpha:
@@ -692,8 +865,8 @@ class Trainer:
 
     @torch.no_grad()
     def _resample(self, x: Tensor):
-        """Point dead features at badly reconstructed rows of the batch (drawn by squared error), with small encoders and
-        fresh Adam moments (Bricken et al., Towards Monosemanticity, 2023, appendix on resampling)."""
+        """Point dead features at badly reconstructed rows of the batch (drawn by squared error), with the living's mean encoder
+        norm and bias and fresh Adam moments (after Bricken et al., Towards Monosemanticity, 2023, appendix on resampling)."""
         sae = self.sae
         dead = (sae.idle >= self.config.dead_tokens).nonzero()[:, 0]
         if not len(dead):
@@ -703,13 +876,13 @@ class Trainer:
         dead = dead[: len(chosen)]
         direction = torch.nn.functional.normalize(error[chosen], dim=1)
         alive = sae.idle < self.config.dead_tokens
-        size = sae.W_enc[:, alive].norm(dim=0).mean() if alive.any() else torch.tensor(1.0)
+        size, bias = (sae.W_enc[:, alive].norm(dim=0).mean(), sae.b_enc[alive].mean()) if alive.any() else (1.0, 0.0)
         if self.arm.trains_decoder:
             sae.W_dec[dead] = direction
         else:
             direction = sae.W_dec[dead]
-        sae.W_enc[:, dead] = 0.5 * size * direction.T
-        sae.b_enc[dead] = 0.0
+        sae.W_enc[:, dead] = size * direction.T
+        sae.b_enc[dead] = bias
         sae.idle[dead] = 0
         for parameter, rows in ((sae.W_dec, (dead,)), (sae.W_enc, (slice(None), dead)), (sae.b_enc, (dead,))):
             for moment in ("exp_avg", "exp_avg_sq") if parameter.requires_grad else ():
@@ -1061,11 +1234,8 @@ class Run:
         """Export every SAE, evaluate what was exported, and write final_info.json, last and whole."""
         results: dict[str, dict[str, list]] = {}
         for trainer in self.trainers:
-            folder = self.folder / f"sae_seed{trainer.seed}"
-            trainer.sae.export(folder, {"model_name": self.testbed.name, "hook_name": self.testbed.hook_name, "hook_layer": self.testbed.layer,
-                                        "context_size": self.config.context_size, "prepend_bos": True})  # fmt: skip
-            sae = load_exported(folder, self.testbed.lm.device)
             sections = {"training": self._training(trainer, train_seconds)}
+            sae = None if self.config.evals == ("none",) else self._exported(trainer)
             for name, section in (("core", "core"), ("unlearning", "unlearning"), ("corpus", "corpus_unlearning"), ("geometry", "geometry")):
                 if name not in self.config.evals:
                     continue
@@ -1083,6 +1253,14 @@ class Run:
         write_json(self.folder / "warnings.json", self.warnings)
         write_json(self.folder / "final_info.json", self.info)
 
+    def _exported(self, trainer: Trainer):
+        """The SAE as its files hold it."""
+        trainer.sae.temperature.zero_()  # above 0 only where the time budget ended training, which is warned of
+        folder = self.folder / f"sae_seed{trainer.seed}"
+        trainer.sae.export(folder, {"model_name": self.testbed.name, "hook_name": self.testbed.hook_name, "hook_layer": self.testbed.layer,
+                                    "context_size": self.config.context_size, "prepend_bos": True})  # fmt: skip
+        return load_exported(folder, self.testbed.lm.device)
+
     def _training(self, trainer: Trainer, seconds: float) -> dict:
         if not trainer.history:
             raise RunFailed("the time budget ended before the first step: raise --time_budget_minutes")
@@ -1098,8 +1276,9 @@ class Run:
         t, core = sections["training"], sections.get("core", {})
         say = lambda text: self.warnings.append(f"seed {trainer.seed}: {text}")  # noqa: E731
         l0 = core.get("l0", t["final_l0"])
-        if self.config.target_l0 and abs(l0 - self.config.target_l0) > 2:
-            say(f"L0 is {l0:.1f}, more than 2 from the target {self.config.target_l0:g}")
+        target = self.config.target_l0 if self.config.activation == "relu" else self.config.k
+        if target and abs(l0 - target) > 2:
+            say(f"L0 is {l0:.1f}, more than 2 from the target {target:g}")
         if t["final_fvu"] >= 1:
             say(f"fraction of variance unexplained is {t['final_fvu']:.3f}: no better than predicting the mean")
         if not 0 < l0 <= self.testbed.d_in:
@@ -1202,6 +1381,8 @@ def resolve(config: Config, testbed: testbeds.Testbed) -> Config:
         raise WrongRequest(f"--context_size {config.context_size} is more than the {longest} positions of the LM")
     if config.target_l0 >= config.d_sae:
         raise WrongRequest(f"--target_l0 {config.target_l0:g} must be under --d_sae {config.d_sae}")
+    if not config.k < config.d_sae:
+        raise WrongRequest(f"--k {config.k} must be under --d_sae {config.d_sae}")
     return replace(config, group_size=min(config.group_size, testbed.d_in))
 
 

@@ -132,7 +132,7 @@ def micro(folder: Path | str = HERE / "micro_pythia") -> Testbed:
         retain=text(RETAIN),
         questions=questions,
         forget_subject=FORGET,
-        defaults=dict(d_sae=1024, tokens=3_000_000, context_size=128, target_l0=16.0),
+        defaults=dict(d_sae=1024, tokens=3_000_000, context_size=128, target_l0=16.0, k=16),
         describe={"lm": "micro_pythia", "world_seed": seed},
     )
 

@@ -96,7 +96,7 @@ def test_statistics_follow_the_domains_and_are_saved_with_the_module(sae):
     before = sae.rate[1].clone()
     sae.update_statistics(torch.zeros(2, 96), torch.tensor(0), 70)
     assert torch.equal(sae.rate[1], before), "a domain that is not in the batch keeps its rate"
-    assert {"rate", "idle", "groups", "scale"} <= set(sae.state_dict())
+    assert {"rate", "idle", "groups", "scale", "unlocked", "threshold", "temperature"} <= set(sae.state_dict())
 
 
 def test_a_price_on_the_wrong_domain_is_the_gradient_of_its_loss(sae, x):

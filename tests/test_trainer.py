@@ -9,7 +9,7 @@ import torch
 from experiment import ARMS, ActivationBlock, Config, RunFailed, Trainer
 
 SMALL = Config(arm="vanilla", d_sae=256, target_l0=8.0, batch_size=512, tokens=200 * 512, group_size=32, group_update_steps=20,
-               resample_steps=40, dead_tokens=20_000, warmup_steps=20)  # fmt: skip
+               resample_steps=40, dead_tokens=20_000, warmup_steps=20, k=8, evals=("none",))  # fmt: skip
 
 
 def train(config, activations, steps=60, seed=0, killed=0) -> tuple[Trainer, list[dict]]:
@@ -111,11 +111,14 @@ def test_a_non_finite_term_stops_the_run_and_is_named(where, activations, monkey
     assert torch.equal(trainer.sae.W_dec, before), "no step was taken on it"
 
 
-CHANGES = {  # field -> (arm, changed value); what a field must change is the trained weights
+CHANGES = {  # field -> (what else is set: an arm, or settings; changed value); what a field must change is the trained weights
     "alpha": ("fixed", 0.7), "l1": ("vanilla", 0.1), "lr": ("vanilla", 5e-4), "warmup_steps": ("vanilla", 5), "decay_fraction": ("vanilla", 0.95),
     "target_l0": ("vanilla", 30.0), "group_size": ("grouped", 16), "group_update_steps": ("grouped", 7), "tolerance": ("adaptive", 0.05), "chunk_size": ("ortsae", 50),
     "target_sharing": ("adaptive", 0.9), "dead_tokens": ("vanilla", 10**6), "resample_steps": ("vanilla", 25), "d_sae": ("vanilla", 300),
-    "batch_size": ("vanilla", 400), "arm": ("vanilla", "fixed"),
+    "batch_size": ("vanilla", 400), "arm": ("vanilla", "fixed"), "activation": ("vanilla", "batchtopk"), "k": ({"activation": "batchtopk"}, 20),
+    "temperature": ({"activation": "softk"}, 1.0), "alpha_start": ("fixed", 0.01), "loss_warmup_steps": ("vanilla", 50), "layer_norm": ("vanilla", True),
+    "skip": ("vanilla", 0.3), "orthogonal_init": ("vanilla", True), "feature_dropout": ("vanilla", 0.2), "unlock_steps": ("vanilla", 20),
+    "feature_lr_power": ("vanilla", 0.5), "grad_clip": ("vanilla", 1e-3), "grad_accumulation": ("vanilla", 2),
 }  # fmt: skip
 ELSEWHERE = {"testbed", "seeds", "evals", "tokens", "context_size", "buffer_tokens", "time_budget_minutes"}  # reach the stream and the run
 
@@ -128,8 +131,8 @@ def test_every_field_of_the_config_is_looked_at():
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_changing_a_field_changes_the_run(name, activations):
-    arm, value = CHANGES[name]
-    base = replace(SMALL, arm=arm)
+    also, value = CHANGES[name]
+    base = replace(SMALL, **({"arm": also} if isinstance(also, str) else also))
     one, two = (train(c, activations, steps=61, killed=40)[0].sae for c in (base, replace(base, **{name: value})))
     assert one.W_dec.shape != two.W_dec.shape or not torch.equal(one.W_enc, two.W_enc)
 
