@@ -22,6 +22,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams |= {"savefig.dpi": 150, "axes.formatter.useoffset": False}
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
@@ -77,7 +78,7 @@ class Run:
         if not (folder / "final_info.json").is_file():
             raise ValueError("no final_info.json: the run is not complete")
         try:
-            read = lambda path: json.loads(path.read_text(encoding="utf-8"))  # noqa: E731
+            read = lambda path: json.loads(path.read_text(encoding="utf-8"))
             self.info, self.config, self.warnings = (read(folder / f"{name}.json") for name in ("final_info", "config", "warnings"))
             self.log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
             self.settings, self.seeds = self.config["config"], self.config["config"]["seeds"]
@@ -173,7 +174,8 @@ def training_curves(runs: list[Run]):
     for axis, (key, title, scale) in zip(axes.flat, panels):
         for run in runs:
             tokens = sorted({r["tokens"] for r in run.log})
-            ys = np.array([[finite({r["tokens"]: r.get(key) for r in run.log if r["seed"] == seed}.get(t)) for t in tokens] for seed in run.seeds])
+            logged = {(r["seed"], r["tokens"]): finite(r.get(key)) for r in run.log}
+            ys = np.array([[logged.get((seed, t), np.nan) for t in tokens] for seed in run.seeds])
             ys[:, (ys <= 0).any(0) & (scale == "log")] = np.nan
             whole = np.isfinite(ys).all(0)  # a mean of fewer seeds is none
             if whole.any():
@@ -283,6 +285,7 @@ def geometry(runs: list[Run]):
     angles.set(title="angles between forget and retain subspaces", xlabel="rank of the angle", ylabel="principal angle (degrees)")
     for axis in (condition, ranks):
         axis.set_xticks(range(3), GROUPS)
+        axis.set_xlim(-0.5, 2.5)
     for axis in (*axes[0], angles):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes.flat:
@@ -319,7 +322,7 @@ FIGURES = {  # drawer -> what it shows, in words; the PNG bears the drawer's nam
     "ranks (mean and standard error), and principal angles between the forget and the retain subspaces (0 degrees: a direction in common).",
     training_curves: "Training: fraction of variance unexplained, L0, λ, α, dead features, and the share of firing that the two domains have in common. Mean over seeds.",
 }  # fmt: skip
-BAND = " Bands run from the least to the most of the seeds. "
+BAND = " Bands run from the least to the most of the seeds."
 
 
 def draw(runs: list[Run]) -> dict:
@@ -330,7 +333,7 @@ def draw(runs: list[Run]) -> dict:
         if isinstance(figure, str):
             print(f"no {name}: {figure}")
             continue
-        figure.savefig(name, dpi=150)
+        figure.savefig(name)
         plt.close(figure)
         made[drawer] = Path(name)
         print(f"wrote {name}")
@@ -393,11 +396,11 @@ def cautions(runs: list[Run], skipped: list[str]) -> list[str]:
     if missing := [f"{name} ({label})" for name, label in labels.items() if name not in {run.name for run in runs}]:
         said.append(f"Runs of the plan that are missing here: {', '.join(missing)}.")
     said += [f"Skipped: {reason}." for reason in skipped]
-    testbed = lambda run, key: run.config["testbed"].get(key) if isinstance(run.config.get("testbed"), dict) else None  # noqa: E731
+    testbed = lambda run, key: run.config["testbed"].get(key) if isinstance(run.config.get("testbed"), dict) else None
     compared = {"seeds": lambda r: r.seeds, "testbed": lambda r: testbed(r, "name"), "hook": lambda r: testbed(r, "hook_name"), "tokens": lambda r: r.settings.get("tokens"), "d_sae": lambda r: r.settings.get("d_sae")}
     if differing := [key for key, value in compared.items() if len({json.dumps(value(run)) for run in runs}) > 1]:
         said.append(f"The runs do not share their {', '.join(differing)}; the settings of each stand below.")
-    return said + [f"† {run.name} ({run.label}): {text}{f' ({n} times)' if n > 1 else ''}." for run in runs for text, n in run.notes().items()]
+    return said + [f"† {run.name} ({run.label.removesuffix(' †')}): {text}{f' ({n} times)' if n > 1 else ''}." for run in runs for text, n in run.notes().items()]
 
 
 # ------------------------------------------------------------------------------------------------ report
@@ -418,14 +421,14 @@ def table(caption: str, head: list[str], rows: list[list], kind="sortable") -> s
 
     lines = ["<tr>" + "".join(cell(v, "td" if i else 'th scope="row"') for i, v in enumerate(row)) + "</tr>" for row in rows]
     heads = "".join(f'<th scope="col">{esc(title)}</th>' for title in head)
-    return (f'<div class="frame" role="region" tabindex="0" aria-label="{esc(caption)}"><table class="{kind}"><caption>{esc(caption)}</caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n'
+    return (f'<div class="frame" role="region" tabindex="0" aria-label="{esc(caption)}"><table class="{kind}"><caption><span>{esc(caption)}</span></caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n'
             + "\n".join(lines) + "\n</tbody></table></div>")  # fmt: skip
 
 
 def summary(runs: list[Run]) -> str:
     """What was run and what came out, in two or three sentences."""
-    first = runs[0]
-    setup = f"{len(runs)} run{'s' * (len(runs) > 1)} on testbed {first.settings.get('testbed')}, {len(first.seeds)} seed{'s' * (len(first.seeds) > 1)} each, {first.settings.get('tokens')} training tokens a SAE."
+    first, tokens = runs[0], finite(runs[0].settings.get("tokens"))
+    setup = f"{len(runs)} run{'s' * (len(runs) > 1)} on testbed {first.settings.get('testbed')}, {len(first.seeds)} seed{'s' * (len(first.seeds) > 1)} each, {tokens:,.0f} training tokens a SAE."
     scored = {run: run.mean(*SCORE) for run in runs if np.isfinite(run.mean(*SCORE)[0])}
     if not scored:
         return f"<p>{esc(setup)} No run has an unlearning score.</p>"
@@ -451,10 +454,10 @@ def results(runs: list[Run]) -> str:
 
 def tests(runs: list[Run], metric: tuple[str, str], name: str) -> str:
     """The table of the paired tests; nothing where no two runs share a seed."""
-    number = lambda v: (f"{v:.3f}" if np.isfinite(v) else "-", v, "")  # noqa: E731
+    number = lambda p: ("-" if np.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001", p, "")
     rows = []
     for t in sorted(paired_tests(runs, *metric), key=lambda t: (math.isnan(t["p"]), t["p"])):
-        pair = f"{t['a'].name} {t['a'].label} - {t['b'].name} {t['b'].label}"
+        pair = f"{t['a'].name} {t['a'].label} against {t['b'].name} {t['b'].label}"
         rows.append([pair, (t["n"], t["n"], ""), (shown(t["difference"], t["stderr"], "+.3f").replace("± +", "± "), t["difference"], ", ".join(f"{d:+.3f}" for d in t["by_seed"])), number(t["p"]), number(t["holm"])])
     if not rows:
         return f"<p>{esc(name)}: no two runs share a seed.</p>"
@@ -485,7 +488,7 @@ def report(runs: list[Run], skipped: list[str], figures: dict) -> str:
     about = """<p class="note">Two-sided paired t-tests on per-seed differences; seeds share the text and its order. p (Holm) is corrected for the number of tests in the table.
 With few seeds a t-test rests on the differences being about normal, and finds only large effects; a sign-flip permutation test, which does not,
 cannot give less than 2/2<sup>n</sup> with n seeds (0.25 with 3, 0.0625 with 5), which is why it is not used.</p>"""
-    words = lambda drawer: FIGURES[drawer] + BAND * (drawer in (unlearning_tradeoff, training_curves))  # noqa: E731
+    words = lambda drawer: FIGURES[drawer] + BAND * (drawer in (unlearning_tradeoff, training_curves))
     body = [summary(runs), f'<div class="caution"><h2>Before reading on</h2><ul>{cautious}</ul></div>' if cautious else "",
             "<h2>Results</h2>", results(runs), '<p class="note">Clicking a column\'s head sorts by it. † : the run has warnings, listed above.</p>' ,
             "<h2>Figures</h2>", *[picture(png, words(drawer)) for drawer, png in figures.items()],
@@ -511,7 +514,7 @@ def main() -> int:
     for text in cautions(runs, []):
         print(text)
     page = report(runs, skipped, draw(runs))
-    Path("report.html").write_text(page, encoding="utf-8", errors="replace")
+    Path("report.html").write_text(page, encoding="utf-8")
     print("wrote report.html")
     return 0
 

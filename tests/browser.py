@@ -68,7 +68,9 @@ class Browser:
         return answer[0] if answer else None
 
     def open(self, path: Path, javascript=True):
-        self.page.settings().setAttribute(QWebEngineSettings.WebAttribute.JavascriptEnabled, javascript)
+        settings, attribute = self.page.settings(), QWebEngineSettings.WebAttribute
+        settings.setAttribute(attribute.JavascriptEnabled, javascript)
+        settings.setAttribute(attribute.LocalContentCanAccessRemoteUrls, True)  # so that the interceptor sees what is asked for
         self.page.loadFinished.connect(opened := Once())
         self.page.load(QUrl.fromLocalFile(str(path.resolve())))
         return self.wait(opened.then)
@@ -125,7 +127,7 @@ def use(browser: Browser, path: Path) -> dict:
     seen["images"] = browser.run("Array.from(document.images).map(i => [i.alt, i.complete && i.naturalWidth > 0])")
     browser.picture("wide.png")
     if browser.run("Boolean(document.querySelector('table.sortable'))"):
-        column = "Array.from(%s).findIndex(head => head.textContent === 'unlearning')" % HEADS
+        column = f"Array.from({HEADS}).findIndex(head => head.textContent === 'unlearning')"
         seen["order"] = [browser.run(ORDER)]
         for _ in range(2):
             browser.click(f"{HEADS}[{column}].querySelector('button')")
