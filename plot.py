@@ -92,8 +92,6 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a run's files ({type(error).__name__}: {error})") from error
         self.arm, self.alpha = str(self.settings.get("arm")), finite(self.settings.get("alpha"))
-        self.label = labels.get(self.name, f"{self.name} ({self.arm})") + " †" * bool(self.warnings)
-        self.mark = self.label.replace("$", r"\$").lstrip("_")  # as matplotlib takes a text literally
 
     def mean(self, section: str, metric: str) -> tuple[float, float]:
         """Mean and standard error over seeds; nan where the run has none."""
@@ -124,6 +122,11 @@ def find_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
         except ValueError as reason:
             skipped.append(f"{folder}: {reason}")
             print(f"skipping {skipped[-1]}", file=sys.stderr)
+    names = [run.name for run in runs]
+    for run in runs:
+        run.name = str(run.folder) if names.count(run.name) > 1 else run.name
+        run.label = labels.get(run.name, f"{run.name} ({run.arm})") + " †" * bool(run.warnings)
+        run.mark = run.label.replace("$", r"\$").lstrip("_")  # as matplotlib takes a text literally
     others = [run.name for run in runs if run.name not in labels]
     for run in runs:  # a run of the plan looks the same whichever others are drawn
         run.order = list(labels).index(run.name) if run.name in labels else len(labels) + others.index(run.name)
@@ -393,7 +396,7 @@ def cautions(runs: list[Run], skipped: list[str]) -> list[str]:
         low, high = min(l0, key=l0.get), max(l0, key=l0.get)
         said.append(f"The runs are not at matched L0: it goes from {l0[low]:.1f} ({low.name}, {low.label}) to {l0[high]:.1f} ({high.name}, {high.label}), more than {MATCHED_L0:g} apart. "
                     "Differences between them may be differences in sparsity.")  # fmt: skip
-    if missing := [f"{name} ({label})" for name, label in labels.items() if name not in {run.name for run in runs}]:
+    if missing := [f"{name} ({label})" for name, label in labels.items() if name not in {run.folder.resolve().name for run in runs}]:
         said.append(f"Runs of the plan that are missing here: {', '.join(missing)}.")
     said += [f"Skipped: {reason}." for reason in skipped]
     testbed = lambda run, key: run.config["testbed"].get(key) if isinstance(run.config.get("testbed"), dict) else None

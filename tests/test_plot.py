@@ -146,6 +146,12 @@ def test_every_run_of_the_plan_has_a_label_and_a_look_of_its_own(eleven):
     assert alone[0].style == runs[6].style, "a run looks the same whichever others are drawn"
 
 
+def test_two_folders_of_one_name_are_told_apart(eleven):
+    runs, _ = plot.find_runs([eleven / "run_0", ROOT / "run_0", eleven / "run_6"])
+    assert {run.label for run in runs} == {f"{eleven}/run_0 (vanilla)", f"{ROOT}/run_0 (vanilla)", "adaptive"}
+    assert len({run.style["color"] for run in runs}) == 3 and "run_0 (vanilla)" not in plot.cautions(runs, [])[0]
+
+
 def test_a_flagged_run_is_marked_in_table_figures_and_report_with_the_reason(eleven):
     stdout, page = (eleven / "stdout.txt").read_text(), (eleven / "report.html").read_text()
     assert "| run_8 | adaptive, BatchTopK † |" in stdout and "| run_7 | adaptive + curriculum, unlocking |" in stdout
