@@ -1,19 +1,32 @@
-"""Figures and tables from run folders alone: python plot.py [run_0 run_1 ...]    (default: every run_* folder here)
+"""Figures, tables and a report from run folders alone: python plot.py [run_0 run_1 ...]    (default: every run_* folder here)
 
 Needs numpy and matplotlib only. Folders that are not complete are skipped, and the reason is printed. Figures are written
-as PNGs into the current folder, the table to the screen.
+as PNGs and the report as report.html, one page that needs nothing else, into the current folder; the table goes to the
+screen. † marks a run whose warnings.json is not empty. A figure whose data no run has is left out, and the reason is printed.
 """
 
 import argparse
+import base64
+import hashlib
+import html
 import json
+import math
+import re
+import string
+import struct
 import sys
+import textwrap
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams |= {"savefig.dpi": 150, "axes.formatter.useoffset": False}
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 labels = {
     "run_0": "vanilla",
@@ -23,14 +36,20 @@ labels = {
     "run_4": "grouped, α 0.5",
     "run_5": "grouped, α 1",
     "run_6": "adaptive",
+    "run_7": "adaptive + curriculum, unlocking",
+    "run_8": "adaptive, BatchTopK",
     "run_9": "ortsae",
     "run_10": "frozen decoder",
 }
 
-# Okabe & Ito's palette, told apart by the colour-blind; line styles and markers tell the rest apart in print
-COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
-MARKERS = "osD^vP*Xd<>"
-STYLES = ["-", "--", "-.", ":"]
+# Okabe & Ito's palette, told apart by the colour-blind (grey for its yellow), and three more of Tol's; line styles and markers tell them apart in print
+COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#7F7F7F", "#882255", "#999933", "#332288"]
+MARKERS = "osD^vP*X<>pdh"
+STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
+SCORE, GAIN, EXPLAINED = ("unlearning", "unlearning_score"), ("corpus_unlearning", "forget_ce_gain_at_retain_ce_cost_0.05"), ("core", "explained_variance")
+INTERVENTIONS = {"clamp": "", "conditional": "_conditional", "guardrail": "_guardrail"}  # and the suffix of their metrics
+GROUPS = ("forget", "retain", "shared")
+MATCHED_L0 = 2.0  # arms whose mean L0 lies further apart are not compared at the same sparsity
 TABLE = (
     ("core", "l0", "L0"),
     ("core", "explained_variance", "expl. var."),
@@ -43,126 +62,444 @@ TABLE = (
     ("geometry", "mean_max_cosine", "mean max cos"),
 )
 
+# ------------------------------------------------------------------------------------------------ run folders
+
+
+def finite(value) -> float:
+    """The number, or nan for whatever is none."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
+
 
 class Run:
     """One complete run folder. Raises ValueError with the reason when it is not complete or not readable."""
 
     def __init__(self, folder: Path):
-        self.folder, self.name = folder, folder.name
+        self.folder, self.name = folder, folder.resolve().name
         if not (folder / "final_info.json").is_file():
             raise ValueError("no final_info.json: the run is not complete")
         try:
-            self.info = json.loads((folder / "final_info.json").read_text())
-            self.config = json.loads((folder / "config.json").read_text())
-            self.log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
-            self.warnings = json.loads((folder / "warnings.json").read_text())
-            self.seeds = self.config["config"]["seeds"]
-            self.evals = {s: [json.loads(p.read_text()) for seed in self.seeds if (p := folder / "eval" / f"seed{seed}_{s}.json").is_file()] for s in self.info}
+            read = lambda path: json.loads(path.read_text(encoding="utf-8"))
+            self.info, self.config, self.warnings = (read(folder / f"{name}.json") for name in ("final_info", "config", "warnings"))
+            self.log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
+            self.settings, self.seeds = self.config["config"], self.config["config"]["seeds"]
+            self.evals = {s: [read(p) for seed in self.seeds if (p := folder / "eval" / f"seed{seed}_{s}.json").is_file()] for s in self.info}
             if not self.info["training"]["means"] or {r["seed"] for r in self.log} != set(self.seeds):
                 raise ValueError("training results or logs of some seeds are missing")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not all(isinstance(part, dict) for section in self.info.values() for part in (section["means"], section["stderrs"], section["final_info_dict"])):
+                raise ValueError("final_info.json is no table of metrics")
+            if not all(isinstance(w, str) for w in self.warnings) or not all(isinstance(d, dict) for details in self.evals.values() for d in details):
+                raise ValueError("warnings or evaluation details are not in their form")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a run's files ({type(error).__name__}: {error})") from error
-        self.label = labels.get(self.name, self.name)
+        self.arm, self.alpha = str(self.settings.get("arm")), finite(self.settings.get("alpha"))
 
     def mean(self, section: str, metric: str) -> tuple[float, float]:
         """Mean and standard error over seeds; nan where the run has none."""
-        means, stderrs = (self.info.get(section, {}).get(k, {}) for k in ("means", "stderrs"))
-        return tuple(np.nan if v is None else v for v in (means.get(metric), stderrs.get(metric)))
+        return tuple(finite(self.info.get(section, {}).get(kind, {}).get(metric)) for kind in ("means", "stderrs"))
 
-    def sweeps(self, section: str) -> list[list[dict]]:
-        """The sweep's cells of each seed that has any."""
-        return [details["sweep"] for details in self.evals.get(section, []) if details.get("sweep")]
+    def by_seed(self, section: str, metric: str) -> dict[int, float]:
+        """The values of the seeds; empty where the run has none."""
+        values = self.info.get(section, {}).get("final_info_dict", {}).get(metric) or []
+        return {seed: finite(v) for seed, v in zip(self.seeds, values)} if len(values) == len(self.seeds) else {}
+
+    def sweeps(self, section: str, cost: str, gain: str) -> list[np.ndarray]:
+        """(cost, gain) of the clamp's cells, [cell, 2], for each seed that has any."""
+        cells = [[(finite(c.get(cost)), finite(c.get(gain))) for c in d.get("sweep") or [] if c.get("intervention", "clamp") == "clamp"] for d in self.evals.get(section, [])]
+        return [array for seed in cells if len(array := np.array([c for c in seed if not np.isnan(c).any()]))]
+
+    def notes(self) -> dict[str, int]:
+        """The warnings without their seeds and how often each stands there; metrics that are merely undefined come last."""
+        texts = sorted((re.sub(r"^seed \d+: ", "", w) for w in self.warnings), key=lambda text: "is undefined" in text)
+        return {t: texts.count(t) for t in texts}
 
 
-def find_runs(folders: list[Path]) -> list[Run]:
-    runs = []
-    for folder in sorted(set(folders), key=lambda p: [(not t.isdigit(), int(t) if t.isdigit() else 0, t) for t in p.name.split("_")]):
+def find_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
+    """The complete runs, and why the other folders are skipped."""
+    runs, skipped = [], []
+    for folder in sorted(set(folders), key=lambda p: [(not t.isdecimal(), int(t) if t.isdecimal() else 0, t) for t in p.name.split("_")]):
         try:
             runs.append(Run(folder))
         except ValueError as reason:
-            print(f"skipping {folder}: {reason}", file=sys.stderr)
-    return runs
+            skipped.append(f"{folder}: {reason}")
+            print(f"skipping {skipped[-1]}", file=sys.stderr)
+    names = [run.name for run in runs]
+    for run in runs:
+        run.name = str(run.folder) if names.count(run.name) > 1 else run.name
+        run.label = labels.get(run.name, f"{run.name} ({run.arm})") + " †" * bool(run.warnings)
+        run.mark = run.label.replace("$", r"\$").lstrip("_")  # as matplotlib takes a text literally
+    others = [run.name for run in runs if run.name not in labels]
+    for run in runs:  # a run of the plan looks the same whichever others are drawn
+        run.order = list(labels).index(run.name) if run.name in labels else len(labels) + others.index(run.name)
+        run.band = min(0.15, 0.5 / len(runs))  # opacity
+        run.style = {"color": COLOURS[run.order % len(COLOURS)], "linestyle": STYLES[run.order % len(STYLES)], "marker": MARKERS[run.order % len(MARKERS)], "markersize": 5}
+    return runs, skipped
 
 
-def style(i: int) -> dict:
-    return {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % len(STYLES)]}
+# ------------------------------------------------------------------------------------------------ figures
 
 
-def save(figure, name: str):
-    figure.tight_layout()
-    figure.savefig(name, dpi=150)
-    plt.close(figure)
-    print(f"wrote {name}")
+def plain_ticks(axis, scale: str):
+    """A scale whose ticks read 0.2, not 2 × 10⁻¹."""
+    axis.set_yscale(scale, **({"linthresh": 0.01} if scale == "symlog" else {}))
+    axis.yaxis.set_major_formatter("{x:g}")
+    if scale == "log":
+        axis.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "235" else "")
+        axis.tick_params(axis="y", which="minor", labelsize=7)
+
+
+def curve(axis, run: Run, x: np.ndarray, ys: np.ndarray):
+    """The mean of ys [seed, point] over seeds, and a band from the least to the most."""
+    step = max(1, len(x) // 6)
+    axis.plot(x, ys.mean(0), markevery=(run.order * 3 % step, step), linewidth=1.4, **run.style)
+    axis.fill_between(x, ys.min(0), ys.max(0), color=run.style["color"], alpha=run.band, linewidth=0)
+
+
+def point(axis, run: Run, x, y, **kind):
+    """(mean, standard error) on one axis or on both; a plain number has no error."""
+    (x, xerr), (y, yerr) = (v if isinstance(v, tuple) else (v, math.nan) for v in (x, y))
+    errors = {k: v for k, v in (("xerr", xerr), ("yerr", yerr)) if np.isfinite(v)}
+    axis.errorbar(x, y, **errors, **(run.style | {"linestyle": "none", "markersize": 7, "capsize": 3} | kind))
+
+
+def finish(figure, runs: list[Run], **legend):
+    """The legend under the panels, headed by what † stands for."""
+    flagged = [f"{run.name}: {next(iter(run.notes()))}" + (f" (and {len(run.notes()) - 1} more)" if len(run.notes()) > 1 else "") for run in runs if run.warnings]
+    told = "\n".join(textwrap.wrap("† " + "; ".join(flagged).replace("$", r"\$"), 150, max_lines=4)) if flagged else None
+    legend = {"handles": [Line2D([], [], label=run.mark, **run.style) for run in runs], "ncol": min(len(runs), 4)} | legend
+    figure.legend(loc="outside lower center", title=told, title_fontsize=7, alignment="left", fontsize=8, frameon=False, handlelength=4, **legend)
+    return figure
 
 
 def training_curves(runs: list[Run]):
-    """FVU, L0, λ and sharing between domains over training: mean over seeds, band from least to most."""
-    panels = (("fvu", "fraction of variance unexplained"), ("l0", "L0"), ("l1_coefficient", "λ"), ("sharing", "share of firing common to both domains"))
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), sharex=True)
-    for axis, (key, title) in zip(axes.flat, panels):
-        for i, run in enumerate(runs):
+    panels = (("fvu", "fraction of variance unexplained", "log"), ("l0", "active features a token (L0)", "log"), ("l1_coefficient", "weight of the sparsity loss (λ)", "log"),
+              ("alpha", "weight of the orthogonality loss (α)", "symlog"), ("frac_dead", "share of features that are dead", "linear"), ("sharing", "share of firing common to both domains", "linear"))  # fmt: skip
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), sharex=True, layout="constrained")
+    for axis, (key, title, scale) in zip(axes.flat, panels):
+        for run in runs:
             tokens = sorted({r["tokens"] for r in run.log})
-            curves = np.array([[r[key] for r in run.log if r["seed"] == seed] for seed in run.seeds])
-            axis.plot(np.array(tokens) / 1e6, curves.mean(0), label=run.label, **style(i))
-            axis.fill_between(np.array(tokens) / 1e6, curves.min(0), curves.max(0), color=style(i)["color"], alpha=0.15, linewidth=0)
+            logged = {(r["seed"], r["tokens"]): finite(r.get(key)) for r in run.log}
+            ys = np.array([[logged.get((seed, t), np.nan) for t in tokens] for seed in run.seeds])
+            ys[:, (ys <= 0).any(0) & (scale == "log")] = np.nan
+            whole = np.isfinite(ys).all(0)  # a mean of fewer seeds is none
+            if whole.any():
+                curve(axis, run, np.array(tokens)[whole] / 1e6, ys[:, whole])
         axis.set_title(title, fontsize=10)
-        axis.set_yscale("linear" if key == "sharing" else "log")
+        plain_ticks(axis, scale)
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
     for axis in axes[1]:
         axis.set_xlabel("training tokens (millions)")
-    save(figure, "training_curves.png")
+    return finish(figure, runs)
 
 
-def frontier(cells: list[dict], cost: str, gain: str, lowest: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The cells that no other cell beats on both axes, by falling retain quality."""
-    best, xs, ys = None, [], []
-    for cell in sorted(cells, key=lambda c: c[cost], reverse=lowest):
-        value = cell[gain]
-        if best is None or (value < best if lowest else value > best):
-            best = value
-            xs.append(cell[cost])
-            ys.append(value)
-    return np.array(xs), np.array(ys)
+def explained_variance(runs: list[Run]):
+    if not (shown := [run for run in runs if np.isfinite(run.mean(*EXPLAINED)[0])]):
+        return "no run has an explained variance"
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
+    for axis, metric, title in zip(axes, (("core", "l0"), ("geometry", "mean_max_cosine")), ("active features a token (L0)", "mean over features of the largest |cosine| with another")):
+        for run in shown:
+            if np.isfinite(run.mean(*metric)[0]):
+                point(axis, run, run.mean(*metric), run.mean(*EXPLAINED))
+        axis.set_xlabel(title)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("explained variance")
+    return finish(figure, shown)
+
+
+def within(sweep: np.ndarray, budgets: np.ndarray) -> np.ndarray:
+    """The most gained by a cell of the sweep [cell, (cost, gain)] that costs no more than each budget; doing nothing gains 0."""
+    return np.array([max(0.0, *sweep[sweep[:, 0] <= b + 1e-9, 1], 0.0) for b in budgets])
 
 
 def unlearning_tradeoff(runs: list[Run]):
-    """Forget against retain under SAEBench's sweep: question accuracy, and cross-entropy on held-out text. One thin curve a
-    seed, joined by the arm's colour; chance and SAEBench's retain bound drawn in."""
-    figure, (questions, corpus) = plt.subplots(1, 2, figsize=(11, 4.6))
-    for i, run in enumerate(runs):
-        for n, cells in enumerate(run.sweeps("unlearning")):
-            x, y = frontier([{"retain_accuracy": 1.0, "forget_accuracy": 1.0}] + cells, "retain_accuracy", "forget_accuracy", lowest=True)
-            questions.step(x, y, where="post", marker=MARKERS[i % len(MARKERS)], markersize=3, linewidth=1, alpha=0.8, label=run.label if n == 0 else None, **style(i))
-        floor = run.mean("unlearning", "random_feature_score")[0]
-        if np.isfinite(floor):
-            questions.axhline(1 - floor, color=style(i)["color"], linewidth=0.6, alpha=0.6, linestyle=":")
-        for n, cells in enumerate(run.sweeps("corpus_unlearning")):
-            x, y = frontier([{"retain_ce_cost": 0.0, "forget_ce_gain": 0.0}] + cells, "retain_ce_cost", "forget_ce_gain", lowest=False)
-            corpus.step(np.maximum(x, 1e-4), y, where="post", marker=MARKERS[i % len(MARKERS)], markersize=3, linewidth=1, alpha=0.8, label=run.label if n == 0 else None, **style(i))
+    figure, (questions, corpus) = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
+    shares, nats = np.linspace(0, 0.25, 251), np.geomspace(1e-3, 3, 300)
+    for run in runs:
+        exams = [1 - sweep for sweep in run.sweeps("unlearning", "retain_accuracy", "forget_accuracy")]
+        if exams:
+            curve(questions, run, 1 - shares, 1 - np.array([within(e, shares) for e in exams]))
+        if texts := run.sweeps("corpus_unlearning", "retain_ce_cost", "forget_ce_gain"):
+            curve(corpus, run, nats, np.array([within(t, nats) for t in texts]))
+    if not questions.lines and not corpus.lines:
+        plt.close(figure)
+        return "no run has a sweep"
+    floors = [1 - f for run in runs for f in run.by_seed("unlearning", "random_feature_score").values() if np.isfinite(f)]
+    if floors:
+        questions.fill_between([0.99, 1.004], min(floors) - 0.004, 1.004, color="grey", alpha=0.4, linewidth=0)
+        questions.annotate("random features\nwithin the bound", (0.99, min(floors)), (0.985, 1.035), fontsize=8, color="#444444", va="bottom", arrowprops={"arrowstyle": "-", "color": "grey"})
     questions.axhline(0.25, color="grey", linewidth=1)
-    questions.annotate("chance", (0.99, 0.255), xycoords=("axes fraction", "data"), ha="right", fontsize=8, color="grey")
+    questions.text(0.751, 0.26, "chance", ha="right", fontsize=8, color="#444444")
     questions.axvline(0.99, color="grey", linewidth=1, linestyle=":")
-    questions.annotate("SAEBench's bound (0.99)", (0.989, 0.03), xycoords=("data", "axes fraction"), rotation=90, ha="left", fontsize=7, color="grey")
-    questions.set(xlabel="accuracy on known retain questions", ylabel="accuracy on known forget questions", xlim=(1.01, 0.5), ylim=(0, 1.03), title="questions (lower: more unlearned; dotted: random features)")
-    corpus.set(xlabel="cross-entropy added on retain text (nats a token)", ylabel="cross-entropy added on forget text", xscale="log", title="held-out text")
+    questions.text(0.988, 0.27, "SAEBench's bound (0.99)", rotation=90, fontsize=8, color="#444444", va="bottom")
+    questions.set(xlabel="accuracy on known retain questions that is kept, at least", ylabel="lowest accuracy on known forget questions", xlim=(1.004, 0.75), ylim=(0, 1.12), title="questions (lower: more unlearned)")
+    corpus.set(xlabel="cross-entropy added on retain text, at most (nats a token)", ylabel="most cross-entropy added on forget text (nats a token)", xscale="log", title="held-out text (higher: more unlearned)")
+    corpus.xaxis.set_major_formatter("{x:g}")
     for axis in (questions, corpus):
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-    save(figure, "unlearning_tradeoff.png")
+    return finish(figure, runs)
+
+
+def alpha_sweep(runs: list[Run]):
+    grouped = sorted([run for run in runs if run.arm == "grouped" and run.alpha > 0], key=lambda run: run.alpha)
+    others = [run for run in runs if run.arm in ("vanilla", "fixed", "adaptive", "ortsae")]
+    if not grouped:
+        return "no run of the grouped arm"
+    figure, axes = plt.subplots(1, 3, figsize=(13, 5.5), layout="constrained")
+    places = grouped[-1].alpha * 2.0 ** (1.5 + np.arange(len(others)))  # beside the sweep, one place each
+    for axis, metric, title in zip(axes, (SCORE, GAIN, EXPLAINED), ("unlearning score", "cross-entropy added on forget text\nat 0.05 nats a token on retain text", "explained variance")):
+        means = np.array([run.mean(*metric)[0] for run in grouped])
+        axis.plot([run.alpha for run in grouped], means, color="grey", linewidth=1)
+        for run, place in [*zip(grouped, (run.alpha for run in grouped)), *zip(others, places)]:
+            point(axis, run, place, run.mean(*metric))
+        axis.axvline(grouped[-1].alpha * 2, color="grey", linewidth=1, linestyle=":")
+        axis.set_xscale("log")
+        axis.set_xticks([run.alpha for run in grouped], [f"{run.alpha:g}" for run in grouped])
+        axis.set_xticks([], minor=True)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("α of the grouped loss" + "; right: the other arms" * bool(others))
+        axis.grid(alpha=0.3, axis="y")
+    return finish(figure, grouped + others)
+
+
+def shortest_mean(rows: list[list]) -> np.ndarray:
+    """Mean over seeds of lists of unequal length, as far as the shortest reaches."""
+    rows = [[finite(v) for v in row] for row in rows if row]
+    return np.array([row[: min(map(len, rows))] for row in rows]).mean(0) if rows else np.array([])
+
+
+def geometry(runs: list[Run]):
+    if not (shown := [run for run in runs if run.evals.get("geometry")]):
+        return "no run has eval/seed*_geometry.json"
+    figure, axes = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
+    (condition, angles, ranks), offsets = axes[1], np.linspace(-0.3, 0.3, len(shown)) if len(shown) > 1 else [0.0]
+    for run, offset in zip(shown, offsets):
+        for place, (axis, group) in enumerate(zip(axes[0], GROUPS)):
+            values = shortest_mean([d.get("singular_values", {}).get(group) for d in run.evals["geometry"]])
+            axis.plot(1 + np.arange(len(values)), values, markevery=(run.order % 12, 12), linewidth=1.3, **run.style)
+            point(condition, run, place + offset, run.mean("geometry", f"condition_number_{group}"), markersize=5)
+            point(ranks, run, place + offset, run.mean("geometry", f"effective_rank_{group}"), markersize=5)
+        cosines = shortest_mean([d.get("principal_cosines_forget_retain") for d in run.evals["geometry"]])
+        angles.plot(1 + np.arange(len(cosines)), np.degrees(np.arccos(np.clip(cosines, -1, 1))), markevery=(run.order % 4, 4), linewidth=1.3, **run.style)
+    for axis, group in zip(axes[0], GROUPS):
+        axis.set(title=f"singular values, {group} features", xlabel="rank of the value", ylabel="singular value of the decoder rows")
+        plain_ticks(axis, "log")
+    plain_ticks(condition, "log")
+    condition.set(title="condition number of the group's decoder rows", ylabel="largest over smallest singular value")
+    ranks.set(title="effective rank of the group's decoder rows", ylabel="directions")
+    angles.set(title="angles between forget and retain subspaces", xlabel="rank of the angle", ylabel="principal angle (degrees)")
+    for axis in (condition, ranks):
+        axis.set_xticks(range(3), GROUPS)
+        axis.set_xlim(-0.5, 2.5)
+    for axis in (*axes[0], angles):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in axes.flat:
+        axis.title.set_fontsize(10)
+        axis.grid(alpha=0.3)
+    return finish(figure, shown)
+
+
+def interventions(runs: list[Run]):
+    if not any(np.isfinite(run.mean(section, metric + suffix)[0]) for run in runs for section, metric in (SCORE, GAIN) for suffix in list(INTERVENTIONS.values())[1:]):
+        return "no run was evaluated under conditional clamping or the guardrail"
+    figure, axes = plt.subplots(1, 2, figsize=(11, 2 + 0.5 * len(runs)), sharey=True, layout="constrained")
+    for axis, (section, metric), title in zip(axes, (SCORE, GAIN), ("unlearning score", "cross-entropy added on forget text at a cost of\n0.05 on retain text (nats a token)")):
+        for k, (name, suffix) in enumerate(INTERVENTIONS.items()):
+            look = {"marker": "os^"[k], "color": (COLOURS[0], COLOURS[1], COLOURS[5])[k]}
+            for i, run in enumerate(runs):
+                point(axis, run, run.mean(section, metric + suffix), i + 0.22 * (k - 1), markersize=6, **look)
+            axis.plot([], [], linestyle="none", label=name, **look)
+        axis.set_xlabel(title)
+        axis.set_yticks(range(len(runs)), [run.mark for run in runs])
+        axis.hlines(np.arange(len(runs) - 1) + 0.5, 0, 1, transform=axis.get_yaxis_transform(), color="#dddddd", linewidth=1)
+        axis.grid(alpha=0.3, axis="x")
+    axes[0].invert_yaxis()
+    return finish(figure, runs, handles=axes[0].get_legend_handles_labels()[0], ncol=3)
+
+
+FIGURES = {  # drawer -> what it shows, in words; the PNG bears the drawer's name
+    unlearning_tradeoff: "Trade-off between forgetting and retaining under SAEBench's sweep. Left: the lowest accuracy on known forget questions that any setting reaches while keeping at "
+    "least so much accuracy on known retain questions, with chance, SAEBench's bound, and what random features reach within the bound. Right: the same for held-out text, in cross-entropy.",
+    explained_variance: "Explained variance against L0 (left) and against the mean largest cosine between features (right). Bars: standard error over seeds.",
+    alpha_sweep: "The grouped arm over the weight α of its loss, beside the other arms: unlearning score, cross-entropy added on forget text, explained variance. Bars: standard error over seeds.",
+    interventions: "Unlearning under three interventions: clamp, conditional clamp and guardrail; in questions (left) and in held-out text (right). Bars: standard error over seeds.",
+    geometry: "Geometry of forget, retain and shared features: singular values of their decoder rows (mean over seeds as far as the smallest group reaches), condition numbers and effective "
+    "ranks (mean and standard error), and principal angles between the forget and the retain subspaces (0 degrees: a direction in common).",
+    training_curves: "Training: fraction of variance unexplained, L0, λ, α, dead features, and the share of firing that the two domains have in common. Mean over seeds.",
+}  # fmt: skip
+BAND = " Bands run from the least to the most of the seeds."
+
+
+def draw(runs: list[Run]) -> dict:
+    """Write the figures; those that were made."""
+    made = {}
+    for drawer in FIGURES:
+        name, figure = f"{drawer.__name__}.png", drawer(runs)
+        if isinstance(figure, str):
+            print(f"no {name}: {figure}")
+            continue
+        figure.savefig(name)
+        plt.close(figure)
+        made[drawer] = Path(name)
+        print(f"wrote {name}")
+    return made
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def two_sided_p(t: float, df: int) -> float:
+    """Chance that |T| ≥ |t| for Student's T with df ≥ 1 (whole) degrees of freedom: the finite sums 26.7.3 and 26.7.4 of
+    Abramowitz & Stegun, exact to rounding."""
+    theta = math.atan(abs(t) / math.sqrt(df))
+    sine, cosine = math.sin(theta), math.cos(theta)
+    term, total = (cosine, 0.0) if df % 2 else (1.0, 0.0)
+    for k in range(1 + df % 2, df, 2):  # the terms before cos^(df - 2)
+        total += term
+        term *= cosine**2 * k / (k + 1)
+    return max(0.0, 1 - (2 / math.pi * (theta + sine * total) if df % 2 else sine * total))
+
+
+def paired_tests(runs: list[Run], section: str, metric: str) -> list[dict]:
+    """Every two runs on the seeds they share: mean difference, its standard error, and the paired t-test's p, two-sided, as
+    it is and after Holm's correction for the number of tests. p is nan under two seeds, or where the differences do not vary."""
+    tests = []
+    for a, b in combinations(runs, 2):
+        x, y = (run.by_seed(section, metric) for run in (a, b))
+        differences = np.array([x[s] - y[s] for s in x if s in y and np.isfinite(x[s] - y[s])])
+        n = len(differences)
+        if n:
+            stderr = differences.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+            p = two_sided_p(differences.mean() / stderr, n - 1) if stderr > 1e-12 else math.nan
+            tests.append({"a": a, "b": b, "n": n, "difference": differences.mean(), "stderr": stderr, "by_seed": differences, "p": p, "holm": math.nan})
+    defined, least = sorted((t for t in tests if np.isfinite(t["p"])), key=lambda t: t["p"]), 0.0
+    for rank, test in enumerate(defined):
+        least = test["holm"] = max(least, min(1.0, test["p"] * (len(defined) - rank)))
+    return tests
+
+
+def shown(mean: float, stderr: float, digits=".3f") -> str:
+    return "-" if np.isnan(mean) else f"{mean:{digits}}" if np.isnan(stderr) else f"{mean:{digits}} ± {stderr:{digits}}"
 
 
 def summary_table(runs: list[Run]) -> str:
     """Markdown: mean ± standard error over seeds."""
-
-    def shown(run: Run, section: str, metric: str) -> str:
-        mean, stderr = run.mean(section, metric)
-        return "-" if np.isnan(mean) else f"{mean:.3f}" if np.isnan(stderr) else f"{mean:.3f} ± {stderr:.3f}"
-
     head = ["run", "arm", "seeds"] + [title for _, _, title in TABLE] + ["warnings"]
-    rows = [[r.name, r.label, str(len(r.seeds))] + [shown(r, s, m) for s, m, _ in TABLE] + [str(len(r.warnings))] for r in runs]
+    rows = [[r.name, r.label, str(len(r.seeds))] + [shown(*r.mean(s, m)) for s, m, _ in TABLE] + [str(len(r.warnings))] for r in runs]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def cautions(runs: list[Run], skipped: list[str]) -> list[str]:
+    """What keeps the runs from being compared as they stand, in sentences."""
+    said = []
+    l0 = {run: next((m for m in (run.mean("core", "l0")[0], run.mean("training", "final_l0")[0]) if np.isfinite(m)), math.nan) for run in runs}
+    l0 = {run: v for run, v in l0.items() if np.isfinite(v)}
+    if l0 and max(l0.values()) - min(l0.values()) > MATCHED_L0:
+        low, high = min(l0, key=l0.get), max(l0, key=l0.get)
+        said.append(f"The runs are not at matched L0: it goes from {l0[low]:.1f} ({low.name}, {low.label}) to {l0[high]:.1f} ({high.name}, {high.label}), more than {MATCHED_L0:g} apart. "
+                    "Differences between them may be differences in sparsity.")  # fmt: skip
+    if missing := [f"{name} ({label})" for name, label in labels.items() if name not in {run.folder.resolve().name for run in runs}]:
+        said.append(f"Runs of the plan that are missing here: {', '.join(missing)}.")
+    said += [f"Skipped: {reason}." for reason in skipped]
+    testbed = lambda run, key: run.config["testbed"].get(key) if isinstance(run.config.get("testbed"), dict) else None
+    compared = {"seeds": lambda r: r.seeds, "testbed": lambda r: testbed(r, "name"), "hook": lambda r: testbed(r, "hook_name"), "tokens": lambda r: r.settings.get("tokens"), "d_sae": lambda r: r.settings.get("d_sae")}
+    if differing := [key for key, value in compared.items() if len({json.dumps(value(run)) for run in runs}) > 1]:
+        said.append(f"The runs do not share their {', '.join(differing)}; the settings of each stand below.")
+    return said + [f"† {run.name} ({run.label.removesuffix(' †')}): {text}{f' ({n} times)' if n > 1 else ''}." for run in runs for text, n in run.notes().items()]
+
+
+# ------------------------------------------------------------------------------------------------ report
+
+
+def esc(value) -> str:
+    return html.escape(str(value))
+
+
+def table(caption: str, head: list[str], rows: list[list], kind="sortable") -> str:
+    """A table in a frame that scrolls on a narrow screen. A cell is a text, or (text, value to sort by, small print)."""
+
+    def cell(value, tag: str) -> str:
+        text, key, small = value if isinstance(value, tuple) else (value, value, "")
+        key = "" if isinstance(key, float) and math.isnan(key) else key
+        small = f"<small>{esc(small)}</small>" if small else ""
+        return f'<{tag} data-value="{esc(key)}">{esc(text)}{small}</{tag.split()[0]}>'
+
+    lines = ["<tr>" + "".join(cell(v, "td" if i else 'th scope="row"') for i, v in enumerate(row)) + "</tr>" for row in rows]
+    heads = "".join(f'<th scope="col">{esc(title)}</th>' for title in head)
+    return (f'<div class="frame" role="region" tabindex="0" aria-label="{esc(caption)}"><table class="{kind}"><caption><span>{esc(caption)}</span></caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n'
+            + "\n".join(lines) + "\n</tbody></table></div>")  # fmt: skip
+
+
+def summary(runs: list[Run]) -> str:
+    """What was run and what came out, in two or three sentences."""
+    first, tokens = runs[0], finite(runs[0].settings.get("tokens"))
+    setup = f"{len(runs)} run{'s' * (len(runs) > 1)} on testbed {first.settings.get('testbed')}, {len(first.seeds)} seed{'s' * (len(first.seeds) > 1)} each, {tokens:,.0f} training tokens a SAE."
+    scored = {run: run.mean(*SCORE) for run in runs if np.isfinite(run.mean(*SCORE)[0])}
+    if not scored:
+        return f"<p>{esc(setup)} No run has an unlearning score.</p>"
+    best = max(scored, key=lambda run: scored[run][0])
+    told = f"Highest mean unlearning score: {shown(*scored[best])} ({best.name}, {best.label}); the same procedure on random features: {shown(*best.mean('unlearning', 'random_feature_score'))}."
+    if (vanilla := next((run for run in runs if run.arm == "vanilla"), best)) is not best:
+        for test in paired_tests([best, vanilla], *SCORE):
+            p = f"{test['p']:.2g}" if np.isfinite(test["p"]) else "not defined"
+            told += f" Against {vanilla.name} ({vanilla.label}), seed by seed: {test['difference']:+.3f} (paired t-test, {test['n']} shared seeds, p {p}, not corrected for having picked the highest)."
+    return f"<p>{esc(setup)} {esc(told)}</p>"
+
+
+def results(runs: list[Run]) -> str:
+    rows = []
+    for i, run in enumerate(runs):
+        cells = [(run.name, i, ""), (run.label, run.label, ""), (len(run.seeds), len(run.seeds), "")]
+        for section, metric, _ in TABLE:
+            seeds = ", ".join(f"{v:.3f}" if np.isfinite(v) else "-" for v in run.by_seed(section, metric).values())
+            cells.append((shown(*run.mean(section, metric)), run.mean(section, metric)[0], seeds))
+        rows.append(cells + [(len(run.warnings), len(run.warnings), "")])
+    return table("Mean ± standard error over seeds; under it, the seeds.", ["run", "arm", "seeds", *[title for _, _, title in TABLE], "warnings"], rows)
+
+
+def tests(runs: list[Run], metric: tuple[str, str], name: str) -> str:
+    """The table of the paired tests; nothing where no two runs share a seed."""
+    number = lambda p: ("-" if np.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001", p, "")
+    rows = []
+    for t in sorted(paired_tests(runs, *metric), key=lambda t: (math.isnan(t["p"]), t["p"])):
+        pair = f"{t['a'].name} {t['a'].label} against {t['b'].name} {t['b'].label}"
+        rows.append([pair, (t["n"], t["n"], ""), (shown(t["difference"], t["stderr"], "+.3f").replace("± +", "± "), t["difference"], ", ".join(f"{d:+.3f}" for d in t["by_seed"])), number(t["p"]), number(t["holm"])])
+    if not rows:
+        return f"<p>{esc(name)}: no two runs share a seed.</p>"
+    return table(f"{name}: first run minus second, on the seeds they share (mean ± standard error; under it, the seeds).", ["runs", "seeds", "difference", "p", "p (Holm)"], rows)
+
+
+def details(run: Run) -> str:
+    """Warnings, settings and every metric of a run, folded away."""
+    settings = [(f"{k}.{k2}", v2) for k, v in run.config.items() if isinstance(v, dict) and k != "requested" for k2, v2 in v.items()] + [(k, v) for k, v in run.config.items() if not isinstance(v, dict)]
+    metrics = [[f"{section}.{metric}", shown(*run.mean(section, metric), ".4g"), ", ".join(f"{v:.4g}" if np.isfinite(v) else "-" for v in run.by_seed(section, metric).values())]
+               for section, parts in run.info.items() for metric in parts["means"]]  # fmt: skip
+    warned = "<ul>" + "".join(f"<li>{esc(w)}</li>" for w in run.warnings) + "</ul>" if run.warnings else "<p>No warnings.</p>"
+    return (f"<details><summary>{esc(run.name)}: {esc(run.label)}</summary>\n{warned}\n"
+            + table(f"All metrics of {run.name}", ["metric", "mean ± standard error", f"seeds {', '.join(map(str, run.seeds))}"], metrics, kind="plain")
+            + table(f"Settings of {run.name}", ["setting", "value"], [[k, v if isinstance(v, str) else json.dumps(v)] for k, v in settings], kind="plain") + "</details>")  # fmt: skip
+
+
+def picture(png: Path, words: str) -> str:
+    data = png.read_bytes()
+    width, height = struct.unpack(">II", data[16:24])
+    return (f'<figure><img src="data:image/png;base64,{base64.b64encode(data).decode()}" width="{width}" height="{height}" alt="{esc(words)}">'
+            f"<figcaption>{esc(words)}</figcaption></figure>")  # fmt: skip
+
+
+def report(runs: list[Run], skipped: list[str], figures: dict) -> str:
+    """The page: everything that comes from a run folder is escaped, and its policy lets no other script run and nothing load."""
+    cautious = "".join(f"<li>{esc(text)}</li>" for text in cautions(runs, skipped))
+    about = """<p class="note">Two-sided paired t-tests on per-seed differences; seeds share the text and its order. p (Holm) is corrected for the number of tests in the table.
+With few seeds a t-test rests on the differences being about normal, and finds only large effects; a sign-flip permutation test, which does not,
+cannot give less than 2/2<sup>n</sup> with n seeds (0.25 with 3, 0.0625 with 5), which is why it is not used.</p>"""
+    words = lambda drawer: FIGURES[drawer] + BAND * (drawer in (unlearning_tradeoff, training_curves))
+    body = [summary(runs), f'<div class="caution"><h2>Before reading on</h2><ul>{cautious}</ul></div>' if cautious else "",
+            "<h2>Results</h2>", results(runs), '<p class="note">Clicking a column\'s head sorts by it. † : the run has warnings, listed above.</p>' ,
+            "<h2>Figures</h2>", *[picture(png, words(drawer)) for drawer, png in figures.items()],
+            "<h2>Paired tests</h2>", about, tests(runs, SCORE, "Unlearning score"), tests(runs, GAIN, "Cross-entropy added on forget text at 0.05 nats a token on retain text"),
+            "<h2>Runs</h2>", *[details(run) for run in runs]]  # fmt: skip
+    template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(re.search("<script>(.*?)</script>", template, re.DOTALL)[1].encode()).digest()).decode()
+    return string.Template(template).substitute(title="Knowledge separation in sparse autoencoders", script_hash=f"sha256-{digest}", body="\n".join(body))
 
 
 def main() -> int:
@@ -170,18 +507,18 @@ def main() -> int:
     parser.add_argument("folders", nargs="*", type=Path, help="run folders (default: run_* here)")
     parser.add_argument("--table", action="store_true", help="print the table and draw nothing")
     args = parser.parse_args()
-    runs = find_runs(args.folders or [p for p in Path().glob("run_*") if p.is_dir()])
+    runs, skipped = find_runs(args.folders or [p for p in Path().glob("run_*") if p.is_dir()])
     if not runs:
         print("error: no complete run folder to plot; make one with python experiment.py --out_dir=run_0", file=sys.stderr)
         return 2
     print(summary_table(runs))
     if args.table:
         return 0
-    training_curves(runs)
-    unlearning_tradeoff(runs)
-    for run in runs:
-        for text in run.warnings:
-            print(f"{run.name} warning: {text}")
+    for text in cautions(runs, []):
+        print(text)
+    page = report(runs, skipped, draw(runs))
+    Path("report.html").write_text(page, encoding="utf-8")
+    print("wrote report.html")
     return 0
 
 

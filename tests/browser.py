@@ -1,0 +1,157 @@
+"""Opens a page from disk in Chromium (Qt WebEngine, off screen, no network), uses it, and prints what it saw as JSON:
+
+    python tests/browser.py report.html [folder for screenshots]
+
+A process of its own, so that a browser's crash is a failed test and no more. Exit code 3 and a line on stderr where this
+machine has no browser that starts.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ |= {"QT_QPA_PLATFORM": "offscreen", "QT_QUICK_BACKEND": "software"}
+os.environ["QTWEBENGINE_CHROMIUM_FLAGS"] = '--no-sandbox --disable-gpu --host-resolver-rules="MAP * ~NOTFOUND"'
+try:
+    from PySide6.QtCore import QEventLoop, QPoint, Qt, QTimer, QUrl
+    from PySide6.QtTest import QTest
+    from PySide6.QtWebEngineCore import QWebEnginePage, QWebEngineProfile, QWebEngineSettings, QWebEngineUrlRequestInterceptor
+    from PySide6.QtWebEngineWidgets import QWebEngineView
+    from PySide6.QtWidgets import QApplication
+except ImportError as error:
+    print(f"no browser: {error}", file=sys.stderr)
+    sys.exit(3)
+
+ORDER = "Array.from(document.querySelector('table.sortable').tBodies[0].rows).map(row => row.cells[0].textContent)"
+HEADS = "document.querySelector('table.sortable').tHead.rows[0].cells"
+
+
+class Interceptor(QWebEngineUrlRequestInterceptor):
+    """Blocks whatever is neither a file nor inside the page, and keeps a list of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocked = []
+
+    def interceptRequest(self, info):
+        if info.requestUrl().scheme() not in ("file", "data"):
+            self.blocked.append(info.requestUrl().toString())
+            info.block(True)
+
+
+class Page(QWebEnginePage):
+    def __init__(self, profile):
+        super().__init__(profile)
+        self.messages = []
+
+    def javaScriptConsoleMessage(self, level, message, line, source):
+        self.messages.append(message)
+
+
+class Browser:
+    def __init__(self, app):
+        self.app, self.interceptor, self.profile, self.view = app, Interceptor(), QWebEngineProfile(), QWebEngineView()
+        self.profile.setUrlRequestInterceptor(self.interceptor)
+        self.page = Page(self.profile)
+        self.view.setPage(self.page)
+        self.view.resize(1280, 900)
+        self.view.show()
+
+    def wait(self, start, seconds: float = 20):
+        """What the callback given to `start` is called with."""
+        loop, answer = QEventLoop(), []
+        QTimer.singleShot(int(seconds * 1000), loop.quit)
+        start(lambda *values: (answer.extend(values), loop.quit()))
+        if not answer:
+            loop.exec()
+        return answer[0] if answer else None
+
+    def open(self, path: Path, javascript=True):
+        settings, attribute = self.page.settings(), QWebEngineSettings.WebAttribute
+        settings.setAttribute(attribute.JavascriptEnabled, javascript)
+        settings.setAttribute(attribute.LocalContentCanAccessRemoteUrls, True)  # so that the interceptor sees what is asked for
+        self.page.loadFinished.connect(opened := Once())
+        self.page.load(QUrl.fromLocalFile(str(path.resolve())))
+        return self.wait(opened.then)
+
+    def run(self, script: str):
+        return json.loads(self.wait(lambda done: self.page.runJavaScript(f"JSON.stringify({script})", done)) or "null")
+
+    def pause(self, seconds: float):
+        self.wait(lambda done: None, seconds)
+
+    def click(self, element: str):
+        """A mouse click on the middle of an element."""
+        self.run(f"{element}.scrollIntoView({{block: 'center', inline: 'center'}})")
+        box = self.run(f"(box => [box.x + box.width / 2, box.y + box.height / 2])({element}.getBoundingClientRect())")
+        QTest.mouseClick(self.view.focusProxy(), Qt.MouseButton.LeftButton, pos=QPoint(*map(int, box)))
+        self.pause(0.2)
+
+    def press(self, key):
+        QTest.keyClick(self.view.focusProxy(), key)
+        self.pause(0.2)
+
+    def resize(self, width: int, height: int):
+        self.view.resize(width, height)
+        self.pause(0.4)
+
+    def picture(self, name: str):
+        if len(sys.argv) > 2:
+            self.pause(0.3)
+            self.view.grab().save(str(Path(sys.argv[2]) / name))
+
+
+class Once:
+    """A slot that hands on its first value, whenever that comes."""
+
+    def __init__(self):
+        self.values, self.done = [], None
+
+    def __call__(self, *values):
+        self.values = values
+        if self.done:
+            self.done(*values)
+
+    def then(self, done):
+        self.done = done
+        if self.values:
+            done(*self.values)
+
+
+def use(browser: Browser, path: Path) -> dict:
+    """Look at the page, sort its first table by mouse and by keyboard, make the window a phone's, print, and turn scripts off."""
+    seen = {"opened": browser.open(path), "title": browser.page.title(), "messages": browser.page.messages, "blocked": browser.interceptor.blocked}
+    browser.pause(0.3)
+    seen["agent"] = browser.run("navigator.userAgent")
+    seen["images"] = browser.run("Array.from(document.images).map(i => [i.alt, i.complete && i.naturalWidth > 0])")
+    browser.picture("wide.png")
+    if browser.run("Boolean(document.querySelector('table.sortable'))"):
+        column = f"Array.from({HEADS}).findIndex(head => head.textContent === 'unlearning')"
+        seen["order"] = [browser.run(ORDER)]
+        for _ in range(2):
+            browser.click(f"{HEADS}[{column}].querySelector('button')")
+            seen["order"].append(browser.run(ORDER))
+            seen.setdefault("aria_sort", []).append(browser.run(f"Array.from({HEADS}).map(head => head.getAttribute('aria-sort'))"))
+        browser.picture("sorted.png")
+        browser.press(Qt.Key.Key_Tab)  # from the head that was clicked to the next one
+        browser.press(Qt.Key.Key_Return)
+        browser.press(Qt.Key.Key_Space)
+        seen["by_keyboard"] = {"head": browser.run("document.activeElement.textContent"), "order": browser.run(ORDER), "sort": browser.run("document.activeElement.parentElement.getAttribute('aria-sort')")}
+    browser.resize(390, 844)
+    seen["phone_widths"] = browser.run("[document.documentElement.scrollWidth, window.innerWidth]")
+    browser.picture("phone.png")
+    pdf = bytes(browser.wait(lambda done: browser.page.printToPdf(done)) or b"")
+    seen["pdf_bytes"] = len(pdf) if pdf.startswith(b"%PDF") else 0
+    if len(sys.argv) > 2:
+        (Path(sys.argv[2]) / "print.pdf").write_bytes(pdf)
+    browser.resize(1280, 900)
+    browser.open(path, javascript=False)
+    seen["text_without_scripts"] = browser.wait(browser.page.toPlainText)
+    browser.picture("without_scripts.png")
+    return seen
+
+
+if __name__ == "__main__":
+    print(json.dumps(use(Browser(QApplication([])), Path(sys.argv[1]))), flush=True)
+    os._exit(0)  # Qt's own order of destruction may complain
