@@ -81,8 +81,14 @@ class Config:
     """steps between two formations of the groups"""
     tolerance: float = 0.2
     """adaptive: |cosine| that two features of one domain may share freely"""
-    target_sharing: float = 0.6
-    """adaptive: share of firing that the domains may have in common, which alpha is steered to"""
+    forget_features: int = 50
+    """adaptive: features kept for the forget domain"""
+    margin: float = 1.0
+    """adaptive: distance from 0, in units of u, that a forget feature's pre-activation keeps on retain text"""
+    gap_weight: float = 0.3
+    """adaptive: weight of the loss on forget tokens that no forget feature fires on"""
+    target_sharing: float = 0.001
+    """adaptive: firing of the forget features on retain text over that on forget text, which alpha is steered to"""
 
     alpha_start: float = 0.0
     """alpha curriculum: alpha starts here and rises geometrically to --alpha half-way; 0: no curriculum"""
@@ -121,7 +127,7 @@ class Config:
     """training stops when seven tenths of this are used; the rest is left for evaluation, which is not interrupted"""
 
     def __post_init__(self):
-        positive = ("tokens", "context_size", "batch_size", "buffer_tokens", "d_sae", "lr", "group_size", "chunk_size", "group_update_steps", "dead_tokens", "grad_accumulation", "temperature", "time_budget_minutes")
+        positive = ("tokens", "context_size", "batch_size", "buffer_tokens", "d_sae", "lr", "group_size", "chunk_size", "group_update_steps", "dead_tokens", "forget_features", "grad_accumulation", "temperature", "time_budget_minutes")
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, float | int) and not isinstance(value, bool):
@@ -369,14 +375,13 @@ def has_bf16(device: torch.device) -> bool:
 
 @dataclass
 class Terms:
-    """What one pass measured, on the device: 0-d tensors; per feature, on retain and forget rows [2, F], how often it
-    `fired` and its share `l1_2F` of l1 = mean Σ f / √d_in."""
+    """What one pass measured, on the device: 0-d tensors, and how often each feature `fired` on retain and forget rows [2, F]."""
 
     fvu: Tensor
     l1: Tensor
     l0: Tensor
     fired: Tensor
-    l1_2F: Tensor
+    firing: Tensor | None
 
 
 class OrthogonalSAE(torch.nn.Module):
@@ -447,15 +452,15 @@ class OrthogonalSAE(torch.nn.Module):
         return (self.decode(f, x) - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum(), f.sum() / len(x) / math.sqrt(x.shape[1])
 
     @torch.no_grad()
-    def accumulate_grads(self, x: Tensor, forget: Tensor, l1: Tensor, dtype: torch.dtype, price_2F: Tensor | None = None,
+    def accumulate_grads(self, x: Tensor, forget: Tensor, l1: Tensor, dtype: torch.dtype, firing_loss: Callable | None = None,
                          gain_F: Tensor | None = None, weight: float = 1.0) -> Terms:  # fmt: skip
-        """Add `weight` times the gradients of FVU + mean Σ_i (l1 + price_i) f_i / √d_in to .grad, by hand, and measure the terms.
+        """Add `weight` times the gradients of FVU + (l1 · mean Σ f + firing_loss) / √d_in to .grad, by hand, and measure the terms.
 
-        x [B, D] in the LM's units, forget [B] (bool), l1 a 0-d tensor; price [2, F], if given, is what each feature costs on
-        retain and on forget rows beyond l1; gain [F], if given, multiplies each feature (0: it takes no part). Matrix products run in
-        `dtype` and accumulate in fp32, weights stay fp32; in bfloat16 a product's entries, counts of firing among them, are
-        right to 0.4 %. Five products instead of autograd's six: x needs no gradient, and that of b_dec through the encoder
-        is one matrix-vector product.
+        x [B, D] in the LM's units, forget [B] (bool), l1 a 0-d tensor; firing_loss, if given, maps pre-activations [B, F] and
+        forget [B] to its value, a slice of features, and its gradient by their pre-activations; gain [F], if given, multiplies
+        each feature (0: it takes no part). Matrix products run in `dtype` and accumulate in fp32, weights stay fp32; in
+        bfloat16 a product's entries, counts of firing among them, are right to 0.4 %. Five products instead of autograd's
+        six: x needs no gradient, and that of b_dec through the encoder is one matrix-vector product.
         """
         B, D = x.shape
         u_BD, _, size = self.normalise(x)
@@ -463,7 +468,9 @@ class OrthogonalSAE(torch.nn.Module):
         W_enc, W_dec = self.W_enc.to(dtype), self.W_dec.to(dtype)
         u_BD = u_BD - self.b_dec
         in_BD = u_BD.to(dtype)
-        f_BF, slope_BF = ACTIVATIONS[self.activation](torch.addmm(self.b_enc.to(dtype), in_BD, W_enc), self)
+        pre_BF = torch.addmm(self.b_enc.to(dtype), in_BD, W_enc)
+        firing, features, d_firing = firing_loss(pre_BF, forget) if firing_loss else (None, None, None)
+        f_BF, slope_BF = ACTIVATIONS[self.activation](pre_BF, self)
         if gain_F is not None:
             f_BF *= gain_F.to(dtype)
         error_BD = (f_BF @ W_dec).float().sub_(u_BD, alpha=1 - self.skip)
@@ -471,11 +478,11 @@ class OrthogonalSAE(torch.nn.Module):
         d_out = d_out_BD.to(dtype)
         domain_2B, per_row = torch.stack([~forget, forget]).to(dtype), 1 / (B * math.sqrt(D))
         d_f_BF = torch.addmm((l1 * per_row * weight).to(dtype).expand(len(W_dec)), d_out, W_dec.T)
-        if price_2F is not None:
-            d_f_BF.addmm_(domain_2B.T, (price_2F * per_row * weight).to(dtype))
         d_pre_BF = torch.ops.aten.threshold_backward(d_f_BF, f_BF, 0)
         for factor in (slope_BF, gain_F):
             d_pre_BF = d_pre_BF if factor is None else d_pre_BF.mul_(factor)
+        if firing_loss:
+            d_pre_BF[:, features] += d_firing * (weight / math.sqrt(D))
         d_b_enc = (domain_2B @ d_pre_BF).float().sum(0)  # a product, not .sum(0): that would first copy all of it to fp32
         for parameter, grad in (
             (self.W_dec, f_BF.T @ d_out),
@@ -485,8 +492,8 @@ class OrthogonalSAE(torch.nn.Module):
         ):
             if parameter.requires_grad:
                 parameter.grad = grad.float() if parameter.grad is None else parameter.grad + grad
-        fired_2F, total_2F = (domain_2B @ f_BF.sign()).float(), (domain_2B @ f_BF).float()
-        return Terms((error_BD * size).pow(2).sum() / variance, total_2F.sum() * per_row, fired_2F.sum() / B, fired_2F, total_2F * per_row)
+        fired_2F = (domain_2B @ f_BF.sign()).float()
+        return Terms((error_BD * size).pow(2).sum() / variance, (domain_2B @ f_BF).float().sum() * per_row, fired_2F.sum() / B, fired_2F, firing / math.sqrt(D) if firing_loss else None)
 
     @torch.no_grad()
     def project_decoder_grad(self):
@@ -532,11 +539,11 @@ class OrthogonalSAE(torch.nn.Module):
         sae.save_model(folder)
 
 
-# Activation functions: pre-activations [..., F] -> features, and their slope where they are active (None: 1).
+# Activation functions: pre-activations [..., F] (which they may overwrite) -> features, and their slope where active (None: 1).
 
 
 def relu(pre: Tensor, sae: OrthogonalSAE) -> tuple[Tensor, None]:
-    return torch.relu(pre), None
+    return pre.relu_(), None
 
 
 def batch_top_k(pre: Tensor, sae: OrthogonalSAE) -> tuple[Tensor, None]:
@@ -677,13 +684,22 @@ def omega_ortsae(W_dec: Tensor, chunk_size: int, generator: torch.Generator) -> 
     return largest[pairs.any(2)].pow(2).sum() / len(W_dec)
 
 
-def wrong_domain_price(sae: OrthogonalSAE) -> Tensor:
-    """What a feature's activation costs on retain and on forget rows, [2, F]: its affinity for the other domain.
+def domain_hinges(pre_BF: Tensor, forget: Tensor, n: int, margin: float, alpha: Tensor, gap_weight: float) -> tuple[Tensor, slice, Tensor]:
+    """Keeps the firing of the forget group, the first n features, off retain text and on forget text: alpha · leak + gap_weight · gap,
 
-    Weighted by activations this is the overlap of forget-leaning features with retain text and the reverse: zero when the
-    firing of each feature is orthogonal to the other domain; features without a leaning (a = 0) are shared for free.
+    leak = mean over rows of Σ_i (pre_i + margin)₊ on retain rows, where none of the group may fire,
+    gap  = mean over rows of (margin - max_i pre_i)₊ on forget rows, where one of them is to fire.
+
+    pre [B, F], forget [B] (bool). Returns the value, the group as a slice of features, and the gradient by their pre [B, n].
     """
-    return torch.stack([sae.affinity.clamp(min=0), (-sae.affinity).clamp(min=0)])
+    group = slice(0, n)
+    pre = pre_BF[:, group].float()
+    near = (pre > -margin) & ~forget[:, None]
+    largest, at = pre.max(1)
+    missed = forget & (largest < margin)
+    value = alpha * ((pre + margin) * near).sum() + gap_weight * ((margin - largest) * missed).sum()
+    grad = (alpha * near).scatter_add_(1, at[:, None], -gap_weight * missed[:, None].to(pre))
+    return value / len(pre), group, (grad / len(pre)).to(pre_BF)
 
 
 def sharing(rate: Tensor) -> Tensor:
@@ -693,24 +709,18 @@ def sharing(rate: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the study: alpha · (omega(sae, config, generator) on the weights + the price of activations on the wrong
-    domain).
+    """One row of the study: alpha · omega(sae, config, generator) on the weights + firing(config, alpha) on the pre-activations.
 
-    `steered`: alpha follows the measured sharing between the domains towards --target_sharing, instead of staying as given.
-    `every`: omega is applied every so many steps, with as many times the weight.
+    `steered`: alpha follows the measured sharing of the forget group towards --target_sharing, instead of staying as given.
+    `every`: omega is applied every so many optimiser steps, with as many times the weight.
     """
 
     omega: Callable[[OrthogonalSAE, Config, torch.Generator], Tensor] | None = None
-    price: Callable[[OrthogonalSAE], Tensor] | None = None
+    firing: Callable[[Config, Tensor], Callable] | None = None
     steered: bool = False
     uses_groups: bool = False
     trains_decoder: bool = True
     every: int = 1
-
-
-def omega_adaptive(sae: OrthogonalSAE, config: Config, _) -> Tensor:
-    """Decoder part of adaptive: no overlap between domains, controlled sharing inside the groups."""
-    return omega_between_domains(sae.W_dec, sae.affinity) + omega_shared(sae.W_dec, sae.groups, sae.affinity, config.tolerance)
 
 
 ARMS = {
@@ -718,7 +728,10 @@ ARMS = {
     "frozen_decoder": Arm(trains_decoder=False),
     "fixed": Arm(lambda sae, config, _: omega_all_pairs(sae.W_dec)),
     "grouped": Arm(lambda sae, config, _: omega_grouped(sae.W_dec, sae.groups), uses_groups=True),
-    "adaptive": Arm(omega_adaptive, wrong_domain_price, steered=True, uses_groups=True),
+    "adaptive": Arm(
+        firing=lambda config, alpha: partial(domain_hinges, n=config.forget_features, margin=config.margin, alpha=alpha, gap_weight=config.gap_weight),
+        steered=True,
+    ),
     "ortsae": Arm(lambda sae, config, generator: omega_ortsae(sae.W_dec, config.chunk_size, generator), every=5),
 }
 
@@ -746,7 +759,7 @@ class Trainer:
         self.adam = torch.optim.Adam(self.sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, self._lr_factor)
         self.log_l1 = torch.tensor(math.log(config.l1) if config.l1 and config.activation == "relu" else -math.inf, device=device)
-        self.log_alpha = torch.tensor(math.log(config.alpha) if config.alpha and (self.arm.omega or self.arm.price) else -math.inf, device=device)
+        self.log_alpha = torch.tensor(math.log(config.alpha) if config.alpha and (self.arm.omega or self.arm.firing) else -math.inf, device=device)
         self.l0 = torch.tensor(self.steered_l0 or 0.0, device=device)  # moving average that steers lambda
         self.steps, self.resampled = 0, 0
         self.history: list[dict] = []  # one record a logged step
@@ -794,13 +807,13 @@ class Trainer:
                 sae.groups = form_groups(firing_profile(sae.encode(x), sae.affinity, self.generator), config.group_size).to(x.device)
         (l1_factor, alpha_factor), share = self._loss_factors(), 1 / config.grad_accumulation
         l1, alpha = self.log_l1.exp() * l1_factor, self.log_alpha.exp() * alpha_factor
-        price = self.arm.price(sae) if self.arm.price and config.alpha else None
-        terms = sae.accumulate_grads(x, forget, l1, self.dtype, None if price is None else alpha * price, self._gain(), share)
+        firing_loss = self.arm.firing(config, alpha) if self.arm.firing and config.alpha else None
+        terms = sae.accumulate_grads(x, forget, l1, self.dtype, firing_loss, self._gain(), share)
         measured = {"fvu": terms.fvu, "l0": terms.l0, "l1_coefficient": l1, "alpha": alpha}
         loss = terms.fvu + l1 * terms.l1
-        if price is not None:
-            measured["omega_firing"] = (price * terms.l1_2F).sum()
-            loss = loss + alpha * measured["omega_firing"]
+        if firing_loss:
+            measured["omega_firing"] = terms.firing
+            loss = loss + terms.firing
         updates, batches_left = divmod(self.steps, config.grad_accumulation)
         update_now = batches_left == config.grad_accumulation - 1
         if self.arm.omega and config.alpha and update_now and updates % self.arm.every == 0:
@@ -855,13 +868,15 @@ class Trainer:
 
     @torch.no_grad()
     def _steer(self, terms: Terms):
-        """Multiply lambda by (L0 / target)^0.01 and alpha by (sharing / target)^0.01, L0 averaged over some 10 steps."""
+        """Multiply lambda by (L0 / target)^0.01, L0 averaged over some 10 steps, and alpha by (sharing / target)^0.01, sharing
+        the firing of the forget group on retain text over that on forget text, averaged over some 100 steps."""
         if self.steered_l0:
             self.l0 = 0.9 * self.l0 + 0.1 * terms.l0
             self.log_l1 += 0.01 * (self.l0.clamp(min=1e-3) / self.config.target_l0).log().clamp(-1, 1)
         if self.arm.steered and self.config.alpha:
-            self.log_alpha += 0.01 * (sharing(self.sae.rate) / self.config.target_sharing).log().clamp(-1, 1)
-            self.log_alpha.clamp_(math.log(1e-3), math.log(30.0))
+            on_retain, on_forget = self.sae.rate[:, : self.config.forget_features].sum(1)
+            self.log_alpha += 0.01 * (on_retain / on_forget.clamp(min=1e-12) / self.config.target_sharing).clamp(min=1e-3).log().clamp(-1, 1)
+            self.log_alpha.clamp_(math.log(1e-2), math.log(100.0))
 
     @torch.no_grad()
     def _resample(self, x: Tensor):
