@@ -1,4 +1,4 @@
-"""Testbeds: which LM, which text, which questions, and how an LM is asked.
+"""Testbeds: which LM, which text, which questions, and how an LM is asked and intervened on.
 
     testbed = load("micro")          # or "auto"
     testbed.lm, testbed.tokenizer, testbed.hook_name, testbed.d_in
@@ -8,9 +8,12 @@ A testbed is one object, so that the LM, the layer, the text and the questions o
 """
 
 import contextlib
+import hashlib
 import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -144,20 +147,30 @@ def micro(folder: Path | str = HERE / "micro_pythia") -> Testbed:
 class Batch:
     """Right-padded token rows of similar length, and where to read the LM's answer.
 
-    tokens [row, pos]; positions [row, n] are read; targets [row, n] and weights [row, n] say how (cloze only);
-    `rows` are the rows' places in the exam; `resid` is room for the hook's activations [row, pos, d_in].
+    tokens [row, pos]; real [row, pos] (bool) is neither padding nor the leading BOS; positions [row, n] are read (None: all);
+    targets [row, n] and weights [row, n] say how (cloze only); `rows` are the rows' places in the exam; `resid` [row, pos, d_in]
+    and `plain` [row, ...] are room for the hook layer's output and for what is read from the LM without an intervention.
     """
 
     tokens: Tensor
-    positions: Tensor
-    targets: Tensor
-    weights: Tensor
-    rows: list[int]
+    real: Tensor
+    positions: Tensor | None = None
+    targets: Tensor | None = None
+    weights: Tensor | None = None
+    rows: list[int] | None = None
     resid: Tensor | None = None
+    plain: Tensor | None = None
+
+    def take(self, rows: list[int]) -> "Batch":
+        """Some of the rows, to be run and read."""
+        some = {name: getattr(self, name) for name in ("tokens", "real", "positions", "targets", "weights")}
+        return replace(self, **{name: None if t is None else t[rows] for name, t in some.items()})
 
 
-def logits_at(lm, tokens: Tensor, positions: Tensor) -> Tensor:
-    """Logits [row, n, vocab] of `lm` on tokens [row, pos] at `positions` [row, n]; no other position is unembedded."""
+def logits_at(lm, tokens: Tensor, positions: Tensor | None) -> Tensor:
+    """Logits [row, n, vocab] of `lm` on tokens [row, pos] at `positions` [row, n] (None: all); no other is unembedded."""
+    if positions is None:
+        return lm(tokens, use_cache=False).logits
     kept, where = torch.unique(positions, return_inverse=True)
     logits = lm(tokens, use_cache=False, logits_to_keep=kept).logits
     return logits.gather(1, where[..., None].expand(-1, -1, logits.shape[-1]))
@@ -188,21 +201,28 @@ class Exam:
             stems = [bos + ids for ids in encode(asked) for _ in range(4)]
             ends = encode([f" {choice}" for q in questions for choice in q.choices])
         self.n_rows = len(stems)
+        self.plain: Tensor | None = None  # room for the probabilities without an intervention
         self.batches = list(_batches(stems, ends, tokens_per_batch, device))
+
+    def read(self, batch: Batch, logits: Tensor) -> Tensor:
+        """What the exam takes from logits [row, n, vocab]: the letters' probabilities [row, 4], or the mean log-likelihood [row, 1]."""
+        if self.scoring == "letter":
+            return logits[:, 0].float().softmax(-1)[:, self.letters].amax(1)
+        told = logits.float().log_softmax(-1).gather(-1, batch.targets[..., None])[..., 0]
+        return ((told * batch.weights).sum(-1) / batch.weights.sum(-1))[:, None]
 
     def probs(self, forward: Callable[[Batch], Tensor]) -> Tensor:
         """Probabilities of the four choices as listed, [n_questions * n_permutations, 4], permutations innermost.
 
         `forward` gives logits [row, n, vocab] for a batch.
         """
+        return self.probs_from(lambda batch: self.read(batch, forward(batch)))
+
+    def probs_from(self, answers: Callable[[Batch], Tensor]) -> Tensor:
+        """`probs` where `answers` gives for a batch what `read` takes from its logits."""
         rows = torch.empty(self.n_rows, 4 if self.scoring == "letter" else 1)
         for batch in self.batches:
-            logits = forward(batch).float()
-            if self.scoring == "letter":
-                rows[batch.rows] = logits[:, 0].softmax(-1)[:, self.letters].amax(1).cpu()
-            else:
-                told = logits.log_softmax(-1).gather(-1, batch.targets[..., None])[..., 0]
-                rows[batch.rows] = ((told * batch.weights).sum(-1) / batch.weights.sum(-1)).cpu()[:, None]
+            rows[batch.rows] = answers(batch).cpu()
         if self.scoring == "letter":
             return rows
         return rows.view(-1, 4).softmax(-1)[:, self.permutations].flatten(0, 1)
@@ -223,27 +243,30 @@ def _batches(stems, ends, tokens_per_batch, device):
         rows, order = order[:n], order[n:]
         tokens = torch.zeros(n, max(len(stems[i]) + len(ends[i]) for i in rows), dtype=torch.long)
         positions, targets = torch.zeros(n, width, dtype=torch.long), torch.zeros(n, width, dtype=torch.long)
-        weights = torch.zeros(n, width)
+        weights, real = torch.zeros(n, width), torch.zeros(tokens.shape, dtype=torch.bool)
         for r, i in enumerate(rows):
             stem, end = stems[i], ends[i]
             tokens[r, : len(stem) + len(end)] = torch.tensor(stem + end)
+            real[r, 1 : len(stem) + len(end)] = True
             positions[r] = (len(stem) - 1 + torch.arange(width)).clamp(max=len(stem) + max(len(end), 1) - 2)
             targets[r, : len(end)] = torch.tensor(end)
             weights[r, : len(end)] = 1
-        yield Batch(tokens.to(device), positions.to(device), targets.to(device), weights.to(device), rows)
+        yield Batch(tokens.to(device), real.to(device), positions.to(device), targets.to(device), weights.to(device), rows)
 
 
 class InterventionLM:
     """What SAEBench's sweep needs of an LM (`cfg`, `add_hook`, `reset_hooks`), on any decoder-only LM.
 
-    Interventions act on resid_post of the hook layer. The layers up to it do not depend on them: their output is kept
-    with each batch and only the layers above run again.
+    Interventions act on resid_post of the hook layer. The layers up to it do not depend on them: their output is kept with
+    each batch and only the layers above run again, on the rows that an intervention changed, once for every change. `told`
+    remembers those answers until it is cleared; a remembered answer may differ from one in another batch by rounding.
     """
 
     def __init__(self, testbed: Testbed):
         self.lm, self.layers, self.layer = testbed.lm, testbed.layers, testbed.layer
         self.cfg = SimpleNamespace(model_name=testbed.name, device=testbed.lm.device)
         self.hook = None
+        self.told: dict[tuple[int, int, bytes], Tensor] = {}  # (batch, row, digest of its changed resid) -> what was read
 
     def add_hook(self, name: str, hook: Callable):
         self.hook = hook
@@ -251,10 +274,11 @@ class InterventionLM:
     def reset_hooks(self):
         self.hook = None
 
-    def _changed(self, resid: Tensor) -> Tensor:
-        """resid under the hook; without one, or where SAEBench's hook has no feature to clamp (None), as it is."""
-        changed = None if self.hook is None else self.hook(resid, hook=None)
-        return resid if changed is None else changed
+    def _changed(self, batch: Batch) -> Tensor:
+        """The batch's resid under the hook, which gets the batch where SAEBench's hooks have their hook point (unused by them);
+        as it is where SAEBench's hook has no feature to clamp (None)."""
+        changed = self.hook(batch.resid, hook=batch)
+        return batch.resid if changed is None else changed
 
     @contextlib.contextmanager
     def resumed_from(self, resid: Tensor):
@@ -287,25 +311,167 @@ class InterventionLM:
             handle.remove()
         return kept[0]
 
-    @torch.no_grad()
-    def forward(self, batch: Batch) -> Tensor:
-        """Logits [row, n, vocab] at the batch's positions, under the hook if there is one."""
-        if self.hook is None:
-            return logits_at(self.lm, batch.tokens, batch.positions)
-        if batch.resid is None:
-            batch.resid = self.resid(batch.tokens)
-        with self.resumed_from(self._changed(batch.resid)):
-            return logits_at(self.lm, batch.tokens, batch.positions)
+    def _resumed(self, batch: Batch, resid: Tensor, read: Callable) -> Tensor:
+        with self.resumed_from(resid):
+            return read(batch, logits_at(self.lm, batch.tokens, batch.positions))
 
     @torch.no_grad()
-    def ce(self, tokens: Tensor, resid: Tensor) -> float:
-        """Mean next-token cross-entropy (nats) on contexts [n, pos] from cached resid, under the hook if there is one."""
-        losses = []
-        for t, r in zip(tokens.split(32), resid.split(32)):
-            with self.resumed_from(self._changed(r)):
-                logits = self.lm(t, use_cache=False).logits[:, :-1]
-            losses.append(torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), t[:, 1:].flatten(), reduction="none"))
-        return torch.cat(losses).mean().item()
+    def ask(self, batch: Batch, read: Callable) -> Tensor:
+        """read(batch, logits [row, n, vocab]) [row, ...], under the hook if there is one; one batch is always read in one way."""
+        if self.hook is None:
+            return read(batch, logits_at(self.lm, batch.tokens, batch.positions))
+        if batch.resid is None:
+            batch.resid = self.resid(batch.tokens)
+        if batch.plain is None:
+            batch.plain = self._resumed(batch, batch.resid, read)
+        resid = self._changed(batch)
+        touched = (resid != batch.resid).flatten(1).any(1).nonzero()[:, 0].tolist()
+        keys = {row: (id(batch), row, hashlib.blake2b(resid[row].cpu().numpy(), digest_size=16).digest()) for row in touched}
+        new = [row for row, key in keys.items() if key not in self.told]
+        if new:
+            self.told.update(zip([keys[row] for row in new], self._resumed(batch.take(new), resid[new], read)))
+        out = batch.plain.clone()
+        if touched:
+            out[touched] = torch.stack([self.told[keys[row]] for row in touched])
+        return out
+
+    def ce(self, batch: Batch) -> Tensor:
+        """Mean next-token cross-entropy [context] (nats) of whole contexts, under the hook if there is one."""
+
+        def read(batch: Batch, logits: Tensor) -> Tensor:
+            losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none")
+            return losses.view(len(logits), -1).mean(1)
+
+        return self.ask(batch, read)
+
+
+# ---------------------------------------------------------------------------------------------------- interventions
+
+RETAIN_SHARE = 0.001  # conditional: of retain tokens that may be clamped, SAEBench's stricter limit on a feature's retain rate
+GUARD_QUANTILE = 0.95  # guardrail: of retain contexts that stay under the threshold, as published
+
+
+class ChosenFeatures:
+    """The few features of an SAE that an intervention may touch, each in units of `unit_F`, as SAEBench's code takes an SAE.
+
+    Clamping changes the residual by (f' - f) W_dec of the clamped features alone, since SAEBench adds the SAE's error back:
+    the others need not be computed. With the features' own mean active values as units, SAEBench's multipliers count in those.
+    `retain`, a batch of retain text, is what the guards are calibrated on; questions and held-out text never are.
+    """
+
+    def __init__(self, sae, chosen: Tensor, unit_F: Tensor, retain: Batch | None = None):
+        self.sae, self.chosen, self.unit, self.cfg, self.retain = sae, chosen, unit_F[chosen], sae.cfg, retain
+        self.W_dec = sae.W_dec[chosen] * self.unit[:, None]
+        if sae.cfg.architecture() == "standard":  # features do not compete: encode the chosen alone
+            W_enc, b_enc = sae.W_enc[:, chosen] / self.unit, sae.b_enc[chosen] / self.unit
+            self.encode = lambda x: torch.relu((x - sae.b_dec) @ W_enc + b_enc)
+        self.encoded: dict[int, Tensor] = {}
+        self.guards: dict[tuple, float] = {}
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., chosen]."""
+        return self.sae.encode(x)[..., self.chosen] / self.unit
+
+    def decode(self, f: Tensor) -> Tensor:
+        """[..., chosen] -> what the chosen features write, [..., D]."""
+        return f @ self.W_dec
+
+    def on(self, batch: Batch) -> Tensor:
+        """[row, pos, chosen] on a batch's real tokens, 0 on the others; encoded once."""
+        if id(batch) not in self.encoded:
+            self.encoded[id(batch)] = self.encode(batch.resid) * batch.real[..., None]
+        return self.encoded[id(batch)]
+
+    @cached_property
+    def limit(self) -> Tensor:
+        """The activation that at most RETAIN_SHARE of the tokens of retain text exceed, [chosen]; 0 for a feature that fires no more."""
+        f = self.on(self.retain)[self.retain.real]
+        return f.kthvalue(math.ceil((1 - RETAIN_SHARE) * len(f)), 0).values
+
+    def guard(self, features: list[int]) -> float:
+        """The GUARD_QUANTILE over retain contexts of the share of tokens that fire one of the features."""
+        key = tuple(features)
+        if key not in self.guards:
+            self.guards[key] = firing_share(self.on(self.retain)[..., key] > 0, self.retain.real).quantile(GUARD_QUANTILE).item()
+        return self.guards[key]
+
+
+def firing_share(fires: Tensor, real: Tensor) -> Tensor:
+    """Share [row] of the real tokens [row, pos] that fire at least one feature, fires [row, pos, feature] (bool)."""
+    return fires.any(-1).sum(1) / real.sum(1).clamp(min=1)
+
+
+def intervene(resid: Tensor, hook: Batch, sae: ChosenFeatures, features_to_ablate, multiplier: float, how: str = "clamp") -> Tensor | None:
+    """resid [row, pos, D] of a batch, with features (places among the chosen) set to -multiplier on real tokens, as a hook.
+
+    clamp: where they fire. SAEBench's `anthropic_clamp_resid_SAE_features`, without its work on features left alone.
+    conditional: where they exceed their `limit`. After Khoriaty et al. (arXiv 2503.11127); in public implementations their Clamp
+    Prime takes one small number for all features, which is nearly SAEBench's clamp. Ours is each feature's own and comes from
+    retain text; a quantile and not the maximum, which would grow with the amount of text and follow a single token.
+    guardrail: where they fire, in rows whose share of firing tokens exceeds the 95th percentile of that share over retain
+    contexts. Muhamed et al. (arXiv 2504.08192); they select features by squared activations and, in their code, clamp all
+    chosen features on a firing token; we keep SAEBench's selection and clamp those that fire, so that only the guard differs.
+    """
+    chosen = [int(i) for i in features_to_ablate]
+    if not chosen:
+        return None
+    f = sae.on(hook)
+    value = f[..., chosen]
+    fires = value > (sae.limit[chosen] if how == "conditional" else 0)
+    if how == "guardrail":
+        fires &= (firing_share(fires, hook.real) > sae.guard(chosen))[:, None, None]
+    at = fires.any(-1)
+    change = torch.zeros(int(at.sum()), f.shape[-1], device=f.device)  # as wide for any choice: one change, one rounding
+    change[:, chosen] = torch.where(fires, -multiplier - value, 0.0)[at]
+    resid = resid.clone()
+    resid[at] += sae.decode(change)
+    return resid
+
+
+# ---------------------------------------------------------------------------------------------------- forms of an LM or a prompt
+
+
+def whole_contexts(tokens: Tensor, resid: Tensor) -> Batch:
+    """Contexts [n, pos], all real but the leading BOS, and their resid [n, pos, D], as a batch that is read everywhere."""
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    real[:, 0] = False
+    return Batch(tokens, real, resid=resid)
+
+
+def shared_proxy(lm: InterventionLM, testbed: Testbed, most_bytes: int = 2**29):
+    """The LM as a sae_lens HookedProxyLM that does once a batch what SAEBench core asks of it for every SAE alike: the clean
+    pass, the zero-ablated pass, and the layers up to the hook. At most `most_bytes` are kept; what was not is made again."""
+    from sae_lens.load_model import HookedProxyLM
+
+    kept: dict = {}
+
+    def once(kind: str, tokens: Tensor, make: Callable):
+        key = kind, tokens.cpu().numpy().tobytes()
+        if key in kept:
+            return kept[key][0]
+        out = make()
+        size = sum(t.nbytes for t in ([out] if isinstance(out, Tensor) else out))
+        if sum(n for _, n in kept.values()) + size <= most_bytes:
+            kept[key] = out, size
+        return out
+
+    class SharedProxy(HookedProxyLM):
+        def run_with_hooks(self, tokens, fwd_hooks, **kwargs):
+            run = lambda: super(SharedProxy, self).run_with_hooks(tokens, fwd_hooks=fwd_hooks, **kwargs)  # noqa: E731
+            if getattr(fwd_hooks[0][1], "__name__", "") == "standard_zero_ablate_hook":
+                return once("ablated", tokens, run)
+            with lm.resumed_from(once("resid", tokens, lambda: lm.resid(tokens))):
+                return run()
+
+        def run_with_cache(self, tokens, **kwargs):
+            with lm.resumed_from(once("resid", tokens, lambda: lm.resid(tokens))):
+                return super().run_with_cache(tokens, **kwargs)
+
+        def forward(self, tokens, **kwargs):
+            run = lambda: super(SharedProxy, self).forward(tokens, **kwargs)  # noqa: E731
+            return run() if any(point.fwd_hooks for point in self.hook_dict.values()) else once("clean", tokens, run)
+
+    return SharedProxy(testbed.lm, testbed.tokenizer, hook_names=[testbed.hook_name])
 
 
 def letter_prompt(question: Question, permutation, prompt_format=None, without_question=False) -> str:

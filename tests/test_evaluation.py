@@ -1,5 +1,8 @@
 """The evaluation on the embedded LM: asking, intervening, scoring and measuring, against slow or hand-made answers."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -53,35 +56,206 @@ def test_cloze_answers_equal_the_mean_log_likelihood_of_each_choice(micro):
         torch.testing.assert_close(probs[1], probs[0][[1, 0, 3, 2]])
 
 
+def ask(lm, exam):
+    return exam.probs_from(partial(lm.ask, read=exam.read))
+
+
 def test_running_on_from_cached_activations_equals_the_whole_lm(micro, evaluator):
     exam = testbeds.Exam(micro.tokenizer, micro.questions["history"][:10])
     lm = evaluator.lm
-    whole = exam.probs(lm.forward)
+    whole = ask(lm, exam)
     lm.add_hook("", lambda resid, hook: resid)
-    torch.testing.assert_close(exam.probs(lm.forward), whole, atol=1e-5, rtol=1e-4)
+    assert torch.equal(ask(lm, exam), whole), "bit for bit: the same rows in the same batch"
     lm.add_hook("", lambda resid, hook: torch.zeros_like(resid))
-    assert (exam.probs(lm.forward) - whole).abs().max() > 0.1
+    assert (ask(lm, exam) - whole).abs().max() > 0.1
     lm.reset_hooks()
     assert all("forward" not in vars(layer) for layer in micro.layers), "the LM is as it was"
-    tokens, resid = evaluator.held_out["retain"]
-    logits = micro.lm(tokens[:8]).logits[:, :-1]
-    assert lm.ce(tokens[:8], resid[:8]) == pytest.approx(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:8, 1:].flatten()).item(), abs=1e-4)
+    contexts = testbeds.whole_contexts(*[t[:8] for t in evaluator.held_out["retain"]])
+    logits = micro.lm(contexts.tokens).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), contexts.tokens[:, 1:].flatten(), reduction="none").view(8, -1)
+    torch.testing.assert_close(lm.ce(contexts), losses.mean(1), atol=1e-6, rtol=1e-6)
 
 
 def test_clamping_the_chosen_features_alone_equals_clamping_within_the_whole_sae(exported, evaluator):
     from sae_bench.evals.unlearning.utils.intervention import anthropic_clamp_resid_SAE_features as clamp
 
     x, chosen = evaluator.held_out["forget"][1][:4], torch.tensor([3, 99, 500])
-    alone = clamp(x, None, experiment.ChosenFeatures(exported, chosen, torch.ones(1024)), [0, 1, 2], 5)
+    features = testbeds.ChosenFeatures(exported, chosen, torch.ones(1024))
+    alone = clamp(x, None, features, [0, 1, 2], 5)
     whole = clamp(x, None, exported, chosen.tolist(), 5)
     torch.testing.assert_close(alone, whole, atol=1e-4, rtol=1e-4)
+    contexts = testbeds.whole_contexts(evaluator.held_out["forget"][0][:4], x)
+    torch.testing.assert_close(testbeds.intervene(x, contexts, features, [0, 1, 2], 5), whole, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(testbeds.intervene(x, contexts, features, [1], 5), clamp(x, None, exported, [99], 5), atol=1e-4, rtol=1e-4)
     assert (whole - x).abs().max() > 0.1, "the comparison would be empty"
+
+
+def test_remembered_answers_equal_saebenchs_clamp_asked_afresh(exported, evaluator, micro):
+    """Nested feature sets, of which later ones find many rows remembered, against SAEBench's hook on all rows."""
+    from sae_bench.evals.unlearning.utils.intervention import anthropic_clamp_resid_SAE_features as clamp
+
+    *rates, unit = evaluator.firing(exported)
+    features = evaluator.choose(exported, [r.numpy() for r in rates], unit, [0.01, 0.1])
+    exam, lm = testbeds.Exam(micro.tokenizer, micro.questions["biology"][:30] + micro.questions["history"][:30]), evaluator.lm
+    lm.told.clear()
+    asked = 0
+    for n in (1, 2, 3, 40):
+        lm.add_hook("", partial(testbeds.intervene, sae=features, features_to_ablate=list(range(n)), multiplier=3))
+        fast = ask(lm, exam)
+        lm.add_hook("", partial(clamp, sae=features, features_to_ablate=list(range(n)), multiplier=3))
+        slow = exam.probs(partial(slow_logits, lm))
+        torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-3)
+        asked += exam.n_rows
+    lm.reset_hooks()
+    assert 0 < len(lm.told) < asked, "rows were reused"
+    told = dict(lm.told)
+    lm.add_hook("", partial(testbeds.intervene, sae=features, features_to_ablate=list(range(40)), multiplier=3))
+    lm.told.clear()
+    torch.testing.assert_close(ask(lm, exam), fast, atol=1e-6, rtol=1e-5)  # other batches, other rounding
+    lm.reset_hooks()
+    assert set(lm.told) <= set(told)
+
+
+def slow_logits(lm, batch):
+    with torch.no_grad(), lm.resumed_from(lm.hook(batch.resid, hook=None)):
+        return testbeds.logits_at(lm.lm, batch.tokens, batch.positions)
+
+
+class ToyLM(torch.nn.Module):
+    """Tokens: 0 padding, 1 BOS, 2 "bio" (2, 0), 3 "geo" (0, 2), 4 a word (1, 0) that retain text has now and then. One layer, the
+    identity; an answer is right (logit 0 above logit 1, which is 0) while the embeddings up to it sum to more than 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(num_hidden_layers=1, hidden_size=2)
+        self.layers = torch.nn.ModuleList([torch.nn.Identity()])
+        self.table = torch.tensor([[0.0, 0], [0, 0], [2, 0], [0, 2], [1, 0]])
+        self.device, self.ran = torch.device("cpu"), 0
+
+    def forward(self, tokens, use_cache=False, logits_to_keep=None):
+        self.ran += len(tokens)
+        total = self.layers[0](self.table[tokens]).cumsum(1).sum(-1, keepdim=True)
+        logits = torch.cat([total, torch.zeros_like(total)], -1)
+        return SimpleNamespace(logits=logits if logits_to_keep is None else logits[:, logits_to_keep])
+
+
+@pytest.fixture
+def toy():
+    """The toy LM; an SAE whose feature 0 reads and writes the first direction; six forget and two retain questions, right-padded."""
+    lm = ToyLM()
+    sae = SimpleNamespace(W_enc=torch.eye(2), W_dec=torch.eye(2), b_enc=torch.zeros(2), b_dec=torch.zeros(2), cfg=SimpleNamespace(architecture=lambda: "standard"))
+    asked = testbeds.InterventionLM(SimpleNamespace(lm=lm, layers=lm.layers, layer=0, name="toy"))
+    tokens = torch.tensor([[1, 2, 2, 0, 0, 0]] * 6 + [[1, 3, 3, 4, 3, 0], [1, 3, 3, 3, 3, 3]])
+    real, last = tokens > 1, (tokens > 0).sum(1, keepdim=True) - 1
+    retain = torch.tensor([[1, 3, 3, 3, 4]] * 20)
+    features = testbeds.ChosenFeatures(sae, torch.tensor([0, 1]), torch.ones(2), testbeds.whole_contexts(retain, lm.table[retain]))
+    return asked, features, testbeds.Batch(tokens, real, last)
+
+
+def right(batch, logits):
+    return (logits[:, 0, 0] > logits[:, 0, 1]).float()
+
+
+def test_a_guard_saves_retain_answers_where_the_clamp_does_not(toy):
+    """The word of feature 0 in one retain question is as frequent and as strong as in retain text: one token of four, activation 1."""
+    lm, features, questions = toy
+    answers = {}
+    for how in experiment.INTERVENTIONS:
+        lm.add_hook("", partial(testbeds.intervene, sae=features, features_to_ablate=[0], multiplier=10, how=how))
+        answers[how] = lm.ask(questions, right)
+    assert features.guard([0]) == 0.25 and features.limit.tolist() == [1.0, 2.0]
+    assert answers["clamp"].tolist() == [0] * 6 + [0, 1], "forget and the question with the word are lost"
+    assert answers["conditional"].tolist() == answers["guardrail"].tolist() == [0] * 6 + [1, 1]
+
+
+def test_which_positions_are_clamped(toy):
+    lm, features, questions = toy
+    lm.add_hook("", lambda resid, hook: resid)
+    lm.ask(questions, right)  # fills resid
+    x = questions.resid
+    x[:, -1, 0] = x[:, 0, 0] = 7.0  # padding and BOS fire, and strongly; they are no tokens of the questions
+    for how, rows in (("clamp", {0: [1, 2], 6: [3]}), ("conditional", {0: [1, 2]}), ("guardrail", {0: [1, 2]})):
+        changed = testbeds.intervene(x, questions, features, [0], 10, how)
+        for row in (0, 6, 7):
+            at = (changed[row] != x[row]).any(-1).nonzero()[:, 0].tolist()
+            assert [p for p in at if questions.real[row, p]] == at == [p for p in rows.get(row, []) + ([5] if row == 7 and how != "guardrail" else [])], (how, row)
+        assert (changed[0, 1:3] == torch.tensor([-10.0, 0.0])).all()
+
+
+def test_padding_does_not_count_in_the_share():
+    fires = torch.tensor([[[0, 0], [1, 0], [0, 1], [0, 0], [0, 0], [0, 0]]], dtype=torch.bool)
+    real = torch.tensor([[0, 1, 1, 1, 0, 0]], dtype=torch.bool)
+    assert testbeds.firing_share(fires, real).tolist() == pytest.approx([2 / 3])
+
+
+def test_rows_that_no_intervention_touches_are_not_run_again(toy):
+    lm, features, questions = toy
+    lm.add_hook("", partial(testbeds.intervene, sae=features, features_to_ablate=[0], multiplier=10))
+    lm.ask(questions, right)
+    ran = lm.lm.ran
+    lm.add_hook("", partial(testbeds.intervene, sae=features, features_to_ablate=[0], multiplier=3))
+    lm.ask(questions, right)
+    assert lm.lm.ran == ran + 7, "the eighth question never fires feature 0"
+    for how in ("conditional", "guardrail"):
+        lm.add_hook("", partial(testbeds.intervene, sae=features, features_to_ablate=[0], multiplier=3, how=how))
+        lm.ask(questions, right)
+    assert lm.lm.ran == ran + 7, "what they clamp was clamped before"
+
+
+def test_a_guard_that_never_fires_gives_exactly_the_plain_answers(exported, evaluator, micro, monkeypatch):
+    monkeypatch.setattr(testbeds.ChosenFeatures, "guard", lambda self, features: 1.0)
+    monkeypatch.setattr(testbeds.ChosenFeatures, "limit", torch.full((2,), torch.inf))
+    exam, lm = testbeds.Exam(micro.tokenizer, micro.questions["biology"][:20]), evaluator.lm
+    plain, features = ask(lm, exam), testbeds.ChosenFeatures(exported, torch.tensor([3, 99]), torch.ones(1024))
+    for how in ("conditional", "guardrail"):
+        lm.add_hook("", partial(testbeds.intervene, sae=features, features_to_ablate=[0, 1], multiplier=30, how=how))
+        assert torch.equal(ask(lm, exam), plain)
+    lm.reset_hooks()
+
+
+def test_thresholds_come_from_the_retain_text_of_the_selection(exported, evaluator):
+    *rates, unit = evaluator.firing(exported)
+    features = evaluator.choose(exported, [r.numpy() for r in rates], unit, [0.1])
+    f = torch.stack([(exported.encode(x)[:, features.chosen] / unit[features.chosen]) for x in evaluator.select["retain"][1]])[:, 1:]
+    torch.testing.assert_close(features.limit, f.flatten(0, 1).sort(0).values[-(f.shape[0] * f.shape[1] // 1000) - 1], atol=1e-4, rtol=1e-4)
+    assert (features.limit > 0).all(), "these fire on more than a thousandth of the retain tokens"
+    assert (evaluator.choose(exported, [r.numpy() for r in rates], unit, [0.0005]).limit[2:] == 0).all(), "and these on less: nothing is left alone"
+    share = (f[..., :7] > 0).any(-1).float().mean(1)
+    assert features.guard(list(range(7))) == pytest.approx(share.quantile(0.95).item(), abs=2e-3)
+    assert 0.1 < features.guard(list(range(7))) < 1
+
+
+def test_sharing_passes_between_saes_leaves_cores_numbers(exported, evaluator, micro, monkeypatch):
+    from sae_lens.load_model import HookedProxyLM
+
+    first, again = evaluator.core(exported), evaluator.core(exported)
+    assert first == again
+    for proxy in (HookedProxyLM(micro.lm, micro.tokenizer, hook_names=[micro.hook_name]), testbeds.shared_proxy(evaluator.lm, micro, most_bytes=0)):
+        monkeypatch.setattr(evaluator, "proxy", proxy)
+        assert evaluator.core(exported)[0] == first[0], "bit for bit"
+
+
+def test_undefined_ratios_are_null_and_any_other_number_must_be_finite():
+    metrics, details = experiment.finite("core", {"cossim": float("nan"), "mse": 1.0, "n": None}, {"a": [{"cossim": float("inf")}, 2]}, experiment.CORE_RATIOS)
+    assert metrics == {"cossim": None, "mse": 1.0, "n": None} and details == {"a": [{"cossim": None}, 2]}
+    with pytest.raises(experiment.RunFailed, match="core.mse is nan"):
+        experiment.finite("core", {"mse": float("nan")}, {}, experiment.CORE_RATIOS)
+    with pytest.raises(experiment.RunFailed, match="corpus_unlearning.retain_ce_cost is inf"):
+        experiment.finite("corpus_unlearning", {}, {"sweep": [{"retain_ce_cost": float("inf")}]})
+
+
+def test_text_too_short_to_evaluate_on_is_known_without_the_lm(micro):
+    from dataclasses import replace
+
+    short = testbeds.Text(micro.retain.train, micro.retain.held_out.select(range(5)))
+    with pytest.raises(experiment.RunFailed, match="retain text holds . contexts of 128 tokens"):
+        experiment.evaluation_contexts(replace(micro, lm=SimpleNamespace(device="cpu"), retain=short), 128)
 
 
 def test_units_are_the_mean_active_values(exported, evaluator):
     forget_rate, retain_rate, unit = evaluator.firing(exported)
     alive = (forget_rate + retain_rate > 0).nonzero()[:50, 0]
-    in_units = experiment.ChosenFeatures(exported, alive, unit)
+    in_units = testbeds.ChosenFeatures(exported, alive, unit)
     f = torch.cat([in_units.encode(r[~torch.isin(t, evaluator.special)]) for t, r in evaluator.select.values()])
     torch.testing.assert_close(f.sum(0) / (f > 0).sum(0), torch.ones(len(alive)), atol=1e-3, rtol=1e-3)
 
@@ -89,27 +263,38 @@ def test_units_are_the_mean_active_values(exported, evaluator):
 def test_too_few_known_questions_give_null_and_the_reason(evaluator, exported, monkeypatch):
     monkeypatch.setattr(experiment, "MIN_KNOWN", 10_000)
     metrics, _, notes = evaluator.unlearning(exported, 0, "none")
-    assert metrics["unlearning_score"] is None and metrics["n_known_forget"] > 100
+    assert metrics["unlearning_score"] is metrics["unlearning_score_guardrail"] is metrics["random_feature_score_conditional"] is None and metrics["n_known_forget"] > 100
     assert "10000 of each are needed" in notes[0]
 
 
 def test_an_sae_without_a_selectable_feature_scores_zero(evaluator, exported):
     subjects = list(evaluator.subjects)
-    cells, score = evaluator.sweep(exported, np.ones(1024), np.ones(1024), torch.ones(1024), "hopeless", subjects, **experiment.SWEEP)
-    assert score == 0.0 and all(c["n_features"] == 0 and c["forget_accuracy"] == 1.0 for c in cells)
+    swept = evaluator.sweeps(exported, (np.ones(1024), np.ones(1024)), torch.ones(1024), "hopeless", subjects, [0.1], **experiment.SWEEP)
+    for cells, score in swept.values():
+        assert score == 0.0 and all(c["n_features"] == 0 and c["forget_accuracy"] == 1.0 for c in cells)
+    assert evaluator._accuracy(subjects) == (1.0, 1.0), "the LM is right on all its known questions"
 
 
-def test_the_lm_is_right_on_all_its_known_questions(evaluator, exported):
-    evaluator.sweep(exported, np.ones(1024), np.zeros(1024), torch.ones(1024), "probe", list(evaluator.subjects), retain_thresholds=[0.001], n_features_list=[1], multipliers=[1])
-    assert evaluator._accuracy(list(evaluator.subjects)) == (1.0, 1.0)
+def test_unlearning_reports_every_intervention_and_its_floor(evaluator, exported):
+    metrics, details, notes = evaluator.unlearning(exported, 0, "all")
+    assert not notes and all(v is not None for v in metrics.values())
+    for how, suffix in (("clamp", ""), ("conditional", "_conditional"), ("guardrail", "_guardrail")):
+        cells = [c for c in details["sweep"] if c["intervention"] == how]
+        allowed = [c["forget_accuracy"] for c in cells if c["retain_accuracy"] >= 0.99]
+        assert metrics[f"unlearning_score{suffix}"] == pytest.approx(1 - min([1.0, *allowed]), abs=1e-6)
+        assert 1 - metrics[f"forget_accuracy{suffix}"] == pytest.approx(metrics[f"unlearning_score{suffix}"], abs=1e-6)
+        assert {c["retain_threshold"] for c in cells} == ({0.001, 0.01} if how == "clamp" else {0.001, 0.01, 0.1})
+        assert 0 <= metrics[f"random_feature_score{suffix}"] <= 1
 
 
 def test_corpus_unlearning_is_the_best_gain_within_each_cost(evaluator, exported):
     metrics, details = evaluator.corpus(exported)
-    for cost in (0.01, 0.05, 0.1):
-        within = [row["forget_ce_gain"] for row in details["sweep"] if row["retain_ce_cost"] <= cost]
-        assert metrics[f"forget_ce_gain_at_retain_ce_cost_{cost}"] == max([0.0, *within])
-    strongest = max(details["sweep"], key=lambda r: (r["multiplier"], r["n_features"]))
+    for how, suffix in (("clamp", ""), ("conditional", "_conditional"), ("guardrail", "_guardrail")):
+        rows = [row for row in details["sweep"] if row["intervention"] == how]
+        for cost in (0.01, 0.05, 0.1):
+            within = [row["forget_ce_gain"] for row in rows if row["retain_ce_cost"] <= cost]
+            assert metrics[f"forget_ce_gain_at_retain_ce_cost_{cost}{suffix}"] == max([0.0, *within])
+    strongest = max((r for r in details["sweep"] if r["intervention"] == "clamp"), key=lambda r: (r["multiplier"], r["n_features"]))
     assert strongest["forget_ce_gain"] > 0.05, "clamping forget features hurts forget text"
 
 

@@ -84,7 +84,7 @@ def ours(gemma, questions):
     named = {("bio" if s == "wmdp-bio" else s): q for s, q in questions.items()}
     evaluator.testbed = testbeds.Testbed("gemma-2-2b-it", hf, tokenizer, LAYER, None, None, named, "bio", "letter", "GEMMA_INST_FORMAT", "absolute")
     evaluator.lm, evaluator.exams, evaluator.subjects = testbeds.InterventionLM(evaluator.testbed), {}, questions
-    evaluator.artifacts = experiment.tempfile.TemporaryDirectory()
+    evaluator.artifacts, evaluator.retain_text = experiment.tempfile.TemporaryDirectory(), None
     return evaluator
 
 
@@ -148,7 +148,8 @@ def test_the_sweep_and_its_score_equal_saebench_unpatched(gemma, questions, ours
     their_score = unlearning.get_unlearning_scores(theirs)
 
     prepare(experiment.Path(ours.artifacts.name))
-    cells, score = ours.sweep(sae, forget_rate, retain_rate, torch.ones(64), "sae", list(SUBJECTS), **settings)
+    chosen = ours.choose(sae, (forget_rate, retain_rate), torch.ones(64), settings["retain_thresholds"])
+    cells, score = ours.sweep(chosen, (forget_rate, retain_rate), "sae", list(SUBJECTS), **settings)
     assert score == pytest.approx(their_score) and len(cells) == len(theirs) == 8
     for cell in cells:
         row = theirs[(theirs.retain_thres == cell["retain_threshold"]) & (theirs.n_features == cell["n_features"]) & (theirs.multiplier == cell["multiplier"])].iloc[0]
@@ -178,7 +179,7 @@ def test_global_state_is_as_before(gemma, questions, ours, sae):
     ours.mcq_metrics(ours.lm, 64, None, "wmdp-bio")
     state, torch_state, cwd, environ = np.random.get_state()[1].copy(), torch.get_rng_state(), os.getcwd(), dict(os.environ)
     with patch.object(ours, "mcq_metrics", side_effect=RuntimeError("stop")), pytest.raises(RuntimeError, match="stop"):
-        ours.sweep(sae, np.ones(64), np.zeros(64), torch.ones(64), "broken", list(SUBJECTS), **experiment.SWEEP)
+        ours.sweeps(sae, (np.ones(64), np.zeros(64)), torch.ones(64), "broken", list(SUBJECTS), [0.1], **experiment.SWEEP)
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
     assert (np.random.get_state()[1] == state).all() and torch.equal(torch.get_rng_state(), torch_state)
     assert os.getcwd() == cwd and dict(os.environ) == environ
