@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from experiment import form_groups, omega_all_pairs, omega_between_domains, omega_grouped, omega_ortsae, omega_shared, welch_floor
+from experiment import form_groups, omega_all_pairs, omega_between_domains, omega_grouped, omega_ortsae, welch_floor
 
 torch.manual_seed(0)
 N, D = 40, 12
@@ -46,21 +46,12 @@ def naive_between_domains(W, a):
     return W.shape[1] * total / weight
 
 
-def naive_shared(W, groups, a, tolerance):
-    pairs = [
-        max((W[i] @ W[j]).abs() - tolerance * (1 - abs(a[i] - a[j]) / 2), torch.tensor(0.0, dtype=W.dtype)) ** 2
-        for g in groups.tolist() for i in g for j in g if i != j and i >= 0 and j >= 0
-    ]  # fmt: skip
-    return W.shape[1] * sum(pairs) / len(pairs)
-
-
-@pytest.mark.parametrize("name", ["all_pairs", "grouped", "between_domains", "shared"])
+@pytest.mark.parametrize("name", ["all_pairs", "grouped", "between_domains"])
 def test_loss_and_gradient_equal_the_naive_double_loop(name, W, affinity, groups):
     fast, naive = {
         "all_pairs": (lambda: omega_all_pairs(W), lambda: naive_all_pairs(W)),
         "grouped": (lambda: omega_grouped(W, groups), lambda: naive_grouped(W, groups)),
         "between_domains": (lambda: omega_between_domains(W, affinity), lambda: naive_between_domains(W, affinity)),
-        "shared": (lambda: omega_shared(W, groups, affinity, 0.2), lambda: naive_shared(W, groups, affinity, 0.2)),
     }[name]
     assert fast().item() == pytest.approx(naive().item(), rel=1e-9)
     assert fast().item() > 0.05, "the comparison would be empty"
@@ -84,15 +75,6 @@ def test_all_pairs_cannot_fall_under_the_welch_floor_and_a_tight_frame_reaches_i
     assert welch_floor(64, 32) == pytest.approx(32 / 63)
     assert welch_floor(1024, 128) == pytest.approx(896 / 1023)
     assert welch_floor(16, 32) == 0.0 and welch_floor(1, 32) == 0.0
-
-
-def test_tolerance_shrinks_with_the_distance_of_domains():
-    # two rows at cosine 0.3: free at tolerance 0.4 in one domain, (0.3 - 0)² · d when the domains are opposite
-    W = torch.tensor([[1.0, 0.0], [0.3, math.sqrt(1 - 0.09)]])
-    groups = torch.tensor([[0, 1]])
-    assert omega_shared(W, groups, torch.tensor([1.0, 1.0]), 0.4).item() == 0.0
-    assert omega_shared(W, groups, torch.tensor([1.0, -1.0]), 0.4).item() == pytest.approx(2 * 0.09, rel=1e-5)
-    assert omega_shared(W, groups, torch.tensor([1.0, 0.0]), 0.4).item() == pytest.approx(2 * 0.01, rel=1e-4)
 
 
 def test_a_single_domain_or_dead_features_give_zero_not_nan():

@@ -1,5 +1,7 @@
 """The SAE: hand-written gradients against autograd, shapes, norms, statistics, and the exported file."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -99,24 +101,28 @@ def test_statistics_follow_the_domains_and_are_saved_with_the_module(sae):
     assert {"rate", "idle", "groups", "scale", "unlocked", "threshold", "temperature"} <= set(sae.state_dict())
 
 
-def test_a_price_on_the_wrong_domain_is_the_gradient_of_its_loss(sae, x):
-    forget, l1 = torch.arange(256) < 100, torch.tensor(0.05)
-    price = torch.rand(2, 96, generator=torch.Generator().manual_seed(6))
-    terms = sae.accumulate_grads(x, forget, l1, torch.float32, price)
+def test_the_domain_hinges_are_the_gradient_of_their_loss(sae, x):
+    """Against autograd of leak and gap written out row by row, and values by hand."""
+    forget, l1, alpha = torch.arange(256) < 100, torch.tensor(0.05), torch.tensor(0.7)
+    firing_loss = partial(experiment.domain_hinges, n=20, margin=0.4, alpha=alpha, gap_weight=0.3)
+    terms = sae.accumulate_grads(x, forget, l1, torch.float32, firing_loss)
     by_hand = {name: p.grad.clone() for name, p in sae.named_parameters()}
     sae.zero_grad()
     fvu, sparsity = sae.loss_terms(x)
-    f = sae.encode(x)
-    paid = sum(price[int(forget[b])] @ f[b] for b in range(256)) / 256 / 24**0.5  # row by row
+    pre = ((x * sae.scale - sae.b_dec) @ sae.W_enc + sae.b_enc)[:, :20]
+    leak = sum((pre[b] + 0.4).relu().sum() for b in range(256) if not forget[b]) / 256
+    gap = sum((0.4 - pre[b].max()).relu() for b in range(256) if forget[b]) / 256
+    paid = (0.7 * leak + 0.3 * gap) / 24**0.5
     (fvu + l1 * sparsity + paid).backward()
-    assert (price * terms.l1_2F).sum().item() == pytest.approx(paid.item(), rel=1e-4)
+    assert terms.firing.item() == pytest.approx(paid.item(), rel=1e-4)
     for name, p in sae.named_parameters():
         assert (by_hand[name] - p.grad).norm() <= 1e-4 * p.grad.norm(), name
+    value, group, grad = experiment.domain_hinges(torch.tensor([[-2.0, 0.5, 9.0], [0.1, -1.0, 9.0]]), torch.tensor([False, True]), 2, 1.0, alpha, 0.3)
+    assert value.item() == pytest.approx((0.7 * 1.5 + 0.3 * 0.9) / 2) and group == slice(0, 2)
+    assert grad.flatten().tolist() == pytest.approx([0.0, 0.35, -0.15, 0.0])
 
 
-def test_price_and_sharing_by_hand(sae):
+def test_sharing_by_hand(sae):
     sae.rate = torch.zeros(2, 96)
     sae.rate[:, :3] = torch.tensor([[0.1, 0.0, 0.2], [0.3, 0.4, 0.2]])  # retain, forget
-    price = experiment.wrong_domain_price(sae)
-    assert price[:, :4].tolist() == [pytest.approx([0.5, 1.0, 0.0, 0.0]), pytest.approx([0.0, 0.0, 0.0, 0.0])]
     assert experiment.sharing(sae.rate).item() == pytest.approx(2 * (0.1 + 0.0 + 0.2) / 1.2)
