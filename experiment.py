@@ -142,7 +142,7 @@ class Config:
         for name in ("skip", "feature_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise WrongRequest(f"--{name} {getattr(self, name)} must lie in [0, 1)")
-        if self.d_sae is not None and self.forget_features > self.d_sae:
+        if self.arm == "adaptive" and self.d_sae is not None and self.forget_features > self.d_sae:
             raise WrongRequest(f"--forget_features {self.forget_features} must be at most --d_sae {self.d_sae}")
         if "none" in self.evals and len(self.evals) > 1:
             raise WrongRequest(f"--evals {' '.join(self.evals)}: none stands alone")
@@ -150,7 +150,7 @@ class Config:
             raise WrongRequest(f"--skip {self.skip} cannot be held by the SAELens format that the evaluations read: give --evals none to train without them")
         if self.layer_norm and {"unlearning", "corpus"} & set(self.evals):
             raise WrongRequest("--layer_norm: the interventions of unlearning and corpus do not know layer-normalised SAEs yet; give --evals core geometry")
-        if self.k is not None and self.d_sae is not None and not 1 <= self.k < self.d_sae:
+        if self.activation != "relu" and self.k is not None and self.d_sae is not None and not 1 <= self.k < self.d_sae:
             raise WrongRequest(f"--k {self.k} must lie in [1, --d_sae {self.d_sae})")
         if self.tokens is not None and 8 * self.unlock_steps >= self.tokens // self.batch_size:
             raise WrongRequest(f"--unlock_steps {self.unlock_steps}: all features are open after 8 times that, but training takes {self.tokens // self.batch_size} steps")
@@ -1453,8 +1453,6 @@ def resolve(config: Config, testbed: testbeds.Testbed) -> Config:
         raise WrongRequest(f"--context_size {config.context_size} is more than the {longest} positions of the LM")
     if config.target_l0 >= config.d_sae:
         raise WrongRequest(f"--target_l0 {config.target_l0:g} must be under --d_sae {config.d_sae}")
-    if not config.k < config.d_sae:
-        raise WrongRequest(f"--k {config.k} must be under --d_sae {config.d_sae}")
     return replace(config, group_size=min(config.group_size, testbed.d_in))
 
 

@@ -283,14 +283,18 @@ class InterventionLM:
     @contextlib.contextmanager
     def resumed_from(self, resid: Tensor):
         """Inside, the layers below the hook pass their input on, and the hook layer puts out `resid`."""
-        for layer in self.layers[: self.layer]:
+        replaced = self.layers[: self.layer + 1]
+        before = [vars(layer).get("forward") for layer in replaced]  # nnsight puts one of its own on each layer
+        for layer in replaced[:-1]:
             layer.forward = lambda hidden, *args, **kwargs: hidden
-        self.layers[self.layer].forward = lambda hidden, *args, **kwargs: resid
+        replaced[-1].forward = lambda hidden, *args, **kwargs: resid
         try:
             yield
         finally:
-            for layer in self.layers[: self.layer + 1]:
+            for layer, forward in zip(replaced, before):
                 del layer.forward
+                if forward is not None:
+                    layer.forward = forward
 
     @torch.no_grad()
     def resid(self, tokens: Tensor) -> Tensor:
