@@ -21,19 +21,13 @@ from typing import Literal
 
 import simple_parsing
 
+from errors import RunFailed, WrongRequest
+
 # ------------------------------------------------------------------------------------------------ config and plan
 
 ACTIVATION_NAMES = ("relu", "batchtopk", "softk")
 ARM_NAMES = ("vanilla", "frozen_decoder", "fixed", "grouped", "adaptive", "ortsae")
 EVALS = ("core", "unlearning", "corpus", "geometry", "none")
-
-
-class WrongRequest(Exception):
-    """What was asked cannot be done as asked: one line, exit code 2, nothing written."""
-
-
-class RunFailed(Exception):
-    """A run that began and cannot go on: one line, exit code 1, no final_info.json."""
 
 
 @dataclass
@@ -246,7 +240,8 @@ def unfinished(command: Command, configs: list[Config]) -> tuple[Command, list[C
         if (out_dir / "config.json").exists() and not command.overwrite:
             made = read_run_json(out_dir / "config.json", {"requested", "config"})
             wanted = json.loads(json.dumps(asdict(config)))
-            differs = [k for k, v in wanted.items() if v not in (made["requested"].get(k), made["config"].get(k), "auto")]
+            asked = json.loads(json.dumps(asdict(Config()))) | made["requested"]  # a setting that is newer than the folder had its default
+            differs = [k for k, v in wanted.items() if v not in (asked[k], made["config"].get(k), "auto")]
             if differs:
                 told = ", ".join(f"{k} {made['config'].get(k)} there, {wanted[k]} wanted" for k in differs)
                 raise WrongRequest(f"--out_dir {out_dir} holds a run with other settings ({told}); name another folder, or --overwrite it")
