@@ -1309,7 +1309,7 @@ class Run:
                     self.warnings += [f"seed {trainer.seed}: {n}" for n in notes]
                 else:
                     sections[section], details = getattr(evaluator, name)(sae)
-                write_json(self.folder / "eval" / f"seed{trainer.seed}_{section}.json", details)
+                write_json(self.folder / "eval" / f"seed{trainer.seed}_{section}.json", details, indent=None)
             self._gate(trainer, sections)
             for section, metrics in sections.items():
                 for name, value in metrics.items():
@@ -1380,11 +1380,11 @@ class Run:
         print(f"{self.folder.name} complete: {self.folder / 'final_info.json'}")
 
 
-def write_json(path: Path, value):
+def write_json(path: Path, value, indent: int | None = 1):
     """Strict JSON, whole or not at all: written beside and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    beside.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n")
     os.replace(beside, path)
 
 
