@@ -423,7 +423,7 @@ def read_text(option: str, said: tuple[str, ...], n_characters: int = 16_000_000
         for document in found:
             digest.update(document.encode() + b"\0")
         records.append({"source": source.said, **revision, "documents": len(found), "characters": sum(map(len, found)), "blake2b": digest.hexdigest(),
-                        "empty": tally.empty, "left_out": tally.bad, "first_left_out": tally.first or "none"})  # fmt: skip
+                        "empty": tally.empty, "left_out": tally.bad, "first_left_out": tally.first or None})  # fmt: skip
     if not documents:
         raise WrongRequest(f"--{option} {' '.join(said)} holds no text ({sum(r['empty'] for r in records)} empty documents): give another")
     if len(set(documents)) < 2:

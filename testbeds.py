@@ -238,14 +238,17 @@ def load_tokenizer(folder: Path, name: str):
     return tokenizer
 
 
+LARGE = 3e9  # bytes of weights that are not spread out to float32
+
+
 def load_lm(folder: Path) -> torch.nn.Module:
-    """The LM in `folder`, frozen, on the GPU if there is one; in float32, or in bfloat16 when its files are larger than 3 GB.
+    """The LM in `folder`, frozen, on the GPU if there is one; in float32, or in bfloat16 when its files are LARGE.
 
     Raises WrongRequest for files that are no whole LM.
     """
     from transformers import AutoModelForCausalLM
 
-    large = sum(f.stat().st_size for f in folder.glob("*.safetensors")) > 3e9
+    large = sum(f.stat().st_size for f in folder.glob("*.safetensors")) > LARGE
     try:
         with without_bars():
             lm, told = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if large else torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
