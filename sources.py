@@ -136,6 +136,8 @@ def check(wanted: Wanted, evals: Iterable[str] = ()):
     spec = spec_of(wanted, "pythia-70m" if name == "auto" else name)
     if name == "smollm2-135m":
         smollm2_file()
+    if name == "micro" and wanted.lm and not (Path(wanted.lm).expanduser() / "report.json").exists():
+        raise WrongRequest(f"--lm {wanted.lm} holds no embedded world: make one with python -m micro_pythia.make --out {wanted.lm} --world_seed 1")
     n_layers = check_lm_folder(Path(wanted.lm).expanduser()) if wanted.lm and lm_is_local(wanted.lm) else None if wanted.lm or name == "auto" else spec.n_layers
     if spec.layer is None:
         raise WrongRequest(f"--layer is missing: which layer of --lm {wanted.lm} ({f'0 to {n_layers - 1}' if n_layers else 'counted from 0'}); the middle is a good start")
@@ -529,11 +531,13 @@ def is_cached(spec: Spec) -> bool:
 
 
 def lm_snapshot(repo: str, revision: str | None = None) -> Path | None:
-    """The folder of huggingface_hub's cache that holds an LM whole, at a revision or at its newest."""
-    from huggingface_hub import try_to_load_from_cache
+    """The folder of huggingface_hub's cache that holds an LM, at a revision or at the newest."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
 
-    found = [try_to_load_from_cache(repo, name, revision=revision) for name in ("config.json", "model.safetensors", "model.safetensors.index.json")]
-    return Path(found[0]).parent if isinstance(found[0], str) and any(isinstance(f, str) for f in found[1:]) else None
+    snapshots = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots"
+    found = (p.parent for p in snapshots.glob(f"{revision or '*'}/config.json") if any(p.parent.glob("*.safetensors")))
+    return max(found, key=lambda p: p.stat().st_mtime, default=None)
 
 
 def read_hub_text(option: str, source: Source, n_characters: int) -> tuple[list[str], Tally, dict]:
