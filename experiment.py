@@ -145,7 +145,7 @@ class Config(sources.Wanted):
             raise WrongRequest(f"--skip {self.skip} cannot be held by the SAELens format that the evaluations read: give --evals none to train without them")
         if self.activation != "relu" and self.k is not None and self.d_sae is not None and not 1 <= self.k < self.d_sae:
             raise WrongRequest(f"--k {self.k} must lie in [1, --d_sae {self.d_sae})")
-        if self.tokens is not None and 8 * self.unlock_steps >= self.tokens // self.batch_size:
+        if self.tokens is not None and self.unlock_steps and 8 * self.unlock_steps >= self.tokens // self.batch_size:
             raise WrongRequest(f"--unlock_steps {self.unlock_steps}: all features are open after 8 times that, but training takes {self.tokens // self.batch_size} steps")
         if self.activation == "relu" and self.target_l0 != 0 and not self.l1:  # None is the testbed's target
             raise WrongRequest("--l1 0 cannot be steered to a target L0: start from a small number, or give --target_l0 0")

@@ -116,6 +116,7 @@ def load(wanted: Wanted | str = "auto", tokens: int | None = None, least_tokens:
     if all(isinstance(t, list) for t in texts.values()):
         notes = notes + sources.check_overlap(*texts.values())
     texts = {option: sources.split_text(t) if isinstance(t, list) else t for option, t in texts.items()}
+    sources.read_local.cache_clear()
     folder, described["lm"] = lm_folder(name, spec.lm)
     sources.check_layer(spec.layer, sources.check_lm_folder(folder))
     tokenizer = load_tokenizer(folder, name)
@@ -128,13 +129,14 @@ def load(wanted: Wanted | str = "auto", tokens: int | None = None, least_tokens:
         describe={"lm": spec.lm, "sources": described} | ({"world_seed": world.seed} if world else {}), sweep=spec.sweep, published=spec.published, notes=notes)  # fmt: skip
     if examined:
         check_questions(testbed, json.loads((folder / "config.json").read_text()))
-    testbed.lm = load_lm(folder)
+    device = "cuda" if torch.cuda.is_available() and name != "micro" else "cpu"  # micro is too small to gain by it
+    testbed.lm = load_lm(folder, device)
     if len(tokenizer) > testbed.lm.get_input_embeddings().num_embeddings:
         raise WrongRequest(f"--lm {spec.lm}: its tokenizer has {len(tokenizer)} tokens, its weights {testbed.lm.get_input_embeddings().num_embeddings}: they belong to different LMs")
     check_lm(testbed)
     if spec.exam_lm and examined:
         exam_folder, described["exam_lm"] = lm_folder(name, spec.exam_lm)
-        testbed.exam_lm = load_lm(exam_folder)
+        testbed.exam_lm = load_lm(exam_folder, device)
     return testbed
 
 
@@ -241,8 +243,8 @@ def load_tokenizer(folder: Path, name: str):
 LARGE = 3e9  # bytes of weights that are not spread out to float32
 
 
-def load_lm(folder: Path) -> torch.nn.Module:
-    """The LM in `folder`, frozen, on the GPU if there is one; in float32, or in bfloat16 when its files are LARGE.
+def load_lm(folder: Path, device: str) -> torch.nn.Module:
+    """The LM in `folder`, frozen; in float32, or in bfloat16 when its files are LARGE.
 
     Raises WrongRequest for files that are no whole LM.
     """
@@ -265,7 +267,7 @@ def load_lm(folder: Path) -> torch.nn.Module:
             output.logits = output.logits.float()
 
         lm.register_forward_hook(to_float)
-    return lm.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+    return lm.eval().requires_grad_(False).to(device)
 
 
 @torch.no_grad()

@@ -4,33 +4,24 @@ import json
 import random
 from pathlib import Path
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-)
-
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 D_IN, N_LAYERS = 32, 3
 SIZES = dict(num_hidden_layers=N_LAYERS, hidden_size=D_IN, intermediate_size=64, num_attention_heads=4, max_position_embeddings=1024, initializer_range=0.3)
 GROUPED = SIZES | dict(num_key_value_heads=2, head_dim=8)
 KINDS = {
-    "gpt_neox": lambda **ids: GPTNeoXConfig(**SIZES, **ids),
-    "gpt2": lambda **ids: GPT2Config(n_layer=N_LAYERS, n_embd=D_IN, n_head=4, n_positions=1024, initializer_range=0.3, **ids),
-    "llama": lambda **ids: LlamaConfig(**GROUPED, **ids),
-    "gemma": lambda **ids: Gemma2Config(**GROUPED, query_pre_attn_scalar=8, sliding_window=512, **ids),
-    "qwen": lambda **ids: Qwen3Config(**GROUPED, **ids),
+    "gpt_neox": ("GPTNeoXConfig", SIZES),
+    "gpt2": ("GPT2Config", dict(n_layer=N_LAYERS, n_embd=D_IN, n_head=4, n_positions=1024, initializer_range=0.3)),
+    "llama": ("LlamaConfig", GROUPED),
+    "gemma": ("Gemma2Config", GROUPED | dict(query_pre_attn_scalar=8, sliding_window=512)),
+    "qwen": ("Qwen3Config", GROUPED),
 }
 
 
 def save_tokenizer(folder: Path, letters: bool = True):
     """Byte-level with Gemma's special tokens; with `letters`, " A" to " D" are whole tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     vocab = {t: i for i, t in enumerate(SPECIAL)}
     for byte in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocab.setdefault(byte, len(vocab))
@@ -46,11 +37,16 @@ def save_tokenizer(folder: Path, letters: bool = True):
 
 def save_lm(folder: Path, kind: str = "llama", letters: bool = True, seed: int = 0) -> Path:
     """A random LM of D_IN and N_LAYERS, and its tokenizer."""
+    import torch
+    import transformers
+
     folder.mkdir(parents=True, exist_ok=True)
+    config, sizes = KINDS[kind]
     size = save_tokenizer(folder, letters)
     state = torch.get_rng_state()
     torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(KINDS[kind](vocab_size=size, pad_token_id=0, eos_token_id=1, bos_token_id=2)).save_pretrained(folder)
+    made = getattr(transformers, config)(**sizes, vocab_size=size, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    transformers.AutoModelForCausalLM.from_config(made).save_pretrained(folder)
     torch.set_rng_state(state)
     return folder
 
