@@ -1,0 +1,203 @@
+"""The hub's faults, through the real clients and a stand-in hub: what passes is cured, what stays ends in one line."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from loopback_hub import TOKEN, Hub
+
+NAME, DATA, GATED = "owner/model", "owner/data", "owner/gated"
+SMALL = {"config.json": b'{"a": 1}' * 1000}
+
+
+def client(hub: Hub, home, code: str, timeout=120, **environment) -> subprocess.CompletedProcess:
+    """Python code in a process of its own, ended as experiment.py ends."""
+    lines = "\n    ".join(code.strip().splitlines())
+    whole = f"import json, sys, time\nimport hub\nfrom errors import RunFailed, WrongRequest\ntry:\n    {lines}\nexcept (RunFailed, WrongRequest) as e:\n    sys.exit(print(f'error: {{e}}', file=sys.stderr) or (2 if isinstance(e, WrongRequest) else 1))\n"
+    return subprocess.run([sys.executable, "-c", whole], cwd=ROOT, env=hub.environment(home, **environment), capture_output=True, text=True, timeout=timeout)
+
+
+def large(seed: int, size: int = 300_000) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+@pytest.fixture
+def hub():
+    with Hub() as hub:
+        yield hub
+        assert hub.leaks == [], "a token went to the storage host"
+
+
+def fetching(files, repo=NAME, kind="model") -> str:
+    return f"commit = hub.revision({repo!r}, {kind!r})\nfor path in hub.fetch({repo!r}, {list(files)!r}, commit, {kind!r}):\n    print(path)"
+
+
+PASSING = {  # file -> (fault, how often, extra, what its line on stderr says)
+    "busy.json": ("503", 2, {}, "the hub answers 503"),
+    "busy.safetensors": ("503", 2, {"methods": ("GET",)}, "the hub answers 503"),
+    "limited.json": ("429", 1, {"retry_after": 1}, "the hub answers 429"),
+    "silent.json": ("hang", 1, {}, "no answer within 2 s"),
+    "silent.safetensors": ("hang", 1, {"methods": ("GET",)}, "no answer within 2 s"),
+    "cut.json": ("cut", 1, {}, "going on at byte 150,000"),
+    "cut.safetensors": ("cut", 3, {}, "going on at byte 150,000"),
+    "deaf.safetensors": ("cut", 2, {"deaf": True}, "going on at byte 150,000"),
+    "reset.safetensors": ("reset", 1, {}, "the connection was cut off; attempt 2 of 5 in 1 s"),
+}
+
+
+def test_faults_that_pass_are_cured_and_told(hub, tmp_path):
+    files = {name: large(i) for i, name in enumerate(PASSING)}
+    hub.add(NAME, files)
+    hub.fail("503", f"/api/models/{NAME}")
+    for name, (kind, times, extra, _) in PASSING.items():
+        hub.fail(kind, name, times, **extra)
+    done = client(hub, tmp_path, fetching(files))
+    assert done.returncode == 0, done.stderr
+    assert all(fault.times == 0 for fault in hub.faults), hub.faults  # each did happen
+    for path, content in zip(done.stdout.split(), files.values(), strict=True):
+        assert open(path, "rb").read() == content
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("hub: owner/model") for line in lines), done.stderr
+    assert "hub: owner/model: the hub answers 503 (Service Unavailable); attempt 2 of 5 in 1 s" in lines
+    for name, (kind, times, _, told) in PASSING.items():
+        mine = [line for line in lines if f"file {name}:" in line]
+        assert len(mine) == times and told in mine[0], (name, mine)
+
+
+CASES = {  # what is asked for -> (exit code, what its line says)
+    "busy.json": (1, "the hub answers 503 (Service Unavailable), 3 times; run the same command again later"),
+    "limited.json": (1, "the hub answers 429 (Too Many Requests), 1 time; run the same command again in 3600 s, as the hub asks"),
+    "silent.json": (1, "no answer within 2 s, 3 times; run the same command again later"),
+    "deaf.safetensors": (1, "the connection was cut off 4 times; run the same command again later"),
+    "corrupt.safetensors": (1, "its SHA-256 is not the one that the hub names"),
+    "missing.json": (2, "there is no such file; take one that https://huggingface.co/owner/model lists"),
+}
+
+
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory):
+    """Each lasting fault met once in one process with three attempts and three resumptions: the error lines, and the requests."""
+    with Hub() as hub:
+        files = {name: large(i) for i, name in enumerate(CASES) if name != "missing.json"}
+        hub.add(NAME, files)
+        hub.fail("503", "busy.json", 99)
+        hub.fail("429", "limited.json", 99, retry_after=3600)
+        hub.fail("hang", "silent.json", 99)
+        hub.fail("cut", "deaf.safetensors", 99, deaf=True)
+        hub.fail("corrupt", "corrupt.safetensors", 1)
+        code = f"""
+hub.ATTEMPTS, hub.RESUMES = 3, 3
+told, commit = {{}}, hub.revision("{NAME}")
+def ask(name, *args):
+    started = time.monotonic()
+    try:
+        told[name] = [0, str(hub.fetch(*args)[0])]
+    except (RunFailed, WrongRequest) as e:
+        told[name] = [2 if isinstance(e, WrongRequest) else 1, str(e)]
+    told[name].append(time.monotonic() - started)
+for name in {list(CASES)!r} + ["corrupt.safetensors again"]:
+    ask(name, "{NAME}", [name.split()[0]], commit, "model")
+ask("no repo", "owner/nothing", ["a"], "main", "model")
+ask("no revision", "{NAME}", ["a"], "0" * 40, "model")
+ask("no name", "not/a/name", ["a"], "main", "model")
+print(json.dumps(told))
+"""
+        done = client(hub, tmp_path_factory.mktemp("home"), code)
+        assert done.returncode == 0, done.stderr
+        yield json.loads(done.stdout), hub.asked, files
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_fault_that_stays_ends_in_one_line(lasting, name):
+    code, line, seconds = lasting[0][name]
+    assert (code, "\n" in line) == (CASES[name][0], False)
+    assert line.startswith(f"owner/model, file {name}: ") and CASES[name][1] in line, line
+    assert seconds < 15
+
+
+def test_faults_that_no_retry_cures_are_asked_for_once(lasting):
+    told, asked, files = lasting
+    assert sum(a.startswith("HEAD") and "missing.json" in a for a in asked) == 1
+    assert sum("limited.json" in a for a in asked) == 1  # an hour is not waited for
+    # damaged on the way: refused once, then, being out of the cache, taken anew by the next request
+    assert sum(a.startswith("GET") and "corrupt.safetensors" in a for a in asked) == 2
+    assert open(told["corrupt.safetensors again"][1], "rb").read() == files["corrupt.safetensors"]
+
+
+def test_what_is_not_on_the_hub_is_a_wrong_request(lasting):
+    told = lasting[0]
+    assert told["no repo"][:2] == [2, "owner/nothing, file a: not on the hub, or private; check the name, or log in with an account that may read it (`hf auth login`)"]
+    assert told["no revision"][:2] == [2, "owner/model, file a: there is no such revision; take one that https://huggingface.co/owner/model lists"]
+    assert told["no name"][:2] == [2, "not/a/name, file a: neither a folder here nor a name that the hub can have; give owner/name or an existing folder"]
+
+
+ACCESS = {  # token -> (exit code, what the line says)
+    None: (2, "only with access, and no token is set; ask for it at https://huggingface.co/datasets/owner/gated and log in (`hf auth login`, or HF_TOKEN)"),
+    "hf_SomeoneElses0123456789": (2, "only with access, and the account of the token in use has none; ask for it at"),
+    "hf_expired": (2, "the hub does not accept the token in use (401); log in again"),
+    TOKEN: (0, ""),
+}
+
+
+@pytest.mark.parametrize("token", ACCESS)
+def test_a_gated_repo_opens_to_a_token_that_is_told_nowhere(hub, tmp_path, token):
+    files = {"README.md": b"# gated", "a.parquet": large(0)}
+    hub.add(GATED, files, "dataset", gated=True)
+    hub.fail("503", "a.parquet")  # so that there is talk of the request
+    done = client(hub, tmp_path, fetching(["a.parquet"], GATED, "dataset"), **({"HF_TOKEN": token} if token else {}))
+    code, told = ACCESS[token]
+    assert done.returncode == code, done.stderr
+    assert told in done.stderr.splitlines()[-1]
+    assert "503" in done.stderr
+    if token != TOKEN:
+        assert done.stderr.splitlines()[-1].startswith("error: owner/gated, file a.parquet: ")
+        assert ("--forget_text takes another text" in done.stderr) == (token != "hf_expired")
+    for told in (done.stdout + done.stderr).encode(), *(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()):
+        assert token is None or token.encode() not in told
+        assert b"Signature" not in told
+
+
+@pytest.mark.parametrize("state, answer", [("up", True), ("busy once", True), ("busy", False), ("silent", False), ("away", False), ("offline", False), ("a login page", False)])
+def test_reachable_is_told_in_time(hub, tmp_path, state, answer):
+    if state != "a login page":
+        hub.add("EleutherAI/pythia-70m-deduped", SMALL)
+    changes = {"HF_HUB_OFFLINE": "1"} if state == "offline" else {"HF_ENDPOINT": "http://127.0.0.1:9"} if state == "away" else {}
+    if state in ("busy once", "busy"):
+        hub.fail("503", "config.json", 1 if state == "busy once" else 999)
+    elif state == "silent":
+        hub.fail("hang", "config.json", 99)
+    done = client(hub, tmp_path, "started = time.monotonic()\nprint(json.dumps([hub.reachable(timeout=3.0), time.monotonic() - started]))", **changes)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    told, seconds = json.loads(done.stdout)
+    assert told is answer and seconds < 3.5
+
+
+def test_a_warm_cache_serves_without_the_hub(hub, tmp_path):
+    files = SMALL | {"model.safetensors": large(0)}
+    commit = hub.add(NAME, files).commit
+    first = client(hub, tmp_path, f"print(hub.revision({NAME!r}))\n" + fetching(files))
+    assert first.stdout.split()[0] == commit and all(commit in path for path in first.stdout.split()), first.stderr
+    n = len(hub.asked)
+    offline = client(hub, tmp_path, fetching(files), HF_HUB_OFFLINE="1")
+    assert offline.stdout.split() == first.stdout.split()[1:] and len(hub.asked) == n, offline.stderr
+    started = time.monotonic()
+    away = client(hub, tmp_path, fetching(files), HF_ENDPOINT="http://127.0.0.1:9")
+    assert away.stdout == offline.stdout and time.monotonic() - started < 10
+    assert away.stderr == f"hub: owner/model: no connection to 127.0.0.1, 1 time; going on with commit {commit[:12]} in the cache\n"
+    missing = client(hub, tmp_path, fetching(["other.json"]), HF_HUB_OFFLINE="1")
+    assert missing.returncode == 1 and missing.stderr.splitlines()[-1].startswith("error: owner/model, file other.json: not in the cache, and HF_HUB_OFFLINE forbids")
+    nothing = client(hub, tmp_path / "empty", fetching(files), HF_HUB_OFFLINE="1")
+    assert nothing.returncode == 1 and nothing.stderr.splitlines()[-1].startswith("error: owner/model: not in the cache, and HF_HUB_OFFLINE forbids")
+
+
+def test_a_new_commit_is_taken_and_an_old_one_stays_pinned(hub, tmp_path):
+    old = hub.add(NAME, SMALL)
+    client(hub, tmp_path, fetching(SMALL))
+    new = hub.add(NAME, {"config.json": b"{}"})
+    done = client(hub, tmp_path, f"print(hub.revision({NAME!r}), *hub.fetch({NAME!r}, ['config.json'], {old.commit!r}, 'model'), *hub.fetch({NAME!r}, ['config.json'], {new.commit!r}, 'model'))")
+    told, pinned, latest = done.stdout.split()
+    assert told == new.commit and open(pinned, "rb").read() == SMALL["config.json"] and open(latest, "rb").read() == b"{}"
