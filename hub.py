@@ -34,13 +34,13 @@ from errors import RunFailed, WrongRequest
 
 ATTEMPTS = 5  # of one request
 MOST_SECONDS = 120.0  # waited between the attempts of one request
-RESUMES = 20  # of one file's body
+RESUMES = 20  # of the download of one file
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 KNOWN_FILE = "EleutherAI/pythia-70m-deduped/resolve/main/config.json"
 
 _scope: ContextVar[str] = ContextVar("scope", default="a file of the hub")  # what is being read, for messages
 _attempts: ContextVar[int | None] = ContextVar("attempts", default=None)  # instead of ATTEMPTS
-_resumes: ContextVar[list[int] | None] = ContextVar("resumes", default=None)  # bytes at which a download went on
+_begun: ContextVar[list[int] | None] = ContextVar("begun", default=None)  # bytes at which a download began or went on
 
 
 def reachable(timeout: float = 8.0) -> bool:
@@ -94,19 +94,16 @@ def fetch(repo: str, filenames: list[str], revision: str, kind: str) -> list[Pat
 
 
 def _fetch(repo: str, name: str, revision: str, kind: str) -> Path:
-    before = _resumes.set([])
+    before, path = _begun.set([]), None
     try:
         with plain_errors(repo, name):
-            for attempt in range(1, ATTEMPTS + 1):
+            while path is None:
                 try:
                     path = Path(hf_hub_download(repo, name, revision=revision, repo_type=kind))
-                    break
-                except httpx2.ReadError as error:  # the one fault in a body that huggingface_hub does not resume after
-                    if attempt == ATTEMPTS:
-                        raise
-                    _wait(_spoken(error), attempt, ATTEMPTS, 2 ** (attempt - 1))
+                except httpx2.ReadError:  # the one fault in a body that huggingface_hub does not go on after; _note_begin ends it
+                    time.sleep(1)
     finally:
-        _resumes.reset(before)
+        _begun.reset(before)
     blob = path.parent / os.readlink(path) if path.is_symlink() else path
     if re.fullmatch("[0-9a-f]{64}", blob.name):
         with blob.open("rb") as f:
@@ -146,9 +143,8 @@ class PatientClient(httpx2.Client):
         limit = constants.HF_HUB_DOWNLOAD_TIMEOUT
         timeouts = request.extensions.get("timeout", {})
         request.extensions = {**request.extensions, "timeout": {k: min(limit, timeouts.get(k) or limit) for k in ("connect", "read", "write", "pool")}}
-        at = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
-        if at:
-            _resumed(int(at[1]), request)
+        if how.get("stream"):
+            _note_begin(request)
         attempts, waited = _attempts.get() or ATTEMPTS, 0.0
         for attempt in range(1, attempts + 1):
             wait = float(2 ** (attempt - 1))
@@ -187,18 +183,21 @@ def _asked_wait(response: httpx2.Response) -> float | None:
     return float(after) if after.isdigit() else None
 
 
-def _resumed(at: int, request: httpx2.Request):
-    """Note that a body goes on at byte `at`. Raises RunFailed for a download that goes on too often (a server that ignores
-    where to go on would be asked for ever)."""
-    resumes = _resumes.get()
-    if resumes is not None:
-        resumes.append(at)
-        if len(resumes) > RESUMES:
-            raise RunFailed(f"{_asked_for(request)}: the connection was cut off {len(resumes)} times; run the same command again later, or from another network")
-    _say(f"{_asked_for(request)}: cut off; going on at byte {at:,}")
+def _note_begin(request: httpx2.Request):
+    """Tell of a body that is asked for again. Raises RunFailed for a download that was broken off too often (from a server that
+    ignores where to go on, huggingface_hub would ask for ever)."""
+    at = int((re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", "")) or (0, 0))[1])
+    begun = _begun.get()
+    again = at > 0 if begun is None else len(begun) > 0
+    if begun is not None:
+        begun.append(at)
+        if len(begun) > RESUMES + 1:
+            raise RunFailed(f"{_asked_for(request)}: broken off {len(begun) - 1} times; run the same command again later, or from another network")
+    if again:
+        _say(f"{_asked_for(request)}: broken off; going on at byte {at:,}")
 
 
-def _wait(cause: str, attempt: int, attempts: int, seconds: float, request: httpx2.Request | None = None):
+def _wait(cause: str, attempt: int, attempts: int, seconds: float, request: httpx2.Request):
     _say(f"{_asked_for(request)}: {cause}; attempt {attempt + 1} of {attempts} in {seconds:g} s")
     time.sleep(seconds)
 
@@ -261,7 +260,7 @@ def _spoken(error: httpx2.TransportError, request: httpx2.Request | None = None)
         return f"no connection to {_host()}"
     if isinstance(error, httpx2.TimeoutException):
         return f"no answer within {request.extensions['timeout']['read']:g} s" if request else "no answer in time"
-    return "the connection was cut off"
+    return "the connection was broken off"
 
 
 def _named(repo: str, file: str | None) -> str:
@@ -278,8 +277,8 @@ def _repo_and_file(request: httpx2.Request) -> tuple[str | None, str | None]:
     return parts.groups() if parts else (None, None)
 
 
-def _asked_for(request: httpx2.Request | None) -> str:
-    repo, file = _repo_and_file(request) if request else (None, None)
+def _asked_for(request: httpx2.Request) -> str:
+    repo, file = _repo_and_file(request)
     return _named(repo, file) if repo else _scope.get()
 
 
