@@ -66,11 +66,13 @@ def reachable(timeout: float = 8.0) -> bool:
 
 
 def revision(repo: str, kind: str = "model") -> str:
-    """Commit hash of a model's or dataset's main branch; when the hub does not answer, the newest commit in the cache.
+    """Commit hash of a model's or dataset's main branch; when the hub does not answer, the newest commit in the cache, and a line says so.
 
     Raises WrongRequest for a repo that does not exist or is not open, RunFailed when neither hub nor cache has it.
     """
     cached = _newest_cached(repo, kind)
+    if cached and constants.is_offline_mode():
+        return cached
     before = _attempts.set(1 if cached else None)
     try:
         with plain_errors(repo):
@@ -222,7 +224,8 @@ def _plain(error: BaseException | None, repo: str, file: str | None) -> Exceptio
         return _gated(where, repo, "DatasetNotFound" in kind or "/datasets/" in str(response.request.url))
     if isinstance(error, hub_errors.RevisionNotFoundError):
         return WrongRequest(f"{where}: there is no such revision; take one that https://huggingface.co/{repo} lists")
-    if isinstance(error, hub_errors.RepositoryNotFoundError) or kind == "DatasetNotFoundError":
+    status = response.status_code if response is not None else None
+    if isinstance(error, hub_errors.RepositoryNotFoundError) or kind == "DatasetNotFoundError" or (status == 401 and get_token() is None):
         return WrongRequest(f"{where}: not on the hub, or private; check the name, or log in with an account that may read it (`hf auth login`)")
     if isinstance(error, hub_errors.LocalEntryNotFoundError | hub_errors.OfflineModeIsEnabled):
         if constants.is_offline_mode():
@@ -234,10 +237,10 @@ def _plain(error: BaseException | None, repo: str, file: str | None) -> Exceptio
         return WrongRequest(f"{where}: neither a folder here nor a name that the hub can have; give owner/name or an existing folder")
     if isinstance(error, hub_errors.FileMetadataError):
         return RunFailed(f"{where}: what answers at {_host()} is no hub; check HF_ENDPOINT, proxy and firewall")
-    if isinstance(error, hub_errors.HfHubHTTPError) and response.status_code in (401, 403):
-        return WrongRequest(f"{where}: the hub does not accept the token in use ({response.status_code}); log in again (`hf auth login`), or unset HF_TOKEN")
+    if status in (401, 403):
+        return WrongRequest(f"{where}: the hub does not accept the token in use ({status}); log in again (`hf auth login`), or unset HF_TOKEN")
     if isinstance(error, hub_errors.HfHubHTTPError):
-        return RunFailed(f"{where}: the hub answers {response.status_code}; run the same command again later")
+        return RunFailed(f"{where}: the hub answers {status}; run the same command again later")
     if isinstance(error, httpx2.TransportError):
         return RunFailed(f"{where}: {_spoken(error)}; run the same command again, or see whether the network and {_host()} are up")
     if isinstance(error, OSError) and str(error).startswith("Consistency check failed"):  # huggingface_hub's wrong size has no class of its own

@@ -159,7 +159,7 @@ def test_a_gated_repo_opens_to_a_token_that_is_told_nowhere(hub, tmp_path, token
         assert ("--forget_text takes another text" in done.stderr) == (token != "hf_expired")
     for told in (done.stdout + done.stderr).encode(), *(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()):
         assert token is None or token.encode() not in told
-        assert b"Signature" not in told
+        assert b"signed-for-this-request" not in told
 
 
 @pytest.mark.parametrize("state, answer", [("up", True), ("busy once", True), ("busy", False), ("silent", False), ("away", False), ("offline", False), ("a login page", False)])
@@ -184,7 +184,7 @@ def test_a_warm_cache_serves_without_the_hub(hub, tmp_path):
     assert first.stdout.split()[0] == commit and all(commit in path for path in first.stdout.split()), first.stderr
     n = len(hub.asked)
     offline = client(hub, tmp_path, fetching(files), HF_HUB_OFFLINE="1")
-    assert offline.stdout.split() == first.stdout.split()[1:] and len(hub.asked) == n, offline.stderr
+    assert (offline.stdout.split(), offline.stderr, len(hub.asked)) == (first.stdout.split()[1:], "", n)
     started = time.monotonic()
     away = client(hub, tmp_path, fetching(files), HF_ENDPOINT="http://127.0.0.1:9")
     assert away.stdout == offline.stdout and time.monotonic() - started < 10
