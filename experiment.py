@@ -38,6 +38,8 @@ class Config:
     """which orthogonality loss (see ARMS)"""
     testbed: Literal["auto", "micro"] = "auto"
     """which LM, text and questions (see testbeds.py)"""
+    lm: str = ""
+    """another LM than the testbed's; for micro the folder of another world (python -m micro_pythia.make)"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """one SAE a seed, trained side by side on one LM pass"""
     evals: tuple[Literal[EVALS], ...] = EVALS[:-1]
@@ -142,8 +144,6 @@ class Config:
             raise WrongRequest(f"--evals {' '.join(self.evals)}: none stands alone")
         if self.skip and self.evals != ("none",):
             raise WrongRequest(f"--skip {self.skip} cannot be held by the SAELens format that the evaluations read: give --evals none to train without them")
-        if self.layer_norm and {"unlearning", "corpus"} & set(self.evals):
-            raise WrongRequest("--layer_norm: the interventions of unlearning and corpus do not know layer-normalised SAEs yet; give --evals core geometry")
         if self.activation != "relu" and self.k is not None and self.d_sae is not None and not 1 <= self.k < self.d_sae:
             raise WrongRequest(f"--k {self.k} must lie in [1, --d_sae {self.d_sae})")
         if self.tokens is not None and 8 * self.unlock_steps >= self.tokens // self.batch_size:
@@ -1309,7 +1309,7 @@ class Run:
                     self.warnings += [f"seed {trainer.seed}: {n}" for n in notes]
                 else:
                     sections[section], details = getattr(evaluator, name)(sae)
-                write_json(self.folder / "eval" / f"seed{trainer.seed}_{section}.json", details)
+                write_json(self.folder / "eval" / f"seed{trainer.seed}_{section}.json", details, indent=None)
             self._gate(trainer, sections)
             for section, metrics in sections.items():
                 for name, value in metrics.items():
@@ -1380,11 +1380,11 @@ class Run:
         print(f"{self.folder.name} complete: {self.folder / 'final_info.json'}")
 
 
-def write_json(path: Path, value):
+def write_json(path: Path, value, indent: int | None = 1):
     """Strict JSON, whole or not at all: written beside and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    beside.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n")
     os.replace(beside, path)
 
 
@@ -1418,7 +1418,7 @@ def train(runs: list[Run], stream: ActivationStream, block: ActivationBlock, n_s
 def run_experiments(command: Command, configs: list[Config]):
     """Train and evaluate all runs of one command."""
     started = time.monotonic()
-    testbed = testbeds.load(configs[0].testbed)
+    testbed = testbeds.load(configs[0].testbed, configs[0].lm)
     if command.testbed == "auto":
         print(f"testbed: auto means {testbed.name}")
     resolved = [resolve(c, testbed) for c in configs]

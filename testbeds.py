@@ -21,6 +21,8 @@ import datasets
 import torch
 from torch import Tensor
 
+from errors import WrongRequest
+
 HERE = Path(__file__).resolve().parent
 NAMES = ("auto", "micro")  # what --testbed takes
 
@@ -97,9 +99,9 @@ def decoder_layers(lm: torch.nn.Module) -> torch.nn.ModuleList:
     raise ValueError(f"{type(lm).__name__} has no stack of {lm.config.num_hidden_layers} decoder layers: give a decoder-only LM")
 
 
-def load(name: str) -> Testbed:
-    """Load the testbed `name`; `auto` means `micro`, the only one here so far."""
-    return {"auto": micro, "micro": micro}[name]()
+def load(name: str, lm: str = "") -> Testbed:
+    """Load the testbed `name` with its own LM, or with `lm`; `auto` means `micro`, the only one here so far."""
+    return {"auto": micro, "micro": micro}[name](*[lm] if lm else [])
 
 
 # ---------------------------------------------------------------------------------------------------- micro
@@ -116,6 +118,8 @@ def micro(folder: Path | str = HERE / "micro_pythia") -> Testbed:
     from micro_pythia.world import FORGET, RETAIN, World
 
     folder = Path(folder)
+    if not (folder / "report.json").exists():
+        raise WrongRequest(f"--lm {folder} holds no embedded world: make one with python -m micro_pythia.make --out {folder} --world_seed 1")
     seed = json.loads((folder / "report.json").read_text())["world_seed"]
     world = World(seed)
     questions: dict[str, list[Question]] = {}
@@ -136,7 +140,7 @@ def micro(folder: Path | str = HERE / "micro_pythia") -> Testbed:
         questions=questions,
         forget_subject=FORGET,
         defaults=dict(d_sae=1024, tokens=3_000_000, context_size=128, target_l0=16.0, k=16),
-        describe={"lm": "micro_pythia", "world_seed": seed},
+        describe={"lm": folder.name, "world_seed": seed},
     )
 
 
@@ -368,7 +372,7 @@ class ChosenFeatures:
         self.W_dec = sae.W_dec[chosen] * self.unit[:, None]
         if sae.cfg.architecture() == "standard":  # features do not compete: encode the chosen alone
             W_enc, b_enc = sae.W_enc[:, chosen] / self.unit, sae.b_enc[chosen] / self.unit
-            self.encode = lambda x: torch.relu((x - sae.b_dec) @ W_enc + b_enc)
+            self.encode = lambda x: torch.relu(sae.process_sae_in(x) @ W_enc + b_enc)
         self.encoded: dict[int, Tensor] = {}
         self.guards: dict[tuple, float] = {}
 
@@ -376,9 +380,10 @@ class ChosenFeatures:
         """x [..., D] -> [..., chosen]."""
         return self.sae.encode(x)[..., self.chosen] / self.unit
 
-    def decode(self, f: Tensor) -> Tensor:
-        """[..., chosen] -> what the chosen features write, [..., D]."""
-        return f @ self.W_dec
+    def decode(self, f: Tensor, x: Tensor) -> Tensor:
+        """f [..., chosen] -> what the chosen features write into x [..., D]; x matters where the SAE layer-normalises its input."""
+        written = f @ self.W_dec
+        return written * x.std(-1, keepdim=True) if self.cfg.normalize_activations == "layer_norm" else written
 
     def on(self, batch: Batch) -> Tensor:
         """[row, pos, chosen] on a batch's real tokens, 0 on the others; encoded once."""
@@ -428,7 +433,7 @@ def intervene(resid: Tensor, hook: Batch, sae: ChosenFeatures, features_to_ablat
     change = torch.zeros(int(at.sum()), f.shape[-1], device=f.device)  # as wide for any choice: one change, one rounding
     change[:, chosen] = torch.where(fires, -multiplier - value, 0.0)[at]
     resid = resid.clone()
-    resid[at] += sae.decode(change)
+    resid[at] += sae.decode(change, resid[at])
     return resid
 
 

@@ -90,6 +90,23 @@ def test_clamping_the_chosen_features_alone_equals_clamping_within_the_whole_sae
     assert (whole - x).abs().max() > 0.1, "the comparison would be empty"
 
 
+@pytest.mark.parametrize("activation", ["relu", "batchtopk"])  # features that are encoded alone, and with all others
+def test_clamping_knows_layer_normalised_saes(activation, evaluator, tmp_path):
+    """Against the definition; SAEBench's clamp decodes twice, and sae_lens forgets a layer norm after the first time."""
+    sae = experiment.OrthogonalSAE(128, 64, 0, activation=activation, layer_norm=True)
+    sae.export(tmp_path, {"model_name": "micro", "hook_name": "h", "hook_layer": 1, "context_size": 128, "prepend_bos": True})
+    sae = experiment.load_exported(tmp_path)
+    tokens, x = (t[:4] for t in evaluator.held_out["forget"])
+    features = testbeds.ChosenFeatures(sae, torch.tensor([3, 9, 50]), torch.ones(64))
+    f = sae.encode(x)
+    plain = sae.decode(f)
+    f = sae.encode(x)
+    f[:, 1:, features.chosen] = torch.where(f[:, 1:, features.chosen] > 0, -5.0, 0.0)
+    wanted = x + sae.decode(f) - plain
+    torch.testing.assert_close(testbeds.intervene(x, testbeds.whole_contexts(tokens, x), features, [0, 1, 2], 5)[:, 1:], wanted[:, 1:], atol=1e-4, rtol=1e-4)
+    assert (wanted - x).abs().max() > 0.1
+
+
 def test_remembered_answers_equal_saebenchs_clamp_asked_afresh(exported, evaluator, micro):
     """Nested feature sets, of which later ones find many rows remembered, against SAEBench's hook on all rows."""
     from sae_bench.evals.unlearning.utils.intervention import anthropic_clamp_resid_SAE_features as clamp
@@ -143,7 +160,8 @@ class ToyLM(torch.nn.Module):
 def toy():
     """The toy LM; an SAE whose feature 0 reads and writes the first direction; six forget and two retain questions, right-padded."""
     lm = ToyLM()
-    sae = SimpleNamespace(W_enc=torch.eye(2), W_dec=torch.eye(2), b_enc=torch.zeros(2), b_dec=torch.zeros(2), cfg=SimpleNamespace(architecture=lambda: "standard"))
+    sae = SimpleNamespace(W_enc=torch.eye(2), W_dec=torch.eye(2), b_enc=torch.zeros(2), b_dec=torch.zeros(2), process_sae_in=lambda x: x,
+                          cfg=SimpleNamespace(architecture=lambda: "standard", normalize_activations="none"))  # fmt: skip
     asked = testbeds.InterventionLM(SimpleNamespace(lm=lm, layers=lm.layers, layer=0, name="toy"))
     tokens = torch.tensor([[1, 2, 2, 0, 0, 0]] * 6 + [[1, 3, 3, 4, 3, 0], [1, 3, 3, 3, 3, 3]])
     real, last = tokens > 1, (tokens > 0).sum(1, keepdim=True) - 1
