@@ -1,10 +1,12 @@
 """The hub's faults, through the real clients and a stand-in hub: what passes is cured, what stays ends in one line."""
 
+import io
 import json
 import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -162,8 +164,11 @@ def test_a_gated_repo_opens_to_a_token_that_is_told_nowhere(hub, tmp_path, token
         assert b"signed-for-this-request" not in told
 
 
-@pytest.mark.parametrize("state, answer", [("up", True), ("busy once", True), ("busy", False), ("silent", False), ("away", False), ("offline", False), ("a login page", False)])
-def test_reachable_is_told_in_time(hub, tmp_path, state, answer):
+STATES = {"up": True, "busy once": True, "busy": False, "silent": False, "away": False, "offline": False, "a login page": False, "a slow name server": False}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_reachable_is_told_in_time(hub, tmp_path, state):
     if state != "a login page":
         hub.add("EleutherAI/pythia-70m-deduped", SMALL)
     changes = {"HF_HUB_OFFLINE": "1"} if state == "offline" else {"HF_ENDPOINT": "http://127.0.0.1:9"} if state == "away" else {}
@@ -171,10 +176,11 @@ def test_reachable_is_told_in_time(hub, tmp_path, state, answer):
         hub.fail("503", "config.json", 1 if state == "busy once" else 999)
     elif state == "silent":
         hub.fail("hang", "config.json", 99)
-    done = client(hub, tmp_path, "started = time.monotonic()\nprint(json.dumps([hub.reachable(timeout=3.0), time.monotonic() - started]))", **changes)
+    slow = "import socket\nsocket.getaddrinfo = lambda *a, **k: time.sleep(60)\n" if state == "a slow name server" else ""
+    done = client(hub, tmp_path, slow + "started = time.monotonic()\nprint(json.dumps([hub.reachable(timeout=3.0), time.monotonic() - started]))", **changes)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     told, seconds = json.loads(done.stdout)
-    assert told is answer and seconds < 3.5
+    assert told is STATES[state] and seconds < 3.5
 
 
 def test_a_warm_cache_serves_without_the_hub(hub, tmp_path):
@@ -202,3 +208,148 @@ def test_a_new_commit_is_taken_and_an_old_one_stays_pinned(hub, tmp_path):
     done = client(hub, tmp_path, f"print(hub.revision({NAME!r}), *hub.fetch({NAME!r}, ['config.json'], {old.commit!r}, 'model'), *hub.fetch({NAME!r}, ['config.json'], {new.commit!r}, 'model'))")
     told, pinned, latest = done.stdout.split()
     assert told == new.commit and open(pinned, "rb").read() == SMALL["config.json"] and open(latest, "rb").read() == b"{}"
+
+
+# ---------------------------------------------------------------------------------------------------- transformers, datasets, the experiment
+
+SUBJECTS = ("high_school_us_history", "college_computer_science", "high_school_geography", "human_aging")
+
+
+def parquet(columns: dict) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), out)
+    return out.getvalue()
+
+
+def card(*configs: tuple[str, str, str]) -> bytes:
+    """A data set's README.md with its configs: (name, split, path)."""
+    lines = [f"- config_name: {name}\n  data_files:\n  - split: {split}\n    path: {path}" for name, split, path in configs]
+    return ("---\nconfigs:\n" + "\n".join(lines) + "\n---\n").encode()
+
+
+@pytest.fixture(scope="session")
+def worlds_text():
+    from micro_pythia.world import FORGET, RETAIN, World
+
+    return {"forget": World(0).documents(1500, (FORGET,), seed=3), "retain": World(0).documents(1500, RETAIN, seed=3)}
+
+
+@pytest.fixture(scope="session")
+def data_repos(worlds_text) -> list[dict]:
+    """The study's data sets as they are laid out on the hub, small, with the embedded world's text and questions."""
+    import zstandard
+
+    questions = json.loads((ROOT / "micro_pythia" / "questions.json").read_text())
+    asked = lambda n: {k: [q[k] for q in questions[n : n + 4]] for k in ("question", "choices", "answer")}  # noqa: E731
+    half = len(worlds_text["retain"]) // 2
+    lines = "".join(json.dumps({"text": d, "meta": {"pile_set_name": "Pile-CC"}}) + "\n" for d in worlds_text["retain"][:half]).encode()
+    pile = {f"train/{i:02}.jsonl.zst": zstandard.compress(lines) for i in range(2)} | {"val.jsonl.zst": zstandard.compress(lines), "README.md": card(("default", "train", "train/*"))}
+    wiki = {"README.md": card(("wikitext-103-raw-v1", "train", "wikitext-103-raw-v1/train-*"), ("wikitext-2-raw-v1", "train", "wikitext-2-raw-v1/train-*"))}
+    for name in ("wikitext-103-raw-v1", "wikitext-2-raw-v1"):
+        wiki[f"{name}/train-00000-of-00001.parquet"] = parquet({"text": [line for d in worlds_text["retain"][half:] for line in ("", d)]})
+    mmlu = {f"{s}/test-00000-of-00001.parquet": parquet({"subject": [s] * 4} | asked(200 + 80 * i)) for i, s in enumerate(SUBJECTS)}
+    return [
+        dict(name="Salesforce/wikitext", files=wiki, kind="dataset"),
+        dict(name="monology/pile-uncopyrighted", files=pile, kind="dataset"),
+        dict(name="cais/wmdp-bio-forget-corpus", gated=True, kind="dataset",
+             files={"README.md": card(("default", "train", "data/train-*")), "data/train-00000-of-00001.parquet": parquet({"title": ["a"] * len(worlds_text["forget"]), "text": worlds_text["forget"]})}),
+        dict(name="cais/wmdp", kind="dataset", files={"README.md": card(("wmdp-bio", "test", "wmdp-bio/test-*")), "wmdp-bio/test-00000-of-00001.parquet": parquet(asked(0))}),
+        dict(name="cais/mmlu", kind="dataset", files=mmlu | {"README.md": card(*((s, "test", f"{s}/test-*") for s in SUBJECTS))}),
+    ]  # fmt: skip
+
+
+TOKENIZER = {name: ROOT / "micro_pythia" / name for name in ("tokenizer.json", "tokenizer_config.json")}
+SMALL_LM = TOKENIZER | {name: ROOT / "micro_pythia" / name for name in ("config.json", "generation_config.json", "model.safetensors")}
+READ = f"""
+import datasets, transformers
+lm, told = {NAME!r}, {{}}
+commit = hub.revision(lm)
+with hub.plain_errors(lm):
+    told["tokenizer"] = len(transformers.AutoTokenizer.from_pretrained(lm, revision=commit))
+    told["weights"] = transformers.AutoModelForCausalLM.from_pretrained(lm, revision=commit).get_input_embeddings().weight.double().abs().sum().item()
+"""
+STREAM = """
+for repo, config in (("Salesforce/wikitext", "wikitext-103-raw-v1"), ("monology/pile-uncopyrighted", None)):
+    with hub.plain_errors(repo):
+        told[repo] = [row["text"] for row in datasets.load_dataset(repo, config, split="train", streaming=True, revision=hub.revision(repo, "dataset"))]
+"""
+
+
+def test_transformers_and_datasets_get_through_faults_and_then_need_no_hub(hub, tmp_path, data_repos, worlds_text):
+    hub.page = 2  # listings come in pages
+    hub.add(NAME, SMALL_LM)
+    for repo in data_repos:
+        hub.add(**repo)
+    for kind, match, methods in (("503", "config.json", ("HEAD",)), ("429", "/tokenizer.json", ("GET",)), ("hang", "model.safetensors", ("GET",)), ("cut", "model.safetensors", ("GET",)),
+                                 ("503", "/tree/", ("GET",)), ("503", "train-00000-of-00001.parquet", ("GET",)), ("cut", "train-00000-of-00001.parquet", ("GET",)),
+                                 ("hang", "00.jsonl.zst", ("GET",)), ("cut", "01.jsonl.zst", ("GET",)), ("reset", "01.jsonl.zst", ("GET",))):  # fmt: skip
+        hub.fail(kind, match, 1, methods, retry_after=1 if kind == "429" else None)
+    done = client(hub, tmp_path, READ + STREAM + "print(json.dumps(told))")
+    assert done.returncode == 0, done.stderr
+    assert all(fault.times == 0 for fault in hub.faults), hub.faults
+    told, half = json.loads(done.stdout), len(worlds_text["retain"]) // 2
+    assert told["Salesforce/wikitext"] == [line for d in worlds_text["retain"][half:] for line in ("", d)]
+    assert told["monology/pile-uncopyrighted"] == 2 * worlds_text["retain"][:half]
+    assert sum(line.startswith("hub: ") for line in done.stderr.splitlines()) == len(hub.faults)
+    n = len(hub.asked)
+    offline = client(hub, tmp_path, READ + "print(json.dumps(told))", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    assert json.loads(offline.stdout)["weights"] == told["weights"] and len(hub.asked) == n
+
+
+def test_transformers_and_datasets_end_in_one_line(hub, tmp_path, data_repos):
+    hub.add(NAME, SMALL_LM | {"model.safetensors": b""})
+    for repo in data_repos:
+        hub.add(**repo)
+    hub.fail("503", "01.jsonl.zst", 999)
+    hub.fail("503", "/model.safetensors", 999)
+    ask = lambda repo, config=None: f'list(datasets.load_dataset("{repo}", {config!r}, split="train", streaming=True))'  # noqa: E731
+    asked = {
+        "monology/pile-uncopyrighted": ask("monology/pile-uncopyrighted"),
+        "cais/wmdp-bio-forget-corpus": ask("cais/wmdp-bio-forget-corpus"),
+        "owner/nothing": ask("owner/nothing"),
+        NAME: f'transformers.AutoModelForCausalLM.from_pretrained("{NAME}")',
+        "owner/no-model": 'transformers.AutoModelForCausalLM.from_pretrained("owner/no-model")',
+    }
+    code = f"""
+import datasets, transformers
+hub.ATTEMPTS = 2
+for repo, code in {asked!r}.items():
+    try:
+        with hub.plain_errors(repo):
+            eval(code)
+    except (RunFailed, WrongRequest) as e:
+        print(json.dumps([repo, 2 if isinstance(e, WrongRequest) else 1, str(e)]))
+"""
+    done = client(hub, tmp_path, code)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = {repo: (code, line) for repo, code, line in map(json.loads, done.stdout.splitlines())}
+    busy = "the hub answers 503 (Service Unavailable), 2 times; run the same command again later, or see whether the network and 127.0.0.1 are up"
+    assert told["monology/pile-uncopyrighted"] == (1, f"monology/pile-uncopyrighted, file train/01.jsonl.zst: {busy}")
+    assert told[NAME] == (1, f"{NAME}, file model.safetensors: {busy}")
+    code, line = told["cais/wmdp-bio-forget-corpus"]
+    assert code == 2 and line.endswith("(`hf auth login`, or HF_TOKEN), or go without: --forget_text takes another text") and "https://huggingface.co/datasets/cais/wmdp-bio-forget-corpus" in line
+    for repo in ("owner/nothing", "owner/no-model"):
+        assert told[repo][0] == 2 and told[repo][1].startswith(repo) and ": not on the hub, or private; check the name" in told[repo][1]
+
+
+@pytest.fixture(scope="session")
+def pythia(tmp_path_factory) -> dict:
+    """A model repo of Pythia-70M's true dimensions, its weights random, in bf16."""
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(vocab_size=50_304, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048, rotary_pct=0.25,
+                           max_position_embeddings=2048, use_parallel_residual=True, bos_token_id=0, eos_token_id=0)  # fmt: skip
+    folder = tmp_path_factory.mktemp("pythia")
+    GPTNeoXForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return dict(name="EleutherAI/pythia-70m-deduped", files=TOKENIZER | {p.name: p for p in folder.iterdir()})
+
+
+def experiment(hub: Hub, home: Path, *options, **environment) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "experiment.py", *map(str, options)]
+    return subprocess.run(command, cwd=home, env=hub.environment(home, **environment), capture_output=True, text=True, timeout=300)
