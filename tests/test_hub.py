@@ -353,3 +353,56 @@ def pythia(tmp_path_factory) -> dict:
 def experiment(hub: Hub, home: Path, *options, **environment) -> subprocess.CompletedProcess:
     command = [sys.executable, ROOT / "experiment.py", *map(str, options)]
     return subprocess.run(command, cwd=home, env=hub.environment(home, **environment), capture_output=True, text=True, timeout=300)
+
+
+SHORT = ("--tokens=12800", "--batch_size=128", "--buffer_tokens=1024", "--context_size=32", "--d_sae=128", "--target_l0=16", "--seeds=0")
+
+
+def test_the_default_command_runs_pythia_from_the_hub_to_results_and_again_without_it(hub, tmp_path, pythia, data_repos):
+    commits = [hub.add(**repo).commit for repo in (pythia, *data_repos)]
+    for kind, match in (("503", "model.safetensors"), ("cut", "model.safetensors"), ("429", "wmdp-bio/test"), ("cut", "train-00000-of-00001.parquet")):
+        hub.fail(kind, match, 1, ("GET",), retry_after=1)
+    started = time.monotonic()
+    done = experiment(hub, tmp_path, "--out_dir=run_0", *SHORT, "--evals", "core", "geometry", HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert time.monotonic() - started < 90
+    assert "testbed: auto means pythia-70m" in done.stdout
+    assert all(fault.times == 0 for fault in hub.faults), hub.faults
+    info, config = (json.loads((tmp_path / "run_0" / name).read_text()) for name in ("final_info.json", "config.json"))
+    assert info["training"]["means"]["tokens_trained"] == 12_800 and {"core", "geometry"} <= set(info)
+    assert config["testbed"]["name"] == "pythia-70m" and config["testbed"]["d_in"] == 512 and config["config"]["layer"] == 3
+    pinned = json.dumps(config["testbed"])
+    assert all(commit in pinned for commit in commits), pinned
+    for told in (done.stdout + done.stderr).encode(), *(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".safetensors"):
+        assert TOKEN.encode() not in told
+    n = len(hub.asked)
+    again = experiment(hub, tmp_path, "--out_dir=run_1", *SHORT, "--evals=none", HF_HUB_OFFLINE="1")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "testbed: auto means pythia-70m" in again.stdout and len(hub.asked) == n
+    assert json.loads((tmp_path / "run_1" / "config.json").read_text())["testbed"] == config["testbed"]
+
+
+def test_without_access_to_the_forget_corpus_one_line_says_what_to_do(hub, tmp_path, pythia, data_repos):
+    for repo in (pythia, *data_repos):
+        hub.add(**repo)
+    done = experiment(hub, tmp_path, "--out_dir=run_0", *SHORT)
+    assert done.returncode == 2 and not (tmp_path / "run_0").exists()
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: cais/wmdp-bio-forget-corpus") and "no token is set" in last and "--forget_text takes another text" in last
+    assert not any("model.safetensors" in asked for asked in hub.asked)  # known before anything heavy is loaded
+
+
+def test_auto_is_micro_without_a_hub_and_decided_in_time(hub, tmp_path):
+    done = experiment(hub, tmp_path, "--out_dir=run_0", *SHORT, "--evals=none", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "testbed: auto means micro" in done.stdout
+    hub.fail("hang", "", 999)
+    silent = client(hub, tmp_path, "import testbeds\nstarted = time.monotonic()\nprint(json.dumps([testbeds.load('auto').name, time.monotonic() - started]))")
+    name, seconds = json.loads(silent.stdout)
+    assert name == "micro" and seconds < 15  # 8 s of them for the hub, the rest for micro's own text
+
+
+def test_a_named_testbed_does_not_fall_back(hub, tmp_path):
+    done = experiment(hub, tmp_path, "--out_dir=run_0", "--testbed=pythia-70m", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 1 and not (tmp_path / "run_0").exists()
+    assert done.stderr.splitlines()[-1].startswith("error: cais/") and "no connection to 127.0.0.1, 5 times" in done.stderr.splitlines()[-1]
