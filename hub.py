@@ -213,8 +213,10 @@ def _say(line: str):
 
 def _plain(error: BaseException | None, repo: str, file: str | None) -> Exception | None:
     """RunFailed or WrongRequest for an error of a hub client or one that it was raised from; None for other errors."""
-    if error is None or isinstance(error, RunFailed | WrongRequest):
-        return error
+    if isinstance(error, RunFailed | WrongRequest):
+        return type(error)(*error.args)
+    if error is None:
+        return None
     kind = type(error).__name__
     response = getattr(error, "response", None)
     if response is not None and file is None:
@@ -245,6 +247,10 @@ def _plain(error: BaseException | None, repo: str, file: str | None) -> Exceptio
         return RunFailed(f"{where}: {_spoken(error)}; run the same command again, or see whether the network and {_host()} are up")
     if isinstance(error, OSError) and str(error).startswith("Consistency check failed"):  # huggingface_hub's wrong size has no class of its own
         return RunFailed(f"{where}: its size is not the one that the hub names; run the same command again")
+    if kind in ("DataFilesNotFoundError", "EmptyDatasetError"):
+        return WrongRequest(f"{where}: there is no data in it that can be read (.parquet, .jsonl, .txt, ...); take another, or download it and give files")
+    if type(error).__module__.partition(".")[0] in ("pyarrow", "zstandard", "zstd", "json") or isinstance(error, UnicodeDecodeError):
+        return RunFailed(f"{where}: what came cannot be read ({type(error).__name__}), so it was damaged on the way or there; run the same command again, or take another")
     plain = _plain(error.__cause__, repo, file)
     if plain is None and isinstance(error, ConnectionError):  # datasets drops the cause
         return RunFailed(f"{where}: the hub cannot be asked; see whether the network and {_host()} are up, unset HF_HUB_OFFLINE, or give local files")

@@ -201,6 +201,11 @@ def test_a_warm_cache_serves_without_the_hub(hub, tmp_path):
     assert nothing.returncode == 1 and nothing.stderr.splitlines()[-1].startswith("error: owner/model: not in the cache, and HF_HUB_OFFLINE forbids")
 
 
+def test_a_password_in_the_address_is_told_nowhere(hub, tmp_path):
+    done = client(hub, tmp_path, "hub.ATTEMPTS = 2\n" + fetching(SMALL), HF_ENDPOINT="http://user:secret@127.0.0.1:9")
+    assert done.returncode == 1 and "no connection to 127.0.0.1, 2 times" in done.stderr and "secret" not in done.stderr
+
+
 def test_a_new_commit_is_taken_and_an_old_one_stays_pinned(hub, tmp_path):
     old = hub.add(NAME, SMALL)
     client(hub, tmp_path, fetching(SMALL))
@@ -304,12 +309,17 @@ def test_transformers_and_datasets_end_in_one_line(hub, tmp_path, data_repos):
     hub.add(NAME, SMALL_LM | {"model.safetensors": b""})
     for repo in data_repos:
         hub.add(**repo)
+    for name, files in {"garbage": {"train.parquet": large(0)}, "rubbish": {"train.jsonl.zst": large(0)}, "empty": {"README.md": b"# empty"}}.items():
+        hub.add(f"owner/{name}", files, "dataset")
     hub.fail("503", "01.jsonl.zst", 999)
     hub.fail("503", "/model.safetensors", 999)
     ask = lambda repo, config=None: f'list(datasets.load_dataset("{repo}", {config!r}, split="train", streaming=True))'  # noqa: E731
     asked = {
         "monology/pile-uncopyrighted": ask("monology/pile-uncopyrighted"),
         "cais/wmdp-bio-forget-corpus": ask("cais/wmdp-bio-forget-corpus"),
+        "owner/garbage": ask("owner/garbage"),
+        "owner/rubbish": ask("owner/rubbish"),
+        "owner/empty": ask("owner/empty"),
         "owner/nothing": ask("owner/nothing"),
         NAME: f'transformers.AutoModelForCausalLM.from_pretrained("{NAME}")',
         "owner/no-model": 'transformers.AutoModelForCausalLM.from_pretrained("owner/no-model")',
@@ -332,6 +342,9 @@ for repo, code in {asked!r}.items():
     assert told[NAME] == (1, f"{NAME}, file model.safetensors: {busy}")
     code, line = told["cais/wmdp-bio-forget-corpus"]
     assert code == 2 and line.endswith("(`hf auth login`, or HF_TOKEN), or go without: --forget_text takes another text") and "https://huggingface.co/datasets/cais/wmdp-bio-forget-corpus" in line
+    for repo in ("owner/garbage", "owner/rubbish"):
+        assert told[repo][0] == 1 and told[repo][1].startswith(f"{repo}: what came cannot be read")
+    assert told["owner/empty"] == (2, "owner/empty: there is no data in it that can be read (.parquet, .jsonl, .txt, ...); take another, or download it and give files")
     for repo in ("owner/nothing", "owner/no-model"):
         assert told[repo][0] == 2 and told[repo][1].startswith(repo) and ": not on the hub, or private; check the name" in told[repo][1]
 
