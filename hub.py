@@ -112,7 +112,8 @@ def _fetch(repo: str, name: str, revision: str, kind: str) -> Path:
             if hashlib.file_digest(f, "sha256").hexdigest() != blob.name:
                 path.unlink()
                 blob.unlink()
-                raise RunFailed(f"{_named(repo, name)}: its SHA-256 is not the one that the hub names, so it was damaged on the way or on this disk; it was taken out of the cache: run the same command again")
+                raise RunFailed(f"{_named(repo, name)}: its SHA-256 is not the one that the hub names, so it was damaged on the way or on this disk; "
+                                "it was taken out of the cache: run the same command again")  # fmt: skip
     return path
 
 
@@ -164,7 +165,8 @@ class PatientClient(httpx2.Client):
             _wait(cause, attempt, attempts, wait, request)
             waited += wait
         later = f"in {wait:.0f} s, as the hub asks" if wait > MOST_SECONDS else "later"
-        raise RunFailed(f"{_asked_for(request)}: {cause}, {attempt} time{'s' * (attempt > 1)}; run the same command again {later}, or see whether the network and {_host()} are up")
+        times = f"{attempt} time{'s' * (attempt > 1)}"
+        raise RunFailed(f"{_asked_for(request)}: {cause}, {times}; run the same command again {later}, or see whether the network and {_host()} are up")
 
 
 def _be_patient():
@@ -250,7 +252,7 @@ def _plain(error: BaseException | None, repo: str, file: str | None) -> Exceptio
     if kind in ("DataFilesNotFoundError", "EmptyDatasetError"):
         return WrongRequest(f"{where}: there is no data in it that can be read (.parquet, .jsonl, .txt, ...); take another, or download it and give files")
     if type(error).__module__.partition(".")[0] in ("pyarrow", "zstandard", "zstd", "json") or isinstance(error, UnicodeDecodeError):
-        return RunFailed(f"{where}: what came cannot be read ({type(error).__name__}), so it was damaged on the way or there; run the same command again, or take another")
+        return RunFailed(f"{where}: what came cannot be read ({kind}), so it was damaged on the way or there; run the same command again, or take another")
     plain = _plain(error.__cause__, repo, file)
     if plain is None and isinstance(error, ConnectionError):  # datasets drops the cause
         return RunFailed(f"{where}: the hub cannot be asked; see whether the network and {_host()} are up, unset HF_HUB_OFFLINE, or give local files")

@@ -54,8 +54,8 @@ class Repo:
     files: dict[str, File]
 
     def info(self) -> dict:
-        return {"_id": self.commit[:24], "id": self.name, "sha": self.commit, "private": False, "disabled": False, "gated": "auto" if self.gated else False, "tags": [],
-                "downloads": 0, "likes": 0, "createdAt": DATE, "lastModified": DATE, "siblings": [{"rfilename": f} for f in self.files]}  # fmt: skip
+        return {"_id": self.commit[:24], "id": self.name, "sha": self.commit, "private": False, "disabled": False,
+                "gated": "auto" if self.gated else False, "tags": [], "downloads": 0, "likes": 0, "createdAt": DATE, "lastModified": DATE, "siblings": [{"rfilename": f} for f in self.files]}  # fmt: skip
 
     def entry(self, path: str) -> dict | None:
         """What listings say about a file or folder."""
@@ -146,8 +146,8 @@ class Hub:
     def environment(self, home: Path, **changes: str) -> dict[str, str]:
         """Environment of a process that takes this for the hub, keeps all it gets under `home`, and waits 2 s for an answer."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k.lower() not in ("http_proxy", "https_proxy", "all_proxy")}
-        return kept | {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-                       "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_ETAG_TIMEOUT": "2"} | changes  # fmt: skip
+        return kept | {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "HF_HUB_DISABLE_XET": "1",
+                       "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_ETAG_TIMEOUT": "2"} | changes  # fmt: skip
 
 
 def handler(hub: Hub, storage: bool) -> type[BaseHTTPRequestHandler]:
@@ -235,7 +235,7 @@ def handler(hub: Hub, storage: bool) -> type[BaseHTTPRequestHandler]:
             if repo is None:
                 return
             if repo.gated and self.token() is None:
-                return self.refuse(401, "GatedRepo", f"Access to {kind} {name} is restricted. You must have access to it and be authenticated to access it. Please log in.")
+                return self.refuse(401, "GatedRepo", f"Access to {kind} {name} is restricted. You must be authenticated to access it. Please log in.")
             if repo.gated and self.token() == "hf_expired":
                 return self.refuse(401, "", "Invalid credentials in Authorization header")
             if repo.gated and self.token() != TOKEN:
@@ -246,7 +246,8 @@ def handler(hub: Hub, storage: bool) -> type[BaseHTTPRequestHandler]:
             about = {"X-Repo-Commit": repo.commit, "Accept-Ranges": "bytes"}
             if not file.large:
                 return self.send_file(file, about | {"ETag": f'"{file.etag}"'})
-            self.say(302, b"", about | {"X-Linked-Size": str(file.size), "X-Linked-Etag": f'"{file.etag}"', "Location": f"{hub.storage_url}/{file.etag}/{path.split('/')[-1]}?Signature=signed-for-this-request"})
+            where = f"{hub.storage_url}/{file.etag}/{path.split('/')[-1]}?Signature=signed-for-this-request"
+            self.say(302, b"", about | {"X-Linked-Size": str(file.size), "X-Linked-Etag": f'"{file.etag}"', "Location": where})
 
         def stored(self, path: str):
             if self.headers.get("Authorization"):

@@ -16,11 +16,22 @@ NAME, DATA, GATED = "owner/model", "owner/data", "owner/gated"
 SMALL = {"config.json": b'{"a": 1}' * 1000}
 
 
-def client(hub: Hub, home, code: str, timeout=120, **environment) -> subprocess.CompletedProcess:
+CLIENT = """
+import json, sys, time
+import hub
+from errors import RunFailed, WrongRequest
+try:
+    CODE
+except (RunFailed, WrongRequest) as e:
+    print(f"error: {e}", file=sys.stderr)
+    sys.exit(2 if isinstance(e, WrongRequest) else 1)
+"""
+
+
+def client(hub: Hub, home: Path, code: str, **environment) -> subprocess.CompletedProcess:
     """Python code in a process of its own, ended as experiment.py ends."""
-    lines = "\n    ".join(code.strip().splitlines())
-    whole = f"import json, sys, time\nimport hub\nfrom errors import RunFailed, WrongRequest\ntry:\n    {lines}\nexcept (RunFailed, WrongRequest) as e:\n    sys.exit(print(f'error: {{e}}', file=sys.stderr) or (2 if isinstance(e, WrongRequest) else 1))\n"
-    return subprocess.run([sys.executable, "-c", whole], cwd=ROOT, env=hub.environment(home, **environment), capture_output=True, text=True, timeout=timeout)
+    whole = CLIENT.replace("CODE", "\n    ".join(code.strip().splitlines()))
+    return subprocess.run([sys.executable, "-c", whole], cwd=ROOT, env=hub.environment(home, **environment), capture_output=True, text=True, timeout=120)
 
 
 def large(seed: int, size: int = 300_000) -> bytes:
@@ -164,7 +175,7 @@ def test_a_gated_repo_opens_to_a_token_that_is_told_nowhere(hub, tmp_path, token
         assert b"signed-for-this-request" not in told
 
 
-STATES = {"up": True, "busy once": True, "busy": False, "silent": False, "away": False, "offline": False, "a login page": False, "a slow name server": False}
+STATES = {"up": True, "busy once": True} | dict.fromkeys(("busy", "silent", "away", "offline", "a login page", "a slow name server"), False)
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -210,7 +221,8 @@ def test_a_new_commit_is_taken_and_an_old_one_stays_pinned(hub, tmp_path):
     old = hub.add(NAME, SMALL)
     client(hub, tmp_path, fetching(SMALL))
     new = hub.add(NAME, {"config.json": b"{}"})
-    done = client(hub, tmp_path, f"print(hub.revision({NAME!r}), *hub.fetch({NAME!r}, ['config.json'], {old.commit!r}, 'model'), *hub.fetch({NAME!r}, ['config.json'], {new.commit!r}, 'model'))")
+    both = ", ".join(f"*hub.fetch({NAME!r}, ['config.json'], {commit!r}, 'model')" for commit in (old.commit, new.commit))
+    done = client(hub, tmp_path, f"print(hub.revision({NAME!r}), {both})")
     told, pinned, latest = done.stdout.split()
     assert told == new.commit and open(pinned, "rb").read() == SMALL["config.json"] and open(latest, "rb").read() == b"{}"
 
@@ -251,19 +263,21 @@ def data_repos(worlds_text) -> list[dict]:
     asked = lambda n: {k: [q[k] for q in questions[n : n + 4]] for k in ("question", "choices", "answer")}  # noqa: E731
     half = len(worlds_text["retain"]) // 2
     lines = "".join(json.dumps({"text": d, "meta": {"pile_set_name": "Pile-CC"}}) + "\n" for d in worlds_text["retain"][:half]).encode()
-    pile = {f"train/{i:02}.jsonl.zst": zstandard.compress(lines) for i in range(2)} | {"val.jsonl.zst": zstandard.compress(lines), "README.md": card(("default", "train", "train/*"))}
-    wiki = {"README.md": card(("wikitext-103-raw-v1", "train", "wikitext-103-raw-v1/train-*"), ("wikitext-2-raw-v1", "train", "wikitext-2-raw-v1/train-*"))}
+    pile = {name: zstandard.compress(lines) for name in ("train/00.jsonl.zst", "train/01.jsonl.zst", "val.jsonl.zst")}
+    wiki = {}
     for name in ("wikitext-103-raw-v1", "wikitext-2-raw-v1"):
         wiki[f"{name}/train-00000-of-00001.parquet"] = parquet({"text": [line for d in worlds_text["retain"][half:] for line in ("", d)]})
     mmlu = {f"{s}/test-00000-of-00001.parquet": parquet({"subject": [s] * 4} | asked(200 + 80 * i)) for i, s in enumerate(SUBJECTS)}
+    bio = {"data/train-00000-of-00001.parquet": parquet({"title": ["a"] * len(worlds_text["forget"]), "text": worlds_text["forget"]})}
+    wmdp = {"wmdp-bio/test-00000-of-00001.parquet": parquet(asked(0))}
+    parts = lambda split, *names: card(*((name, split, f"{name}/{split}-*") for name in names))  # noqa: E731
     return [
-        dict(name="Salesforce/wikitext", files=wiki, kind="dataset"),
-        dict(name="monology/pile-uncopyrighted", files=pile, kind="dataset"),
-        dict(name="cais/wmdp-bio-forget-corpus", gated=True, kind="dataset",
-             files={"README.md": card(("default", "train", "data/train-*")), "data/train-00000-of-00001.parquet": parquet({"title": ["a"] * len(worlds_text["forget"]), "text": worlds_text["forget"]})}),
-        dict(name="cais/wmdp", kind="dataset", files={"README.md": card(("wmdp-bio", "test", "wmdp-bio/test-*")), "wmdp-bio/test-00000-of-00001.parquet": parquet(asked(0))}),
-        dict(name="cais/mmlu", kind="dataset", files=mmlu | {"README.md": card(*((s, "test", f"{s}/test-*") for s in SUBJECTS))}),
-    ]  # fmt: skip
+        dict(name="Salesforce/wikitext", files=wiki | {"README.md": parts("train", "wikitext-103-raw-v1", "wikitext-2-raw-v1")}, kind="dataset"),
+        dict(name="monology/pile-uncopyrighted", files=pile | {"README.md": card(("default", "train", "train/*"))}, kind="dataset"),
+        dict(name="cais/wmdp-bio-forget-corpus", files=bio | {"README.md": card(("default", "train", "data/train-*"))}, kind="dataset", gated=True),
+        dict(name="cais/wmdp", files=wmdp | {"README.md": parts("test", "wmdp-bio")}, kind="dataset"),
+        dict(name="cais/mmlu", files=mmlu | {"README.md": parts("test", *SUBJECTS)}, kind="dataset"),
+    ]
 
 
 TOKENIZER = {name: ROOT / "micro_pythia" / name for name in ("tokenizer.json", "tokenizer_config.json")}
@@ -288,10 +302,10 @@ def test_transformers_and_datasets_get_through_faults_and_then_need_no_hub(hub, 
     hub.add(NAME, SMALL_LM)
     for repo in data_repos:
         hub.add(**repo)
-    for kind, match, methods in (("503", "config.json", ("HEAD",)), ("429", "/tokenizer.json", ("GET",)), ("hang", "model.safetensors", ("GET",)), ("cut", "model.safetensors", ("GET",)),
-                                 ("503", "/tree/", ("GET",)), ("503", "train-00000-of-00001.parquet", ("GET",)), ("cut", "train-00000-of-00001.parquet", ("GET",)),
-                                 ("hang", "00.jsonl.zst", ("GET",)), ("cut", "01.jsonl.zst", ("GET",)), ("reset", "01.jsonl.zst", ("GET",))):  # fmt: skip
-        hub.fail(kind, match, 1, methods, retry_after=1 if kind == "429" else None)
+    hub.fail("503", "config.json", methods=("HEAD",))
+    for kind, match in (("429", "/tokenizer.json"), ("hang", "model.safetensors"), ("cut", "model.safetensors"), ("503", "/tree/"), ("503", ".parquet"),
+                        ("cut", ".parquet"), ("hang", "00.jsonl.zst"), ("cut", "01.jsonl.zst"), ("reset", "01.jsonl.zst")):  # fmt: skip
+        hub.fail(kind, match, methods=("GET",), retry_after=1 if kind == "429" else None)
     done = client(hub, tmp_path, READ + STREAM + "print(json.dumps(told))")
     assert done.returncode == 0, done.stderr
     assert all(fault.times == 0 for fault in hub.faults), hub.faults
@@ -341,7 +355,8 @@ for repo, code in {asked!r}.items():
     assert told["monology/pile-uncopyrighted"] == (1, f"monology/pile-uncopyrighted, file train/01.jsonl.zst: {busy}")
     assert told[NAME] == (1, f"{NAME}, file model.safetensors: {busy}")
     code, line = told["cais/wmdp-bio-forget-corpus"]
-    assert code == 2 and line.endswith("(`hf auth login`, or HF_TOKEN), or go without: --forget_text takes another text") and "https://huggingface.co/datasets/cais/wmdp-bio-forget-corpus" in line
+    assert code == 2 and "ask for it at https://huggingface.co/datasets/cais/wmdp-bio-forget-corpus and log in (`hf auth login`, or HF_TOKEN)" in line
+    assert line.endswith("or go without: --forget_text takes another text")
     for repo in ("owner/garbage", "owner/rubbish"):
         assert told[repo][0] == 1 and told[repo][1].startswith(f"{repo}: what came cannot be read")
     assert told["owner/empty"] == (2, "owner/empty: there is no data in it that can be read (.parquet, .jsonl, .txt, ...); take another, or download it and give files")
