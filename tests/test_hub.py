@@ -312,7 +312,8 @@ def test_transformers_and_datasets_get_through_faults_and_then_need_no_hub(hub, 
     told, half = json.loads(done.stdout), len(worlds_text["retain"]) // 2
     assert told["Salesforce/wikitext"] == [line for d in worlds_text["retain"][half:] for line in ("", d)]
     assert told["monology/pile-uncopyrighted"] == 2 * worlds_text["retain"][:half]
-    assert sum(line.startswith("hub: ") for line in done.stderr.splitlines()) == len(hub.faults)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("hub: ")]
+    assert len(lines) == len(hub.faults) - 1, lines  # outside hub.fetch, a body that huggingface_hub starts anew is not told
     n = len(hub.asked)
     offline = client(hub, tmp_path, READ + "print(json.dumps(told))", HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr
