@@ -80,11 +80,11 @@ class Config:
     """ortsae: features a random chunk"""
     group_update_steps: int = 100
     """steps between two formations of the groups"""
-    forget_features: int = 10
+    forget_features: int = 40
     """adaptive: features kept for the forget domain"""
     margin: float = 1.0
     """adaptive: distance from 0, in units of u, that a forget feature's pre-activation keeps on retain text"""
-    gap_weight: float = 3.0
+    gap_weight: float = 10.0
     """adaptive: weight of the loss on forget tokens that no forget feature fires on"""
     target_sharing: float = 0.0005
     """adaptive: firing of the forget features on retain text over that on forget text, which alpha is steered to"""
@@ -186,7 +186,7 @@ PLAN = {
     "run_4": {"arm": "grouped", "alpha": 0.5},
     "run_5": {"arm": "grouped", "alpha": 1.0},
     "run_6": {"arm": "adaptive", "alpha": 1.0},
-    "run_7": {"arm": "adaptive", "alpha": 1.0, "alpha_start": 0.1, "loss_warmup_steps": 100, "unlock_steps": 100},
+    "run_7": {"arm": "adaptive", "alpha": 1.0, "alpha_start": 0.1, "loss_warmup_steps": 100, "unlock_steps": 30},
     "run_8": {"arm": "adaptive", "alpha": 1.0, "activation": "batchtopk"},
     "run_9": {"arm": "ortsae", "alpha": 0.25},
     "run_10": {"arm": "frozen_decoder"},
@@ -251,11 +251,14 @@ def unfinished(command: Command, configs: list[Config]) -> tuple[Command, list[C
             made = read_run_json(out_dir / "config.json", {"requested", "config"})
             wanted = json.loads(json.dumps(asdict(config)))
             asked = json.loads(json.dumps(asdict(Config()))) | made["requested"]  # a setting that is newer than the folder had its default
+            complete = (out_dir / "final_info.json").exists() and read_run_json(out_dir / "final_info.json", {"training"})
             differs = [k for k, v in wanted.items() if v not in (asked[k], made["config"].get(k), "auto")]
+            if complete and set(config.seeds) <= set(asked["seeds"]):  # more seeds than asked for
+                differs = [k for k in differs if k != "seeds"]
             if differs:
                 told = ", ".join(f"{k} {made['config'].get(k)} there, {wanted[k]} wanted" for k in differs)
                 raise WrongRequest(f"--out_dir {out_dir} holds a run with other settings ({told}); name another folder, or --overwrite it")
-            if (out_dir / "final_info.json").exists() and read_run_json(out_dir / "final_info.json", {"training"}):
+            if complete:
                 print(f"{out_dir} is complete: {out_dir / 'final_info.json'} (--overwrite starts anew)")
                 for changed in checkpoint.changed_files(out_dir):
                     print(f"warning: {changed}", file=sys.stderr)
@@ -922,7 +925,8 @@ class Trainer:
     @torch.no_grad()
     def _steer(self, terms: Terms):
         """Multiply lambda by (L0 / target)^0.01, L0 averaged over some 10 steps, and alpha by (sharing / target)^0.01, sharing
-        the firing of the forget group on retain text over that on forget text, averaged over some 100 steps."""
+        the firing of the forget group on retain text over that on forget text, averaged over some 100 steps. Alpha stays in [0.01, 100]:
+        a target out of reach would drive it up without end, and beyond 100 the group no longer fires on what it is kept for."""
         if self.steered_l0:
             self.l0 = 0.9 * self.l0 + 0.1 * terms.l0
             self.log_l1 += 0.01 * (self.l0.clamp(min=1e-3) / self.config.target_l0).log().clamp(-1, 1)

@@ -113,7 +113,7 @@ def test_a_non_finite_term_stops_the_run_and_is_named(where, activations, monkey
 
 CHANGES = {  # field -> (what else is set: an arm, or settings; changed value); what a field must change is the trained weights
     "alpha": ("fixed", 0.7), "l1": ("vanilla", 0.1), "lr": ("vanilla", 5e-4), "warmup_steps": ("vanilla", 5), "decay_fraction": ("vanilla", 0.95),
-    "target_l0": ("vanilla", 30.0), "group_size": ("grouped", 16), "group_update_steps": ("grouped", 7), "forget_features": ("adaptive", 30), "margin": ("adaptive", 0.3), "gap_weight": ("adaptive", 0.1), "chunk_size": ("ortsae", 50),
+    "target_l0": ("vanilla", 30.0), "group_size": ("grouped", 16), "group_update_steps": ("grouped", 7), "forget_features": ("adaptive", 20), "margin": ("adaptive", 0.3), "gap_weight": ("adaptive", 0.1), "chunk_size": ("ortsae", 50),
     "target_sharing": ("adaptive", 1.0), "dead_tokens": ("vanilla", 10**6), "resample_steps": ("vanilla", 25), "d_sae": ("vanilla", 300),
     "batch_size": ("vanilla", 400), "arm": ("vanilla", "fixed"), "activation": ("vanilla", "batchtopk"), "k": ({"activation": "batchtopk"}, 20),
     "temperature": ({"activation": "softk"}, 1.0), "alpha_start": ("fixed", 0.01), "loss_warmup_steps": ("vanilla", 50), "layer_norm": ("vanilla", True),
