@@ -376,7 +376,7 @@ def offenders(name: str, values) -> str | None:
         return f"{name} = {values.item()}"
     first = ", ".join(f"{place(i)} = {values.flatten()[i].item()}" for i in bad.flatten().nonzero()[:3, 0])
     rest = values.detach().abs().masked_fill(bad, 0)
-    return f"{name}: {int(bad.sum())} of {bad.numel()} entries ({first}; largest finite {rest.max().item():.3g} at {place(rest.argmax())})"
+    return f"{name} not finite in {int(bad.sum())} of {bad.numel()} entries ({first}; largest finite {rest.max().item():.3g} at {place(rest.argmax())})"
 
 
 def memory_left(device) -> float:

@@ -876,7 +876,7 @@ class Trainer:
         measured["loss"] = loss
         grads = {f"gradient of {name}": p.grad for name, p in sae.named_parameters() if p.grad is not None}
         if not torch.stack([loss, *torch._foreach_norm(list(grads.values()), math.inf)]).isfinite().all():  # one look a step; what is wrong, afterwards
-            self.refuse_non_finite({"activations of the LM": x} | measured | grads | dict(sae.named_parameters()))
+            self.refuse_non_finite({"activations of the LM": x} | dict(sae.named_parameters()) | measured | grads)
         if update_now:
             self._update()
         sae.update_statistics(terms.fired, forget.sum(), len(x))
@@ -920,7 +920,8 @@ class Trainer:
         told = [t for name, values in named.items() if (t := checkpoint.offenders(name, values))]
         if told:
             remedy = "see to the LM, its dtype and --layer" if "activations of the LM" in told[0] else "lower --lr or --alpha"
-            raise RunFailed(f"not finite at step {self.steps} of arm {self.config.arm}, seed {self.seed}: {'; '.join(told)}: {remedy}")
+            more = f"; {len(told) - 4} more" if len(told) > 4 else ""
+            raise RunFailed(f"{'; '.join(told[:4])}{more} at step {self.steps} of arm {self.config.arm}, seed {self.seed}: {remedy}")
 
     @torch.no_grad()
     def _steer(self, terms: Terms):
@@ -1389,7 +1390,7 @@ class Run:
             with self._left_behind(trainer):
                 measured = trainer.step(x, forget)
                 if log:
-                    trainer.refuse_non_finite({f"parameter {name}": p for name, p in trainer.sae.named_parameters()})
+                    trainer.refuse_non_finite(dict(trainer.sae.named_parameters()))
                     trainer.history.append(self._record(trainer, measured))
                     with checkpoint.writing(self.folder / "train_log.jsonl"):
                         self.log.write(json.dumps(trainer.history[-1]) + "\n")
