@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test micro
+.PHONY: run test micro faults
 
 run: $(VENV)/ready
 	$(BIN)/python experiment.py --out_dir reproduced/run_0 reproduced/run_1 --testbed=micro
@@ -11,6 +11,9 @@ run: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q tests
+
+faults: $(VENV)/ready
+	$(BIN)/python -m benchmarks.faults
 
 micro: $(VENV)/ready
 	$(BIN)/python -m micro_pythia.make

@@ -205,7 +205,7 @@ def read(folder: Path, step: int, made_by: str) -> tuple[dict, dict]:
             raise Unusable(f"{path} is damaged: its checksum is wrong")
         facts = json.loads(header["facts"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise Unusable(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+        raise Unusable(f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     if facts.get("made_by") != made_by:
         raise Unusable(f"{path} was made with other settings, LM or text")
     return tensors, facts

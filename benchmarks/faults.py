@@ -33,6 +33,7 @@ SETTINGS = ("--tokens", STEPS * BATCH, "--d_sae", 256, "--batch_size", BATCH, "-
             "--checkpoint_seconds", 0)  # fmt: skip
 GEOMETRY, CORE = ("--evals", "geometry"), ("--evals", "core", "geometry")
 RNG = random.Random(0)
+TRUST_GIT = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}  # or another user would see no commit
 
 
 class Trial:
@@ -110,7 +111,7 @@ def same(folder: Path, alone: Path, runs=("run_1",)) -> bool:
 
 def phase(folder: Path) -> str:
     """What a killed process was at, by what it left."""
-    if any((folder / r).rglob("*.tmp") for r in ()) or list(folder.rglob("*.tmp")):
+    if list(folder.rglob("*.tmp")):
         return "a file half written"
     if list(folder.rglob("final_info.json")):
         return "results"
@@ -151,13 +152,14 @@ class Campaign:
     # ---- interruption
 
     def kills_at_random(self):
-        phases, wrong, ends = {}, [], 0
+        phases, wrong, ends, good = {}, [], 0, 0
         forms = [(("run_1",), GEOMETRY), (("run_1", "run_6"), CORE), (("run_2", "run_8"), GEOMETRY)]
         left = self.kills
         while left:
             runs, extra = forms[ends % len(forms)]
             alone, seconds = self.undisturbed(runs, extra)
             folder = self.folder()
+            before = left
             for attempt in range(min(6, left)):
                 trial = Trial(folder, runs, extra)
                 code = trial.wait(RNG.uniform(0.2, 1.0) * seconds)
@@ -173,10 +175,12 @@ class Campaign:
             trial = Trial(folder, runs, extra)
             if trial.wait() != 0 or not same(folder, alone, runs):
                 wrong.append(trial.text)
+            else:
+                good += before - left
             ends += 1
             shutil.rmtree(folder)
         where = ", ".join(f"{name} {n}" for name, n in sorted(phases.items()))
-        self.row("SIGKILL at a random instant", self.kills, self.kills if not wrong else 0, f"{ends} commands killed up to six times each ended with the same bytes as one left alone ({where})")
+        self.row("SIGKILL at a random instant", self.kills, good, f"{ends} commands killed up to six times each ended with the same bytes as one left alone ({where})")
         for text in wrong:
             print(text)
 
@@ -269,7 +273,7 @@ class Campaign:
         for name, arms, act, said in INJECTED:
             for arm in arms:
                 prepare = lambda: do_at(60, act, seed=1)  # noqa: E731
-                trial = Trial(folder := self.folder(), ("run_0", "x"), (*GEOMETRY, "--arm", arm), prepare=prepare)
+                trial = Trial(folder := self.folder(), ("x",), (*GEOMETRY, "--arm", arm), prepare=prepare)
                 code = trial.wait()
                 warned = json.loads((folder / "x/warnings.json").read_text())
                 ok = code == 1 and said in trial.last and f"at step 60 of arm {arm}, seed 1" in trial.last and any(w.startswith("seed 1 failed") for w in warned)
@@ -290,7 +294,7 @@ class Campaign:
             good += trial.wait() == 1 and "its folder was removed" in trial.last and trial.last.startswith("error: ") and not (folder / "run_1").exists()
         self.row("folder removed while training", 3, good, "one line, exit 1, the folder is not made anew")
         good, tried = 0, 0
-        for size in ("1200k", "3m", "5m"):
+        for size in ("1200k", "3m", "4m"):
             (folder := self.folder()).mkdir()
             if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
                 break
@@ -316,7 +320,7 @@ class Campaign:
             if user is not None:
                 for path in (folder, *folder.rglob("*")):
                     os.chown(path, user, user)
-                prepare = lambda: (setattr(tempfile, "tempdir", str(folder)), do_at(110, lambda *_: [p.chmod(0o555) for p in (folder / "run_1", *(folder / "run_1").iterdir()) if p.is_dir()]))  # noqa: E731
+                prepare = lambda: (setattr(tempfile, "tempdir", str(folder)), os.environ.update(TRUST_GIT), do_at(110, lambda *_: [p.chmod(0o555) for p in (folder / "run_1", *(folder / "run_1").iterdir()) if p.is_dir()]))  # noqa: E731
             trial = Trial(folder, prepare=prepare, user=user)
             code, kept = trial.wait(), checkpoint.steps_in(folder / "run_1")
             for path in folder.rglob("*"):
