@@ -1638,7 +1638,7 @@ def run_experiments(command: Command, configs: list[Config], started: float):
         block = stream.next_block()
     for run, state in zip(runs, saved or [None] * len(runs)):
         run.start(block, state)
-    del saved
+    del saved, state
     if not at.over:
         train(runs, stream, block, at, n_steps, started, started + 0.7 * 60 * config.time_budget_minutes - at.used_seconds, command.checkpoint_seconds)
     evaluator = Evaluator(testbed, config.context_size) if evaluates and any(run.training for run in runs) else None
