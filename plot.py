@@ -56,6 +56,7 @@ TABLE = (
     ("core", "ce_loss_score", "CE recovered"),
     ("core", "frac_alive", "alive"),
     ("unlearning", "unlearning_score", "unlearning"),
+    ("unlearning", "unlearning_score_guardrail", "with guardrail"),
     ("unlearning", "random_feature_score", "random floor"),
     ("corpus_unlearning", "forget_ce_gain_at_retain_ce_cost_0.05", "forget CE gain"),
     ("geometry", "omega", "Ω"),
@@ -358,11 +359,11 @@ def two_sided_p(t: float, df: int) -> float:
     return max(0.0, 1 - (2 / math.pi * (theta + sine * total) if df % 2 else sine * total))
 
 
-def paired_tests(runs: list[Run], section: str, metric: str) -> list[dict]:
-    """Every two runs on the seeds they share: mean difference, its standard error, and the paired t-test's p, two-sided, as
+def paired_tests(pairs, section: str, metric: str) -> list[dict]:
+    """Pairs of runs on the seeds they share: mean difference, its standard error, and the paired t-test's p, two-sided, as
     it is and after Holm's correction for the number of tests. p is nan under two seeds, or where the differences do not vary."""
     tests = []
-    for a, b in combinations(runs, 2):
+    for a, b in pairs:
         x, y = (run.by_seed(section, metric) for run in (a, b))
         differences = np.array([x[s] - y[s] for s in x if s in y and np.isfinite(x[s] - y[s])])
         n = len(differences)
@@ -384,6 +385,17 @@ def summary_table(runs: list[Run]) -> str:
     """Markdown: mean ± standard error over seeds."""
     head = ["run", "arm", "seeds"] + [title for _, _, title in TABLE] + ["warnings"]
     rows = [[r.name, r.label, str(len(r.seeds))] + [shown(*r.mean(s, m)) for s, m, _ in TABLE] + [str(len(r.warnings))] for r in runs]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def against_table(reference: Run, runs: list[Run]) -> str:
+    """Markdown: the reference less each other run, seed by seed, with Holm's correction over the rows."""
+    pairs = [(reference, run) for run in runs if run is not reference]
+    scores, gains, explained = ({t["b"]: t for t in paired_tests(pairs, *metric)} for metric in (SCORE, GAIN, EXPLAINED))
+    difference = lambda t: shown(t["difference"], t["stderr"], "+.3f").replace("± +", "± ") if t else "-"
+    p = lambda t, kind: f"{t[kind]:.2g}" if t and np.isfinite(t[kind]) else "-"
+    rows = [[f"{run.name} {run.label}", difference(scores.get(run)), p(scores.get(run), "p"), p(scores.get(run), "holm"), difference(gains.get(run)), difference(explained.get(run))] for _, run in pairs]
+    head = [f"{reference.name} less", "unlearning", "p", "p (Holm)", "forget CE gain", "expl. var."]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
@@ -438,7 +450,7 @@ def summary(runs: list[Run]) -> str:
     best = max(scored, key=lambda run: scored[run][0])
     told = f"Highest mean unlearning score: {shown(*scored[best])} ({best.name}, {best.label}); the same procedure on random features: {shown(*best.mean('unlearning', 'random_feature_score'))}."
     if (vanilla := next((run for run in runs if run.arm == "vanilla"), best)) is not best:
-        for test in paired_tests([best, vanilla], *SCORE):
+        for test in paired_tests([(best, vanilla)], *SCORE):
             p = f"{test['p']:.2g}" if np.isfinite(test["p"]) else "not defined"
             told += f" Against {vanilla.name} ({vanilla.label}), seed by seed: {test['difference']:+.3f} (paired t-test, {test['n']} shared seeds, p {p}, not corrected for having picked the highest)."
     return f"<p>{esc(setup)} {esc(told)}</p>"
@@ -459,7 +471,7 @@ def tests(runs: list[Run], metric: tuple[str, str], name: str) -> str:
     """The table of the paired tests; nothing where no two runs share a seed."""
     number = lambda p: ("-" if np.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001", p, "")
     rows = []
-    for t in sorted(paired_tests(runs, *metric), key=lambda t: (math.isnan(t["p"]), t["p"])):
+    for t in sorted(paired_tests(combinations(runs, 2), *metric), key=lambda t: (math.isnan(t["p"]), t["p"])):
         pair = f"{t['a'].name} {t['a'].label} against {t['b'].name} {t['b'].label}"
         rows.append([pair, (t["n"], t["n"], ""), (shown(t["difference"], t["stderr"], "+.3f").replace("± +", "± "), t["difference"], ", ".join(f"{d:+.3f}" for d in t["by_seed"])), number(t["p"]), number(t["holm"])])
     if not rows:
@@ -506,11 +518,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path, help="run folders (default: run_* here)")
     parser.add_argument("--table", action="store_true", help="print the table and draw nothing")
+    parser.add_argument("--against", metavar="RUN", help="print paired t-tests of this run against each other one, and draw nothing")
     args = parser.parse_args()
     runs, skipped = find_runs(args.folders or [p for p in Path().glob("run_*") if p.is_dir()])
     if not runs:
         print("error: no complete run folder to plot; make one with python experiment.py --out_dir=run_0", file=sys.stderr)
         return 2
+    if args.against:
+        reference = next((run for run in runs if run.name == args.against), None)
+        if reference is None:
+            print(f"error: --against {args.against}: no complete run of that name; there are {', '.join(run.name for run in runs)}", file=sys.stderr)
+            return 2
+        print(against_table(reference, runs))
+        return 0
     print(summary_table(runs))
     if args.table:
         return 0

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -297,7 +298,7 @@ def test_the_t_distributions_tail_is_scipys():
 def test_paired_tests_use_shared_seeds_and_agree_with_scipy(eleven, tmp_path):
     stats = pytest.importorskip("scipy.stats")
     a, b, c = plot.find_runs([eleven / f"run_{i}" for i in (0, 1, 6)])[0]
-    tests = {(t["a"].name, t["b"].name): t for t in plot.paired_tests([a, b, c], *plot.SCORE)}
+    tests = {(t["a"].name, t["b"].name): t for t in plot.paired_tests(combinations([a, b, c], 2), *plot.SCORE)}
     assert set(tests) == {("run_0", "run_1"), ("run_0", "run_6"), ("run_1", "run_6")}
     for (x, y), t in tests.items():
         x, y = (next(r.by_seed(*plot.SCORE) for r in (a, b, c) if r.name == name) for name in (x, y))
@@ -306,11 +307,15 @@ def test_paired_tests_use_shared_seeds_and_agree_with_scipy(eleven, tmp_path):
     low, middle, high = sorted(t["p"] for t in tests.values())
     assert sorted(t["holm"] for t in tests.values()) == pytest.approx(sorted([3 * low, max(3 * low, 2 * middle), max(3 * low, 2 * middle, high)]))
     b.seeds = [2, 1, *range(100, 98 + len(a.seeds))]  # two seeds in common, in another order
-    (test,) = plot.paired_tests([a, b], *plot.SCORE)
+    (test,) = plot.paired_tests([(a, b)], *plot.SCORE)
     x, y = a.by_seed(*plot.SCORE), b.by_seed(*plot.SCORE)
     assert test["n"] == 2 and test["difference"] == pytest.approx((x[1] - y[1] + x[2] - y[2]) / 2)
-    (same,) = plot.paired_tests([a, a], *plot.SCORE)
+    (same,) = plot.paired_tests([(a, a)], *plot.SCORE)
     assert same["difference"] == 0 and same["p"] != same["p"], "no spread, no test"
+    printed = run_script("plot.py", "run_0", "run_1", "run_6", "--against=run_6", cwd=eleven).stdout.splitlines()
+    holm = 2 * min(tests["run_0", "run_6"]["p"], tests["run_1", "run_6"]["p"])
+    assert [line.split()[1] for line in printed] == ["run_6", "---", "run_0", "run_1"] and f"| {holm:.2g} |" in "".join(printed)
+    assert run_script("plot.py", "run_0", "--against=run_6", cwd=eleven).returncode == 2
 
 
 BLOCKED = """
