@@ -146,7 +146,7 @@ def changed_files(out_dir: Path) -> list[str]:
 @dataclass
 class Position:
     """Where training stands: steps done, the stream's block and the batch in it that come next, seconds of training and of all work,
-    checkpoints written, and whether training is over."""
+    checkpoints written, whether training is over, and the names of the folders that are trained together."""
 
     step: int = 0
     block: int = 0
@@ -155,6 +155,7 @@ class Position:
     used_seconds: float = 0.0
     written: int = 0
     over: bool = False
+    together: tuple[str, ...] = ()
 
 
 def digest(tensors: dict, facts: str) -> str:
@@ -237,7 +238,8 @@ def newest_common(made_by: dict[Path, str]) -> list[tuple[dict, dict]] | None:
     else:  # a first checkpoint that was being written when the process died may be missing in some folders, and little is lost
         common = -1
         newest = None if told else usable(*((folder, steps[-1]) for folder, steps in there.items() if steps))
-        if newest is None or any(facts["position"]["written"] > 1 for _, facts in newest):
+        together = sorted(folder.name for folder in made_by)
+        if newest is None or any(facts["position"]["written"] > 1 or facts["position"]["together"] != together for _, facts in newest):
             stands = ", ".join(f"{folder} at {'no step' if not steps else f'step {steps[-1]}'}" for folder, steps in there.items())
             raise WrongRequest(f"no step has a usable checkpoint in every folder: {'; '.join(told) or stands}; give the folders as they were begun together, or --overwrite")
     for folder, steps in there.items():

@@ -1564,6 +1564,7 @@ def train(runs: list[Run], stream: ActivationStream, block: ActivationBlock, at:
     """
     began, size = time.monotonic(), runs[0].config.batch_size
     before, next_save = replace(at), began + interval
+    at.together = tuple(sorted(run.folder.name for run in runs))
 
     def save():
         nonlocal next_save

@@ -328,13 +328,14 @@ def test_folders_begun_apart_are_not_thrown_together(here, monkeypatch, tmp_path
 
 
 def test_a_first_checkpoint_that_one_folder_lacks_costs_only_a_new_start(tmp_path):
-    for name, written in (("a", 1), ("b", 2)):
+    for name, written, together in (("a", 1, ["a", "c"]), ("b", 2, ["b", "c"]), ("d", 1, ["d"])):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
-        checkpoint.save(tmp_path / name, 5, {"t": torch.ones(3)}, {"made_by": "me", "position": {"written": written}})
+        checkpoint.save(tmp_path / name, 5, {"t": torch.ones(3)}, {"made_by": "me", "position": {"written": written, "together": together}})
     assert checkpoint.newest_common({tmp_path / "a": "me", tmp_path / "c": "me"}) is None
     assert checkpoint.steps_in(tmp_path / "a") == []
-    with pytest.raises(WrongRequest, match="b at step 5"):
-        checkpoint.newest_common({tmp_path / "b": "me", tmp_path / "c": "me"})
+    for name in ("b", "d"):
+        with pytest.raises(WrongRequest, match=f"{name} at step 5"):
+            checkpoint.newest_common({tmp_path / name: "me", tmp_path / "c": "me"})
 
 
 def test_changed_weights_measurements_and_settings_are_noticed(here, tmp_path, monkeypatch, capsys):
