@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run study test micro
+.PHONY: run study test micro faults
 
 run: $(VENV)/ready
 	$(BIN)/python experiment.py --out_dir reproduced/run_0 reproduced/run_1 --testbed=micro
@@ -15,6 +15,9 @@ study: $(VENV)/ready  # all runs of the plan, five seeds: about an hour on 2 cor
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q tests
+
+faults: $(VENV)/ready
+	$(BIN)/python -m benchmarks.faults
 
 micro: $(VENV)/ready
 	$(BIN)/python -m micro_pythia.make

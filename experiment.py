@@ -3,7 +3,7 @@
     python experiment.py --out_dir=run_1                     # run 1 of the plan, nothing else needed
     python experiment.py --out_dir run_0 run_1 run_6         # several runs on one pass of the LM
     python experiment.py --out_dir=mine --arm=fixed --alpha=0.3 --seeds 0 1 2 3 4
-    python experiment.py --out_dir=run_1                     # again: a finished run says so and stays as it is
+    python experiment.py --out_dir=run_1                     # again: an interrupted run goes on, a finished one says so
     python plot.py                                           # figures over all run folders
 
 The file reads in the order in which data flows: config and plan -> activation stream -> OrthogonalSAE -> feature groups
@@ -13,6 +13,7 @@ and losses -> trainer -> evaluation -> run -> main. DIMENSIONS in names: B batch
 import json
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -21,8 +22,12 @@ from typing import Literal
 
 import simple_parsing
 
+import checkpoint
 import sources
+from checkpoint import write_json
 from errors import RunFailed, WrongRequest
+
+STARTED = time.monotonic()
 
 # ------------------------------------------------------------------------------------------------ config and plan
 
@@ -115,7 +120,8 @@ class Config(sources.Wanted):
     """a feature that has not fired for so many tokens is dead"""
 
     time_budget_minutes: float = 110.0
-    """training stops when seven tenths of this are used; the rest is left for evaluation, which is not interrupted"""
+    """training stops when seven tenths of this are used, set-up and the time before an interruption counted in; the rest is left for
+    evaluation, which is not cut short"""
 
     def __post_init__(self):
         positive = ("tokens", "context_size", "batch_size", "buffer_tokens", "d_sae", "lr", "group_size", "chunk_size", "group_update_steps", "dead_tokens", "forget_features", "grad_accumulation", "temperature", "time_budget_minutes")
@@ -167,6 +173,8 @@ class Command(Config):
     """run folders; run_0, run_1, ... are the plan's runs, another name needs --arm"""
     overwrite: bool = False
     """start anew in a folder that holds a run"""
+    checkpoint_seconds: float = 60.0
+    """training time between two checkpoints, at least; writing them takes at most a fiftieth of it"""
 
 
 PLAN = {
@@ -221,13 +229,15 @@ def read_run_json(path: Path, keys: set[str]) -> dict:
         raise WrongRequest(f"{path} cannot be read ({error}); name another folder, or --overwrite it") from error
     if not isinstance(value, dict) or not keys <= set(value) or not all(isinstance(value[k], dict) for k in keys):
         raise WrongRequest(f"{path} was not written by this program; name another folder, or --overwrite it")
+    if "sha256" in value and not checkpoint.is_sealed(value):
+        raise WrongRequest(f"{path} is not as it was written: its checksum is wrong; name another folder, or --overwrite it")
     return value
 
 
 def unfinished(command: Command, configs: list[Config]) -> tuple[Command, list[Config]]:
-    """What of the command is left to do: complete runs are named and left alone.
+    """What of the command is left to do: complete runs are named and left alone; this process owns the folders of the others.
 
-    Raises WrongRequest for a folder that is no folder, cannot be written, or holds a run made with other settings.
+    Raises WrongRequest for a folder that is no folder, cannot be written, has another owner, or holds a run made with other settings.
     """
     left = []
     for out_dir, config in zip(map(Path, command.out_dir), configs):
@@ -249,24 +259,33 @@ def unfinished(command: Command, configs: list[Config]) -> tuple[Command, list[C
                 raise WrongRequest(f"--out_dir {out_dir} holds a run with other settings ({told}); name another folder, or --overwrite it")
             if complete:
                 print(f"{out_dir} is complete: {out_dir / 'final_info.json'} (--overwrite starts anew)")
+                for changed in checkpoint.changed_files(out_dir):
+                    print(f"warning: {changed}", file=sys.stderr)
                 continue
+        if out_dir.is_dir():
+            checkpoint.own(out_dir)
         left.append((str(out_dir), config))
     return replace(command, out_dir=tuple(d for d, _ in left)), [c for _, c in left]
 
 
 if __name__ == "__main__":  # answer --help and wrong requests before anything heavy is imported
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, checkpoint.leave_at_once)
     try:
         COMMAND, CONFIGS = unfinished(*parse_command(sys.argv[1:]))
         if not CONFIGS:
             sys.exit(0)
         sources.check(COMMAND, COMMAND.evals)
     except WrongRequest as wrong:
+        checkpoint.disown()
         sys.exit(print(f"error: {wrong}", file=sys.stderr) or 2)
 
 import contextlib  # noqa: E402
+import hashlib  # noqa: E402
 import io  # noqa: E402
 import pickle  # noqa: E402
 import platform  # noqa: E402
+import shutil  # noqa: E402
 import subprocess  # noqa: E402
 import tempfile  # noqa: E402
 import warnings  # noqa: E402
@@ -323,6 +342,11 @@ class ActivationBlock:
         for start in range(0, len(self.x) - size + 1, size):
             yield self.x[start : start + size], self.forget[start : start + size]
 
+    @classmethod
+    def blank(cls, d_in: int, device: torch.device) -> "ActivationBlock":
+        """What a trainer is made from whose state then comes from a checkpoint."""
+        return cls(torch.ones(2, d_in, device=device), torch.zeros(2, dtype=torch.bool, device=device))
+
 
 class ActivationStream:
     """resid_post of one layer, from the LM through nnsight, as shuffled blocks.
@@ -358,11 +382,19 @@ class ActivationStream:
             keep = ~torch.isin(tokens, self.special)
             forget = torch.zeros_like(keep)
             forget[:half] = True
-            xs.append(self.activations(tokens)[keep])
+            with checkpoint.signals.held():  # nnsight is not to be left in the middle
+                xs.append(self.activations(tokens)[keep])
             labels.append(forget[keep])
         order = torch.randperm(sum(map(len, xs)), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.block_index)).to(self.device)
         self.block_index += 1
         return ActivationBlock(torch.cat(xs)[order], torch.cat(labels)[order])
+
+    def skip_blocks(self, n: int):
+        """Go on behind the first n blocks, without the LM: a block is a function of the text, the seed and its index."""
+        for text in self.texts:
+            contexts = n * self.n_lm_batches * (self.n_contexts // 2)
+            next(islice(text, contexts, contexts), None)
+        self.block_index = n
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -754,6 +786,37 @@ class Trainer:
         self.l0 = torch.tensor(self.steered_l0 or 0.0, device=device)  # moving average that steers lambda
         self.steps, self.resampled = 0, 0
         self.history: list[dict] = []  # one record a logged step
+        self.failed = ""  # why it does not go on
+
+    # what a checkpoint holds
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        """Everything that the next step depends on, and the log: tensors by name, and facts for JSON."""
+        tensors = {f"sae.{k}": v for k, v in self.sae.state_dict().items()}
+        tensors |= {"generator": self.generator.get_state(), "log_l1": self.log_l1, "log_alpha": self.log_alpha, "l0": self.l0}
+        for name, parameter in self.sae.named_parameters():
+            tensors |= {f"adam.{name}.{k}": v for k, v in self.adam.state.get(parameter, {}).items()}
+            tensors |= {} if parameter.grad is None else {f"grad.{name}": parameter.grad}
+        return tensors, {name: getattr(self, name) for name in ("seed", "steps", "resampled", "history", "failed")} | {"updates": self.schedule.last_epoch}
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict):
+        """Take over what `state` gave."""
+        self.steps, self.resampled, self.history, self.failed = (facts[name] for name in ("steps", "resampled", "history", "failed"))
+        if self.failed:
+            return
+        tensors = {name: t.to(self.l0.device) for name, t in tensors.items()}
+        under = lambda prefix: {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}  # noqa: E731
+        self.sae.groups = torch.empty_like(tensors["sae.groups"])
+        self.sae.load_state_dict(under("sae."))
+        self.generator.set_state(tensors["generator"].cpu())
+        self.log_l1, self.log_alpha, self.l0 = (tensors[name] for name in ("log_l1", "log_alpha", "l0"))
+        for name, parameter in self.sae.named_parameters():
+            parameter.grad = tensors.get(f"grad.{name}")
+            if moments := under(f"adam.{name}."):
+                self.adam.state[parameter] = moments
+        self.schedule.last_epoch = facts["updates"]
+        for group, lr in zip(self.adam.param_groups, self.schedule.base_lrs):
+            group["lr"] = lr * self._lr_factor(facts["updates"])
 
     # what depends on the time in training alone
 
@@ -790,7 +853,7 @@ class Trainer:
 
     def step(self, x: Tensor, forget: Tensor) -> dict[str, Tensor]:
         """One batch x [B, D]; returns its loss terms as 0-d tensors (`omega` only where it was applied, `loss` with its
-        plain weight alpha). Raises RunFailed if one is not finite."""
+        plain weight alpha). Raises RunFailed, before anything is updated, if one of them or a gradient is not finite."""
         sae, config = self.sae, self.config
         self._unlock_and_cool()
         if self.arm.uses_groups and self.steps % config.group_update_steps == 0:
@@ -813,7 +876,9 @@ class Trainer:
             measured["omega"] = omega.detach()
             loss = loss + alpha * measured["omega"]
         measured["loss"] = loss
-        self._refuse_non_finite(measured)
+        grads = {f"gradient of {name}": p.grad for name, p in sae.named_parameters() if p.grad is not None}
+        if not torch.stack([loss, *torch._foreach_norm(list(grads.values()), math.inf)]).isfinite().all():  # one look a step; what is wrong, afterwards
+            self.refuse_non_finite({"activations of the LM": x} | dict(sae.named_parameters()) | measured | grads)
         if update_now:
             self._update()
         sae.update_statistics(terms.fired, forget.sum(), len(x))
@@ -852,10 +917,13 @@ class Trainer:
         for (p, f), old in zip(shaped, before):
             p.data.copy_(old.lerp(p.data, f.expand_as(old)))
 
-    def _refuse_non_finite(self, measured: dict[str, Tensor]):
-        if not math.isfinite(measured["loss"].item()):
-            bad = ", ".join(f"{name} = {value.item()}" for name, value in measured.items() if not math.isfinite(value.item()))
-            raise RunFailed(f"{bad} at step {self.steps} of arm {self.config.arm}, seed {self.seed}: lower --lr or --alpha")
+    def refuse_non_finite(self, named: dict[str, Tensor]):
+        """Raises RunFailed, naming the tensors with entries that are not finite, if there are any."""
+        told = [t for name, values in named.items() if (t := checkpoint.offenders(name, values))]
+        if told:
+            remedy = "see to the LM, its dtype and --layer" if "activations of the LM" in told[0] else "lower --lr or --alpha"
+            more = f"; {len(told) - 4} more" if len(told) > 4 else ""
+            raise RunFailed(f"{'; '.join(told[:4])}{more} at step {self.steps} of arm {self.config.arm}, seed {self.seed}: {remedy}")
 
     @torch.no_grad()
     def _steer(self, terms: Terms):
@@ -1281,29 +1349,91 @@ def overlaps(W: Tensor, chunk: int = 1024) -> tuple[float | None, float | None]:
 # ------------------------------------------------------------------------------------------------ run
 
 
-class Run:
-    """One run folder: its trainers, its log, its results."""
+SECTIONS = {"core": "core", "unlearning": "unlearning", "corpus": "corpus_unlearning", "geometry": "geometry"}  # evaluation -> its name in the results
 
-    def __init__(self, out_dir: str, requested: Config, config: Config, testbed: testbeds.Testbed, n_steps: int, first_block: ActivationBlock):
-        self.folder, self.config, self.testbed = Path(out_dir), config, testbed
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for old in (*self.folder.glob("*.json"), *self.folder.glob("eval/*.json")):  # of a run that is done anew
-            old.unlink()
-        self.trainers = [Trainer(config, seed, testbed.d_in, n_steps, first_block) for seed in config.seeds]
+
+class Run:
+    """One run folder: its trainers, its log, its checkpoints, its results."""
+
+    def __init__(self, out_dir: str, requested: Config, config: Config, testbed: testbeds.Testbed, n_steps: int):
+        self.folder, self.config, self.testbed, self.n_steps = Path(out_dir), config, testbed, n_steps
+        self.about = {"requested": asdict(requested), "config": asdict(config), "testbed": {"name": testbed.name, "hook_name": testbed.hook_name, "d_in": testbed.d_in,
+                      "scoring": testbed.scoring, "clamp_scale": testbed.clamp_scale} | testbed.describe, "sweep": SWEEP | testbed.sweep}  # fmt: skip
+        self.made_by = hashlib.sha256(json.dumps([self.about["config"], self.about["testbed"]], sort_keys=True).encode()).hexdigest()
         self.warnings: list[str] = list(testbed.notes)
         self.passes: dict[str, int] = {}  # over each domain's text, by the stream
-        self.log = (self.folder / "train_log.jsonl").open("w")
-        write_json(self.folder / "config.json", {"requested": asdict(requested), "config": asdict(config), "testbed": {"name": testbed.name, "hook_name": testbed.hook_name, "d_in": testbed.d_in,
-                   "scoring": testbed.scoring, "clamp_scale": testbed.clamp_scale} | testbed.describe, "sweep": SWEEP | testbed.sweep, **provenance()})  # fmt: skip
+
+    def start(self, block: ActivationBlock, saved: tuple[dict, dict] | None):
+        """Make the trainers and the log: anew from the stream's first block, or as a checkpoint holds them. Raises WrongRequest, RunFailed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.own(self.folder)
+        if not saved:  # what a run left that is done anew
+            for old in (self.folder / "final_info.json", *self.folder.glob("checkpoints/*"), *self.folder.glob("*.json"), *self.folder.glob("eval/*.json")):
+                old.unlink(missing_ok=True)
+        for beside in self.folder.rglob("*.tmp"):
+            beside.unlink()
+        for part in ("checkpoints", "eval"):
+            (self.folder / part).mkdir(exist_ok=True)
+        self.trainers = [Trainer(self.config, seed, self.testbed.d_in, self.n_steps, block) for seed in self.config.seeds]
+        about = self.about | provenance()
+        if saved:
+            tensors, facts = saved
+            self.warnings = facts["warnings"]
+            try:
+                for i, (trainer, known) in enumerate(zip(self.trainers, facts["trainers"])):
+                    trainer.restore({name.removeprefix(f"{i}."): t for name, t in tensors.items() if name.startswith(f"{i}.")}, known)
+            except (KeyError, RuntimeError) as error:
+                raise WrongRequest(f"{self.folder} was begun by another version of this program, which keeps other state ({error}): --overwrite it") from error
+            step = facts["position"]["step"]
+            print(f"{self.folder} goes on at step {step} of {self.n_steps}")
+            before = read_run_json(self.folder / "config.json", {"requested", "config"})
+            if others := [k for k in ("versions", "hardware", "git") if before.get(k) != json.loads(json.dumps(about[k]))]:
+                self.warnings.append(f"begun with other {', '.join(others)} than it went on with at step {step}: not the same bits as in one go")
+        else:
+            write_json(self.folder / "config.json", checkpoint.seal(about))
+        records = sorted((record for trainer in self.trainers for record in trainer.history), key=lambda record: record["step"])  # stable: seeds in order
+        checkpoint.write_whole(self.folder / "train_log.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
+        self.log = (self.folder / "train_log.jsonl").open("a")
+
+    @property
+    def training(self) -> list[Trainer]:
+        """The trainers that have not failed."""
+        return [trainer for trainer in self.trainers if not trainer.failed]
 
     def step(self, x: Tensor, forget: Tensor, log: bool):
-        for trainer in self.trainers:
-            measured = trainer.step(x, forget)
-            if log:
-                trainer.history.append(self._record(trainer, measured))
-                self.log.write(json.dumps(trainer.history[-1]) + "\n")
-        if log:
-            self.log.flush()
+        """One step of every seed; one that fails is told and left behind."""
+        for trainer in self.training:
+            with self._left_behind(trainer):
+                measured = trainer.step(x, forget)
+                if log:
+                    trainer.refuse_non_finite(dict(trainer.sae.named_parameters()))
+                    trainer.history.append(self._record(trainer, measured))
+                    with checkpoint.writing(self.folder / "train_log.jsonl"):
+                        self.log.write(json.dumps(trainer.history[-1]) + "\n")
+                        self.log.flush()
+
+    @contextlib.contextmanager
+    def _left_behind(self, trainer: Trainer):
+        """Inside, RunFailed is the failure of this trainer alone."""
+        try:
+            yield
+        except checkpoint.CannotWrite:
+            raise
+        except RunFailed as failed:
+            trainer.failed = str(failed)
+            tqdm.write(f"{self.folder}: seed {trainer.seed} failed: {failed}", file=sys.stderr)
+
+    def save(self, at: checkpoint.Position):
+        """Write a checkpoint. A trainer whose state is not finite has failed and leaves no tensors."""
+        tensors, facts = {}, []
+        for i, trainer in enumerate(self.trainers):
+            with self._left_behind(trainer):
+                if not trainer.failed:
+                    state = trainer.state()[0]
+                    trainer.refuse_non_finite({name: t for name, t in state.items() if not name.startswith("log_")})
+                    tensors |= {f"{i}.{name}": t for name, t in state.items()}
+            facts.append(trainer.state()[1])
+        checkpoint.save(self.folder, at.step, tensors, {"made_by": self.made_by, "position": asdict(at), "warnings": self.warnings, "trainers": facts})
 
     def _record(self, trainer: Trainer, measured: dict[str, Tensor]) -> dict:
         sae = trainer.sae
@@ -1312,39 +1442,68 @@ class Run:
             "between_domains": omega_between_domains(sae.W_dec.detach(), sae.affinity).item()}  # fmt: skip
 
     def progress(self) -> str:
-        last = self.trainers[-1].history[-1]
+        if not self.training or not self.training[-1].history:
+            return f"{self.folder.name}: -"
+        last = self.training[-1].history[-1]
         return f"{self.folder.name}: fvu {last['fvu']:.3f} l0 {last['l0']:.1f}"
 
-    def evaluate(self, evaluator: Evaluator, train_seconds: float):
-        """Export every SAE, evaluate what was exported, and write final_info.json, last and whole."""
+    def evaluate(self, evaluator: Evaluator | None, train_seconds: float):
+        """Export every SAE, evaluate what was exported, and write final_info.json, last and whole; not if a seed has failed."""
         results: dict[str, dict[str, list]] = {}
-        for trainer in self.trainers:
-            sections = {"training": self._training(trainer, train_seconds)}
-            sae = None if self.config.evals == ("none",) else self._exported(trainer)
-            for name, section in (("core", "core"), ("unlearning", "unlearning"), ("corpus", "corpus_unlearning"), ("geometry", "geometry")):
-                if name not in self.config.evals:
-                    continue
-                if name == "unlearning":
-                    sections[section], details, notes = evaluator.examiner.unlearning(sae, trainer.seed, f"{self.folder.name}_seed{trainer.seed}")
-                    self.warnings += [f"seed {trainer.seed}: {n}" for n in notes]
-                else:
-                    sections[section], details = getattr(evaluator, name)(sae)
-                write_json(self.folder / "eval" / f"seed{trainer.seed}_{section}.json", details, indent=None)
-            self._gate(trainer, sections)
-            for section, metrics in sections.items():
-                for name, value in metrics.items():
-                    results.setdefault(section, {}).setdefault(name, []).append(value)
-        self.info = {section: self._summarise(section, metrics) for section, metrics in results.items()}
+        for trainer in self.training:
+            with self._left_behind(trainer):
+                sections = {"training": self._training(trainer, train_seconds)} | ({} if self.config.evals == ("none",) else self._evaluated(trainer, evaluator))
+                self._gate(trainer, sections)
+                for section, metrics in sections.items():
+                    for name, value in metrics.items():
+                        results.setdefault(section, {}).setdefault(name, []).append(value)
+        failed = [t for t in self.trainers if t.failed]
+        self.warnings += [f"seed {t.seed} failed: {t.failed}" for t in failed]
+        self.info = {} if failed else {section: self._summarise(section, metrics) for section, metrics in results.items()}
         write_json(self.folder / "warnings.json", self.warnings)
-        write_json(self.folder / "final_info.json", self.info)
+        if not failed:
+            write_json(self.folder / "final_info.json", self.info)
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
-    def _exported(self, trainer: Trainer):
-        """The SAE as its files hold it."""
-        trainer.sae.temperature.zero_()  # above 0 only where the time budget ended training, which is warned of
+    def _evaluated(self, trainer: Trainer, evaluator: Evaluator) -> dict[str, dict]:
+        """The metrics of every evaluation of one seed. Each is written when it is done (eval/seed*_metrics.json) and not done again."""
+        path = self.folder / "eval" / f"seed{trainer.seed}_metrics.json"
+        record, sae = self._exported(trainer, path), None
+        for name, section in SECTIONS.items():
+            if name not in self.config.evals or section in record["sections"]:
+                continue
+            sae = sae or load_exported(self.folder / f"sae_seed{trainer.seed}", self.testbed.lm.device)
+            with checkpoint.global_state_kept(seed=trainer.seed):
+                args = (sae, trainer.seed, f"{self.folder.name}_seed{trainer.seed}") if name == "unlearning" else (sae,)
+                metrics, details, *notes = getattr(evaluator.examiner if name == "unlearning" else evaluator, name)(*args)
+            write_json(self.folder / "eval" / f"seed{trainer.seed}_{section}.json", details, indent=None)
+            record["sections"][section] = metrics
+            record["notes"] += sum(notes, [])
+            write_json(path, checkpoint.seal({k: record[k] for k in ("files", "sections", "notes")}))
+        self.warnings += [f"seed {trainer.seed}: {note}" for note in record["notes"]]
+        return {section: record["sections"][section] for name, section in SECTIONS.items() if name in self.config.evals}
+
+    def _exported(self, trainer: Trainer, path: Path) -> dict:
+        """Export the SAE, once: the record of its files' checksums and of what was measured on them."""
         folder = self.folder / f"sae_seed{trainer.seed}"
-        trainer.sae.export(folder, {"model_name": self.testbed.name, "hook_name": self.testbed.hook_name, "hook_layer": self.testbed.layer,
-                                    "context_size": self.config.context_size, "prepend_bos": True})  # fmt: skip
-        return load_exported(folder, self.testbed.lm.device)
+        try:
+            record = checkpoint.read_sealed(path)
+        except checkpoint.Unusable as why:
+            print(f"warning: {why}; evaluated anew")
+            record = None
+        if record and checkpoint.files_of(folder) == record["files"]:
+            return record
+        if record:
+            print(f"warning: {folder} is not as it was written: the checksum of a file is wrong; exported anew")
+        trainer.sae.temperature.zero_()  # above 0 only where the time budget ended training, which is warned of
+        with checkpoint.writing(folder):
+            folder.mkdir(exist_ok=True)
+            trainer.sae.export(folder, {"model_name": self.testbed.name, "hook_name": self.testbed.hook_name, "hook_layer": self.testbed.layer,
+                                        "context_size": self.config.context_size, "prepend_bos": True})  # fmt: skip
+            for file in (*folder.iterdir(), folder):
+                checkpoint.sync(file)
+        files = checkpoint.files_of(folder)
+        return record if record and record["files"] == files else {"files": files, "sections": {}, "notes": []}
 
     def _training(self, trainer: Trainer, seconds: float) -> dict:
         if not trainer.history:
@@ -1366,6 +1525,8 @@ class Run:
             say(f"L0 is {l0:.1f}, more than 2 from the target {target:g}")
         if t["final_fvu"] >= 1:
             say(f"fraction of variance unexplained is {t['final_fvu']:.3f}: no better than predicting the mean")
+        if (core.get("explained_variance") or 1) <= 0:
+            say(f"explained variance on held-out text is {core['explained_variance']:.3f}: no better than predicting the mean")
         if not 0 < l0 <= self.testbed.d_in:
             say(f"L0 is {l0:.1f}, outside (0, d_in]")
         if 1 - core.get("frac_alive", 1 - t["frac_dead"]) > 0.5:
@@ -1400,15 +1561,8 @@ class Run:
                 print(f"{self.folder.name} core.{name}: {number(self.info['core']['means'][name])} here, {value} in dictionary_learning's end-to-end test of a standard SAE")
         for text in self.warnings:
             print(f"{self.folder.name} warning: {text}")
-        print(f"{self.folder.name} complete: {self.folder / 'final_info.json'}")
-
-
-def write_json(path: Path, value, indent: int | None = 1):
-    """Strict JSON, whole or not at all: written beside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n")
-    os.replace(beside, path)
+        if self.info:
+            print(f"{self.folder.name} complete: {self.folder / 'final_info.json'}")
 
 
 def provenance() -> dict:
@@ -1421,50 +1575,109 @@ def provenance() -> dict:
             "git": git.stdout.strip() or None}  # fmt: skip
 
 
-def train(runs: list[Run], stream: ActivationStream, block: ActivationBlock, n_steps: int, deadline: float) -> float:
-    """Train all SAEs of all runs on one LM pass; returns the seconds it took. Stops at the deadline (time.monotonic())."""
-    started, done, config = time.monotonic(), 0, runs[0].config
-    with tqdm(total=n_steps * config.batch_size, unit="tok", unit_scale=True, desc="training", mininterval=2) as bar:
-        while done < n_steps and time.monotonic() < deadline:
-            for x, forget in islice(block.batches(config.batch_size), n_steps - done):
-                log = done % 25 == 0 or done == n_steps - 1
-                for run in runs:
-                    run.step(x, forget, log)
-                done += 1
-                bar.update(config.batch_size)
-            bar.set_postfix_str(", ".join(run.progress() for run in runs[:3]))
-            if done < n_steps:
-                block = stream.next_block()
-    return time.monotonic() - started
+def train(runs: list[Run], stream: ActivationStream, block: ActivationBlock, at: checkpoint.Position, n_steps: int, started: float, deadline: float, interval: float):
+    """Train all SAEs of all runs on one LM pass, from a position to n_steps, the deadline (time.monotonic()) or the last one's failure.
+
+    A checkpoint of every run is written every `interval` seconds, less often when that would take over a fiftieth of the time,
+    at the end, and when a signal comes (Interrupted goes on).
+    """
+    began, size = time.monotonic(), runs[0].config.batch_size
+    before, next_save = replace(at), began + interval
+    at.together = tuple(sorted(run.folder.name for run in runs))
+
+    def save():
+        nonlocal next_save
+        now = time.monotonic()
+        at.train_seconds, at.used_seconds, at.written = before.train_seconds + now - began, before.used_seconds + now - started, at.written + 1
+        at.passes = dict(stream.passes)
+        for run in runs:
+            run.save(at)
+        spent = time.monotonic() - now
+        next_save = now + spent + max(interval, 50 * spent)
+
+    going = lambda: at.step < n_steps and time.monotonic() < deadline and any(run.training for run in runs)  # noqa: E731
+    with tqdm(total=n_steps * size, initial=at.step * size, unit="tok", unit_scale=True, desc="training", mininterval=2) as bar:
+        try:
+            while going():
+                for x, forget in islice(block.batches(size), at.batch, None):
+                    with checkpoint.signals.held():
+                        for run in runs:
+                            run.step(x, forget, log=at.step % 25 == 0 or at.step == n_steps - 1)
+                        at.step, at.batch = at.step + 1, at.batch + 1
+                        if time.monotonic() > next_save and going():
+                            save()
+                    bar.update(size)
+                    if not going():
+                        break
+                else:
+                    with checkpoint.signals.held():
+                        at.block, at.batch = at.block + 1, 0
+                    bar.set_postfix_str(", ".join(run.progress() for run in runs[:3]))
+                    block = stream.next_block()
+        except checkpoint.Interrupted as stop:
+            with checkpoint.signals.held():
+                save()
+            stop.told = f"at step {at.step} of {n_steps}; the same command (without --overwrite) goes on from there"
+            raise
+        if any(run.training for run in runs):
+            with checkpoint.signals.held():
+                at.over = True
+                save()
 
 
-def run_experiments(command: Command, configs: list[Config]):
-    """Train and evaluate all runs of one command."""
-    started = time.monotonic()
+def refuse_what_does_not_fit(configs: list[Config], testbed: testbeds.Testbed):
+    """Raises WrongRequest when the memory left does not hold what training surely needs: weights and Adam's moments of every SAE,
+    one SAE's gradients and features, and a block of activations that is shuffled."""
+    weights = [8 * testbed.d_in * c.d_sae for c in configs]  # bytes of W_enc and W_dec
+    need = sum(3 * len(c.seeds) * w for c, w in zip(configs, weights)) + max(w + 6 * c.batch_size * c.d_sae for c, w in zip(configs, weights))
+    need += 8 * configs[0].buffer_tokens * testbed.d_in
+    left = checkpoint.memory_left(testbed.lm.device)
+    if need > left:
+        raise WrongRequest(f"training needs at least {need / 1e9:.1f} GB of memory and {left / 1e9:.1f} GB are left: lower --d_sae, --batch_size, --buffer_tokens, or the number of --seeds or run folders")
+
+
+def run_experiments(command: Command, configs: list[Config], started: float):
+    """Train and evaluate all runs of one command, from where their checkpoints stand."""
     testbed = testbeds.load(configs[0], configs[0].tokens, max(configs[0].batch_size, configs[0].context_size or 0), "unlearning" in configs[0].evals)
     if command.testbed == "auto" and testbed.name != "custom":
         print(f"testbed: auto means {testbed.name}")
     resolved = [resolve(c, testbed) for c in configs]
     config = resolved[0]
     n_steps = config.tokens // config.batch_size
-    if any(c.evals != ("none",) for c in resolved):
+    evaluates = any(c.evals != ("none",) for c in resolved)
+    if evaluates:
         evaluation_contexts(testbed, config.context_size)  # refuses text that is too short to evaluate on before training on it
-    stream = ActivationStream(testbed, config.context_size, config.buffer_tokens)
-    block = stream.next_block()
-    runs = [Run(out_dir, *pair, testbed, n_steps, block) for out_dir, *pair in zip(command.out_dir, configs, resolved)]
-    budget = 60 * config.time_budget_minutes
-    seconds = train(runs, stream, block, n_steps, started + 0.7 * budget)
+    refuse_what_does_not_fit(resolved, testbed)
+    runs = [Run(out_dir, *pair, testbed, n_steps) for out_dir, *pair in zip(command.out_dir, configs, resolved)]
+    saved = None if command.overwrite else checkpoint.newest_common({run.folder: run.made_by for run in runs})
+    at = checkpoint.Position(**saved[0][1]["position"]) if saved else checkpoint.Position()
+    if at.over:
+        stream, block = None, ActivationBlock.blank(testbed.d_in, testbed.lm.device)
+    else:
+        stream = ActivationStream(testbed, config.context_size, config.buffer_tokens)
+        stream.skip_blocks(at.block)
+        block = stream.next_block()
+    for run, state in zip(runs, saved or [None] * len(runs)):
+        run.start(block, state)
+    del saved, state
+    if not at.over:
+        train(runs, stream, block, at, n_steps, started, started + 0.7 * 60 * config.time_budget_minutes - at.used_seconds, command.checkpoint_seconds)
     for run in runs:
-        run.passes = stream.passes
-        run.warnings += [f"the {domain} text is short: training read it {n} times" for domain, n in stream.passes.items() if n > 10]
-    print("; ".join(f"{domain} text: pass {n}" for domain, n in stream.passes.items()))
-    evaluator = Evaluator(testbed, config.context_size)
-    for run in tqdm(runs, desc="evaluating", unit="run"):
-        run.evaluate(evaluator, seconds)
+        run.passes = at.passes
+        run.warnings += [f"the {domain} text is short: training read it {n} times" for domain, n in at.passes.items() if n > 10]
+    print("; ".join(f"{domain} text: pass {n}" for domain, n in at.passes.items()))
+    evaluator = Evaluator(testbed, config.context_size) if evaluates and any(run.training for run in runs) else None
+    with tqdm(runs, desc="evaluating", unit="run") as bar:
+        for run in bar:
+            run.evaluate(evaluator, at.train_seconds)
     print("---")
     for run in runs:
         run.print_summary()
     print(f"total_seconds: {time.monotonic() - started:.0f}")
+    failed = [(run, trainer) for run in runs for trainer in run.trainers if trainer.failed]
+    if failed:
+        where = ", ".join(f"{run.folder} seed {trainer.seed}" for run, trainer in failed)
+        raise RunFailed(f"{failed[0][1].failed} (no final_info.json where a seed failed: {where})")
 
 
 def resolve(config: Config, testbed: testbeds.Testbed) -> Config:
@@ -1481,20 +1694,29 @@ def resolve(config: Config, testbed: testbeds.Testbed) -> Config:
     return replace(config, group_size=min(config.group_size, testbed.d_in), chunk_size=min(config.chunk_size, config.d_sae))
 
 
-def main(command: Command, configs: list[Config]) -> int:
+def main(command: Command, configs: list[Config], started: float | None = None) -> int:
+    """Exit code of the command; `started` is when its time began to count (time.monotonic())."""
     try:
-        run_experiments(command, configs)
+        with checkpoint.signals, checkpoint.global_state_kept():
+            run_experiments(command, configs, time.monotonic() if started is None else started)
+        return 0
     except WrongRequest as wrong:
-        print(f"error: {wrong}", file=sys.stderr)
-        return 2
+        code, line = 2, str(wrong)
     except RunFailed as failed:
-        print(f"error: {failed}", file=sys.stderr)
-        return 1
-    except (OSError, MemoryError) as failed:
-        print(f"error: {type(failed).__name__}: {failed}; no result was written", file=sys.stderr)
-        return 1
-    return 0
+        code, line = 1, str(failed)
+    except checkpoint.Interrupted as stop:
+        code, line = 128 + stop.number, f"interrupted by {signal.Signals(stop.number).name}: {stop.told}"
+    except (OSError, MemoryError, RuntimeError) as failed:
+        code, line = 1, f"{type(failed).__name__}: {failed}; no result was written"
+        if checkpoint.is_out_of_memory(failed):
+            line = "out of memory: lower --batch_size, --d_sae, --buffer_tokens, or the number of --seeds or run folders; with more memory the same command goes on"
+        elif not isinstance(failed, OSError):
+            raise
+    finally:
+        checkpoint.disown()
+    print(f"error: {line}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main(COMMAND, CONFIGS))
+    sys.exit(main(COMMAND, CONFIGS, STARTED))

@@ -1,0 +1,472 @@
+"""The fault campaign: break a run in every way we know, and count what came of it.
+
+    python -m benchmarks.faults                       # all, 60 kills; writes benchmarks/faults.json and faults.md
+    python -m benchmarks.faults --only kills --kills 200
+
+Every trial is a real process that runs experiment.main on the embedded LM, forked from one that has imported what it needs, so that
+many fit into minutes. After each fault that may be survived, the same command is given again and what it writes is compared,
+byte for byte and without times, with what an undisturbed command wrote.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import checkpoint  # noqa: E402
+import experiment  # noqa: E402
+
+STEPS, BATCH = 160, 1024
+SETTINGS = ("--tokens", STEPS * BATCH, "--d_sae", 256, "--batch_size", BATCH, "--target_l0", 8, "--buffer_tokens", 16_384, "--testbed=micro", "--seeds", 0, 1,
+            "--checkpoint_seconds", 0)  # fmt: skip
+GEOMETRY, CORE = ("--evals", "geometry"), ("--evals", "core", "geometry")
+RNG = random.Random(0)
+TRUST_GIT = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}  # or another user would see no commit
+
+
+class Trial:
+    """One process: the command, in `folder`, with stdout and stderr together in a file."""
+
+    def __init__(self, folder: Path, runs=("run_1",), extra=GEOMETRY, prepare=lambda: None, user: int | None = None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.told = folder / "told.txt"
+        argv = [str(a) for a in ("--out_dir", *(folder / r for r in runs), *SETTINGS, *extra)]
+        self.started, self.pid = time.monotonic(), os.fork()
+        if self.pid:
+            return
+        code = 99
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, checkpoint.leave_at_once)
+            output = os.open(self.told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            if user is not None:
+                os.setgid(user)
+                os.setuid(user)
+            prepare()
+            command, configs = experiment.unfinished(*experiment.parse_command(argv))
+            code = experiment.main(command, configs) if configs else 0
+        except experiment.WrongRequest as wrong:
+            print(f"error: {wrong}", file=sys.stderr)
+            code = 2
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def wait(self, seconds=300.0) -> int | None:
+        """Exit code (negative: the signal that killed it); None when it still runs after so many seconds."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            pid, status, self.usage = os.wait4(self.pid, os.WNOHANG)
+            if pid:
+                self.seconds = time.monotonic() - self.started
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.002)
+
+    def end(self, number=signal.SIGKILL) -> int:
+        """Send the signal and wait."""
+        os.kill(self.pid, number)
+        code = self.wait()
+        assert code is not None, "the process does not end"
+        return code
+
+    @property
+    def text(self) -> str:
+        return self.told.read_text(errors="replace")
+
+    @property
+    def last(self) -> str:
+        return (self.text.strip().splitlines() or [""])[-1]
+
+
+def results(folder: Path):
+    """What a complete run is, without times; None if it is not complete."""
+    if not (folder / "final_info.json").exists():
+        return None
+    info = json.loads((folder / "final_info.json").read_text())
+    for part in info["training"].values():
+        del part["train_seconds"], part["tokens_per_second"]
+    return info, (folder / "train_log.jsonl").read_bytes(), {p.name + p.parent.name: p.read_bytes() for p in folder.glob("sae_seed*/*")}, (folder / "warnings.json").read_bytes()
+
+
+def same(folder: Path, alone: Path, runs=("run_1",)) -> bool:
+    return all(results(folder / r) is not None and results(folder / r) == results(alone / r) for r in runs)
+
+
+def phase(folder: Path) -> str:
+    """What a killed process was at, by what it left."""
+    if list(folder.rglob("*.tmp")):
+        return "a file half written"
+    if list(folder.rglob("final_info.json")):
+        return "results"
+    if list(folder.glob("*/eval/*")) or list(folder.glob("*/sae_seed*")):
+        return "evaluation"
+    return "training" if list(folder.rglob("step_*.safetensors")) else "set-up, before a checkpoint"
+
+
+class Campaign:
+    def __init__(self, scratch: Path, kills: int):
+        self.scratch, self.kills, self.rows, self.n = scratch, kills, [], 0
+        self.alone: dict[tuple, tuple[Path, float]] = {}
+
+    def folder(self) -> Path:
+        self.n += 1
+        return self.scratch / f"{self.n:04d}"
+
+    def undisturbed(self, runs=("run_1",), extra=GEOMETRY) -> tuple[Path, float]:
+        """A folder with what the command writes when left alone, and the seconds it took."""
+        if (runs, extra) not in self.alone:
+            trial = Trial(folder := self.folder(), runs, extra)
+            assert trial.wait() == 0, trial.text
+            self.alone[runs, extra] = folder, trial.seconds
+        return self.alone[runs, extra]
+
+    def row(self, fault: str, tried: int, good: int, outcome: str):
+        self.rows.append({"fault": fault, "tried": tried, "as it should": good, "outcome": outcome})
+        print(f"| {fault} | {tried} | {good} | {outcome} |", flush=True)
+
+    def stopped(self, at: int | None = None, runs=("run_1",), **options) -> Path:
+        """A folder whose run was interrupted twice by SIGTERM, so that it holds two checkpoints."""
+        folder = self.folder()
+        for step in (at or STEPS // 3, 2 * STEPS // 3):
+            trial = Trial(folder, runs, prepare=lambda: do_at(step, lambda *_: os.kill(os.getpid(), signal.SIGTERM)), **options)
+            assert trial.wait() == 143, trial.text
+        return folder
+
+    # ---- interruption
+
+    def kills_at_random(self):
+        phases, wrong, ends, good = {}, [], 0, 0
+        forms = [(("run_1",), GEOMETRY), (("run_1", "run_6"), CORE), (("run_2", "run_8"), GEOMETRY)]
+        left = self.kills
+        while left:
+            runs, extra = forms[ends % len(forms)]
+            alone, seconds = self.undisturbed(runs, extra)
+            folder = self.folder()
+            before = left
+            for attempt in range(min(6, left)):
+                trial = Trial(folder, runs, extra)
+                code = trial.wait(RNG.uniform(0.2, 1.0) * seconds)
+                while attempt % 3 == 2 and code is None and not list(folder.rglob("*.tmp")):  # into the writing of a file
+                    pid, status, _ = os.wait4(trial.pid, os.WNOHANG)
+                    code = os.waitstatus_to_exitcode(status) if pid else None
+                if code is not None:
+                    wrong += [] if code == 0 else [trial.text]
+                    break
+                trial.end()
+                left -= 1
+                phases[phase(folder)] = phases.get(phase(folder), 0) + 1
+            trial = Trial(folder, runs, extra)
+            if trial.wait() != 0 or not same(folder, alone, runs):
+                wrong.append(trial.text)
+            else:
+                good += before - left
+            ends += 1
+            shutil.rmtree(folder)
+        where = ", ".join(f"{name} {n}" for name, n in sorted(phases.items()))
+        self.row("SIGKILL at a random instant", self.kills, good, f"{ends} commands killed up to six times each ended with the same bytes as one left alone ({where})")
+        for text in wrong:
+            print(text)
+
+    def signals(self):
+        runs = ("run_1", "run_6")
+        alone, seconds = self.undisturbed(runs, CORE)
+        for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+            good, tries = 0, 8
+            for _ in range(tries):
+                trial = Trial(folder := self.folder(), runs, CORE)
+                before = trial.wait(RNG.uniform(0.05, 0.95) * seconds)
+                first = trial.end(number) if before is None else code
+                told = before is not None or trial.last.startswith(f"error: interrupted by {number.name}")
+                again = Trial(folder, runs, CORE)
+                ok = first == code and told and again.wait() == 0 and same(folder, alone, runs)
+                good += ok
+                if not ok:
+                    print(first, trial.text, again.text)
+                shutil.rmtree(folder)
+            self.row(f"{number.name} at a random instant", tries, good, f"one line, exit {code}; the same command ends with the same bytes")
+
+    def owners(self):
+        good = 0
+        for _ in range(3):
+            first = Trial(folder := self.folder())
+            while not list(folder.glob("run_1/config.json")):
+                time.sleep(0.01)
+            second = Trial(folder / "x", runs=("../run_1",))
+            good += second.wait(30) == 2 and f"process {first.pid} on" in second.last and first.wait() == 0
+            third = Trial(folder)
+            good -= third.wait() != 0
+        self.row("a second process on the same folder", 3, good, "exit 2, names the owner's process, host and start; the owner is not disturbed")
+
+    # ---- damage
+
+    def damage(self):
+        alone, _ = self.undisturbed()
+        foreign = checkpoint.path_of(self.stopped(extra=(*GEOMETRY, "--alpha", 0.5)) / "run_1", 2 * STEPS // 3 + 1).read_bytes()
+
+        def flip(content: bytes) -> bytes:
+            at = RNG.randrange(len(content))
+            return content[:at] + bytes([content[at] ^ (1 << RNG.randrange(8))]) + content[at + 1 :]
+
+        ways = [("cut off", lambda b: b[: RNG.randrange(len(b))], 6), ("one bit flipped", flip, 20), ("of other settings", lambda b: foreign, 1), ("a pickle", lambda b: pickle.dumps({"a": 1}), 1)]
+        source = self.stopped()
+        for name, way, tries in ways:
+            good = 0
+            for _ in range(tries):
+                shutil.copytree(source, folder := self.folder())
+                newest = checkpoint.path_of(folder / "run_1", checkpoint.steps_in(folder / "run_1")[-1])
+                newest.write_bytes(way(newest.read_bytes()))
+                trial = Trial(folder)
+                ok = trial.wait() == 0 and f"warning: {newest}" in trial.text and same(folder, alone)
+                good += ok
+                if not ok:
+                    print(trial.text)
+                shutil.rmtree(folder)
+            self.row(f"newest checkpoint {name}", tries, good, "named, the older one used, the same bytes in the end")
+        good = 0
+        for _ in range(3):
+            shutil.copytree(source, folder := self.folder())
+            for step in checkpoint.steps_in(folder / "run_1"):
+                path = checkpoint.path_of(folder / "run_1", step)
+                path.write_bytes(flip(path.read_bytes()))
+            trial = Trial(folder)
+            good += trial.wait() == 2 and "--overwrite" in trial.last and len(checkpoint.steps_in(folder / "run_1")) == 2
+        self.row("both checkpoints damaged", 3, good, "exit 2, both named, nothing removed")
+        good = 0
+        for _ in range(10):
+            shutil.copytree(source, folder := self.folder())
+            path = folder / "run_1/config.json"
+            path.write_bytes(flip(path.read_bytes()))
+            trial = Trial(folder)
+            good += trial.wait() == 2 and ("config.json" in trial.last or "other settings" in trial.last)
+        self.row("config.json with one bit flipped", 10, good, "exit 2, named")
+        good = 0
+        for _ in range(3):
+            folder = self.folder()
+            trial = Trial(folder, prepare=lambda: wrap(experiment.Evaluator, "geometry", lambda calls, args: os.kill(os.getpid(), signal.SIGTERM) if calls == 2 else None))
+            assert trial.wait() == 143, trial.text
+            weights = folder / "run_1/sae_seed0/sae_weights.safetensors"
+            weights.write_bytes(flip(weights.read_bytes()))
+            trial = Trial(folder)
+            good += trial.wait() == 0 and "sae_seed0 is not as it was written" in trial.text and same(folder, alone)
+        self.row("exported weights with one bit flipped, between two evaluations", 3, good, "named, exported anew, the same bytes in the end")
+
+    # ---- numbers that are none
+
+    def numbers(self):
+        for name, arms, act, said in INJECTED:
+            for arm in arms:
+                prepare = lambda: do_at(60, act, seed=1)  # noqa: E731
+                trial = Trial(folder := self.folder(), ("x",), (*GEOMETRY, "--arm", arm), prepare=prepare)
+                code = trial.wait()
+                warned = json.loads((folder / "x/warnings.json").read_text())
+                ok = code == 1 and said in trial.last and f"at step 60 of arm {arm}, seed 1" in trial.last and any(w.startswith("seed 1 failed") for w in warned)
+                ok = ok and not (folder / "x/final_info.json").exists() and (folder / "x/eval/seed0_geometry.json").exists()
+                self.row(f"{name} not finite in one seed ({arm})", 1, int(ok), "named with step, arm, seed and entries; exit 1; no final_info.json; the other seed finished")
+                if not ok:
+                    print(trial.text)
+
+    # ---- the machine
+
+    def machine(self):
+        alone, _ = self.undisturbed()
+        self.survived("file size limit reached", alone, lambda: do_at(90, lambda *_: limit(resource.RLIMIT_FSIZE, 50_000)), "File too large")
+        self.survived("folder cannot be written any more", alone, None, "Permission denied", user=65534)
+        good = 0
+        for step in (20, 80, 140):
+            trial = Trial(folder := self.folder(), prepare=lambda: do_at(step, lambda *_: shutil.rmtree(folder / "run_1")))
+            good += trial.wait() == 1 and "its folder was removed" in trial.last and trial.last.startswith("error: ") and not (folder / "run_1").exists()
+        self.row("folder removed while training", 3, good, "one line, exit 1, the folder is not made anew")
+        good, tried = 0, 0
+        for size in ("1200k", "3m", "4m"):
+            (folder := self.folder()).mkdir()
+            if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
+                break
+            tried += 1
+            trial = Trial(folder)
+            code, kept = trial.wait(), checkpoint.steps_in(folder / "run_1")
+            ok = code == 1 and "free disk space" in trial.last
+            subprocess.run(["mount", "-o", "remount,size=200m", folder], check=True)
+            again = Trial(folder)
+            ok = ok and again.wait() == 0 and same(folder, alone) and (not kept or "goes on at step" in again.text)
+            good += ok
+            if not ok:
+                print(code, trial.text, again.text)
+            subprocess.run(["umount", folder], check=True)
+        self.row("disk full", tried, good, "one line, exit 1; with space again the same command ends with the same bytes")
+        self.survived("memory runs out (address space limit)", alone, lambda: do_at(90, lambda *_: limit(resource.RLIMIT_AS, int(Path("/proc/self/statm").read_text().split()[0]) * 4096 + 2**20)), "out of memory: lower")
+
+    def survived(self, fault: str, alone: Path, prepare, said: str, user=None):
+        """Two checkpoints, the fault in the third process, one line, and the same command again."""
+        good = 0
+        for _ in range(3):
+            folder = self.stopped(at=30)
+            if user is not None:
+                for path in (folder, *folder.rglob("*")):
+                    os.chown(path, user, user)
+                prepare = lambda: (setattr(tempfile, "tempdir", str(folder)), os.environ.update(TRUST_GIT), do_at(110, lambda *_: [p.chmod(0o555) for p in (folder / "run_1", *(folder / "run_1").iterdir()) if p.is_dir()]))  # noqa: E731
+            trial = Trial(folder, prepare=prepare, user=user)
+            code, kept = trial.wait(), checkpoint.steps_in(folder / "run_1")
+            for path in folder.rglob("*"):
+                path.chmod(0o755 if path.is_dir() else 0o644)
+            again = Trial(folder)
+            ok = code == 1 and said in trial.last and trial.last.startswith("error: ") and kept and again.wait() == 0 and "goes on at step" in again.text and same(folder, alone)
+            good += ok
+            if not ok:
+                print(code, kept, trial.text, again.text)
+        self.row(fault, 3, good, "one line, exit 1, older checkpoints whole; the same command then ends with the same bytes")
+
+    # ---- the rest
+
+    def bounds(self):
+        runs = ("run_1", "run_6")
+        alone, _ = self.undisturbed(runs, CORE)
+        trial = Trial(folder := self.folder(), runs, CORE)
+        self.row("none: the same command again elsewhere", 1, int(trial.wait() == 0 and same(folder, alone, runs)), "the same bytes apart from times")
+        peaks = []
+        for tokens in (200_000, 2_000_000):
+            trial = Trial(self.folder(), extra=("--evals", "none", "--tokens", tokens))
+            assert trial.wait() == 0, trial.text
+            peaks.append(trial.usage.ru_maxrss / 1e6)
+        self.row("ten times the tokens", 1, int(peaks[1] < 1.05 * peaks[0]), f"peak memory {peaks[0]:.2f} GB and {peaks[1]:.2f} GB")
+        trial = Trial(folder := self.folder(), extra=(*CORE, "--tokens", 10**9, "--time_budget_minutes", 1))
+        code = trial.wait()
+        ok = code == 0 and "the time budget ended training after" in trial.text
+        self.row("an hour's run with --time_budget_minutes 1", 1, int(ok and trial.seconds < 60), f"complete after {trial.seconds:.0f} s, a warning says how far it got")
+        trial = Trial(self.folder(), extra=(*GEOMETRY, "--d_sae", 2**22))
+        self.row("a dictionary larger than the memory", 1, int(trial.wait() == 2 and "GB of memory" in trial.last), "exit 2 before anything is written, with the gigabytes needed")
+        trial = Trial(self.folder(), extra=("--evals", "none", "--tokens", 1_500_000, "--d_sae", 1024, "--batch_size", 2048, "--seeds", 0, 1, 2, "--checkpoint_seconds", 10), prepare=time_saves)
+        assert trial.wait() == 0, trial.text
+        spent, whole = (float(v) for v in next(line for line in trial.text.splitlines() if line.startswith("saves ")).split()[1:])
+        self.row("none: what checkpoints cost", 1, int(spent < 0.02 * whole), f"{spent:.2f} s of {whole:.0f} s at one every 10 s (d_sae 1,024, three seeds)")
+
+
+# ---- what is done inside a trial's process
+
+
+def do_at(step: int, act, seed: int = 1):
+    """Have act(trainer, x) done before that step of the trainers of that seed; a tensor that it returns takes the place of x."""
+    take = experiment.Trainer.step
+
+    def stepped(self, x, forget):
+        changed = act(self, x) if self.steps == step and self.seed == seed else None
+        return take(self, x if changed is None else changed, forget)
+
+    experiment.Trainer.step = stepped
+
+
+def wrap(cls, name: str, act):
+    """Have act(number of the call, arguments) done before every call of a method."""
+    method, calls = getattr(cls, name), []
+
+    def wrapped(*args):
+        calls.append(1)
+        act(len(calls), args)
+        return method(*args)
+
+    setattr(cls, name, wrapped)
+
+
+def limit(which: int, size: int):
+    resource.setrlimit(which, (size, resource.getrlimit(which)[1]))
+
+
+def time_saves():
+    save, seconds, began = checkpoint.save, [], time.monotonic()
+    train = experiment.train
+
+    def timed(*args):
+        start = time.monotonic()
+        save(*args)
+        seconds.append(time.monotonic() - start)
+
+    def trained(*args):
+        start = time.monotonic()
+        train(*args)
+        print(f"saves {sum(seconds)} {time.monotonic() - start}")
+
+    checkpoint.save, experiment.train = timed, trained
+
+
+def spoil_x(trainer, x):
+    x = x.clone()
+    x[5, 3] = float("nan")
+    return x
+
+
+def spoil_gradient(trainer, x):
+    accumulate = trainer.sae.accumulate_grads
+
+    def spoiled(*args):
+        terms = accumulate(*args)
+        trainer.sae.W_enc.grad[3, 7] = float("inf")
+        return terms
+
+    trainer.sae.accumulate_grads = spoiled
+
+
+def spoil(name: str, value: float):
+    def act(trainer, x):
+        owner = trainer if hasattr(trainer, name) else trainer.sae
+        getattr(owner, name).data.view(-1)[:1] = value
+
+    return act
+
+
+INF, NAN = float("inf"), float("nan")
+ALL = experiment.ARM_NAMES
+INJECTED = [
+    ("activation", ALL, spoil_x, "activations of the LM not finite in 1 of"),
+    ("gradient", ("vanilla", "adaptive"), spoil_gradient, "gradient of W_enc not finite in 1 of"),
+    *((f"parameter {name}", ("fixed",), spoil(name, NAN), f"{name} not finite in 1 of") for name in ("W_enc", "W_dec", "b_enc", "b_dec")),
+    ("lambda", ("vanilla",), spoil("log_l1", INF), "l1_coefficient = inf"),
+    *((("alpha"), (arm,), spoil("log_alpha", INF), "alpha = inf") for arm in ("fixed", "grouped", "adaptive")),
+]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {"kills": Campaign.kills_at_random, "signals": Campaign.signals, "owners": Campaign.owners, "damage": Campaign.damage, "numbers": Campaign.numbers,
+             "machine": Campaign.machine, "bounds": Campaign.bounds}  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "faults", help="where the table goes, as .json and .md; rows of other parts stay")
+    args = parser.parse_args()
+    import sae_bench.evals.core.main  # noqa: F401  (once, for all trials)
+    import sae_lens  # noqa: F401
+
+    old = json.loads(args.out.with_suffix(".json").read_text()) if args.out.with_suffix(".json").exists() else {}
+    with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
+        tempfile.tempdir = scratch
+        Path(scratch).chmod(0o777)
+        for name in args.only:
+            campaign = Campaign(Path(scratch) / name, args.kills)
+            campaign.scratch.mkdir(mode=0o755)
+            parts[name](campaign)
+            old[name] = campaign.rows
+            shutil.rmtree(campaign.scratch, ignore_errors=True)
+            rows = [row for part in parts for row in old.get(part, [])]
+            args.out.with_suffix(".json").write_text(json.dumps(old, indent=1) + "\n")
+            lines = ["| fault | tried | as it should | what it should |", "| --- | --- | --- | --- |"]
+            args.out.with_suffix(".md").write_text("\n".join(lines + [f"| {r['fault']} | {r['tried']} | {r['as it should']} | {r['outcome']} |" for r in rows]) + "\n")
+    sys.exit(any(row["tried"] != row["as it should"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()

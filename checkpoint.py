@@ -1,0 +1,406 @@
+"""What keeps a run's work whole: sealed JSON, checkpoints, one owner a folder, signals, and plain words for what fails.
+
+    own(folder)                                      # one process a run folder (flock)
+    with signals: ... with signals.held(): ...       # SIGTERM and SIGINT end the process where the state is whole
+    save(folder, step, tensors, facts)               # one safetensors file, whole or not at all; the last two stay
+    newest_common({folder: made_by})                 # the newest state that all folders of a command hold
+
+A checkpoint is `checkpoints/step_XXXXXXXX.safetensors`: tensors, and in its header the other facts as JSON and a sha256 over both. torch is
+imported where it is used, so that a locked folder is refused at once.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from errors import RunFailed, WrongRequest
+
+FORMAT = "orthogonal-sae-checkpoint-1"
+KEPT = 2
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+class Unusable(Exception):
+    """A file that cannot be used: one line that names it and says why."""
+
+
+REMEDIES = {
+    errno.ENOSPC: "free disk space", errno.EDQUOT: "free disk space", errno.EFBIG: "raise the file size limit (ulimit -f)",
+    errno.ENOENT: "its folder was removed: restore it", errno.EACCES: "restore the permission to write", errno.EPERM: "restore the permission to write",
+    errno.EROFS: "the file system became read-only",
+}  # fmt: skip
+
+
+class CannotWrite(RunFailed):
+    """The disk, not the work, is at fault."""
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """Inside, a file that cannot be written raises CannotWrite with its path, the cause and the remedy."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None) or next((n for n in REMEDIES if os.strerror(n) in str(error)), None)
+        cause = str(error) if number is None else os.strerror(number)
+        raise CannotWrite(f"{path} cannot be written: {cause}; {REMEDIES.get(number, 'see to it')}, then the same command goes on from the last checkpoint") from error
+
+
+def sync(path: Path):
+    """Have what a file holds, or what a folder lists, on the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def write_whole(path: Path, content: bytes):
+    """Written beside, synced and renamed. Raises CannotWrite, also when the folder is gone: it is not made anew."""
+    beside = path.with_name(path.name + ".tmp")
+    with writing(path):
+        try:
+            with beside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+            sync(path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise
+
+
+def write_json(path: Path, value, indent: int | None = 1):
+    """Strict JSON, whole or not at all."""
+    write_whole(path, (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode())
+
+
+def seal(value: dict) -> dict:
+    """The object with the sha256 of its own JSON."""
+    return value | {"sha256": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()}
+
+
+def is_sealed(value: dict) -> bool:
+    """Whether an object read back is what `seal` returned."""
+    return value == seal({k: v for k, v in value.items() if k != "sha256"})
+
+
+def read_sealed(path: Path) -> dict | None:
+    """A sealed object; None if there is no such file. Raises Unusable when it is not as it was written."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise Unusable(f"{path} is damaged: {error}") from error
+    if not isinstance(value, dict) or not is_sealed(value):
+        raise Unusable(f"{path} is not as it was written: its checksum is wrong")
+    return value
+
+
+def sha256_of(path: Path) -> str | None:
+    """Of a file's bytes; None if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """sha256 of every file of an exported SAE."""
+    return {p.name: sha256_of(p) for p in sorted(folder.glob("*"))}
+
+
+def changed_files(out_dir: Path) -> list[str]:
+    """What of a complete run is not as it was written, one line each; an SAE that is not there is none of it."""
+    told = []
+    for path in sorted(out_dir.glob("eval/seed*_metrics.json")):
+        try:
+            record, sae = read_sealed(path), out_dir / f"sae_{path.name.removesuffix('_metrics.json')}"
+            if sae.is_dir() and files_of(sae) != record["files"]:
+                told.append(f"{sae} is not as it was written: the checksum of a file is wrong")
+        except (Unusable, KeyError) as why:
+            told.append(str(why))
+    return told
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+@dataclass
+class Position:
+    """Where training stands: steps done, the stream's block and the batch in it that come next, seconds of training and of all work,
+    checkpoints written, whether training is over, the names of the folders that are trained together, and passes begun over each text."""
+
+    step: int = 0
+    block: int = 0
+    batch: int = 0
+    train_seconds: float = 0.0
+    used_seconds: float = 0.0
+    written: int = 0
+    over: bool = False
+    together: tuple[str, ...] = ()
+    passes: dict[str, int] = field(default_factory=dict)
+
+
+def digest(tensors: dict, facts: str) -> str:
+    """sha256 over the facts and over every tensor's name, type, shape and bytes."""
+    import torch
+
+    told = hashlib.sha256(facts.encode())
+    for name in sorted(tensors):
+        t = tensors[name].detach().contiguous()
+        told.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        told.update(t.reshape(-1).view(torch.uint8).numpy())
+    return told.hexdigest()
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step_{step:08d}.safetensors"
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a run folder, usable or not, in order."""
+    found = (re.fullmatch(r"step_(\d{8,})\.safetensors", p.name) for p in folder.glob("checkpoints/*"))
+    return sorted(int(m[1]) for m in found if m)
+
+
+def save(folder: Path, step: int, tensors: dict, facts: dict):
+    """Write one checkpoint; the last KEPT stay. Raises RunFailed, the older ones intact."""
+    from safetensors.torch import save as to_bytes
+
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    told = json.dumps(facts, allow_nan=False)
+    write_whole(path_of(folder, step), to_bytes(tensors, {"format": FORMAT, "facts": told, "sha256": digest(tensors, told)}))
+    for old in steps_in(folder)[:-KEPT]:
+        path_of(folder, old).unlink(missing_ok=True)
+
+
+def read(folder: Path, step: int, made_by: str) -> tuple[dict, dict]:
+    """Tensors (on the CPU) and facts of a checkpoint whose facts["made_by"] is `made_by`. Raises Unusable."""
+    from safetensors import SafetensorError, safe_open
+
+    path = path_of(folder, step)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise Unusable(f"{path} is not a checkpoint of this program")
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        if digest(tensors, header["facts"]) != header["sha256"]:
+            raise Unusable(f"{path} is damaged: its checksum is wrong")
+        facts = json.loads(header["facts"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise Unusable(f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+    if facts.get("made_by") != made_by:
+        raise Unusable(f"{path} was made with other settings, LM or text")
+    return tensors, facts
+
+
+def newest_common(made_by: dict[Path, str]) -> list[tuple[dict, dict]] | None:
+    """Tensors and facts of the newest step for which every folder (with what its runs are `made_by`) holds a usable checkpoint;
+    newer ones are removed.
+
+    None to start anew: there is no checkpoint, or a first one that was not yet in every folder. Every unusable checkpoint is
+    told on one line. Raises WrongRequest when there are checkpoints and none will do: nothing is thrown away unasked.
+    """
+    there = {folder: steps_in(folder) for folder in made_by}
+    if not any(there.values()):
+        return None
+    told, found = [], None
+
+    def usable(*wanted: tuple[Path, int]) -> list[tuple[dict, dict]] | None:
+        try:
+            return [read(folder, step, made_by[folder]) for folder, step in wanted]
+        except Unusable as why:
+            told.append(str(why))
+            print(f"warning: {why}")
+
+    for common in sorted(set.intersection(*map(set, there.values())), reverse=True):
+        found = usable(*((folder, common) for folder in made_by))
+        if found:
+            break
+    else:  # a first checkpoint that was being written when the process died may be missing in some folders, and little is lost
+        common = -1
+        newest = None if told else usable(*((folder, steps[-1]) for folder, steps in there.items() if steps))
+        together = sorted(folder.name for folder in made_by)
+        if newest is None or any(facts["position"]["written"] > 1 or facts["position"]["together"] != together for _, facts in newest):
+            stands = ", ".join(f"{folder} at {'no step' if not steps else f'step {steps[-1]}'}" for folder, steps in there.items())
+            raise WrongRequest(f"no step has a usable checkpoint in every folder: {'; '.join(told) or stands}; give the folders as they were begun together, or --overwrite")
+    for folder, steps in there.items():
+        for step in steps:
+            if step > common:
+                path_of(folder, step).unlink()
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ one owner a folder
+
+_owned: dict[Path, int] = {}
+
+
+def own(folder: Path):
+    """Make this process the folder's owner until `disown` or its death. Raises WrongRequest, naming the present owner."""
+    path = (folder / ".lock").absolute()
+    while path not in _owned:
+        with writing(path):
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(file, 1000).decode(errors="replace").strip() or "another process"
+            os.close(file)
+            raise WrongRequest(f"{folder} is being worked on by {owner}: wait for it, or name another folder") from None
+        if not path.exists() or os.fstat(file).st_ino != path.stat().st_ino:  # its last owner removed it just now
+            os.close(file)
+            continue
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n".encode(), 0)
+        _owned[path] = file
+
+
+def disown():
+    """Give up every folder."""
+    for path, file in _owned.items():
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(file)
+    _owned.clear()
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+
+class Interrupted(BaseException):
+    """SIGTERM or SIGINT came. `told` says where the work stands."""
+
+    def __init__(self, number: int):
+        self.number, self.told = number, "what is done is kept; the same command (without --overwrite) goes on"
+
+
+class Signals:
+    """Inside, SIGTERM and SIGINT raise Interrupted; inside `held`, at its end."""
+
+    def __init__(self):
+        self.depth, self.pending, self.before = 0, None, {}
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.before[number] = signal.signal(number, self._came)
+
+    def __exit__(self, *_):
+        self.pending = None
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _came(self, number, frame):
+        self.pending = number
+        self._raise()
+
+    def _raise(self):
+        if self.pending and not self.depth:
+            number, self.pending = self.pending, None
+            raise Interrupted(number)
+
+    @contextlib.contextmanager
+    def held(self):
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+        self._raise()
+
+
+signals = Signals()
+
+
+def leave_at_once(number, frame):
+    """A signal handler for the time before anything is begun."""
+    os.write(2, f"error: interrupted by {signal.Signals(number).name} before anything was begun\n".encode())
+    os._exit(128 + number)
+
+
+# ------------------------------------------------------------------------------------------------ global state, numbers, memory
+
+
+@contextlib.contextmanager
+def global_state_kept(seed: int | None = None):
+    """Grad mode, default dtype, random states, environment and working folder are afterwards as before; with a `seed`, random
+    numbers inside start from it."""
+    import numpy as np
+    import torch
+
+    grad, dtype, python, numpy = torch.is_grad_enabled(), torch.get_default_dtype(), random.getstate(), np.random.get_state()
+    environment, folder = dict(os.environ), os.getcwd()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.manual_seed(seed)
+            yield
+        finally:
+            torch.set_grad_enabled(grad)
+            torch.set_default_dtype(dtype)
+            random.setstate(python)
+            np.random.set_state(numpy)
+            if os.environ != environment:
+                os.environ.clear()
+                os.environ.update(environment)
+            os.chdir(folder)
+
+
+def offenders(name: str, values) -> str | None:
+    """Which entries of a tensor are not finite, and where it is largest; None when all are finite."""
+    import torch
+
+    bad = ~torch.isfinite(values)
+    if not bad.any():
+        return None
+    place = lambda flat: "[" + ", ".join(str(int(i)) for i in torch.unravel_index(flat, values.shape)) + "]"  # noqa: E731
+    if not values.dim():
+        return f"{name} = {values.item()}"
+    first = ", ".join(f"{place(i)} = {values.flatten()[i].item()}" for i in bad.flatten().nonzero()[:3, 0])
+    rest = values.detach().abs().masked_fill(bad, 0)
+    return f"{name} not finite in {int(bad.sum())} of {bad.numel()} entries ({first}; largest finite {rest.max().item():.3g} at {place(rest.argmax())})"
+
+
+def memory_left(device) -> float:
+    """Bytes that this process may still take on the device."""
+    import resource
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    left = [psutil.virtual_memory().available]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        left.append(limit - psutil.Process().memory_info().vms)
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit (cgroup 2)
+        left.append(int(Path("/sys/fs/cgroup/memory.max").read_text()) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return min(left)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """A CUDA or CPU allocation that failed, in the forms torch and Python have for it."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
