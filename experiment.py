@@ -905,7 +905,8 @@ class Trainer:
         with torch.no_grad():
             self.sae.b_dec.copy_(self.sae.normalise(x)[0].mean(0))
             if self.steered_l0:  # start near the target: lambda would otherwise run up while L0 falls, and kill features
-                pre = (self.sae.normalise(x[:4096])[0] - self.sae.b_dec) @ self.sae.W_enc
+                rows = x[: min(4096, max(1, 2**24 // config.d_sae))]  # as many entries as quantile takes
+                pre = (self.sae.normalise(rows)[0] - self.sae.b_dec) @ self.sae.W_enc
                 self.sae.b_enc -= torch.quantile(pre.flatten()[: 2**24], 1 - min(0.5, 2 * config.target_l0 / config.d_sae))
         self.sae.W_dec.requires_grad_(self.arm.trains_decoder)
         self.generator = torch.Generator().manual_seed(seed)
