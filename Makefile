@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test micro
+.PHONY: run test micro bench bench-quick
 
 run: $(VENV)/ready
 	$(BIN)/python experiment.py --out_dir reproduced/run_0 reproduced/run_1 --testbed=micro
@@ -14,6 +14,17 @@ test: $(VENV)/ready
 
 micro: $(VENV)/ready
 	$(BIN)/python -m micro_pythia.make
+
+bench: $(VENV)/ready benchmarks/.venv/ready
+	$(BIN)/python benchmarks/bench.py
+
+bench-quick: $(VENV)/ready benchmarks/.venv/ready
+	$(BIN)/python benchmarks/bench.py --quick
+
+benchmarks/.venv/ready: benchmarks/requirements.txt
+	$(PYTHON) -m venv benchmarks/.venv
+	benchmarks/.venv/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+	touch $@
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

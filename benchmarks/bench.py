@@ -10,7 +10,6 @@ results.json, results.md and scaling.png (results_quick.* with --quick) beside t
 """
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -51,14 +50,9 @@ class Worker:
         return self._answer()
 
     def stop(self) -> dict:
-        with contextlib.suppress(BrokenPipeError):
-            last = self.ask("stop")
-            self.process.wait()
-            return last
-
-    def kill(self):
-        self.process.kill()
+        last = self.ask("stop")
         self.process.wait()
+        return last
 
 
 class Session:
@@ -212,7 +206,7 @@ def curves(session: Session) -> dict:
             out["d_sae"].append({"d_sae": d_sae, "arm": arm, "tokens_per_second": rate, "ms_per_step": 1000 * BATCH / rate["median"], "rss_mb_before": worker.about["rss_mb"]} | worker.stop())
             weights = 2 * d_sae * D_IN * 4 / 2**20
             out["d_sae"][-1]["weights_and_optimiser_mb"] = 3 * weights
-        session.say(f"d_sae {d_sae}: {' '.join(f'{p['arm']} {p['ms_per_step']:.0f} ms' for p in out['d_sae'][-5:])}")
+        session.say(f"d_sae {d_sae}: " + ", ".join(f"{p['arm']} {p['ms_per_step']:.0f} ms" for p in out["d_sae"][-5:]))
     for n in (1, 2, 6) if quick else (1, 2, 4, 6, 11):
         worker = session.start("ours", d_sae=4096, arms=PLAN_ARMS[:n], settings=STEADY)
         worker.ask("step", n=5)
