@@ -828,8 +828,8 @@ def omega_ortsae(W_dec: Tensor, chunk_size: int, generator: torch.Generator) -> 
     """
     order = torch.randperm(len(W_dec), generator=generator).to(W_dec.device)
     chunks = torch.nn.functional.pad(order, (0, -len(order) % chunk_size), value=-1).view(-1, chunk_size)
-    with torch.no_grad():  # who is nearest is found in the fast dtype; how near, for that pair alone, in W_dec's
-        cosines, pairs = group_cosines(W_dec.to(fast_dtype(W_dec)), chunks)
+    with torch.no_grad():  # the gradient passes through the nearest alone; bfloat16 would often take another for it
+        cosines, pairs = group_cosines(W_dec, chunks)
         nearest = chunks.gather(1, cosines.masked_fill_(~pairs, -torch.inf).argmax(2))
         paired = pairs.any(2)
         nearest = torch.arange(len(W_dec), device=W_dec.device).index_copy_(0, chunks[paired], nearest[paired])
