@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run study test micro faults
+.PHONY: run study test micro faults bench bench-quick
 
 run: $(VENV)/ready
 	$(BIN)/python experiment.py --out_dir reproduced/run_0 reproduced/run_1 --testbed=micro
@@ -21,6 +21,17 @@ faults: $(VENV)/ready
 
 micro: $(VENV)/ready
 	$(BIN)/python -m micro_pythia.make
+
+bench: $(VENV)/ready benchmarks/.venv/ready
+	$(BIN)/python benchmarks/bench.py
+
+bench-quick: $(VENV)/ready benchmarks/.venv/ready
+	$(BIN)/python benchmarks/bench.py --quick
+
+benchmarks/.venv/ready: benchmarks/requirements.txt
+	$(PYTHON) -m venv benchmarks/.venv
+	benchmarks/.venv/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+	touch $@
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

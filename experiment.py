@@ -356,10 +356,11 @@ class ActivationStream:
     """
 
     def __init__(self, testbed: testbeds.Testbed, context_size: int, buffer_tokens: int, seed: int = 0, lm_tokens: int = 16_384):
-        self.lm, self.layer, self.device = testbed.lm, testbed.layer, testbed.lm.device
+        self.device, self.d_in = testbed.lm.device, testbed.d_in
         self.traced = nnsight.NNsight(testbed.lm)
         self.hook = self.traced.get(testbed.hook_name)
         self.special = torch.tensor(sorted(set(testbed.tokenizer.all_special_ids)), device=self.device)
+        self.low_precision = bfloat16_twins(testbed) if has_bf16(self.device) else []
         self.n_contexts = max(2, lm_tokens // context_size // 2 * 2)  # per LM batch
         self.n_lm_batches = max(1, round(buffer_tokens / (self.n_contexts * (context_size - 1))))
         self.passes = {"forget": 0, "retain": 0}  # over the text, begun so far
@@ -368,26 +369,29 @@ class ActivationStream:
 
     @torch.no_grad()
     def activations(self, tokens: Tensor) -> Tensor:
-        """resid_post [context, pos, D] (fp32) of tokens [context, pos]."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=has_bf16(self.device)), self.traced.trace(tokens, use_cache=False) as tracer:
+        """resid_post [context, pos, D] of tokens [context, pos], in the precision that the LM runs in."""
+        with parameters_as(self.low_precision), self.traced.trace(tokens, use_cache=False) as tracer:
             resid = self.hook.output.save()
             tracer.stop()
-        return (resid[0] if isinstance(resid, tuple) else resid).float()
+        return resid[0] if isinstance(resid, tuple) else resid
 
     def next_block(self) -> ActivationBlock:
-        xs, labels = [], []
-        for _ in range(self.n_lm_batches):
-            half = self.n_contexts // 2
-            tokens = torch.tensor([c for text in self.texts for c in islice(text, half)], device=self.device)
-            keep = ~torch.isin(tokens, self.special)
-            forget = torch.zeros_like(keep)
-            forget[:half] = True
-            with checkpoint.signals.held():  # nnsight is not to be left in the middle
-                xs.append(self.activations(tokens)[keep])
-            labels.append(forget[keep])
-        order = torch.randperm(sum(map(len, xs)), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.block_index)).to(self.device)
+        """The LM's output goes straight to its shuffled place: one buffer, one LM batch, no copy of the buffer."""
+        half = self.n_contexts // 2
+        batches = [torch.tensor([c for text in self.texts for c in islice(text, half)], device=self.device) for _ in range(self.n_lm_batches)]
+        kept = [(~torch.isin(tokens, self.special)).flatten().nonzero()[:, 0] for tokens in batches]
+        n, first = sum(map(len, kept)), 0
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.block_index))
         self.block_index += 1
-        return ActivationBlock(torch.cat(xs)[order], torch.cat(labels)[order])
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(n)).to(self.device)
+        x, forget = torch.empty(n, self.d_in, device=self.device), torch.empty(n, dtype=torch.bool, device=self.device)
+        for tokens, rows in zip(batches, kept):
+            place = places[first : first + len(rows)]
+            with checkpoint.signals.held():  # neither nnsight nor the LM's weights are to be left in the middle
+                x.index_copy_(0, place, self.activations(tokens).flatten(0, 1).index_select(0, rows).float())
+            forget.index_copy_(0, place, rows < half * tokens.shape[1])
+            first += len(rows)
+        return ActivationBlock(x, forget)
 
     def skip_blocks(self, n: int):
         """Go on behind the first n blocks, without the LM: a block is a function of the text, the seed and its index."""
@@ -395,6 +399,28 @@ class ActivationStream:
             contexts = n * self.n_lm_batches * (self.n_contexts // 2)
             next(islice(text, contexts, contexts), None)
         self.block_index = n
+
+
+def bfloat16_twins(testbed: testbeds.Testbed) -> list[tuple[torch.nn.Parameter, Tensor]]:
+    """The fp32 parameters that the LM needs up to the hook, each with a copy in bfloat16; buffers (rotary frequencies) stay as they are."""
+    head = testbed.lm.get_output_embeddings()
+    unused = {id(p) for module in (*testbed.layers[testbed.layer + 1 :], *([head] if head else [])) for p in module.parameters()}
+    unused -= {id(p) for p in testbed.lm.get_input_embeddings().parameters()}  # of which the head may be a view
+    return [(p, p.detach().to(torch.bfloat16)) for p in testbed.lm.parameters() if id(p) not in unused and p.dtype == torch.float32]
+
+
+@contextlib.contextmanager
+def parameters_as(twins: list[tuple[torch.nn.Parameter, Tensor]]):
+    """Inside, each parameter holds its twin's values: no autocast, which would cast every weight and keep an fp32 residual stream."""
+    before = [p.data for p, _ in twins]
+    try:
+        for p, twin in twins:
+            p.data = twin
+        yield
+    finally:
+        for (p, _), old in zip(twins, before):
+            p.data = old
+
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -426,7 +452,8 @@ class OrthogonalSAE(torch.nn.Module):
     ACTIVATIONS. Statistics and state live in buffers, so that they move and are saved with the module:
     `rate` [2, F] firing rate on retain and forget text (exponential moving average over batches), `idle` [F] tokens since the
     feature last fired, `groups` [G, size] indices of the features of each group (-1: none), `unlocked` how many features take
-    part (the first ones), `threshold` (batchtopk) and `temperature` (softk) of the activation function.
+    part (the first ones), `threshold` (batchtopk) and `temperature` (softk) of the activation function, `active` features a row
+    of the last batch trained on.
     """
 
     def __init__(self, d_in: int, d_sae: int, seed: int, scale: float = 1.0, activation: str = "relu", k: int = 16,
@@ -448,6 +475,7 @@ class OrthogonalSAE(torch.nn.Module):
         self.register_buffer("unlocked", torch.tensor(d_sae))
         self.register_buffer("threshold", torch.tensor(0.0))
         self.register_buffer("temperature", torch.tensor(0.0))
+        self.register_buffer("active", torch.tensor(math.inf))
 
     def normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u [..., D], and the mean and the size that lead back: x = u · size + mean. Layer norm as SAELens has it."""
@@ -494,49 +522,43 @@ class OrthogonalSAE(torch.nn.Module):
         forget [B] to its value, a slice of features, and its gradient by their pre-activations; gain [F], if given, multiplies
         each feature (0: it takes no part). Matrix products run in `dtype` and accumulate in fp32, weights stay fp32; in
         bfloat16 a product's entries, counts of firing among them, are right to 0.4 %. Five products instead of autograd's
-        six: x needs no gradient, and that of b_dec through the encoder is one matrix-vector product.
+        six: x needs no gradient, and that of b_dec through the encoder is one matrix-vector product. Where few features were
+        active in the last batch, on a CPU, all but the first are sparse (SparseFeatures).
         """
         B, D = x.shape
         u_BD, _, size = self.normalise(x)
         variance = (x - x.mean(0)).pow(2).sum()
-        W_enc, W_dec = self.W_enc.to(dtype), self.W_dec.to(dtype)
         u_BD = u_BD - self.b_dec
-        in_BD = u_BD.to(dtype)
-        pre_BF = torch.addmm(self.b_enc.to(dtype), in_BD, W_enc)
-        firing, features, d_firing = firing_loss(pre_BF, forget) if firing_loss else (None, None, None)
+        pre_BF = torch.addmm(self.b_enc.to(dtype), u_BD.to(dtype), self.W_enc.to(dtype))
+        firing, group, d_firing = firing_loss(pre_BF, forget) if firing_loss else (None, None, None)
         f_BF, slope_BF = ACTIVATIONS[self.activation](pre_BF, self)
-        if gain_F is not None:
-            f_BF *= gain_F.to(dtype)
-        error_BD = (f_BF @ W_dec).float().sub_(u_BD, alpha=1 - self.skip)
-        d_out_BD = error_BD * (size**2 * (2 * weight / variance))
-        d_out = d_out_BD.to(dtype)
-        domain_2B, per_row = torch.stack([~forget, forget]).to(dtype), 1 / (B * math.sqrt(D))
-        d_f_BF = torch.addmm((l1 * per_row * weight).to(dtype).expand(len(W_dec)), d_out, W_dec.T)
-        d_pre_BF = torch.ops.aten.threshold_backward(d_f_BF, f_BF, 0)
-        for factor in (slope_BF, gain_F):
-            d_pre_BF = d_pre_BF if factor is None else d_pre_BF.mul_(factor)
+        sparse = x.device.type == "cpu" and self.active < SPARSE_SHARE * len(self.b_enc)
+        features = (SparseFeatures if sparse else DenseFeatures)(f_BF, slope_BF, gain_F, forget)
+        error_BD = features.decode(self.W_dec).sub_(u_BD, alpha=1 - self.skip)
+        d_out_BD, per_row = error_BD * (size**2 * (2 * weight / variance)), 1 / (B * math.sqrt(D))
+        d_W_dec, d_W_enc, d_b_enc = features.gradients(d_out_BD, u_BD, self.W_dec, l1 * per_row * weight)
         if firing_loss:
-            d_pre_BF[:, features] += d_firing * (weight / math.sqrt(D))
-        d_b_enc = (domain_2B @ d_pre_BF).float().sum(0)  # a product, not .sum(0): that would first copy all of it to fp32
-        for parameter, grad in (
-            (self.W_dec, f_BF.T @ d_out),
-            (self.W_enc, in_BD.T @ d_pre_BF),
-            (self.b_enc, d_b_enc),
-            (self.b_dec, (1 - self.skip) * d_out_BD.sum(0) - self.W_enc @ d_b_enc),
-        ):
+            d_firing = d_firing.float() * (weight / math.sqrt(D))
+            d_W_enc[:, group] += u_BD.T @ d_firing
+            d_b_enc[group] += d_firing.sum(0)
+        d_b_dec = (1 - self.skip) * d_out_BD.sum(0) - self.W_enc @ d_b_enc
+        for parameter, grad in ((self.W_dec, d_W_dec), (self.W_enc, d_W_enc), (self.b_enc, d_b_enc), (self.b_dec, d_b_dec)):
             if parameter.requires_grad:
-                parameter.grad = grad.float() if parameter.grad is None else parameter.grad + grad
-        fired_2F = (domain_2B @ f_BF.sign()).float()
-        return Terms((error_BD * size).pow(2).sum() / variance, (domain_2B @ f_BF).float().sum() * per_row, fired_2F.sum() / B, fired_2F, firing / math.sqrt(D) if firing_loss else None)
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        fired_2F, total = features.counts()
+        self.active.copy_(fired_2F.sum() / B)
+        return Terms((error_BD * size).pow(2).sum() / variance, total * per_row, self.active.clone(), fired_2F, firing / math.sqrt(D) if firing_loss else None)
 
     @torch.no_grad()
     def project_decoder_grad(self):
         """Remove from W_dec's gradient the component along each row, which the unit norm would undo."""
-        self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
+        for grad, W in zip(*map(cache_blocks, (self.W_dec.grad, self.W_dec))):
+            grad.addcmul_(W, (grad * W).sum(1, keepdim=True), value=-1)
 
     @torch.no_grad()
     def normalise_decoder(self):
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+        for W in cache_blocks(self.W_dec):
+            W /= W.norm(dim=1, keepdim=True)
 
     @torch.no_grad()
     def update_statistics(self, fired_2F: Tensor, n_forget: Tensor, n_rows: int, decay: float = 0.99):
@@ -573,6 +595,101 @@ class OrthogonalSAE(torch.nn.Module):
         sae.save_model(folder)
 
 
+def cache_blocks(W: Tensor) -> tuple[Tensor, ...]:
+    """W [F, D] in blocks of rows, of 1 MB on a CPU: what is done to one in several passes then goes through memory once."""
+    return W.split(max(1, 2**18 // W.shape[1]) if W.device.type == "cpu" else len(W))
+
+
+# Share of active features under which SparseFeatures is faster than DenseFeatures on a CPU.
+SPARSE_SHARE = 0.02
+
+
+class DenseFeatures:
+    """The features f [B, F] of a batch, and the products that training needs of them: in f's dtype, sums in fp32.
+
+    slope [B, F] (None: 1) is the activation function's, gain [F] (None: 1) multiplies each feature, forget [B] labels rows.
+    """
+
+    def __init__(self, f_BF: Tensor, slope_BF: Tensor | None, gain_F: Tensor | None, forget: Tensor):
+        self.f = f_BF if gain_F is None else f_BF.mul_(gain_F.to(f_BF))
+        self.factors = [factor for factor in (slope_BF, gain_F) if factor is not None]
+        self.domain_2B = torch.stack([~forget, forget]).to(f_BF)
+
+    def decode(self, W_dec: Tensor) -> Tensor:
+        """f W_dec [B, D]."""
+        self.W_dec = W_dec.to(self.f)
+        return (self.f @ self.W_dec).float()
+
+    def gradients(self, d_out_BD: Tensor, u_BD: Tensor, W_dec: Tensor, d_l1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of W_dec [F, D], W_enc [D, F] and b_enc [F], from that of f W_dec and d_l1 for each active feature."""
+        d_out, u = d_out_BD.to(self.f), u_BD.to(self.f)
+        d_pre = torch.addmm(d_l1.to(self.f).expand(len(W_dec)), d_out, self.W_dec.T)
+        d_pre = torch.ops.aten.threshold_backward(d_pre, self.f, 0)
+        for factor in self.factors:
+            d_pre *= factor
+        d_b_enc = (self.domain_2B @ d_pre).float().sum(0)  # a product, not .sum(0): that would first copy all of it to fp32
+        return (self.f.T @ d_out).float(), (u.T @ d_pre).float(), d_b_enc
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """How often each feature fired on retain and forget rows [2, F], and Σ f."""
+        return (self.domain_2B @ self.f.sign()).float(), (self.domain_2B @ self.f).float().sum()
+
+
+class SparseFeatures:
+    """As DenseFeatures, from the active entries alone and in fp32: each product reads one row of D numbers an entry, as an
+    embedding bag. A NaN counts as active. Entries are in the order of rows, and `by_feature` puts them into that of features."""
+
+    def __init__(self, f_BF: Tensor, slope_BF: Tensor | None, gain_F: Tensor | None, forget: Tensor):
+        (B, self.F), flat = f_BF.shape, true_places(f_BF != 0)
+        self.row = flat // self.F
+        self.col = flat - self.row * self.F
+        self.value, self.factor = f_BF.flatten()[flat].float(), None if slope_BF is None else slope_BF.flatten()[flat].float()
+        if gain_F is not None:
+            gain = gain_F[self.col]
+            self.value, self.factor = self.value * gain, gain if self.factor is None else self.factor * gain
+        self.row_starts = starts(self.row, B)
+        self.forget = forget
+
+    def decode(self, W_dec: Tensor) -> Tensor:
+        return bags(self.col, self.row_starts, self.value, W_dec.detach())
+
+    def gradients(self, d_out_BD: Tensor, u_BD: Tensor, W_dec: Tensor, d_l1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d_pre = torch.ops.aten._embedding_bag_per_sample_weights_backward(d_out_BD, W_dec.detach(), self.col, self.row_starts, self.row, 0)
+        d_pre += d_l1
+        if self.factor is not None:
+            d_pre *= self.factor
+        by_feature = self.col.sort(stable=True).indices
+        row, feature_starts = self.row[by_feature], starts(self.col, self.F)
+        d_W_dec = bags(row, feature_starts, self.value[by_feature], d_out_BD)
+        d_W_enc = bags(row, feature_starts, d_pre[by_feature], u_BD)
+        return d_W_dec, d_W_enc.T.contiguous(), torch.zeros(self.F).index_add_(0, self.col, d_pre)
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        fires = self.value > 0
+        return torch.bincount((self.col + self.F * self.forget[self.row])[fires], minlength=2 * self.F).view(2, self.F).float(), self.value.sum()
+
+
+def starts(index: Tensor, n: int) -> Tensor:
+    """Where each of the n bags begins among entries that are sorted by the bag they are in."""
+    counts = torch.bincount(index, minlength=n)
+    return counts.cumsum(0) - counts
+
+
+def bags(index: Tensor, starts: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+    """Σ of weight · rows[index] over the entries of each bag."""
+    return torch.nn.functional.embedding_bag(index, rows, starts, mode="sum", per_sample_weights=weight)
+
+
+def true_places(mask: Tensor) -> Tensor:
+    """Flat places of the True entries of a mask of which most are False; on a CPU eight are looked at at once."""
+    flat = mask.flatten()
+    if flat.device.type != "cpu" or len(flat) % 8:
+        return flat.nonzero()[:, 0]
+    words = flat.view(torch.int64).nonzero()[:, 0]
+    word, byte = flat.view(-1, 8)[words].nonzero(as_tuple=True)
+    return words[word] * 8 + byte
+
+
 # Activation functions: pre-activations [..., F] (which they may overwrite) -> features, and their slope where active (None: 1).
 
 
@@ -585,7 +702,7 @@ def batch_top_k(pre: Tensor, sae: OrthogonalSAE) -> tuple[Tensor, None]:
     that border is the threshold at inference."""
     f = torch.relu(pre)
     n = sae.k * (f.numel() // f.shape[-1])
-    few = f[f > 0.8 * sae.threshold].float()  # the border is near where it was: seldom more than a few per cent must be ranked
+    few = f.flatten()[true_places(f > 0.8 * sae.threshold)].float()  # the border is near where it was: seldom more than a few per cent must be ranked
     few = few if len(few) >= n else f.flatten().float()
     border = few.kthvalue(len(few) - n + 1).values
     sae.threshold.copy_(torch.where(sae.threshold > 0, sae.threshold.lerp(border, 0.01), border))
@@ -630,7 +747,35 @@ def omega_all_pairs(W_dec: Tensor) -> Tensor:
     """d_in · mean of (w_i · w_j)² over all pairs i ≠ j, linear in d_sae: Σ_ij (w_i · w_j)² = ||W_decᵀ W_dec||²."""
     n, d_in = W_dec.shape
     own = W_dec.pow(2).sum(1).pow(2).sum()
-    return d_in * ((W_dec.T @ W_dec).pow(2).sum() - own) / max(n * (n - 1), 1)
+    return d_in * (SquaredGram.apply(W_dec) - own) / max(n * (n - 1), 1)
+
+
+def fast_dtype(W: Tensor) -> torch.dtype:
+    """What products of W run in: bfloat16 for fp32 where that is fast."""
+    return torch.bfloat16 if W.dtype == torch.float32 and has_bf16(W.device) else W.dtype
+
+
+class SquaredGram(torch.autograd.Function):
+    """||Wᵀ W||² of W [F, D] and its gradient 4 W (Wᵀ W), in two products instead of autograd's three.
+
+    Nearly all of Wᵀ W is its mean diagonal m, whose part 4 m W of the gradient lies along the rows, where unit norm undoes it;
+    it is added in full precision, so that the rounding of bfloat16 is that of what remains.
+    """
+
+    @staticmethod
+    def forward(ctx, W: Tensor) -> Tensor:
+        low = W.to(fast_dtype(W))
+        gram = (low.T @ low).to(W)
+        mean = gram.diagonal().mean()
+        rest = gram.clone()
+        rest.diagonal().sub_(mean)
+        ctx.save_for_backward(W, low, rest.to(low), mean)
+        return gram.pow(2).sum()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        W, low, rest, mean = ctx.saved_tensors
+        return torch.add((low @ rest).to(W), W * mean).mul_(4 * grad)
 
 
 def group_cosines(W_dec: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -643,8 +788,27 @@ def group_cosines(W_dec: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 
 def omega_grouped(W_dec: Tensor, groups: Tensor) -> Tensor:
     """d_in · mean of cos² over the pairs inside a group; groups [G, size] of feature indices, -1 where a group is short."""
-    cosines, pairs = group_cosines(W_dec, groups)
-    return W_dec.shape[1] * (cosines.pow(2) * pairs).sum() / pairs.sum().clamp(min=1)
+    sizes = (groups >= 0).sum(1)
+    return W_dec.shape[1] * SquaredCosines.apply(W_dec, groups) / (sizes * (sizes - 1)).sum().clamp(min=1)
+
+
+class SquaredCosines(torch.autograd.Function):
+    """Σ cos²_ij over the pairs i ≠ j inside each of disjoint groups [G, size] (-1: none), and its gradient 4 Σ_j cos_ij w_j."""
+
+    @staticmethod
+    def forward(ctx, W: Tensor, groups: Tensor) -> Tensor:
+        low = W.to(fast_dtype(W))
+        cosines, pairs = group_cosines(low, groups)
+        cosines = cosines * pairs
+        ctx.save_for_backward(W, low, groups, cosines)
+        return cosines.to(W).pow(2).sum()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        W, low, groups, cosines = ctx.saved_tensors
+        rows = (cosines @ low[groups.clamp(min=0)]).to(W).mul_(4 * grad)
+        present = groups >= 0
+        return torch.zeros_like(W).index_copy_(0, groups[present], rows[present]), None
 
 
 def omega_between_domains(W_dec: Tensor, affinity: Tensor) -> Tensor:
@@ -702,9 +866,13 @@ def omega_ortsae(W_dec: Tensor, chunk_size: int, generator: torch.Generator) -> 
     """
     order = torch.randperm(len(W_dec), generator=generator).to(W_dec.device)
     chunks = torch.nn.functional.pad(order, (0, -len(order) % chunk_size), value=-1).view(-1, chunk_size)
-    cosines, pairs = group_cosines(W_dec, chunks)
-    largest = cosines.masked_fill(~pairs, -torch.inf).amax(2)
-    return largest[pairs.any(2)].pow(2).sum() / len(W_dec)
+    with torch.no_grad():  # the gradient passes through the nearest alone; bfloat16 would often take another for it
+        cosines, pairs = group_cosines(W_dec, chunks)
+        nearest = chunks.gather(1, cosines.masked_fill_(~pairs, -torch.inf).argmax(2))
+        paired = pairs.any(2)
+        nearest = torch.arange(len(W_dec), device=W_dec.device).index_copy_(0, chunks[paired], nearest[paired])
+    largest = (W_dec * torch.nn.functional.embedding(nearest, W_dec)).sum(1)
+    return largest[chunks[paired]].pow(2).sum() / len(W_dec)
 
 
 def domain_hinges(pre_BF: Tensor, forget: Tensor, n: int, margin: float, alpha: Tensor, gap_weight: float) -> tuple[Tensor, slice, Tensor]:
@@ -775,7 +943,8 @@ class Trainer:
         with torch.no_grad():
             self.sae.b_dec.copy_(self.sae.normalise(x)[0].mean(0))
             if self.steered_l0:  # start near the target: lambda would otherwise run up while L0 falls, and kill features
-                pre = (self.sae.normalise(x[:4096])[0] - self.sae.b_dec) @ self.sae.W_enc
+                rows = x[: min(4096, max(1, 2**24 // config.d_sae))]  # as many entries as quantile takes
+                pre = (self.sae.normalise(rows)[0] - self.sae.b_dec) @ self.sae.W_enc
                 self.sae.b_enc -= torch.quantile(pre.flatten()[: 2**24], 1 - min(0.5, 2 * config.target_l0 / config.d_sae))
         self.sae.W_dec.requires_grad_(self.arm.trains_decoder)
         self.generator = torch.Generator().manual_seed(seed)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+import experiment
 from experiment import form_groups, omega_all_pairs, omega_between_domains, omega_grouped, omega_ortsae, welch_floor
 
 torch.manual_seed(0)
@@ -56,6 +57,25 @@ def test_loss_and_gradient_equal_the_naive_double_loop(name, W, affinity, groups
     assert fast().item() == pytest.approx(naive().item(), rel=1e-9)
     assert fast().item() > 0.05, "the comparison would be empty"
     torch.testing.assert_close(torch.autograd.grad(fast(), W)[0], torch.autograd.grad(naive(), W)[0])
+
+
+@pytest.mark.parametrize("name", ["all_pairs", "grouped", "ortsae"])
+def test_the_fast_dtype_gives_the_exact_loss_and_a_gradient_within_a_few_per_cent(name, monkeypatch):
+    """In bfloat16, wherever the test runs: value and tangential gradient (the radial part is projected out) against float64,
+    on rows that lean on each other and so have a gradient to speak of."""
+    monkeypatch.setattr(experiment, "has_bf16", lambda device: True)
+    lean = torch.randn(512, 64, generator=torch.Generator().manual_seed(3)) + torch.randn(64, generator=torch.Generator().manual_seed(4))
+    W = normalize(lean, dim=1)
+    loss = {"all_pairs": omega_all_pairs, "grouped": lambda w: omega_grouped(w, torch.arange(512).view(16, 32)),
+            "ortsae": lambda w: omega_ortsae(w, 128, torch.Generator().manual_seed(9))}[name]  # fmt: skip
+    seen = []
+    for rows in (W.clone().requires_grad_(), W.double().requires_grad_()):
+        value = loss(rows)
+        grad = torch.autograd.grad(value, rows)[0]
+        seen.append((value.item(), (grad - (grad * rows).sum(1, keepdim=True) * rows).double()))
+    (fast, fast_grad), (exact, exact_grad) = seen
+    assert fast == pytest.approx(exact, rel=5e-3)
+    assert (fast_grad - exact_grad).norm() < 0.05 * exact_grad.norm()
 
 
 def test_independent_random_rows_give_one_and_orthogonal_rows_give_zero():

@@ -62,9 +62,12 @@ def naive_loss(sae, x, l1, gain):
     return (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum(), paid
 
 
+@pytest.mark.parametrize("path", ["DenseFeatures", "SparseFeatures"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_by_hand_equal_autograd_of_the_naive_loss(kind, x):
+def test_gradients_by_hand_equal_autograd_of_the_naive_loss(kind, path, x, monkeypatch):
     sae, generator = make(**KINDS[kind]), torch.Generator().manual_seed(6)
+    monkeypatch.delattr(experiment, {"DenseFeatures": "SparseFeatures", "SparseFeatures": "DenseFeatures"}[path])
+    sae.active.fill_(0.0 if path == "SparseFeatures" else F)
     sae.temperature.fill_(0.2)
     l1, gain = torch.tensor(0.05), (torch.rand(F, generator=generator) > 0.3) * 1.25
     firing_loss = partial(experiment.domain_hinges, n=20, margin=0.4, alpha=torch.tensor(0.7), gap_weight=0.3)

@@ -40,6 +40,54 @@ def test_hand_written_gradients_equal_autograd_of_the_plain_forward(sae, x, dtyp
         assert p.grad.norm() > 1e-4, f"{name}: the comparison would be empty"
 
 
+@pytest.mark.parametrize("activation", ["relu", "batchtopk", "softk"])
+@pytest.mark.parametrize("temperature", [0.0, 0.2])
+def test_the_sparse_path_measures_what_the_dense_one_does_and_both_keep_a_nan(activation, temperature):
+    x = torch.randn(256, 24, generator=torch.Generator().manual_seed(5)) + 0.5
+    forget, l1, seen = torch.arange(256) < 100, torch.tensor(0.05), []
+    for active in (0.0, 96.0):
+        sae = OrthogonalSAE(24, 96, seed=3, activation=activation, k=5)
+        sae.temperature.fill_(temperature)
+        sae.active.fill_(active)
+        terms = sae.accumulate_grads(x, forget, l1, torch.float32)
+        seen.append([terms.fvu, terms.l1, terms.l0, terms.fired, sae.active, *(p.grad for p in sae.parameters())])
+        assert sae.W_enc.grad.stride() == sae.W_enc.stride(), "fused Adam walks weight and gradient in memory order"
+        sae.active.fill_(active)
+        sae.W_enc.data[3, 7] = torch.nan
+        assert not sae.accumulate_grads(x, forget, l1, torch.float32).fvu.isfinite()
+    for sparse, dense in zip(*seen):
+        torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-6)
+    assert seen[0][3].sum() > 256
+
+
+def test_the_path_follows_the_share_of_active_features_by_itself(x, monkeypatch):
+    taken = []
+    for name in ("DenseFeatures", "SparseFeatures"):
+        kind = getattr(experiment, name)
+        monkeypatch.setattr(experiment, name, lambda *args, kind=kind: taken.append(kind) or kind(*args))
+    sae = OrthogonalSAE(24, 400, seed=3)
+    for bias in (0.0, -2.0, -2.0, 0.0, 0.0):
+        sae.b_enc.data.fill_(bias)
+        sae.accumulate_grads(x, torch.zeros(256, dtype=torch.bool), torch.tensor(0.0), torch.float32)
+        assert sae.active.item() == pytest.approx((sae.encode(x) > 0).sum().item() / 256)
+    assert [kind.__name__ for kind in taken] == ["DenseFeatures", "DenseFeatures", "SparseFeatures", "SparseFeatures", "DenseFeatures"]
+
+
+def test_a_batch_without_any_active_feature_has_gradient_zero_and_not_nan(x):
+    sae = OrthogonalSAE(24, 96, seed=3)
+    sae.b_enc.data.fill_(-100.0)
+    sae.active.fill_(0.0)
+    terms = sae.accumulate_grads(x, torch.zeros(256, dtype=torch.bool), torch.tensor(0.1), torch.float32)
+    assert terms.l0 == 0 and terms.fvu.isfinite() and all(p.grad.isfinite().all() for p in sae.parameters())
+    assert sae.W_dec.grad.abs().max() == sae.W_enc.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize(("shape", "share"), [((64, 96), 0.02), ((7, 13), 0.3), ((8, 16), 0.0), ((8, 16), 1.0)])
+def test_true_places_are_those_of_nonzero(shape, share):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < share
+    assert torch.equal(experiment.true_places(mask), mask.flatten().nonzero()[:, 0])
+
+
 def test_gradients_accumulate_and_a_frozen_decoder_gets_none(sae, x):
     forget, l1 = torch.zeros(256, dtype=torch.bool), torch.tensor(0.0)
     sae.accumulate_grads(x, forget, l1, torch.float32)

@@ -48,6 +48,30 @@ def test_rows_are_resid_post_of_the_hook_layer_without_special_tokens(micro):
     assert (got - states[micro.layer]).norm() / plain.norm() > 0.1
 
 
+def test_the_lm_is_given_back_in_its_own_precision_also_after_an_error(micro):
+    stream = ActivationStream(micro, context_size=128, buffer_tokens=16_384)
+    before = [p.data_ptr() for p in micro.lm.parameters()]
+    stream.next_block()
+    with pytest.raises(Exception):  # noqa: B017  (nnsight's own kind)
+        stream.activations(torch.tensor([[10**9]]))
+    assert [p.data_ptr() for p in micro.lm.parameters()] == before and all(p.dtype == torch.float32 for p in micro.lm.parameters())
+
+
+def test_rows_stand_where_the_shuffle_puts_them_with_their_own_label(micro):
+    """Against the plain way: all rows one after the other, then one permutation."""
+    stream, again = (ActivationStream(micro, 128, 40_000, seed=3, lm_tokens=8192) for _ in range(2))
+    block = stream.next_block()
+    rows, labels = [], []
+    for _ in range(again.n_lm_batches):
+        contexts = [[next(text) for _ in range(again.n_contexts // 2)] for text in again.texts]
+        tokens = torch.tensor(sum(contexts, []))
+        keep = ~torch.isin(tokens, again.special)
+        rows.append(again.activations(tokens)[keep].float())
+        labels.append((torch.arange(again.n_contexts) < again.n_contexts // 2)[:, None].expand_as(keep)[keep])
+    order = torch.randperm(len(block.x), generator=torch.Generator().manual_seed(3_000_009))
+    assert again.n_lm_batches > 1 and torch.equal(block.x, torch.cat(rows)[order]) and torch.equal(block.forget, torch.cat(labels)[order])
+
+
 def test_a_block_is_half_forget_half_retain_shuffled_and_repeatable(micro):
     first, again = (ActivationStream(micro, 128, 16_384, seed=1).next_block() for _ in range(2))
     assert torch.equal(first.x, again.x) and torch.equal(first.forget, again.forget)

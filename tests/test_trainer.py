@@ -159,6 +159,17 @@ def test_a_single_domain_in_the_stream_trains_too(activations):
         assert all(math.isfinite(v) for r in history for v in r.values())
 
 
+@pytest.mark.parametrize("settings", [{"l1": 0.05}, {"activation": "batchtopk"}, {"activation": "softk"}])
+def test_the_sparse_path_learns_the_curve_of_the_dense_one(settings, activations, monkeypatch):
+    """Same seed, all steps but the first on one path: the FVU curves stay within 1 % of the variance of each other."""
+    curves = []
+    for share in (2.0, 0.0):
+        monkeypatch.setattr("experiment.SPARSE_SHARE", share)
+        curves.append([r["fvu"] for r in train(replace(SMALL, resample_steps=0, target_l0=0.0, **settings), activations, steps=120)[1]])
+    assert max(abs(a - b) for a, b in zip(*curves)) < 0.01 and curves[0][-1] < 0.5
+    assert curves[0] != curves[1], "the paths round differently: the comparison would be empty"
+
+
 def test_the_fast_step_follows_autograd_and_plain_adam(activations):
     """Same weights, same batches: hand-written gradients in the machine's fast dtype with fused Adam against autograd in fp32
     with plain Adam; the FVU curves stay within 1 % of the variance of each other."""

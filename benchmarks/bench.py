@@ -1,0 +1,325 @@
+"""Speed and scale, against other SAE trainers and against what the machine's matrix products allow.
+
+    make bench            # or: python benchmarks/bench.py [--quick] [--only peers quality curves]
+    make bench-quick
+
+Every system runs in a process of its own (worker.py), peers in the environment of `--peers_python`. All processes of one size stand by and
+are measured in turns, so that what the machine does meanwhile meets all of them alike. The work: activations after layer 3 of a
+GPT-NeoX of Pythia-70M's dimensions (random weights, fixed seed), contexts of 128, batches of 2,048, one ReLU SAE with L1. Writes
+results.json, results.md and scaling.png (results_quick.* with --quick) beside this file.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+D_IN, LAYERS, CONTEXT, BATCH = 512, 4, 128, 2048  # LAYERS: up to the hook
+SYSTEMS = [("dictionary_learning", "default"), ("dictionary_learning", "best"), ("sae_lens", "default"), ("sae_lens", "best"), ("sae_lens", "compiled"),
+           ("sparsify", "default"), ("sparsify", "best"), ("ours", "default")]  # fmt: skip
+PLAN_ARMS = ["vanilla", "fixed", "grouped", "grouped", "adaptive", "ortsae", "grouped", "grouped", "adaptive", "adaptive", "frozen_decoder"]
+STEADY = {"target_l0": 32.0}  # our lambda follows this L0; the peers' speed does not depend on theirs
+
+
+class Worker:
+    """A worker process: `ask` sends one command and returns the answer."""
+
+    def __init__(self, python: str, log: Path, **spec):
+        self.name, self.log, self.error = f"{spec['system']} {spec.get('variant', '')}".strip(), log, None
+        self.process = subprocess.Popen([python, str(HERE / "worker.py"), json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("a"),
+                                        text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})  # fmt: skip
+        self.about = self._answer()
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            last = self.log.read_text().strip().splitlines()[-1:]
+            raise RuntimeError(f"{self.name} ended: {' '.join(last)[:300]}")
+        return json.loads(line)
+
+    def ask(self, do: str, **command) -> dict:
+        self.process.stdin.write(json.dumps({"do": do, **command}) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def stop(self) -> dict:
+        last = self.ask("stop")
+        self.process.wait()
+        return last
+
+
+class Session:
+    """One run of the benchmark: where its files lie, which interpreters it uses, how long it has taken."""
+
+    def __init__(self, folder: Path, peers_python: str, quick: bool):
+        self.folder, self.peers_python, self.quick, self.started = folder, peers_python, quick, time.perf_counter()
+        self.peaks = []
+
+    def say(self, text: str):
+        print(f"[{time.perf_counter() - self.started:5.0f} s] {text}", flush=True)
+
+    def start(self, system: str, variant: str = "default", **spec) -> Worker:
+        python = sys.executable if system == "ours" else self.peers_python
+        return Worker(python, self.folder / f"{system}.log", system=system, variant=variant, folder=str(self.folder), **spec)
+
+    def once(self, do: str, command: dict | None = None, **spec) -> dict:
+        """One command to a worker of its own."""
+        worker = self.start(**spec)
+        answer = worker.ask(do, **(command or {}))
+        return worker.about | answer | worker.stop()
+
+    def prepare(self):
+        """The LM, and contexts of Zipf-distributed tokens, half of each context from the topic of its document."""
+        import torch
+        from safetensors.torch import save_file
+        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+        torch.manual_seed(0)
+        torch.set_num_threads(2)
+        config = GPTNeoXConfig(hidden_size=D_IN, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048, vocab_size=50_304, rotary_pct=0.25,
+                               max_position_embeddings=2048, bos_token_id=0, eos_token_id=0)  # fmt: skip
+        GPTNeoXForCausalLM(config).save_pretrained(self.folder)
+        zipf, words = 1 / torch.arange(1, 20_001, dtype=torch.double), torch.randperm(50_000)[:20_000] + 100
+        n, size = (1_200_000 if not self.quick else 300_000) // 1024, 1024
+        rank = torch.multinomial(zipf, n * size, replacement=True).view(n, size)
+        shift = torch.randint(0, 200, (n, 1)) * 97
+        topical = torch.rand(n, size) < 0.5
+        save_file({"tokens": words[torch.where(topical, (rank + shift) % 20_000, rank)].contiguous()}, self.folder / "contexts.safetensors")
+
+    def matmul_peak(self) -> dict:
+        """GFLOP/s of the best of several products of 2,048 x 2,048 matrices, in this moment."""
+        import torch
+
+        out = {}
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+            times = []
+            for _ in range(8):
+                before = time.perf_counter()
+                a @ b
+                times.append(time.perf_counter() - before)
+            out[name] = 2 * 2048**3 / min(times) / 1e9
+        self.peaks.append(out)
+        return out
+
+    def limits(self, d_sae: int) -> dict:
+        """Tokens/s if every dense product ran at the measured peak: the LM's layers, and six products of the SAE."""
+        lm, sae = LAYERS * (24 * D_IN**2 + 4 * CONTEXT * D_IN), 12 * D_IN * d_sae
+        return {name: {"lm": 1e9 * peak / lm, "step": 1e9 * peak / sae, "end_to_end": 1e9 * peak / (lm + sae)}
+                for name, peak in ((k, statistics.median(p[k] for p in self.peaks)) for k in ("fp32", "bf16"))}  # fmt: skip
+
+
+def spread(values: list[float]) -> dict:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "values": values}
+
+
+def peers(session: Session, d_sae: int, systems: list[tuple[str, str]], repetitions: int) -> dict:
+    """Tokens/s of the LM to the hook, of the SAE's step and end to end, by turns; ratios are ours over theirs of the same turn."""
+    workers, out = {}, {}
+    for system, variant in systems:
+        try:
+            settings = {"settings": STEADY} if system == "ours" else {}
+            workers[f"{system} {variant}"] = session.start(system, variant, d_sae=d_sae, **settings)
+        except RuntimeError as error:
+            out[f"{system} {variant}"] = {"failed": str(error)}
+            session.say(f"failed: {error}")
+    rates = {name: {"lm": [], "step": [], "end_to_end": [], "l0": []} for name in workers}
+    for turn in range(repetitions + 1):  # the first warms up, and says how much is enough
+        session.matmul_peak()
+        for name, worker in list(workers.items()):
+            try:
+                steps = 4 if turn == 0 else max(4, min(40, round(2 * rates[name]["warm"] / BATCH)))
+                if turn == 0:
+                    worker.ask("step", n=8 if name.startswith("ours") else 2)
+                answers = {"step": worker.ask("step", n=steps), "lm": worker.ask("lm", n=16_384)} | ({"end_to_end": worker.ask("end_to_end", n=20_480)} if turn else {})
+            except RuntimeError as error:
+                out[name] = {"failed": str(error)}
+                session.say(f"failed: {error}")
+                del workers[name]
+                continue
+            if turn == 0:
+                rates[name]["warm"] = answers["step"]["tokens_per_second"]
+                continue
+            for what, answer in answers.items():
+                rates[name][what].append(answer["tokens_per_second"])
+            rates[name]["l0"].append(answers["step"]["l0"])
+        session.say(f"d_sae {d_sae}: turn {turn} of {repetitions}")
+    for name, worker in workers.items():
+        out[name] = {"about": worker.about} | worker.stop() | {what: spread(rates[name][what]) for what in ("lm", "step", "end_to_end")}
+        if name.startswith("ours"):
+            out[name]["l0"] = rates[name]["l0"]
+    limits = session.limits(d_sae)
+    for name, result in out.items():
+        if "failed" in result:
+            continue
+        for what in ("lm", "step", "end_to_end"):
+            ratios = [a / b for a, b in zip(out["ours default"][what]["values"], result[what]["values"])]
+            result[what] |= {"ours_over_this": spread(ratios), "share_of_limit": {p: result[what]["median"] / limits[p][what] for p in limits}}
+    return {"systems": out, "limits": limits}
+
+
+def quality(session: Session, d_sae: int, steps: int, peers: list[tuple[str, str]]) -> dict:
+    """Explained variance and L0 on held-out rows after training on the same rows in the same order with the same lambda and
+    learning rate, translated into each system's own units; ours also with lambda steered to each peer's L0."""
+    path, lr, l1 = str(session.folder / "activations.safetensors"), 1e-3, 0.15
+    variance = session.once("store", {"n": (steps + 8) * BATCH, "path": path}, system="ours", d_sae=64)["variance"]
+    warm, decay = steps // 10, steps // 5
+    common = {"d_sae": d_sae, "activations": path, "steps": steps}
+    train = lambda **spec: session.once("quality", **common, **spec)  # noqa: E731
+    ours = lambda **settings: train(system="ours", settings={"lr": lr, "warmup_steps": warm, "l1": l1, "target_l0": 0.0} | settings)  # noqa: E731
+    out = {"tokens": steps * BATCH, "lambda": l1, "lr": lr, "ours": ours()}
+    session.say(f"quality at {d_sae}: ours {out['ours']['explained_variance']:.4f} at L0 {out['ours']['l0']:.1f}")
+    for system, variant in peers:
+        if system == "sae_lens":  # loss: mean ||e||² + l1 mean Σ f, in units where the mean of ||x||² is D
+            spec = {"settings": {"lr": lr, "lr_warm_up_steps": warm, "lr_decay_steps": decay}, "sae": {"l1_coefficient": l1 * variance * D_IN**0.5}}
+        else:  # the same where the mean of ||x||² is 1
+            spec = {"settings": {"lr": lr, "warmup_steps": warm, "sparsity_warmup_steps": None, "decay_start": steps - decay, "l1_penalty": l1 * variance}}
+        try:
+            out[f"{system} {variant}"] = theirs = train(system=system, variant=variant, **spec)
+        except RuntimeError as error:
+            out[f"{system} {variant}"] = {"failed": str(error)}
+            session.say(f"failed: {error}")
+            continue
+        out[f"ours at the L0 of {system} {variant}"] = same = ours(target_l0=theirs["l0"])
+        session.say(f"quality at {d_sae}: {system} {variant} {theirs['explained_variance']:.4f} at L0 {theirs['l0']:.1f}; "
+                    f"ours steered there {same['explained_variance']:.4f} at {same['l0']:.1f}")  # fmt: skip
+    return out
+
+
+def curves(session: Session) -> dict:
+    """How our cost grows: with d_sae (each arm), with the number of SAEs on one pass of the LM, with the context, with the tokens."""
+    quick, out = session.quick, {"d_sae": [], "arms": [], "context": [], "tokens": []}
+    for d_sae in (1024, 4096, 16_384) if quick else (1024, 4096, 16_384, 65_536, 131_072):
+        for arm in ("vanilla", "fixed", "grouped", "ortsae", "adaptive"):
+            spec = {"system": "ours", "d_sae": d_sae, "arms": [arm], "settings": STEADY | {"batch_size": BATCH}, "layer": 0, "buffer_tokens": 8192, "stream": {"lm_tokens": 4096}}
+            worker = session.start(**spec)
+            worker.ask("step", n=5)
+            steps = 10 if d_sae > 20_000 else 20  # whole rounds of the losses that are applied every fifth step
+            rate = spread([worker.ask("step", n=steps)["tokens_per_second"] for _ in range(1 if d_sae > 20_000 else 3)])
+            out["d_sae"].append({"d_sae": d_sae, "arm": arm, "tokens_per_second": rate, "ms_per_step": 1000 * BATCH / rate["median"], "rss_mb_before": worker.about["rss_mb"]} | worker.stop())
+            weights = 2 * d_sae * D_IN * 4 / 2**20
+            out["d_sae"][-1]["weights_and_optimiser_mb"] = 3 * weights
+        session.say(f"d_sae {d_sae}: " + ", ".join(f"{p['arm']} {p['ms_per_step']:.0f} ms" for p in out["d_sae"][-5:]))
+    for n in (1, 2, 6) if quick else (1, 2, 4, 6, 11):
+        worker = session.start("ours", d_sae=4096, arms=PLAN_ARMS[:n], settings=STEADY)
+        worker.ask("step", n=5)
+        answers = [worker.ask("end_to_end", n=32_768) for _ in range(2)]
+        out["arms"].append({"arms": n, "seconds_per_million_tokens": 1e6 / max(a["tokens_per_second"] for a in answers)} | worker.stop())
+    alone = out["arms"][0]["seconds_per_million_tokens"]
+    for point in out["arms"]:
+        point["share_of_separate_runs"] = point["seconds_per_million_tokens"] / (point["arms"] * alone)
+    session.say("arms: " + ", ".join(f"{p['arms']}: {p['share_of_separate_runs']:.2f} of separate runs" for p in out["arms"]))
+    for size in (64, 512) if quick else (64, 128, 256, 512, 1024):
+        worker = session.start("ours", d_sae=64, context_size=size)
+        rate = spread([worker.ask("lm", n=32_768)["tokens_per_second"] for _ in range(3)])
+        out["context"].append({"context": size, "tokens_per_second": rate} | worker.stop())
+    session.say("context: " + ", ".join(f"{p['context']}: {p['tokens_per_second']['median']:.0f} tokens/s" for p in out["context"]))
+    at = [100_000, 200_000, 400_000] if quick else [200_000, 500_000, 1_000_000, 2_000_000, 5_000_000, 10_000_000]
+    spec = {"system": "ours", "d_sae": 1024, "layer": 0, "settings": STEADY, "buffer_tokens": 131_072}
+    out["tokens"] = session.once("scaling", {"at": at}, **spec)["curve"]  # the LM's first layer and 1,024 features, so that ten million fit the time
+    session.say("tokens: " + ", ".join(f"{p['tokens']:,} in {p['seconds']:.0f} s, {p['peak_rss_mb']:.0f} MB" for p in out["tokens"]))
+    return out
+
+
+def table(results: dict) -> str:
+    """The results as Markdown."""
+    about, lines = results["about"], []
+    lines += [f"{about['date']}, {about['machine']}, torch {about['torch']}; matmul peak {about['peak']['fp32']:.0f} (fp32) and {about['peak']['bf16']:.0f} (bf16) GFLOP/s. Tokens/s, median [least, most]", ""]
+    for d_sae, result in results.get("peers", {}).items():
+        lines += [f"| d_sae {int(d_sae):,} | LM to the hook | SAE step | end to end | ours is faster end to end | share of the bf16 limit | peak RSS, MB |", "| --- | --- | --- | --- | --- | --- | --- |"]
+        for name, r in result["systems"].items():
+            if "failed" in r:
+                lines.append(f"| {name} | did not run: {r['failed']} |  |  |  |  |  |")
+                continue
+            shown = [f"{r[w]['median']:,.0f} [{r[w]['min']:,.0f}, {r[w]['max']:,.0f}]" for w in ("lm", "step", "end_to_end")]
+            ratio = r["end_to_end"]["ours_over_this"]
+            lines.append(f"| {name} | {' | '.join(shown)} | {ratio['median']:.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}] | {r['end_to_end']['share_of_limit']['bf16']:.0%} | {r['peak_rss_mb']:,.0f} |")
+        for precision, limit in result["limits"].items():
+            lines.append(f"| dense limit, {precision} | {limit['lm']:,.0f} | {limit['step']:,.0f} | {limit['end_to_end']:,.0f} |  |  |  |")
+        lines.append("")
+    for d_sae, result in results.get("quality", {}).items():
+        lines += [f"| d_sae {int(d_sae):,}, after {result['tokens']:,} tokens | explained variance | L0 | SAE seconds |", "| --- | --- | --- | --- |"]
+        for name, r in result.items():
+            if isinstance(r, dict):
+                lines.append(f"| {name} | did not run: {r['failed']} |  |  |" if "failed" in r else f"| {name} | {r['explained_variance']:.4f} | {r['l0']:.1f} | {r['seconds']:.0f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(curves: dict, path: Path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    (by_size, by_arms), (by_context, by_tokens) = axes
+    for arm in dict.fromkeys(p["arm"] for p in curves["d_sae"]):
+        points = [p for p in curves["d_sae"] if p["arm"] == arm]
+        by_size.loglog([p["d_sae"] for p in points], [p["ms_per_step"] for p in points], "o-", label=arm)
+    by_size.set(xlabel="d_sae", ylabel="ms a step of 2,048 tokens", title="SAE step")
+    by_size.legend()
+    n = [p["arms"] for p in curves["arms"]]
+    by_arms.plot(n, [p["seconds_per_million_tokens"] for p in curves["arms"]], "o-", label="on one LM pass")
+    by_arms.plot(n, [k * curves["arms"][0]["seconds_per_million_tokens"] for k in n], "--", color="grey", label="separate runs")
+    by_arms.set(xlabel="SAEs trained (arms in the plan's order)", ylabel="seconds a million tokens", title="Several SAEs, d_sae 4,096", ylim=0)
+    by_arms.legend()
+    by_context.semilogx([p["context"] for p in curves["context"]], [p["tokens_per_second"]["median"] for p in curves["context"]], "o-", base=2)
+    by_context.set(xlabel="context", ylabel="tokens/s", title="LM to the hook", ylim=0)
+    tokens = [p["tokens"] for p in curves["tokens"]]
+    by_tokens.loglog(tokens, [p["seconds"] for p in curves["tokens"]], "o-", label="seconds")
+    by_tokens.loglog(tokens, [p["peak_rss_mb"] for p in curves["tokens"]], "s-", label="peak RSS, MB")
+    by_tokens.set(xlabel="tokens", title="One run, layer 0, d_sae 1,024")
+    by_tokens.legend()
+    figure.savefig(path, dpi=110)
+
+
+def machine() -> str:
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
+    return f"{cpu}, {os.cpu_count()} cores, {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GB"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="in under 8 minutes instead of 40")
+    parser.add_argument("--only", nargs="+", choices=("peers", "quality", "curves"), default=("peers", "quality", "curves"))
+    parser.add_argument("--peers_python", default=str(HERE / ".venv" / "bin" / "python"), help="interpreter that the peers are installed for")
+    parser.add_argument("--out", type=Path, default=None, help="where results go, without a suffix")
+    args = parser.parse_args()
+    out, quick = args.out or HERE / ("results_quick" if args.quick else "results"), args.quick
+    import torch
+
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        session = Session(Path(folder), args.peers_python, quick)
+        load = os.getloadavg()[0]
+        session.prepare()
+        session.matmul_peak()
+        results = {"about": {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "torch": torch.__version__, "load_before": load, "quick": quick}}
+        if "peers" in args.only:
+            some = [s for s in SYSTEMS if s[1] != "compiled" and s[0] != "sparsify" and s != ("dictionary_learning", "best")]
+            results["peers"] = {"4096": peers(session, 4096, SYSTEMS, 2 if quick else 5)} | {"16384": peers(session, 16_384, some if quick else SYSTEMS, 2 if quick else 3)}
+        if "quality" in args.only:
+            pairs = [("sae_lens", "best")] if quick else [("sae_lens", "best"), ("dictionary_learning", "default")]
+            results["quality"] = {"4096": quality(session, 4096, 64 if quick else 488, pairs)}
+            if not quick:
+                results["quality"]["16384"] = quality(session, 16_384, 100, [("sae_lens", "best")])
+        if "curves" in args.only:
+            results["curves"] = curves(session)
+        results["about"] |= {"peak": {k: statistics.median(p[k] for p in session.peaks) for k in ("fp32", "bf16")}, "peaks": session.peaks,
+                             "seconds": time.perf_counter() - session.started}  # fmt: skip
+    out.with_suffix(".json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    out.with_suffix(".md").write_text(table(results))
+    if "curves" in results:
+        draw(results["curves"], out.with_name(out.name.replace("results", "scaling")).with_suffix(".png"))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""One system under measurement, in a process and an interpreter of its own; bench.py starts it and tells it what to do.
+
+    worker.py '{"system": "sae_lens", "variant": "best", "folder": ..., "d_sae": 4096, ...}'
+
+Reads one command a line from stdin, {"do": "lm" | "step" | "end_to_end" | "train" | "stop", ...}, and answers each with one line of JSON
+on stdout, after a first line when it is ready. What libraries print goes to stderr. Every system reads the same LM and the same
+contexts from `folder`, holds one ReLU SAE (sparsify: TopK, all that it has) and takes batches of 2,048 activations.
+"""
+
+import itertools
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "2"))
+os.environ.update(WANDB_MODE="disabled", HF_HUB_OFFLINE="1", SPARSIFY_DISABLE_TRITON="1", TOKENIZERS_PARALLELISM="false")
+BATCH, LAYER = 2048, 3
+
+
+def load_lm(folder: str, dtype=None):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32).eval().requires_grad_(False)
+
+
+def load_contexts(folder: str, size: int = 128):
+    """Tokens [context, position] in contexts of `size`."""
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "contexts.safetensors")["tokens"].view(-1, size)
+
+
+class System:
+    """What all have in common. `lm(n)`, `step(n)` and `end_to_end(n)` return how many tokens went through; `train(xs)` trains on given batches."""
+
+    def __init__(self, spec: dict):
+        self.spec, self.d_sae = spec, spec["d_sae"]
+        self.build()
+
+    def fvu_and_l0(self, x) -> tuple[float, float]:
+        """Of the reconstruction of x [row, D], in fp32, and mean active features a row."""
+        import torch
+
+        with torch.no_grad():
+            error, active = 0.0, 0
+            for part in x.split(BATCH):
+                f, x_hat = self.features_and_reconstruction(part)
+                error, active = error + (part - x_hat).double().pow(2).sum(), active + int((f > 0).sum())
+            return (error / (x - x.mean(0)).double().pow(2).sum()).item(), active / len(x)
+
+
+class Ours(System):
+    def build(self):
+        import torch
+
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+        import experiment
+        import testbeds
+
+        spec = self.spec
+        contexts = load_contexts(spec["folder"], spec.get("context_size", 128))
+        text = SimpleNamespace(train=None)
+        special = SimpleNamespace(all_special_ids=[])
+        self.testbed = testbeds.Testbed("bench", load_lm(spec["folder"]), special, spec.get("layer", LAYER), text, text, {}, "")
+        self.stream = experiment.ActivationStream(self.testbed, contexts.shape[1], spec.get("buffer_tokens", 32_768), **spec.get("stream", {}))
+        self.stream.texts = [itertools.cycle(contexts[half::2].tolist()) for half in (0, 1)]
+        self.trainers = []
+        self.block = self.stream.next_block() if "activations" not in spec else experiment.ActivationBlock(stored(spec["activations"], 0, 32 * BATCH), None)
+        arms = spec.get("arms", ["vanilla"])
+        for seed, arm in enumerate(arms):
+            config = experiment.Config(arm=arm, evals=("none",), tokens=10**9, d_sae=self.d_sae, k=32, context_size=128, resample_steps=0, **spec.get("settings", {}))
+            self.trainers.append(experiment.Trainer(config, seed, self.testbed.d_in, spec.get("steps", 10**6), self.block))
+        self.rows = itertools.cycle(list(self.block.batches(BATCH)) if self.block.forget is not None else [])
+
+    def lm(self, n: int) -> int:
+        done = 0
+        while done < n:
+            done += len(self.stream.next_block().x)
+        return done
+
+    def step(self, n: int) -> int:
+        for x, forget in itertools.islice(self.rows, n):
+            for trainer in self.trainers:
+                measured = trainer.step(x, forget)
+        self.l0 = measured["l0"].item()
+        return n * BATCH
+
+    def end_to_end(self, n: int) -> int:
+        done = 0
+        while done < n:
+            for x, forget in self.stream.next_block().batches(BATCH):
+                for trainer in self.trainers:
+                    trainer.step(x, forget)
+                done += BATCH
+        return done
+
+    def train(self, batches):
+        import torch
+
+        for x in batches:
+            self.trainers[0].step(x, torch.arange(len(x)) % 2 == 0)
+
+    def features_and_reconstruction(self, x):
+        sae = self.trainers[0].sae
+        return sae.encode(x), sae(x)
+
+
+class DictionaryLearning(System):
+    """0.1.0: bf16 can be asked of the LM only (`autocast_dtype` is ignored on a CPU). The default buffer of 30,000 contexts would
+    take eleven minutes to fill and 7.9 GB: 320 contexts, which also makes drawing a batch cheaper."""
+
+    def build(self):
+        import torch
+        from dictionary_learning.buffer import ActivationBuffer
+        from dictionary_learning.trainers.standard import StandardTrainer
+        from nnsight import LanguageModel
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        spec = self.spec
+        lm = load_lm(spec["folder"], torch.bfloat16 if spec["variant"] == "best" else torch.float32)
+        words = Tokenizer(models.WordLevel({str(i): i for i in range(lm.config.vocab_size)}, unk_token="0"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        traced = LanguageModel(lm, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", unk_token="0",
+                                                                            model_input_names=["input_ids", "attention_mask"]))  # fmt: skip
+        contexts = load_contexts(spec["folder"])
+        texts = itertools.cycle([" ".join(map(str, c)) for c in contexts.tolist()])
+        self.n_ctxs = 320
+        self.buffer = ActivationBuffer(texts, traced, traced.gpt_neox.layers[LAYER], d_submodule=lm.config.hidden_size, n_ctxs=self.n_ctxs,
+                                       ctx_len=contexts.shape[1], refresh_batch_size=32, out_batch_size=BATCH, device="cpu")  # fmt: skip
+        self.trainer = StandardTrainer(steps=spec.get("steps", 10**6), activation_dim=lm.config.hidden_size, dict_size=self.d_sae, layer=LAYER, lm_name="bench", seed=0,
+                                       device="cpu", **spec.get("settings", {}))  # fmt: skip
+        if "activations" not in spec:
+            self.buffer.refresh()
+            self.buffer.read[: self.n_ctxs * contexts.shape[1] // 2] = True  # half read: from here on, one refill to every ten batches
+            self.rows = itertools.cycle(self.buffer.activations.float().split(BATCH)[:4])
+        self.steps = 0
+
+    def lm(self, n: int) -> int:
+        done = 0
+        while done < n:
+            self.buffer.read[self.buffer.activation_buffer_size // 2 :] = True
+            self.buffer.refresh()
+            done += self.buffer.activation_buffer_size // 2
+        self.buffer.read[: self.buffer.activation_buffer_size // 2] = True
+        return done
+
+    def _update(self, x):
+        self.trainer.update(self.steps, x)
+        self.steps += 1
+
+    def step(self, n: int) -> int:
+        for x in itertools.islice(self.rows, n):
+            self._update(x)
+        return n * BATCH
+
+    def end_to_end(self, n: int) -> int:
+        n = math.ceil(n / (10 * BATCH)) * 10  # whole cycles of the buffer
+        for x in itertools.islice(self.buffer, n):
+            self._update(x.float())
+        return n * BATCH
+
+    def train(self, batches):
+        for x in batches:
+            self._update(x / x.shape[1] ** 0.5)  # its losses are made for a mean squared norm of 1
+
+    def features_and_reconstruction(self, x):
+        x_hat, f = self.trainer.ae(x / x.shape[1] ** 0.5, output_features=True)
+        return f, x_hat * x.shape[1] ** 0.5
+
+
+class SAELens(System):
+    """Defaults (fp32), and autocast in bfloat16 for LM and SAE; its HookedProxyLM stops at the hook."""
+
+    def build(self):
+        import datasets
+        import sae_lens
+        from sae_lens.load_model import HookedProxyLM
+        from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
+        from sae_lens.training.activations_store import ActivationsStore
+        from sae_lens.training.sae_trainer import SAETrainer
+
+        spec, best = self.spec, self.spec["variant"] != "default"
+        contexts = load_contexts(spec["folder"])
+        lm, name = load_lm(spec["folder"]), f"gpt_neox.layers.{LAYER}"
+        tokenizer = SimpleNamespace(bos_token_id=0, eos_token_id=0, sep_token_id=0, all_special_ids=[0])
+        cfg = sae_lens.LanguageModelSAERunnerConfig(
+            sae=StandardTrainingSAEConfig(d_in=lm.config.hidden_size, d_sae=self.d_sae, **spec.get("sae", {})), model_name="bench", hook_name=name, dataset_path="bench",
+            is_dataset_tokenized=True, streaming=False, context_size=contexts.shape[1], training_tokens=spec.get("steps", 10**5) * BATCH, train_batch_size_tokens=BATCH,
+            autocast=best, autocast_lm=best, compile_sae=spec["variant"] == "compiled", logger=sae_lens.LoggingConfig(log_to_wandb=False), checkpoint_path=None,
+            output_path=None, device="cpu", exclude_special_tokens=False, **spec.get("settings", {}))  # fmt: skip
+        dataset = datasets.Dataset.from_dict({"tokens": contexts.tolist()})
+        self.store = ActivationsStore.from_config(HookedProxyLM(lm, tokenizer, hook_names=[name]), cfg, override_dataset=dataset)
+        sae = StandardTrainingSAE(cfg.sae)
+        if cfg.compile_sae:
+            import torch
+
+            sae.training_forward_pass = torch.compile(sae.training_forward_pass, mode=cfg.sae_compilation_mode)
+        self.trainer = SAETrainer(cfg=cfg.to_sae_trainer_config(), sae=sae, data_provider=self.store)
+        if "activations" not in spec:
+            self.rows = itertools.cycle([next(self.store) for _ in range(4)])
+
+    def lm(self, n: int) -> int:
+        done = 0
+        while done < n:
+            done += len(self.store.get_raw_llm_batch()[0])
+        return done
+
+    def _update(self, x):
+        self.trainer.step(x)
+        self.trainer.n_training_steps += 1
+
+    def step(self, n: int) -> int:
+        for x in itertools.islice(self.rows, n):
+            self._update(x)
+        return n * BATCH
+
+    def end_to_end(self, n: int) -> int:
+        n = math.ceil(n / BATCH)
+        for x in itertools.islice(self.store, n):
+            self._update(x)
+        return n * BATCH
+
+    def train(self, batches):
+        for x in batches:
+            self._update(x)
+
+    def features_and_reconstruction(self, x):
+        f = self.trainer.sae.encode(x)
+        return f, self.trainer.sae.decode(f)
+
+
+class Sparsify(System):
+    """TopK only, and the whole LM without its head (AutoModel, as its own command takes it): fp32, and the LM in bfloat16."""
+
+    def build(self):
+        import datasets
+        import torch
+        from sparsify import SaeConfig, Trainer, TrainConfig
+
+        spec = self.spec
+        self.model = load_lm(spec["folder"], torch.bfloat16 if spec["variant"] == "best" else torch.float32).gpt_neox
+        contexts = load_contexts(spec["folder"])
+        self.contexts, self.per_batch = contexts, BATCH // contexts.shape[1]
+        self.dataset = datasets.Dataset.from_dict({"input_ids": contexts.tolist()}).with_format("torch")
+        config = TrainConfig(SaeConfig(num_latents=self.d_sae, k=32), batch_size=self.per_batch, hookpoints=[f"layers.{LAYER}"], log_to_wandb=False, save_every=10**9)
+        self.trainer = Trainer(config, self.dataset, self.model)
+        self.trainer.save = lambda: None  # it would write the SAE after every call of fit
+        self.sae = next(iter(self.trainer.saes.values()))
+        kept = []
+        hook = self.model.layers[LAYER].register_forward_hook(lambda module, args, out: kept.append(out[0] if isinstance(out, tuple) else out))
+        for batch in contexts[: 4 * self.per_batch].split(self.per_batch):
+            self.model(batch)
+        hook.remove()
+        self.rows = itertools.cycle([x.flatten(0, 1).float() for x in kept])
+
+    def lm(self, n: int) -> int:
+        done = 0
+        for batch in itertools.cycle(self.contexts.split(self.per_batch)):
+            if done >= n:
+                return done
+            self.model(batch)
+            done += batch.numel()
+
+    def step(self, n: int) -> int:
+        """What the hook and fit do with a batch."""
+        for x in itertools.islice(self.rows, n):
+            self.sae.set_decoder_norm_to_unit_norm()
+            self.sae(x, x, total_variance=(x - x.mean(0)).pow(2).sum()).fvu.backward()
+            self.sae.remove_gradient_parallel_to_decoder_directions()
+            for optimizer in self.trainer.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        return n * BATCH
+
+    def end_to_end(self, n: int) -> int:
+        n = math.ceil(n / BATCH)
+        self.trainer.dataset, self.trainer.global_step = self.dataset.select(range(n * self.per_batch)), 0
+        self.trainer.fit()
+        return n * BATCH
+
+
+SYSTEMS = {"ours": Ours, "dictionary_learning": DictionaryLearning, "sae_lens": SAELens, "sparsify": Sparsify}
+
+
+def stored(path: str, start: int, end: int):
+    """Rows of the stored activations, scaled to a mean squared norm of D, in fp32."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.get_slice("x")[start:end].float()
+
+
+def store(system: Ours, command: dict) -> dict:
+    """Write activations of the stream, scaled so that the mean of ||x||² is D; `variance` is their total variance over D."""
+    import torch
+    from safetensors.torch import save_file
+
+    x, done, block = torch.empty(command["n"], system.testbed.d_in, dtype=torch.bfloat16), 0, system.block
+    scale = (block.x.shape[1] / block.x.pow(2).sum(1).mean()).sqrt()
+    while done < len(x):
+        part = block.x[: len(x) - done] * scale
+        x[done : done + len(part)] = part
+        done, block = done + len(part), system.stream.next_block()
+    save_file({"x": x}, command["path"])
+    part = part.double()
+    return {"variance": ((part - part.mean(0)).pow(2).sum() / part.numel()).item()}
+
+
+def rss_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def scaling(system: Ours, command: dict) -> dict:
+    """Many tokens through a small SAE: tokens/s and peak memory as they pass."""
+    seen, done, started, out = list(command["at"]), 0, time.perf_counter(), []
+    while seen:
+        done += system.end_to_end(1)
+        while seen and done >= seen[0]:
+            out.append({"tokens": done, "seconds": time.perf_counter() - started, "peak_rss_mb": rss_mb()})
+            seen.pop(0)
+    return {"curve": out}
+
+
+def quality(system: System, command: dict) -> dict:
+    """Train on the stored activations, in their order; then FVU and L0 on the last rows, which are not trained on."""
+    path, n = system.spec["activations"], system.spec["steps"] * BATCH
+    started = time.perf_counter()
+    system.train(stored(path, i, i + BATCH) for i in range(0, n, BATCH))
+    seconds = time.perf_counter() - started
+    fvu, l0 = system.fvu_and_l0(stored(path, n, n + 8 * BATCH))
+    return {"explained_variance": 1 - fvu, "l0": l0, "tokens": n, "seconds": seconds}
+
+
+def main():
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print
+    say = lambda value: print(json.dumps(value), file=answer, flush=True)  # noqa: E731
+    spec, started = json.loads(sys.argv[1]), time.perf_counter()
+    import torch
+
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    system = SYSTEMS[spec["system"]](spec)
+    from importlib.metadata import version
+
+    package = {"ours": "torch", "dictionary_learning": "dictionary-learning", "sae_lens": "sae-lens", "sparsify": "eai-sparsify"}[spec["system"]]
+    say({"ready_seconds": time.perf_counter() - started, "torch": torch.__version__, package: version(package), "rss_mb": rss_mb()})
+    for line in sys.stdin:
+        command = json.loads(line)
+        if command["do"] == "stop":
+            break
+        if command["do"] in ("quality", "scaling", "store"):
+            say({"quality": quality, "scaling": scaling, "store": store}[command["do"]](system, command))
+            continue
+        before = time.perf_counter()
+        tokens = getattr(system, command["do"])(command["n"])
+        seconds = time.perf_counter() - before
+        say({"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "l0": getattr(system, "l0", None)})
+    say({"peak_rss_mb": rss_mb()})
+
+
+if __name__ == "__main__":
+    main()
