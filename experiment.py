@@ -422,7 +422,6 @@ def parameters_as(twins: list[tuple[torch.nn.Parameter, Tensor]]):
             p.data = old
 
 
-
 def has_bf16(device: torch.device) -> bool:
     """Whether bfloat16 matmuls are fast here: a GPU that supports them, or a CPU with the instructions."""
     if device.type == "cuda":
