@@ -1640,7 +1640,7 @@ class Run:
         for name, section in SECTIONS.items():
             if name not in self.config.evals or section in record["sections"]:
                 continue
-            sae = sae or load_exported(self.folder / f"sae_seed{trainer.seed}", self.testbed.lm.device)
+            sae = load_exported(self.folder / f"sae_seed{trainer.seed}", self.testbed.lm.device) if sae is None else sae
             with checkpoint.global_state_kept(seed=trainer.seed):
                 args = (sae, trainer.seed, f"{self.folder.name}_seed{trainer.seed}") if name == "unlearning" else (sae,)
                 metrics, details, *notes = getattr(evaluator.examiner if name == "unlearning" else evaluator, name)(*args)
