@@ -576,7 +576,7 @@ class ChosenFeatures:
         """x [..., D] -> [..., chosen]."""
         return self.sae.encode(x)[..., self.chosen] / self.unit
 
-    def decode(self, f: Tensor, x: Tensor) -> Tensor:
+    def decode(self, f: Tensor, x: Tensor | None = None) -> Tensor:
         """f [..., chosen] -> what the chosen features write into x [..., D]; x matters where the SAE layer-normalises its input."""
         written = f @ self.W_dec
         return written * x.std(-1, keepdim=True) if self.cfg.normalize_activations == "layer_norm" else written

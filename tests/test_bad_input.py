@@ -51,7 +51,7 @@ OPTIONS = {
     "buffer under a batch": (["--out_dir=run_0", "--buffer_tokens=100"], "--buffer_tokens 100"),
     "no way to steer": (["--out_dir=run_0", "--l1=0"], "--l1 0"),
     "sharing beyond all": (["--out_dir=run_0", "--target_sharing=1.5"], "--target_sharing 1.5"),
-    "features fewer than k": (["--out_dir=run_8", "--d_sae=16", "--k=32"], "--k 32"),
+    "features fewer than k": (["--out_dir=run_8", "--d_sae=64", "--k=80"], "--k 80"),
     "layer below the first": (["--out_dir=run_0", "--layer=-1"], "--layer is -1"),
     "layer beyond micro's": (["--out_dir=run_0", "--testbed=micro", "--layer=4"], "4 layers; give 0 to 3"),
     "layer beyond pythia's": (["--out_dir=run_0", "--testbed=pythia-70m", "--layer=6"], "6 layers; give 0 to 5"),

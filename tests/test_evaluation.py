@@ -147,7 +147,7 @@ class ToyLM(torch.nn.Module):
         self.config = SimpleNamespace(num_hidden_layers=1, hidden_size=2)
         self.layers = torch.nn.ModuleList([torch.nn.Identity()])
         self.table = torch.tensor([[0.0, 0], [0, 0], [2, 0], [0, 2], [1, 0]])
-        self.device, self.ran = torch.device("cpu"), 0
+        self.device, self.dtype, self.ran = torch.device("cpu"), torch.float32, 0
 
     def forward(self, tokens, use_cache=False, logits_to_keep=None):
         self.ran += len(tokens)

@@ -120,7 +120,7 @@ CHANGES = {  # field -> (what else is set: an arm, or settings; changed value); 
     "skip": ("vanilla", 0.3), "orthogonal_init": ("vanilla", True), "feature_dropout": ("vanilla", 0.2), "unlock_steps": ("vanilla", 20),
     "feature_lr_power": ("vanilla", 0.5), "grad_clip": ("vanilla", 1e-3), "grad_accumulation": ("vanilla", 2),
 }  # fmt: skip
-ELSEWHERE = {"testbed", "lm", "seeds", "evals", "tokens", "context_size", "buffer_tokens", "time_budget_minutes"}  # reach the stream and the run
+ELSEWHERE = {"testbed", "lm", "layer", "forget_text", "retain_text", "questions", "forget_subject", "scoring", "seeds", "evals", "tokens", "context_size", "buffer_tokens", "time_budget_minutes"}  # reach the stream and the run
 
 
 def test_every_field_of_the_config_is_looked_at():
