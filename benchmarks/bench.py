@@ -116,6 +116,13 @@ class Session:
                 for name, peak in ((k, statistics.median(p[k] for p in self.peaks)) for k in ("fp32", "bf16"))}  # fmt: skip
 
 
+def settle(worker: Worker, l0: float = 1.5 * STEADY["target_l0"], at_most: int = 300):
+    """Train ours until its features are as few as in most of a run: what a step costs depends on it."""
+    for _ in range(0, at_most, 20):
+        if worker.ask("step", n=20)["l0"] < l0:
+            return
+
+
 def spread(values: list[float]) -> dict:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "values": values}
 
@@ -137,7 +144,7 @@ def peers(session: Session, d_sae: int, systems: list[tuple[str, str]], repetiti
             try:
                 steps = 4 if turn == 0 else max(4, min(40, round(2 * rates[name]["warm"] / BATCH)))
                 if turn == 0:
-                    worker.ask("step", n=8 if name.startswith("ours") else 2)
+                    settle(worker) if name.startswith("ours") else worker.ask("step", n=2)
                 answers = {"step": worker.ask("step", n=steps), "lm": worker.ask("lm", n=16_384)} | ({"end_to_end": worker.ask("end_to_end", n=20_480)} if turn else {})
             except RuntimeError as error:
                 out[name] = {"failed": str(error)}
@@ -200,16 +207,16 @@ def curves(session: Session) -> dict:
         for arm in ("vanilla", "fixed", "grouped", "ortsae", "adaptive"):
             spec = {"system": "ours", "d_sae": d_sae, "arms": [arm], "settings": STEADY | {"batch_size": BATCH}, "layer": 0, "buffer_tokens": 8192, "stream": {"lm_tokens": 4096}}
             worker = session.start(**spec)
-            worker.ask("step", n=5)
+            settle(worker, at_most=60 if d_sae > 20_000 else 300)
             steps = 10 if d_sae > 20_000 else 20  # whole rounds of the losses that are applied every fifth step
             rate = spread([worker.ask("step", n=steps)["tokens_per_second"] for _ in range(1 if d_sae > 20_000 else 3)])
-            out["d_sae"].append({"d_sae": d_sae, "arm": arm, "tokens_per_second": rate, "ms_per_step": 1000 * BATCH / rate["median"], "rss_mb_before": worker.about["rss_mb"]} | worker.stop())
+            out["d_sae"].append({"d_sae": d_sae, "arm": arm, "tokens_per_second": rate, "ms_per_step": 1000 * BATCH / rate["median"], "l0": worker.ask("step", n=1)["l0"], "rss_mb_before": worker.about["rss_mb"]} | worker.stop())
             weights = 2 * d_sae * D_IN * 4 / 2**20
             out["d_sae"][-1]["weights_and_optimiser_mb"] = 3 * weights
         session.say(f"d_sae {d_sae}: " + ", ".join(f"{p['arm']} {p['ms_per_step']:.0f} ms" for p in out["d_sae"][-5:]))
     for n in (1, 2, 6) if quick else (1, 2, 4, 6, 11):
         worker = session.start("ours", d_sae=4096, arms=PLAN_ARMS[:n], settings=STEADY)
-        worker.ask("step", n=5)
+        settle(worker)
         answers = [worker.ask("end_to_end", n=32_768) for _ in range(2)]
         out["arms"].append({"arms": n, "seconds_per_million_tokens": 1e6 / max(a["tokens_per_second"] for a in answers)} | worker.stop())
     alone = out["arms"][0]["seconds_per_million_tokens"]
