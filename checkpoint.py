@@ -315,8 +315,11 @@ class Signals:
 
     def _raise(self):
         if self.pending and not self.depth:
-            number, self.pending = self.pending, None
-            raise Interrupted(number)
+            raise Interrupted(self.pending)
+
+    def taken(self):
+        """Interrupted was caught. Until then it is raised anew at every end of `held`: Python drops what is raised in a __del__."""
+        self.pending = None
 
     @contextlib.contextmanager
     def held(self):

@@ -1647,7 +1647,8 @@ class Run:
             write_json(self.folder / "eval" / f"seed{trainer.seed}_{section}.json", details, indent=None)
             record["sections"][section] = metrics
             record["notes"] += sum(notes, [])
-            write_json(path, checkpoint.seal({k: record[k] for k in ("files", "sections", "notes")}))
+            with checkpoint.signals.held():
+                write_json(path, checkpoint.seal({k: record[k] for k in ("files", "sections", "notes")}))
         self.warnings += [f"seed {trainer.seed}: {note}" for note in record["notes"]]
         return {section: record["sections"][section] for name, section in SECTIONS.items() if name in self.config.evals}
 
@@ -1783,6 +1784,7 @@ def train(runs: list[Run], stream: ActivationStream, block: ActivationBlock, at:
                     bar.set_postfix_str(", ".join(run.progress() for run in runs[:3]))
                     block = stream.next_block()
         except checkpoint.Interrupted as stop:
+            checkpoint.signals.taken()
             with checkpoint.signals.held():
                 save()
             stop.told = f"at step {at.step} of {n_steps}; the same command (without --overwrite) goes on from there"

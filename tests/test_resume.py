@@ -546,3 +546,21 @@ def test_failed_writing_names_file_cause_and_remedy(tmp_path):
     with pytest.raises(RunFailed, match="x.json cannot be written: No such file or directory; its folder was removed"):
         checkpoint.write_json(tmp_path / "gone" / "x.json", {})
     assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_python_drops_in_a_finaliser_is_raised_at_the_next_held():
+    class Dropping:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000):  # the handler runs in here, and what it raises is dropped
+                pass
+
+    with checkpoint.signals:
+        Dropping()
+        with pytest.raises(checkpoint.Interrupted):
+            with checkpoint.signals.held():
+                pass
+        checkpoint.signals.taken()
+        with checkpoint.signals.held():
+            pass
