@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -307,6 +307,30 @@ def check_questions(testbed: Testbed, config: dict):
         longest = max(batch.tokens.shape[1] for batch in exam.batches)
         if longest > most:
             raise WrongRequest(f"--questions: one about {subject} has {longest} tokens with its choices, and the LM has {most} positions: take it out")
+
+
+def packed_contexts(dataset, tokenizer, context_size: int, seed: int, repeat=True, on_pass: Callable = lambda n: None) -> Iterator[list[int]]:
+    """Contexts of `context_size` tokens: BOS, then documents one after the other, each closed by EOS.
+
+    Every pass over the data set has its own order; `on_pass` is told the number of each. Without `repeat`, one pass, and a last partial context is dropped.
+    Raises RunFailed when a whole pass of many yields no context.
+    """
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    bos = eos if bos is None else bos
+    rest, epoch, made = [], 0, 0
+    while epoch == 0 or repeat:
+        on_pass(epoch + 1)
+        for documents in dataset.shuffle(seed=seed + epoch).iter(batch_size=1000):
+            for ids in tokenizer(documents["text"], add_special_tokens=False)["input_ids"]:
+                rest += ids + [eos] if ids else []
+            size = context_size - 1
+            for start in range(0, len(rest) - size + 1, size):
+                made += 1
+                yield [bos] + rest[start : start + size]
+            rest = rest[len(rest) // size * size :]
+        epoch += 1
+        if not made and repeat:
+            raise RunFailed(f"the text holds {len(rest)} tokens, fewer than one context of {context_size}")
 
 
 # ---------------------------------------------------------------------------------------------------- micro

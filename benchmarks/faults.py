@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402
+import evaluation  # noqa: E402
 import experiment  # noqa: E402
 
 STEPS, BATCH = 160, 1024
@@ -259,7 +260,7 @@ class Campaign:
         good = 0
         for _ in range(3):
             folder = self.folder()
-            trial = Trial(folder, prepare=lambda: wrap(experiment.Evaluator, "geometry", lambda calls, args: os.kill(os.getpid(), signal.SIGTERM) if calls == 2 else None))
+            trial = Trial(folder, prepare=lambda: wrap(evaluation.Evaluator, "geometry", lambda calls, args: os.kill(os.getpid(), signal.SIGTERM) if calls == 2 else None))
             assert trial.wait() == 143, trial.text
             weights = folder / "run_1/sae_seed0/sae_weights.safetensors"
             weights.write_bytes(flip(weights.read_bytes()))

@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 import torch
 
+import evaluation
 import experiment
 import testbeds
 
 
 @pytest.fixture(scope="module")
 def evaluator(micro):
-    return experiment.Evaluator(micro, context_size=128, n_contexts=32)
+    return evaluation.Evaluator(micro, context_size=128, n_contexts=32)
 
 
 @pytest.fixture(scope="module")
 def exported(short_runs):
-    return experiment.load_exported(short_runs / "run_0" / "sae_seed0")
+    return evaluation.load_exported(short_runs / "run_0" / "sae_seed0")
 
 
 def test_letter_answers_equal_asking_one_prompt_at_a_time(micro):
@@ -95,7 +96,7 @@ def test_clamping_knows_layer_normalised_saes(activation, evaluator, tmp_path):
     """Against the definition; SAEBench's clamp decodes twice, and sae_lens forgets a layer norm after the first time."""
     sae = experiment.OrthogonalSAE(128, 64, 0, activation=activation, layer_norm=True)
     sae.export(tmp_path, {"model_name": "micro", "hook_name": "h", "hook_layer": 1, "context_size": 128, "prepend_bos": True})
-    sae = experiment.load_exported(tmp_path)
+    sae = evaluation.load_exported(tmp_path)
     tokens, x = (t[:4] for t in evaluator.held_out["forget"])
     features = testbeds.ChosenFeatures(sae, torch.tensor([3, 9, 50]), torch.ones(64))
     f = sae.encode(x)
@@ -178,7 +179,7 @@ def test_a_guard_saves_retain_answers_where_the_clamp_does_not(toy):
     """The word of feature 0 in one retain question is as frequent and as strong as in retain text: one token of four, activation 1."""
     lm, features, questions = toy
     answers = {}
-    for how in experiment.INTERVENTIONS:
+    for how in evaluation.INTERVENTIONS:
         lm.add_hook("", partial(testbeds.intervene, sae=features, features_to_ablate=[0], multiplier=10, how=how))
         answers[how] = lm.ask(questions, right)
     assert features.guard([0]) == 0.25 and features.limit.tolist() == [1.0, 2.0]
@@ -254,12 +255,12 @@ def test_sharing_passes_between_saes_leaves_cores_numbers(exported, evaluator, m
 
 
 def test_undefined_ratios_are_null_and_any_other_number_must_be_finite():
-    metrics, details = experiment.finite("core", {"cossim": float("nan"), "mse": 1.0, "n": None}, {"a": [{"cossim": float("inf")}, 2]}, experiment.CORE_RATIOS)
+    metrics, details = evaluation.finite("core", {"cossim": float("nan"), "mse": 1.0, "n": None}, {"a": [{"cossim": float("inf")}, 2]}, evaluation.CORE_RATIOS)
     assert metrics == {"cossim": None, "mse": 1.0, "n": None} and details == {"a": [{"cossim": None}, 2]}
-    with pytest.raises(experiment.RunFailed, match="core.mse is nan"):
-        experiment.finite("core", {"mse": float("nan")}, {}, experiment.CORE_RATIOS)
-    with pytest.raises(experiment.RunFailed, match="corpus_unlearning.retain_ce_cost is inf"):
-        experiment.finite("corpus_unlearning", {}, {"sweep": [{"retain_ce_cost": float("inf")}]})
+    with pytest.raises(evaluation.RunFailed, match="core.mse is nan"):
+        evaluation.finite("core", {"mse": float("nan")}, {}, evaluation.CORE_RATIOS)
+    with pytest.raises(evaluation.RunFailed, match="corpus_unlearning.retain_ce_cost is inf"):
+        evaluation.finite("corpus_unlearning", {}, {"sweep": [{"retain_ce_cost": float("inf")}]})
 
 
 def test_text_too_short_to_evaluate_on_is_known_without_the_lm(micro):
@@ -267,7 +268,7 @@ def test_text_too_short_to_evaluate_on_is_known_without_the_lm(micro):
 
     short = testbeds.Text(micro.retain.train, micro.retain.held_out.select(range(5)))
     with pytest.raises(experiment.WrongRequest, match="retain_text: its .* part holds . contexts of 128 tokens"):
-        experiment.evaluation_contexts(replace(micro, lm=SimpleNamespace(device="cpu"), retain=short), 128)
+        evaluation.evaluation_contexts(replace(micro, lm=SimpleNamespace(device="cpu"), retain=short), 128)
 
 
 def test_units_are_the_mean_active_values(exported, evaluator):
@@ -279,7 +280,7 @@ def test_units_are_the_mean_active_values(exported, evaluator):
 
 
 def test_too_few_known_questions_give_null_and_the_reason(evaluator, exported, monkeypatch):
-    monkeypatch.setattr(experiment, "MIN_KNOWN", 10_000)
+    monkeypatch.setattr(evaluation, "MIN_KNOWN", 10_000)
     metrics, _, notes = evaluator.unlearning(exported, 0, "none")
     assert metrics["unlearning_score"] is metrics["unlearning_score_guardrail"] is metrics["random_feature_score_conditional"] is None and metrics["n_known_forget"] > 100
     assert "10000 of each are needed" in notes[0]
@@ -287,7 +288,7 @@ def test_too_few_known_questions_give_null_and_the_reason(evaluator, exported, m
 
 def test_an_sae_without_a_selectable_feature_scores_zero(evaluator, exported):
     subjects = list(evaluator.subjects)
-    swept = evaluator.sweeps(exported, (np.ones(1024), np.ones(1024)), torch.ones(1024), "hopeless", subjects, [0.1], **experiment.SWEEP)
+    swept = evaluator.sweeps(exported, (np.ones(1024), np.ones(1024)), torch.ones(1024), "hopeless", subjects, [0.1], **evaluation.SWEEP)
     for cells, score in swept.values():
         assert score == 0.0 and all(c["n_features"] == 0 and c["forget_accuracy"] == 1.0 for c in cells)
     assert evaluator._accuracy(subjects) == (1.0, 1.0), "the LM is right on all its known questions"
@@ -318,12 +319,12 @@ def test_corpus_unlearning_is_the_best_gain_within_each_cost(evaluator, exported
 
 def test_bootstrap_interval_by_hand():
     cells = [{"forget": np.array([1.0] * 100), "retain": np.ones(300)}]
-    assert experiment.bootstrap_interval(cells, 0) == [0.0, 0.0]
+    assert evaluation.bootstrap_interval(cells, 0) == [0.0, 0.0]
     cells.append({"forget": np.array([0.0] * 40 + [1.0] * 60), "retain": np.ones(300)})
-    low, high = experiment.bootstrap_interval(cells, 0)
+    low, high = evaluation.bootstrap_interval(cells, 0)
     assert low == pytest.approx(0.4 - 1.96 * 0.049, abs=0.03) and high == pytest.approx(0.4 + 1.96 * 0.049, abs=0.03)
     cells[1]["retain"] = np.array([0.0] * 150 + [1.0] * 150)
-    assert experiment.bootstrap_interval(cells, 0) == [0.0, 0.0], "a cell that harms retain questions never counts"
+    assert evaluation.bootstrap_interval(cells, 0) == [0.0, 0.0], "a cell that harms retain questions never counts"
 
 
 def test_geometry_of_a_dictionary_made_by_hand(evaluator, micro, monkeypatch):

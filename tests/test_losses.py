@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-import experiment
-from experiment import form_groups, omega_all_pairs, omega_between_domains, omega_grouped, omega_ortsae, welch_floor
+import losses
+from losses import form_groups, omega_all_pairs, omega_between_domains, omega_grouped, omega_ortsae, welch_floor
 
 torch.manual_seed(0)
 N, D = 40, 12
@@ -63,7 +63,7 @@ def test_loss_and_gradient_equal_the_naive_double_loop(name, W, affinity, groups
 def test_the_fast_dtype_gives_the_exact_loss_and_a_gradient_within_a_few_per_cent(name, monkeypatch):
     """In bfloat16, wherever the test runs: value and tangential gradient (the radial part is projected out) against float64,
     on rows that lean on each other and so have a gradient to speak of."""
-    monkeypatch.setattr(experiment, "has_bf16", lambda device: True)
+    monkeypatch.setattr(losses, "has_bf16", lambda device: True)
     lean = torch.randn(512, 64, generator=torch.Generator().manual_seed(3)) + torch.randn(64, generator=torch.Generator().manual_seed(4))
     W = normalize(lean, dim=1)
     loss = {"all_pairs": omega_all_pairs, "grouped": lambda w: omega_grouped(w, torch.arange(512).view(16, 32)),

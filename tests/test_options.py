@@ -9,7 +9,9 @@ import pytest
 import torch
 from test_trainer import SMALL, train
 
+import evaluation
 import experiment
+import losses
 from experiment import Config, OrthogonalSAE, Trainer, WrongRequest
 
 META = {"model_name": "m", "hook_name": "h", "hook_layer": 0, "context_size": 16, "prepend_bos": True}
@@ -57,7 +59,7 @@ def naive_loss(sae, x, l1, gain):
     f = f * gain
     x_hat = (f @ sae.W_dec + sae.b_dec + sae.skip * (u - sae.b_dec)) * size + mean
     paid = l1 * f.sum(1).mean() / math.sqrt(D)
-    hinges = experiment.domain_hinges(pre.detach(), FORGET, 20, 0.4, torch.tensor(0.7), 0.3)
+    hinges = losses.domain_hinges(pre.detach(), FORGET, 20, 0.4, torch.tensor(0.7), 0.3)
     paid = paid + (pre[:, hinges[1]] * hinges[2]).sum() / math.sqrt(D)  # the hinges' own gradient is tested in test_sae.py
     return (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum(), paid
 
@@ -70,7 +72,7 @@ def test_gradients_by_hand_equal_autograd_of_the_naive_loss(kind, path, x, monke
     sae.active.fill_(0.0 if path == "SparseFeatures" else F)
     sae.temperature.fill_(0.2)
     l1, gain = torch.tensor(0.05), (torch.rand(F, generator=generator) > 0.3) * 1.25
-    firing_loss = partial(experiment.domain_hinges, n=20, margin=0.4, alpha=torch.tensor(0.7), gap_weight=0.3)
+    firing_loss = partial(losses.domain_hinges, n=20, margin=0.4, alpha=torch.tensor(0.7), gap_weight=0.3)
     terms = sae.accumulate_grads(x, FORGET, l1, torch.float32, firing_loss, gain, weight=0.5)
     by_hand = {name: p.grad.clone() for name, p in sae.named_parameters()}
     sae.zero_grad()
@@ -96,7 +98,7 @@ def test_the_exported_file_is_the_same_function_and_locked_features_never_fire(k
     sae.unlocked.fill_(60)
     sae.threshold.fill_(0.8)
     sae.export(tmp_path, META)
-    loaded = experiment.load_exported(tmp_path)
+    loaded = evaluation.load_exported(tmp_path)
     f = loaded.encode(x)
     assert f[:, 60:].max() == 0 < f[:, :60].max()
     if kind != "softk":  # in softk locked features that win leave their place empty in training, and are never among the winners in the file
@@ -105,7 +107,7 @@ def test_the_exported_file_is_the_same_function_and_locked_features_never_fire(k
     else:
         sae.unlocked.fill_(F)
         sae.export(tmp_path / "all", META)
-        loaded = experiment.load_exported(tmp_path / "all")
+        loaded = evaluation.load_exported(tmp_path / "all")
         torch.testing.assert_close(loaded(x), sae(x), atol=1e-5, rtol=1e-5)
 
 
@@ -292,7 +294,7 @@ def test_orthogonal_initialisation_makes_orthonormal_blocks():
     for block in sae.W_dec.detach().split(D):
         torch.testing.assert_close(block @ block.T, torch.eye(len(block)), atol=1e-5, rtol=0)
     plain = OrthogonalSAE(D, 60, seed=0)
-    assert experiment.omega_all_pairs(sae.W_dec) < experiment.omega_all_pairs(plain.W_dec)
+    assert losses.omega_all_pairs(sae.W_dec) < losses.omega_all_pairs(plain.W_dec)
 
 
 def test_options_that_are_off_do_no_work(activations, monkeypatch):

@@ -21,6 +21,7 @@ from conftest import ROOT, run_script
 from test_trainer import SMALL
 
 import checkpoint
+import evaluation
 import experiment
 from errors import RunFailed, WrongRequest
 
@@ -43,7 +44,7 @@ def here(micro, monkeypatch, tmp_path):
     return run
 
 
-EVALUATOR, REAL_EVALUATOR = {}, experiment.Evaluator
+EVALUATOR, REAL_EVALUATOR = {}, evaluation.Evaluator
 
 
 def results(folder) -> tuple:
@@ -441,7 +442,7 @@ def test_a_metric_that_is_not_finite_fails_its_seed_alone(here, tmp_path, monkey
     def measured(self, sae):
         calls.append(1)
         metrics, details = geometry(self, sae)
-        return experiment.finite("geometry", metrics | {"omega": math.nan} if len(calls) == 2 else metrics, details)
+        return evaluation.finite("geometry", metrics | {"omega": math.nan} if len(calls) == 2 else metrics, details)
 
     monkeypatch.setattr(REAL_EVALUATOR, "geometry", measured)
     assert here("run_0", "run_1", evals=["geometry"]) == 1

@@ -58,19 +58,19 @@ def test_runs_and_seeds_differ_from_one_another(short_runs):
 
 
 def test_saebench_core_on_the_saved_sae_repeats_the_numbers(short_runs, micro):
-    import experiment
+    import evaluation
 
-    evaluator = experiment.Evaluator(micro, context_size=128)
-    again, _ = evaluator.core(experiment.load_exported(short_runs / "run_1" / "sae_seed1"))
+    evaluator = evaluation.Evaluator(micro, context_size=128)
+    again, _ = evaluator.core(evaluation.load_exported(short_runs / "run_1" / "sae_seed1"))
     written = strict(short_runs / "run_1" / "final_info.json")["core"]["final_info_dict"]
     for name, values in written.items():
         assert again[name] == pytest.approx(values[1], rel=1e-4, abs=1e-6), name
 
 
 def test_the_saved_sae_reconstructs_as_well_as_training_said(short_runs, activations):
-    import experiment
+    import evaluation
 
-    sae = experiment.load_exported(short_runs / "run_0" / "sae_seed0")
+    sae = evaluation.load_exported(short_runs / "run_0" / "sae_seed0")
     x = activations.x
     fvu = ((sae(x) - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()).item()
     assert fvu == pytest.approx(strict(short_runs / "run_0" / "final_info.json")["training"]["final_info_dict"]["final_fvu"][0], rel=0.1)

@@ -5,7 +5,10 @@ from functools import partial
 import pytest
 import torch
 
+import evaluation
 import experiment
+import features
+import losses
 from experiment import OrthogonalSAE
 
 
@@ -85,7 +88,7 @@ def test_a_batch_without_any_active_feature_has_gradient_zero_and_not_nan(x):
 @pytest.mark.parametrize(("shape", "share"), [((64, 96), 0.02), ((7, 13), 0.3), ((8, 16), 0.0), ((8, 16), 1.0)])
 def test_true_places_are_those_of_nonzero(shape, share):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < share
-    assert torch.equal(experiment.true_places(mask), mask.flatten().nonzero()[:, 0])
+    assert torch.equal(features.true_places(mask), mask.flatten().nonzero()[:, 0])
 
 
 def test_gradients_accumulate_and_a_frozen_decoder_gets_none(sae, x):
@@ -129,7 +132,7 @@ def test_decoder_rows_are_normalised_along_d_in_and_the_radial_gradient_is_remov
 def test_the_exported_file_gives_the_same_features_and_reconstruction_in_sae_lens(sae, x, tmp_path):
     sae.export(tmp_path, {"model_name": "m", "hook_name": "h", "hook_layer": 0, "context_size": 16, "prepend_bos": True})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
-    loaded = experiment.load_exported(tmp_path)
+    loaded = evaluation.load_exported(tmp_path)
     torch.testing.assert_close(loaded.encode(x) * sae.scale, sae.encode(x), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(loaded(x), sae(x), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(96))
@@ -152,7 +155,7 @@ def test_statistics_follow_the_domains_and_are_saved_with_the_module(sae):
 def test_the_domain_hinges_are_the_gradient_of_their_loss(sae, x):
     """Against autograd of leak and gap written out row by row, and values by hand."""
     forget, l1, alpha = torch.arange(256) < 100, torch.tensor(0.05), torch.tensor(0.7)
-    firing_loss = partial(experiment.domain_hinges, n=20, margin=0.4, alpha=alpha, gap_weight=0.3)
+    firing_loss = partial(losses.domain_hinges, n=20, margin=0.4, alpha=alpha, gap_weight=0.3)
     terms = sae.accumulate_grads(x, forget, l1, torch.float32, firing_loss)
     by_hand = {name: p.grad.clone() for name, p in sae.named_parameters()}
     sae.zero_grad()
@@ -165,7 +168,7 @@ def test_the_domain_hinges_are_the_gradient_of_their_loss(sae, x):
     assert terms.firing.item() == pytest.approx(paid.item(), rel=1e-4)
     for name, p in sae.named_parameters():
         assert (by_hand[name] - p.grad).norm() <= 1e-4 * p.grad.norm(), name
-    value, group, grad = experiment.domain_hinges(torch.tensor([[-2.0, 0.5, 9.0], [0.1, -1.0, 9.0]]), torch.tensor([False, True]), 2, 1.0, alpha, 0.3)
+    value, group, grad = losses.domain_hinges(torch.tensor([[-2.0, 0.5, 9.0], [0.1, -1.0, 9.0]]), torch.tensor([False, True]), 2, 1.0, alpha, 0.3)
     assert value.item() == pytest.approx((0.7 * 1.5 + 0.3 * 0.9) / 2) and group == slice(0, 2)
     assert grad.flatten().tolist() == pytest.approx([0.0, 0.35, -0.15, 0.0])
 

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
+import evaluation
 import experiment
 import testbeds
 
@@ -73,18 +74,18 @@ def sae(tmp_path_factory, gemma):
         module.b_enc -= 0.5
     folder = tmp_path_factory.mktemp("sae")
     module.export(folder, {"model_name": "gemma-2-2b-it", "hook_name": f"blocks.{LAYER}.hook_resid_post", "hook_layer": LAYER, "context_size": 32, "prepend_bos": True})
-    return experiment.load_exported(folder)
+    return evaluation.load_exported(folder)
 
 
 @pytest.fixture
 def ours(gemma, questions):
     """An Evaluator around the transformers model, without its corpora."""
     hf, _, tokenizer = gemma
-    evaluator = experiment.Evaluator.__new__(experiment.Evaluator)
+    evaluator = evaluation.Evaluator.__new__(evaluation.Evaluator)
     named = {("bio" if s == "wmdp-bio" else s): q for s, q in questions.items()}
     evaluator.testbed = testbeds.Testbed("gemma-2-2b-it", hf, tokenizer, LAYER, None, None, named, "bio", "letter", "GEMMA_INST_FORMAT", "absolute")
     evaluator.lm, evaluator.exams, evaluator.subjects = testbeds.InterventionLM(evaluator.testbed), {}, questions
-    evaluator.artifacts, evaluator.retain_text = experiment.tempfile.TemporaryDirectory(), None
+    evaluator.artifacts, evaluator.retain_text = evaluation.tempfile.TemporaryDirectory(), None
     return evaluator
 
 
@@ -106,7 +107,7 @@ def test_letter_answers_equal_saebench_unpatched_with_and_without_question(gemma
     _, hooked, _ = gemma
     for without_question in (False, True):
         for name in SUBJECTS:
-            asked = dict(dataset_name=name, permutations=experiment.ALL_PERMUTATIONS, without_question=without_question)
+            asked = dict(dataset_name=name, permutations=evaluation.ALL_PERMUTATIONS, without_question=without_question)
             with patch.object(metrics, "load_dataset", serve(questions)):
                 theirs = metrics.calculate_MCQ_metrics(hooked, 64, ours.artifacts.name, verbose=False, **asked)
             mine = ours.mcq_metrics(ours.lm, 64, ours.artifacts.name, **asked)
@@ -147,7 +148,7 @@ def test_the_sweep_and_its_score_equal_saebench_unpatched(gemma, questions, ours
     theirs = unlearning.get_metrics_df(str(tmp_path / "sae/results/metrics"))
     their_score = unlearning.get_unlearning_scores(theirs)
 
-    prepare(experiment.Path(ours.artifacts.name))
+    prepare(evaluation.Path(ours.artifacts.name))
     chosen = ours.choose(sae, (forget_rate, retain_rate), torch.ones(64), settings["retain_thresholds"])
     cells, score = ours.sweep(chosen, (forget_rate, retain_rate), "sae", list(SUBJECTS), **settings)
     assert score == pytest.approx(their_score) and len(cells) == len(theirs) == 8
@@ -179,7 +180,7 @@ def test_global_state_is_as_before(gemma, questions, ours, sae):
     ours.mcq_metrics(ours.lm, 64, None, "wmdp-bio")
     state, torch_state, cwd, environ = np.random.get_state()[1].copy(), torch.get_rng_state(), os.getcwd(), dict(os.environ)
     with patch.object(ours, "mcq_metrics", side_effect=RuntimeError("stop")), pytest.raises(RuntimeError, match="stop"):
-        ours.sweeps(sae, (np.ones(64), np.zeros(64)), torch.ones(64), "broken", list(SUBJECTS), [0.1], **experiment.SWEEP)
+        ours.sweeps(sae, (np.ones(64), np.zeros(64)), torch.ones(64), "broken", list(SUBJECTS), [0.1], **evaluation.SWEEP)
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
     assert (np.random.get_state()[1] == state).all() and torch.equal(torch.get_rng_state(), torch_state)
     assert os.getcwd() == cwd and dict(os.environ) == environ

@@ -4,7 +4,9 @@ import datasets
 import pytest
 import torch
 
-from experiment import ActivationStream, RunFailed, packed_contexts
+from errors import RunFailed
+from experiment import ActivationStream
+from testbeds import packed_contexts
 
 
 class Letters:

@@ -14,6 +14,7 @@ import torch
 import zstandard
 from conftest import run_script
 
+import evaluation
 import experiment
 import sources
 import testbeds
@@ -99,7 +100,7 @@ def test_odd_documents_reach_the_stream_whole(micro, tmp_path):
     path = tiny.save_jsonl(tmp_path / "odd.jsonl", ["", " \n", {"text": None}, "a", "b", long, *tiny.documents(50, 4)])
     found, record, _ = sources.read_text("forget_text", (str(path),))
     assert record[0]["empty"] == 3 and len(found) == 53
-    contexts = list(experiment.packed_contexts(datasets.Dataset.from_dict({"text": found}), micro.tokenizer, 64, seed=0, repeat=False))
+    contexts = list(testbeds.packed_contexts(datasets.Dataset.from_dict({"text": found}), micro.tokenizer, 64, seed=0, repeat=False))
     tokens = sum(len(ids) + 1 for ids in micro.tokenizer(found, add_special_tokens=False)["input_ids"])
     assert len(contexts) == tokens // 63 and {len(c) for c in contexts} == {64}
 
@@ -169,7 +170,7 @@ def test_any_decoder_only_lm_gives_activations_and_takes_interventions(kind, lms
     block = experiment.ActivationStream(testbed, 32, 2048, lm_tokens=1024).next_block()
     assert block.x.shape[1] == tiny.D_IN and torch.isfinite(block.x).all() and 0.4 < block.forget.float().mean() < 0.6
     lm = testbeds.InterventionLM(testbed)
-    tokens = torch.tensor(list(islice(experiment.packed_contexts(testbed.forget.train, testbed.tokenizer, 32, 0), 3)))
+    tokens = torch.tensor(list(islice(testbeds.packed_contexts(testbed.forget.train, testbed.tokenizer, 32, 0), 3)))
     with torch.no_grad():
         states = testbed.lm(tokens, output_hidden_states=True, use_cache=False).hidden_states
         torch.testing.assert_close(lm.resid(tokens), states[testbed.layer + 1])
@@ -187,7 +188,7 @@ def test_interventions_on_a_bfloat16_lm_change_what_they_should_and_nothing_else
     testbed = load(lms(kind), own)
     assert testbed.lm.dtype == torch.bfloat16
     lm = testbeds.InterventionLM(testbed)
-    tokens = torch.tensor(list(islice(experiment.packed_contexts(testbed.forget.train, testbed.tokenizer, 32, 0), 3)))
+    tokens = torch.tensor(list(islice(testbeds.packed_contexts(testbed.forget.train, testbed.tokenizer, 32, 0), 3)))
     resid = lm.resid(tokens)
     assert resid.dtype == torch.float32
     batch = testbeds.whole_contexts(tokens, resid)
@@ -309,21 +310,21 @@ def test_gemma_is_asked_as_its_instructed_sibling_in_bfloat16_with_saebenchs_swe
     monkeypatch.setattr(testbeds, "LARGE", 0)
     testbed = testbeds.load("gemma-2-2b")
     assert testbed.prompt_format == "GEMMA_INST_FORMAT" and testbed.lm is not testbed.exam_lm and testbed.exam_lm.dtype == torch.bfloat16
-    evaluator = experiment.Evaluator(testbed, 32, n_contexts=32, n_core=16)
+    evaluator = evaluation.Evaluator(testbed, 32, n_contexts=32, n_core=16)
     module = experiment.OrthogonalSAE(tiny.D_IN, 64, seed=0)
     with torch.no_grad():  # features that are rare on retain text
         module.b_enc.copy_(-(evaluator.select["retain"][1].flatten(0, 1) @ module.W_enc).quantile(0.97, dim=0))
     module.export(tmp_path, {"model_name": "gemma-2-2b", "hook_name": testbed.hook_name, "hook_layer": 1, "context_size": 32, "prepend_bos": True})
-    sae = experiment.load_exported(tmp_path)
+    sae = evaluation.load_exported(tmp_path)
     assert evaluator.examiner.lm.lm is testbed.exam_lm and evaluator.lm.lm is testbed.lm
     assert evaluator.settings["multipliers"] == [25, 50, 100, 200] and evaluator.settings["n_features_list"] == [10, 20]
     core, _ = evaluator.core(sae)
     assert 0 < core["l0"] <= 64 and core["ce_loss_without_sae"] > 0
     corpus, details = evaluator.corpus(sae)
     assert {row["multiplier"] for row in details["sweep"]} == {25, 50, 100, 200} and corpus["lm_forget_ce"] > 0
-    monkeypatch.setattr(experiment, "MIN_KNOWN", 0)
+    monkeypatch.setattr(evaluation, "MIN_KNOWN", 0)
     evaluator.examiner.n_known = {"wmdp-bio": 3, "history": 3}  # a random LM letters nothing right 24 times
-    monkeypatch.setattr(experiment, "question_ids", lambda path: tuple(range(20)))
+    monkeypatch.setattr(evaluation, "question_ids", lambda path: tuple(range(20)))
     metrics, details, _ = evaluator.examiner.unlearning(sae, 0, "tiny")
     assert {c["multiplier"] for c in details["sweep"]} == {25, 50, 100, 200}
     assert 0 <= metrics["lm_forget_accuracy"] <= 1 and 0 <= metrics["unlearning_score"] <= 1

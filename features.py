@@ -1,0 +1,93 @@
+"""The features of a batch in training, dense or sparse: the products with the decoder and the gradients by hand."""
+
+import torch
+from torch import Tensor
+
+
+class DenseFeatures:
+    """The features f [B, F] of a batch, and the products that training needs of them: in f's dtype, sums in fp32.
+
+    slope [B, F] (None: 1) is the activation function's, gain [F] (None: 1) multiplies each feature, forget [B] labels rows.
+    """
+
+    def __init__(self, f_BF: Tensor, slope_BF: Tensor | None, gain_F: Tensor | None, forget: Tensor):
+        self.f = f_BF if gain_F is None else f_BF.mul_(gain_F.to(f_BF))
+        self.factors = [factor for factor in (slope_BF, gain_F) if factor is not None]
+        self.domain_2B = torch.stack([~forget, forget]).to(f_BF)
+
+    def decode(self, W_dec: Tensor) -> Tensor:
+        """f W_dec [B, D]."""
+        self.W_dec = W_dec.to(self.f)
+        return (self.f @ self.W_dec).float()
+
+    def gradients(self, d_out_BD: Tensor, u_BD: Tensor, W_dec: Tensor, d_l1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of W_dec [F, D], W_enc [D, F] and b_enc [F], from that of f W_dec and d_l1 for each active feature."""
+        d_out, u = d_out_BD.to(self.f), u_BD.to(self.f)
+        d_pre = torch.addmm(d_l1.to(self.f).expand(len(W_dec)), d_out, self.W_dec.T)
+        d_pre = torch.ops.aten.threshold_backward(d_pre, self.f, 0)
+        for factor in self.factors:
+            d_pre *= factor
+        d_b_enc = (self.domain_2B @ d_pre).float().sum(0)  # a product, not .sum(0): that would first copy all of it to fp32
+        return (self.f.T @ d_out).float(), (u.T @ d_pre).float(), d_b_enc
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """How often each feature fired on retain and forget rows [2, F], and Σ f."""
+        return (self.domain_2B @ self.f.sign()).float(), (self.domain_2B @ self.f).float().sum()
+
+
+class SparseFeatures:
+    """As DenseFeatures, from the active entries alone and in fp32: each product reads one row of D numbers an entry, as an
+    embedding bag. A NaN counts as active. Entries are in the order of rows, and `by_feature` puts them into that of features."""
+
+    def __init__(self, f_BF: Tensor, slope_BF: Tensor | None, gain_F: Tensor | None, forget: Tensor):
+        (B, self.F), flat = f_BF.shape, true_places(f_BF != 0)
+        self.row = flat // self.F
+        self.col = flat - self.row * self.F
+        self.value, self.factor = f_BF.flatten()[flat].float(), None if slope_BF is None else slope_BF.flatten()[flat].float()
+        if gain_F is not None:
+            gain = gain_F[self.col]
+            self.value, self.factor = self.value * gain, gain if self.factor is None else self.factor * gain
+        self.row_starts = starts(self.row, B)
+        self.forget = forget
+
+    def decode(self, W_dec: Tensor) -> Tensor:
+        return bags(self.col, self.row_starts, self.value, W_dec.detach())
+
+    def gradients(self, d_out_BD: Tensor, u_BD: Tensor, W_dec: Tensor, d_l1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d_pre = torch.ops.aten._embedding_bag_per_sample_weights_backward(d_out_BD, W_dec.detach(), self.col, self.row_starts, self.row, 0)
+        d_pre += d_l1
+        if self.factor is not None:
+            d_pre *= self.factor
+        by_feature = self.col.sort(stable=True).indices
+        row, feature_starts = self.row[by_feature], starts(self.col, self.F)
+        d_W_dec = bags(row, feature_starts, self.value[by_feature], d_out_BD)
+        d_W_enc = bags(row, feature_starts, d_pre[by_feature], u_BD)
+        return d_W_dec, d_W_enc.T.contiguous(), torch.zeros(self.F).index_add_(0, self.col, d_pre)
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        fires = self.value > 0
+        return torch.bincount((self.col + self.F * self.forget[self.row])[fires], minlength=2 * self.F).view(2, self.F).float(), self.value.sum()
+
+
+def starts(index: Tensor, n: int) -> Tensor:
+    """Where each of the n bags begins among entries that are sorted by the bag they are in."""
+    counts = torch.bincount(index, minlength=n)
+    return counts.cumsum(0) - counts
+
+
+def bags(index: Tensor, starts: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+    """Σ of weight · rows[index] over the entries of each bag."""
+    return torch.nn.functional.embedding_bag(index, rows, starts, mode="sum", per_sample_weights=weight)
+
+
+def true_places(mask: Tensor) -> Tensor:
+    """Flat places of the True entries of a mask of which most are False; on a CPU eight are looked at at once."""
+    flat = mask.flatten()
+    if flat.device.type != "cpu" or len(flat) % 8:
+        return flat.nonzero()[:, 0]
+    words = flat.view(torch.int64).nonzero()[:, 0]
+    word, byte = flat.view(-1, 8)[words].nonzero(as_tuple=True)
+    return words[word] * 8 + byte
+
+
+# Activation functions: pre-activations [..., F] (which they may overwrite) -> features, and their slope where active (None: 1).
