@@ -31,7 +31,7 @@ from testbeds import packed_contexts
 ALL_PERMUTATIONS = [list(p) for p in permutations(range(4))]
 SWEEP = {"retain_thresholds": [0.001, 0.01], "n_features_list": [5, 10, 20, 50], "multipliers": [1, 3, 10, 30]}
 INTERVENTIONS = ("clamp", "conditional", "guardrail")
-GUARDED_RETAIN_THRESHOLDS = [*SWEEP["retain_thresholds"], 0.1]  # a guard can afford features that fire more on retain text
+GUARDED_RETAIN_THRESHOLD = 0.1  # a guard can afford features that fire more on retain text
 MIN_KNOWN = 10  # known questions a domain without which an accuracy means nothing
 
 
@@ -69,22 +69,33 @@ class Evaluator:
 
     fired = (None, None)  # the SAE whose firing was measured last, and what was measured
 
-    def __init__(self, testbed: testbeds.Testbed, context_size: int, n_contexts: int = 512, n_core: int = 128):
-        self.testbed, self.context_size, self.n_core = testbed, context_size, n_core
+    def __init__(self, testbed: testbeds.Testbed, context_size: int, n_contexts: int = 512):
+        self.testbed, self.context_size = testbed, context_size
         self.lm = testbeds.InterventionLM(testbed)
         self.exams: dict = {}
         self.artifacts = tempfile.TemporaryDirectory(prefix="saebench-")  # private; SAEBench keeps its sweep as pickles
         self.special = torch.tensor(sorted(set(testbed.tokenizer.all_special_ids)), device=testbed.lm.device)
         contexts = evaluation_contexts(testbed, context_size, n_contexts)
-        with_resid = lambda tokens: (tokens, torch.cat([self.lm.resid(t) for t in tokens.split(64)]))  # noqa: E731
-        self.select = {domain: with_resid(tokens) for (part, domain), tokens in contexts.items() if part == "train"}  # domain -> (contexts [n, pos], resid [n, pos, D])
-        self.held_out = {domain: with_resid(tokens) for (part, domain), tokens in contexts.items() if part == "held_out"}
+        self.select = {domain: self._with_resid(tokens) for (part, domain), tokens in contexts.items() if part == "train"}  # domain -> (contexts [n, pos], resid [n, pos, D])
+        self.held_out = {domain: self._with_resid(tokens) for (part, domain), tokens in contexts.items() if part == "held_out"}
         self.subjects = {("wmdp-bio" if s == testbed.forget_subject else s): q for s, q in testbed.questions.items()}
+
+    def _with_resid(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Contexts [n, pos] without a massive row, and their resid [n, pos, D]. Raises RunFailed when fewer than half are left."""
+        resid = torch.cat([self.lm.resid(t) for t in tokens.split(64)])
+        tame = ~testbeds.massive(resid, ~torch.isin(tokens, self.special)).any(1)
+        if 2 * tame.sum() < len(tame):
+            raise RunFailed(f"{int((~tame).sum())} of {len(tame)} contexts hold activations of over 10 times the median norm at layer {self.testbed.layer}: choose another --layer")
+        return tokens[tame], resid[tame]
 
     @property
     def settings(self) -> dict:
         """The sweep's."""
         return SWEEP | self.testbed.sweep
+
+    @property
+    def guarded_thresholds(self) -> list[float]:
+        return [*self.settings["retain_thresholds"], GUARDED_RETAIN_THRESHOLD]
 
     @cached_property
     def examiner(self) -> "Evaluator":
@@ -117,7 +128,7 @@ class Evaluator:
         from sae_bench.evals.core.eval_config import CoreEvalConfig
         from sae_lens import ActivationsStore
 
-        n = min(self.n_core, len(self.held_out["forget"][0]), len(self.held_out["retain"][0]))
+        n = min(self.testbed.n_held_out, len(self.held_out["forget"][0]), len(self.held_out["retain"][0]))
         rows = torch.stack([self.held_out["forget"][0][:n], self.held_out["retain"][0][:n]], 1).flatten(0, 1)
         dataset = testbeds.datasets.Dataset.from_dict({"input_ids": rows.tolist()}).to_iterable_dataset()
         settings = CoreEvalConfig(
@@ -158,7 +169,7 @@ class Evaluator:
             questions = self.subjects[dataset_name]
             questions = questions if chosen is None else [questions[i] for i in chosen]
             self.exams[key] = testbeds.Exam(self.testbed.tokenizer, questions, self.testbed.scoring, permutations, self.testbed.prompt_format,
-                                            without_question, self.testbed.lm.device)  # fmt: skip
+                                            without_question, self.testbed.lm.device, self.testbed.shared_stems)  # fmt: skip
         exam = self.exams[key]
         probs = exam.plain if model.hook is None else None  # asked once
         if probs is None:
@@ -258,14 +269,14 @@ class Evaluator:
         subjects = ["wmdp-bio"] + [s for s, n in self.n_known.items() if n and s != "wmdp-bio"]
         *rates, unit = self.firing(sae)
         rates = [r.cpu().numpy() for r in rates]
-        swept = self.sweeps(sae, rates, unit, name, subjects, GUARDED_RETAIN_THRESHOLDS, **self.settings)
+        swept = self.sweeps(sae, rates, unit, name, subjects, self.guarded_thresholds, **self.settings)
         # the floor: as many features, drawn at random from the living, under the same interventions; one draw a seed
         random_rate = np.where(sum(rates) > 0, np.random.default_rng(seed).uniform(0.1, 1.0, len(rates[0])), 0.0)
         floor = self.sweeps(sae, (random_rate, 0 * random_rate), unit, f"{name}_random", subjects, [0.001], **self.settings | {"retain_thresholds": [0.001]})
         plain = self._accuracy(subjects)
         through = self._accuracy(subjects, lambda resid, hook: torch.cat([resid[:, :1], sae.decode(sae.encode(resid[:, 1:]))], 1))
         metrics = known | dict(zip(("lm_forget_accuracy", "lm_retain_accuracy", "reconstruction_forget_accuracy", "reconstruction_retain_accuracy"), plain + through))
-        metrics["n_features_selectable"] = int(((rates[0] > 0) & (rates[1] < max(SWEEP["retain_thresholds"]))).sum())
+        metrics["n_features_selectable"] = int(((rates[0] > 0) & (rates[1] < max(self.settings["retain_thresholds"]))).sum())
         shown = lambda cell: {k: v for k, v in cell.items() if k not in ("forget", "retain")}  # noqa: E731
         details = {"unlearning_score_bootstrap_95": bootstrap_interval(swept["clamp"][0], seed), "known": self.n_known, "best": {},
                    "sweep": [shown(c) for cells, _ in swept.values() for c in cells]}  # fmt: skip
@@ -286,8 +297,9 @@ class Evaluator:
 
     @cached_property
     def ce_contexts(self) -> dict[str, list[testbeds.Batch]]:
-        """48 held-out contexts of each domain."""
-        return {domain: [testbeds.whole_contexts(t, r) for t, r in zip(tokens[:48].split(16), resid[:48].split(16))] for domain, (tokens, resid) in self.held_out.items()}
+        """Held-out contexts of each domain: three eighths as many as core's."""
+        n = max(1, self.testbed.n_held_out * 3 // 8)
+        return {domain: [testbeds.whole_contexts(t, r) for t, r in zip(tokens[:n].split(16), resid[:n].split(16))] for domain, (tokens, resid) in self.held_out.items()}
 
     def _held_out_ce(self) -> dict[str, float]:
         """Cross-entropy on `ce_contexts` of each domain, under the hook if there is one."""
@@ -305,10 +317,10 @@ class Evaluator:
 
         *rates, unit = self.firing(sae)
         rates = [r.cpu().numpy() for r in rates]
-        chosen, table = self.choose(sae, rates, unit, GUARDED_RETAIN_THRESHOLDS), []
+        chosen, table = self.choose(sae, rates, unit, self.guarded_thresholds), []
         self.lm.told.clear()
         for how in INTERVENTIONS:
-            for threshold in SWEEP["retain_thresholds"] if how == "clamp" else GUARDED_RETAIN_THRESHOLDS:
+            for threshold in self.settings["retain_thresholds"] if how == "clamp" else self.guarded_thresholds:
                 ranked = np.searchsorted(chosen.chosen.numpy(), get_top_features(*rates, threshold)[: max(self.settings["n_features_list"])])
                 for n in sorted({min(n, len(ranked)) for n in self.settings["n_features_list"]} - {0}):
                     for multiplier in self.settings["multipliers"]:

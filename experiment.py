@@ -318,6 +318,15 @@ class ActivationBlock:
         for start in range(0, len(self.x) - size + 1, size):
             yield self.x[start : start + size], self.forget[start : start + size]
 
+    def without(self, places: Tensor) -> "ActivationBlock":
+        """All rows but those at `places`, which the last rows take; nothing else is moved."""
+        n = len(self.x) - len(places)
+        kept_at_end = torch.ones(len(places), dtype=torch.bool, device=places.device)
+        kept_at_end[places[places >= n] - n] = False
+        for t in (self.x, self.forget):
+            t[places[places < n]] = t[n:][kept_at_end]
+        return ActivationBlock(self.x[:n], self.forget[:n])
+
     @classmethod
     def blank(cls, d_in: int, device: torch.device) -> "ActivationBlock":
         """What a trainer is made from whose state then comes from a checkpoint."""
@@ -328,7 +337,7 @@ class ActivationStream:
     """resid_post of one layer, from the LM through nnsight, as shuffled blocks.
 
     Half of the contexts are forget text and half retain text, in every LM batch. The LM is stopped after the hook layer
-    and runs in bfloat16 where the machine has it. Rows of special tokens (BOS, EOS, padding) are left out.
+    and runs in bfloat16 where the machine has it. Rows of special tokens (BOS, EOS, padding) and massive ones are left out.
     """
 
     def __init__(self, testbed: testbeds.Testbed, context_size: int, buffer_tokens: int, seed: int = 0, lm_tokens: int = 16_384):
@@ -356,7 +365,7 @@ class ActivationStream:
         half = self.n_contexts // 2
         batches = [torch.tensor([c for text in self.texts for c in islice(text, half)], device=self.device) for _ in range(self.n_lm_batches)]
         kept = [(~torch.isin(tokens, self.special)).flatten().nonzero()[:, 0] for tokens in batches]
-        n, first = sum(map(len, kept)), 0
+        n, first, sinks = sum(map(len, kept)), 0, []
         order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.block_index))
         self.block_index += 1
         places = torch.empty_like(order).scatter_(0, order, torch.arange(n)).to(self.device)
@@ -364,10 +373,12 @@ class ActivationStream:
         for tokens, rows in zip(batches, kept):
             place = places[first : first + len(rows)]
             with checkpoint.signals.held():  # neither nnsight nor the LM's weights are to be left in the middle
-                x.index_copy_(0, place, self.activations(tokens).flatten(0, 1).index_select(0, rows).float())
+                resid = self.activations(tokens).flatten(0, 1).index_select(0, rows).float()
+            x.index_copy_(0, place, resid)
             forget.index_copy_(0, place, rows < half * tokens.shape[1])
+            sinks.append(place[testbeds.massive(resid, torch.ones_like(rows, dtype=torch.bool))])
             first += len(rows)
-        return ActivationBlock(x, forget)
+        return ActivationBlock(x, forget).without(torch.cat(sinks))
 
     def skip_blocks(self, n: int):
         """Go on behind the first n blocks, without the LM: a block is a function of the text, the seed and its index."""

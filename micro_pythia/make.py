@@ -182,7 +182,7 @@ def train(lm, reader: Reader, probe: Exam, max_steps=5_000, lr=2e-3, tail=900, d
 @torch.no_grad()
 def ask(lm, exam: Exam):
     """Right or wrong [question, permutation] of the plain LM."""
-    return exam.correct(lambda batch: logits_at(lm, batch.tokens, batch.positions))
+    return exam.correct(lambda batch: logits_at(lm, batch.tokens, batch.positions, **batch.seen(lm)))
 
 
 def report_knowledge(lm, tokenizer, world: World) -> dict:

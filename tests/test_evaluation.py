@@ -40,11 +40,13 @@ def test_letter_answers_equal_asking_one_prompt_at_a_time(micro):
             row += 1
 
 
-def test_cloze_answers_equal_the_mean_log_likelihood_of_each_choice(micro):
+@pytest.mark.parametrize("shared_stems", [True, False])
+def test_cloze_answers_equal_the_mean_log_likelihood_of_each_choice(micro, shared_stems):
     questions = [testbeds.Question("x", "Who is it?", ("Kraelan syndrome", "otters", "two words", "liver"), 1)] + micro.questions["biology"][:3]
-    exam = testbeds.Exam(micro.tokenizer, questions, "cloze", [(0, 1, 2, 3), (1, 0, 3, 2)])
+    exam = testbeds.Exam(micro.tokenizer, questions, "cloze", [(0, 1, 2, 3), (1, 0, 3, 2)], shared_stems=shared_stems)
+    assert exam.n_rows == (4 if shared_stems else 16)
     with torch.no_grad():
-        got = exam.probs(lambda b: testbeds.logits_at(micro.lm, b.tokens, b.positions)).view(len(questions), 2, 4)
+        got = exam.probs(lambda b: testbeds.logits_at(micro.lm, b.tokens, b.positions, **b.seen(micro.lm))).view(len(questions), 2, 4)
     for question, probs in zip(questions, got):
         scores = []
         for choice in question.choices:
@@ -136,7 +138,7 @@ def test_remembered_answers_equal_saebenchs_clamp_asked_afresh(exported, evaluat
 
 def slow_logits(lm, batch):
     with torch.no_grad(), lm.resumed_from(lm.hook(batch.resid, hook=None)):
-        return testbeds.logits_at(lm.lm, batch.tokens, batch.positions)
+        return testbeds.logits_at(lm.lm, batch.tokens, batch.positions, **batch.seen(lm.lm))
 
 
 class ToyLM(torch.nn.Module):

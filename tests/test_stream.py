@@ -4,6 +4,7 @@ import datasets
 import pytest
 import torch
 
+import testbeds
 from errors import RunFailed
 from experiment import ActivationStream
 from testbeds import packed_contexts
@@ -82,6 +83,30 @@ def test_a_block_is_half_forget_half_retain_shuffled_and_repeatable(micro):
     assert halves[0].mean().item() == pytest.approx(halves[1].mean().item(), abs=0.05), "domains are mixed within a block"
     other = ActivationStream(micro, 128, 16_384, seed=2).next_block()
     assert other.x.shape != first.x.shape or not torch.equal(other.x, first.x)
+
+
+def test_massive_rows_are_left_out_and_the_last_rows_take_their_places(micro, monkeypatch):
+    plain = ActivationStream(micro, 128, 16_384, seed=1).next_block()
+    stream = ActivationStream(micro, 128, 16_384, seed=1)
+    activations = stream.activations
+
+    def with_sinks(tokens):
+        resid = activations(tokens)
+        resid[:, 1] = torch.where(tokens[:, 1, None] % 2 == 0, 100 * resid[:, 1], resid[:, 1])
+        return resid
+
+    monkeypatch.setattr(stream, "activations", with_sinks)
+    block = stream.next_block()
+    left = len(plain.x) - len(block.x)
+    assert 0 < left < 128 and block.x.norm(dim=1).max() < 10 * block.x.norm(dim=1).median()
+    stays = (block.x == plain.x[: len(block.x)]).all(1)
+    assert stays.sum() >= len(block.x) - left, "only the last rows move"
+    place_of = {row.numpy().tobytes(): i for i, row in enumerate(plain.x)}
+    assert all(plain.forget[place_of[row.numpy().tobytes()]] == label for row, label in zip(block.x[~stays], block.forget[~stays]))
+
+
+def test_no_activation_of_the_embedded_lm_is_massive(activations):
+    assert not testbeds.massive(activations.x, torch.ones(len(activations.x), dtype=torch.bool)).any()
 
 
 def test_batches_are_whole_and_cover_a_block_once(activations):

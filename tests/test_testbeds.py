@@ -4,7 +4,7 @@ import gzip
 import json
 import shutil
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 
 import datasets
@@ -182,6 +182,20 @@ def test_any_decoder_only_lm_gives_activations_and_takes_interventions(kind, lms
         torch.testing.assert_close(lm.ce(batch), plain)
 
 
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_choices_that_share_a_question_are_scored_as_if_each_stood_alone(kind, lms, own):
+    testbed = load(lms(kind), own)
+    assert testbed.shared_stems
+    lm = testbeds.InterventionLM(testbed)
+    for hook in (None, lambda resid, hook: resid + 0.5 * resid.roll(1, -1)):
+        told = []
+        for shared in (True, False):
+            exam = testbeds.Exam(testbed.tokenizer, testbed.questions["biology"][:6], "cloze", shared_stems=shared)
+            lm.hook = hook
+            told.append(exam.probs_from(lambda batch: lm.ask(batch, exam.read)))
+        torch.testing.assert_close(*told, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["gemma", "llama"])
 def test_interventions_on_a_bfloat16_lm_change_what_they_should_and_nothing_else(kind, lms, own, monkeypatch):
     monkeypatch.setattr(testbeds, "LARGE", 0)
@@ -310,7 +324,7 @@ def test_gemma_is_asked_as_its_instructed_sibling_in_bfloat16_with_saebenchs_swe
     monkeypatch.setattr(testbeds, "LARGE", 0)
     testbed = testbeds.load("gemma-2-2b")
     assert testbed.prompt_format == "GEMMA_INST_FORMAT" and testbed.lm is not testbed.exam_lm and testbed.exam_lm.dtype == torch.bfloat16
-    evaluator = evaluation.Evaluator(testbed, 32, n_contexts=32, n_core=16)
+    evaluator = evaluation.Evaluator(replace(testbed, n_held_out=16), 32, n_contexts=32)
     module = experiment.OrthogonalSAE(tiny.D_IN, 64, seed=0)
     with torch.no_grad():  # features that are rare on retain text
         module.b_enc.copy_(-(evaluator.select["retain"][1].flatten(0, 1) @ module.W_enc).quantile(0.97, dim=0))
