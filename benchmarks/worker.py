@@ -124,7 +124,7 @@ class DictionaryLearning(System):
         from transformers import PreTrainedTokenizerFast
 
         spec = self.spec
-        lm = load_lm(spec["folder"], torch.bfloat16 if spec["variant"] == "best" else torch.float32)
+        lm = load_lm(spec["folder"], torch.bfloat16 if spec["variant"] == "bf16" else torch.float32)
         words = Tokenizer(models.WordLevel({str(i): i for i in range(lm.config.vocab_size)}, unk_token="0"))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         traced = LanguageModel(lm, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", unk_token="0",
@@ -176,7 +176,7 @@ class DictionaryLearning(System):
 
 
 class SAELens(System):
-    """Defaults (fp32), and autocast in bfloat16 for LM and SAE; its HookedProxyLM stops at the hook."""
+    """Defaults (fp32), the SAE's step compiled, and both with autocast in bfloat16 for LM and SAE; its HookedProxyLM stops at the hook."""
 
     def build(self):
         import datasets
@@ -186,14 +186,15 @@ class SAELens(System):
         from sae_lens.training.activations_store import ActivationsStore
         from sae_lens.training.sae_trainer import SAETrainer
 
-        spec, best = self.spec, self.spec["variant"] != "default"
+        spec = self.spec
+        low, compiled = (word in spec["variant"] for word in ("bf16", "compiled"))
         contexts = load_contexts(spec["folder"])
         lm, name = load_lm(spec["folder"]), f"gpt_neox.layers.{LAYER}"
         tokenizer = SimpleNamespace(bos_token_id=0, eos_token_id=0, sep_token_id=0, all_special_ids=[0])
         cfg = sae_lens.LanguageModelSAERunnerConfig(
             sae=StandardTrainingSAEConfig(d_in=lm.config.hidden_size, d_sae=self.d_sae, **spec.get("sae", {})), model_name="bench", hook_name=name, dataset_path="bench",
             is_dataset_tokenized=True, streaming=False, context_size=contexts.shape[1], training_tokens=spec.get("steps", 10**5) * BATCH, train_batch_size_tokens=BATCH,
-            autocast=best, autocast_lm=best, compile_sae=spec["variant"] == "compiled", logger=sae_lens.LoggingConfig(log_to_wandb=False), checkpoint_path=None,
+            autocast=low, autocast_lm=low, compile_sae=compiled, logger=sae_lens.LoggingConfig(log_to_wandb=False), checkpoint_path=None,
             output_path=None, device="cpu", exclude_special_tokens=False, **spec.get("settings", {}))  # fmt: skip
         dataset = datasets.Dataset.from_dict({"tokens": contexts.tolist()})
         self.store = ActivationsStore.from_config(HookedProxyLM(lm, tokenizer, hook_names=[name]), cfg, override_dataset=dataset)
@@ -245,7 +246,7 @@ class Sparsify(System):
         from sparsify import SaeConfig, Trainer, TrainConfig
 
         spec = self.spec
-        self.model = load_lm(spec["folder"], torch.bfloat16 if spec["variant"] == "best" else torch.float32).gpt_neox
+        self.model = load_lm(spec["folder"], torch.bfloat16 if spec["variant"] == "bf16" else torch.float32).gpt_neox
         contexts = load_contexts(spec["folder"])
         self.contexts, self.per_batch = contexts, BATCH // contexts.shape[1]
         self.dataset = datasets.Dataset.from_dict({"input_ids": contexts.tolist()}).with_format("torch")

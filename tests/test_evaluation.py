@@ -148,15 +148,17 @@ class ToyLM(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.config = SimpleNamespace(num_hidden_layers=1, hidden_size=2)
-        self.layers = torch.nn.ModuleList([torch.nn.Identity()])
+        self.layers, self.head = torch.nn.ModuleList([torch.nn.Identity()]), torch.nn.Identity()
         self.table = torch.tensor([[0.0, 0], [0, 0], [2, 0], [0, 2], [1, 0]])
         self.device, self.dtype, self.ran = torch.device("cpu"), torch.float32, 0
 
-    def forward(self, tokens, use_cache=False, logits_to_keep=None):
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, tokens, use_cache=False):
         self.ran += len(tokens)
         total = self.layers[0](self.table[tokens]).cumsum(1).sum(-1, keepdim=True)
-        logits = torch.cat([total, torch.zeros_like(total)], -1)
-        return SimpleNamespace(logits=logits if logits_to_keep is None else logits[:, logits_to_keep])
+        return SimpleNamespace(logits=self.head(torch.cat([total, torch.zeros_like(total)], -1)))
 
 
 @pytest.fixture
