@@ -14,6 +14,7 @@ F d_sae, G feature groups.
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -45,7 +46,7 @@ class Config(sources.Wanted):
     """which orthogonality loss (see ARMS)"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """one SAE a seed, trained side by side on one LM pass"""
-    evals: tuple[Literal[EVALS], ...] = EVALS[:-1]
+    evals: tuple[Literal[EVALS], ...] = simple_parsing.field(default=EVALS[:-1], metavar=f"{{{','.join(EVALS)}}} ...")
     """which evaluations, or none"""
 
     tokens: int | None = None
@@ -200,6 +201,7 @@ def parse_command(argv: list[str]) -> tuple[Command, list[Config]]:
     """
 
     def refuse(message: str):
+        message = re.sub(r"invalid typing\.Literal\[(.*)\] value: (.*)", r"invalid choice: \2 (choose from \1)", message)
         raise WrongRequest(f"{message} (--help lists the options)")
 
     def parse(**planned) -> Command:
@@ -954,12 +956,12 @@ class Run:
         last = self.training[-1].history[-1]
         return f"{self.folder.name}: fvu {last['fvu']:.3f} l0 {last['l0']:.1f}"
 
-    def evaluate(self, evaluator: Evaluator | None, train_seconds: float):
+    def evaluate(self, evaluator: Evaluator | None, train_seconds: float, bar: tqdm):
         """Export every SAE, evaluate what was exported, and write final_info.json, last and whole; not if a seed has failed."""
         results: dict[str, dict[str, list]] = {}
         for trainer in self.training:
             with self._left_behind(trainer):
-                sections = {"training": self._training(trainer, train_seconds)} | ({} if self.config.evals == ("none",) else self._evaluated(trainer, evaluator))
+                sections = {"training": self._training(trainer, train_seconds)} | ({} if self.config.evals == ("none",) else self._evaluated(trainer, evaluator, bar))
                 self._gate(trainer, sections)
                 for section, metrics in sections.items():
                     for name, value in metrics.items():
@@ -972,12 +974,16 @@ class Run:
             write_json(self.folder / "final_info.json", self.info)
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
-    def _evaluated(self, trainer: Trainer, evaluator: Evaluator) -> dict[str, dict]:
+    def _evaluated(self, trainer: Trainer, evaluator: Evaluator, bar: tqdm) -> dict[str, dict]:
         """The metrics of every evaluation of one seed. Each is written when it is done (eval/seed*_metrics.json) and not done again."""
         path = self.folder / "eval" / f"seed{trainer.seed}_metrics.json"
         record, sae = self._exported(trainer, path), None
         for name, section in SECTIONS.items():
-            if name not in self.config.evals or section in record["sections"]:
+            if name not in self.config.evals:
+                continue
+            bar.set_postfix_str(f"{self.folder.name} seed {trainer.seed}: {name}")
+            bar.update()
+            if section in record["sections"]:
                 continue
             sae = load_exported(self.folder / f"sae_seed{trainer.seed}", self.testbed.lm.device) if sae is None else sae
             with checkpoint.global_state_kept(seed=trainer.seed):
@@ -1176,9 +1182,9 @@ def run_experiments(command: Command, configs: list[Config], started: float):
         run.warnings += [f"the {domain} text is short: training read it {n} times" for domain, n in at.passes.items() if n > 10]
     print("; ".join(f"{domain} text: pass {n}" for domain, n in at.passes.items()))
     evaluator = Evaluator(testbed, config.context_size) if evaluates and any(run.training for run in runs) else None
-    with tqdm(runs, desc="evaluating", unit="run") as bar:
-        for run in bar:
-            run.evaluate(evaluator, at.train_seconds)
+    with tqdm(total=sum(len(run.training) * len(run.config.evals) for run in runs if evaluates), desc="evaluating", unit="part") as bar:
+        for run in runs:
+            run.evaluate(evaluator, at.train_seconds, bar)
     print("---")
     for run in runs:
         run.print_summary()

@@ -25,6 +25,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import simple_parsing
+
 from errors import RunFailed, WrongRequest
 
 HERE = Path(__file__).resolve().parent
@@ -110,7 +112,7 @@ class Wanted:
     """.json or .jsonl of question, four choices, answer (index or letter) and subject (else the file's name, or subject=file), or hub data sets"""
     forget_subject: str = ""
     """the subject of the questions that is to be forgotten"""
-    scoring: Literal[SCORINGS] | None = None
+    scoring: Literal[SCORINGS] | None = simple_parsing.field(default=None, metavar=f"{{{','.join(SCORINGS)}}}")
     """how questions are answered: the letter (SAEBench's), or cloze (the likeliest choice)"""
 
     @property
