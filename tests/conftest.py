@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def run_script(*args, cwd=ROOT, timeout=600) -> subprocess.CompletedProcess:
+def run_script(*args, cwd=ROOT, timeout=1800) -> subprocess.CompletedProcess:
     """The real command, as a user gives it."""
     return subprocess.run([sys.executable, str(ROOT / args[0]), *map(str, args[1:])], cwd=cwd, capture_output=True, text=True, timeout=timeout)
 
