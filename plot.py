@@ -529,6 +529,9 @@ def main() -> int:
         if reference is None:
             print(f"error: --against {args.against}: no complete run of that name; there are {', '.join(run.name for run in runs)}", file=sys.stderr)
             return 2
+        if len(runs) == 1:
+            print(f"error: --against {args.against}: there is no other complete run to compare it with", file=sys.stderr)
+            return 2
         print(against_table(reference, runs))
         return 0
     print(summary_table(runs))

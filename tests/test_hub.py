@@ -391,14 +391,13 @@ def test_the_default_command_runs_pythia_from_the_hub_to_results_and_again_witho
     commits = [hub.add(**repo).commit for repo in (pythia, *data_repos)]
     for kind, match in (("503", "model.safetensors"), ("cut", "model.safetensors"), ("429", "wmdp-bio/test"), ("cut", "train-00000-of-00001.parquet")):
         hub.fail(kind, match, 1, ("GET",), retry_after=1)
-    started = time.monotonic()
-    done = experiment(hub, tmp_path, "--out_dir=run_0", *SHORT, "--evals", "core", "geometry", HF_TOKEN=TOKEN)
+    done = experiment(hub, tmp_path, "--out_dir=run_0", *SHORT, "--evals", "core", "unlearning", "geometry", HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert time.monotonic() - started < 90
     assert "testbed: auto means pythia-70m" in done.stdout
     assert all(fault.times == 0 for fault in hub.faults), hub.faults
     info, config = (json.loads((tmp_path / "run_0" / name).read_text()) for name in ("final_info.json", "config.json"))
-    assert info["training"]["means"]["tokens_trained"] == 12_800 and {"core", "geometry"} <= set(info)
+    assert info["training"]["means"]["tokens_trained"] == 12_800 and {"core", "unlearning", "geometry"} <= set(info)
+    assert info["unlearning"]["means"]["unlearning_score"] is None and "questions (letter scoring)" in (tmp_path / "run_0" / "warnings.json").read_text(), "random weights know nothing"
     assert config["testbed"]["name"] == "pythia-70m" and config["testbed"]["d_in"] == 512 and config["config"]["layer"] == 3
     pinned = json.dumps(config["testbed"])
     assert all(commit in pinned for commit in commits), pinned
@@ -426,9 +425,9 @@ def test_auto_is_micro_without_a_hub_and_decided_in_time(hub, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "testbed: auto means micro" in done.stdout
     hub.fail("hang", "", 999)
-    silent = client(hub, tmp_path, "import testbeds\nstarted = time.monotonic()\nprint(json.dumps([testbeds.load('auto').name, time.monotonic() - started]))")
-    name, seconds = json.loads(silent.stdout)
-    assert name == "micro" and seconds < 15  # 8 s of them for the hub, the rest for micro's own text
+    silent = client(hub, tmp_path, "import testbeds\nstarted = time.monotonic()\nprint(json.dumps([testbeds.pythia_can_be_had(), time.monotonic() - started, testbeds.load('auto').name]))")
+    found, seconds, name = json.loads(silent.stdout)
+    assert not found and name == "micro" and seconds < 10
 
 
 def test_a_named_testbed_does_not_fall_back(hub, tmp_path):
