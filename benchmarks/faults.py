@@ -310,8 +310,8 @@ class Campaign:
 
     def machine(self):
         alone, _ = self.undisturbed()
-        self.survived("file size limit reached", alone, lambda: do_at(90, lambda *_: limit(resource.RLIMIT_FSIZE, 50_000)), "File too large")
-        self.survived("folder cannot be written any more", alone, lambda: (obey_permissions(), do_at(110, write_protect)), "Permission denied")
+        self.survived("file size limit reached", alone, lambda: do_at(130, lambda *_: limit(resource.RLIMIT_FSIZE, 50_000)), "File too large")
+        self.survived("folder cannot be written any more", alone, lambda: (obey_permissions(), do_at(130, write_protect)), "Permission denied")
         good = 0
         for step in (20, 80, 140):
             trial = Trial(folder := self.folder(), prepare=lambda: do_at(step, lambda *_: shutil.rmtree(folder / "run_1")))
@@ -334,10 +334,10 @@ class Campaign:
                 print(code, trial.text, again.text)
             subprocess.run(["umount", folder], check=True)
         self.row("disk full", tried, good, "one line, exit 1; with space again the same command ends with the same bytes")
-        self.survived("memory runs out (address space limit)", alone, lambda: do_at(90, lambda *_: limit(resource.RLIMIT_AS, int(Path("/proc/self/statm").read_text().split()[0]) * 4096 + 2**20)), "out of memory: lower")
+        self.survived("memory runs out (address space limit)", alone, lambda: do_at(130, lambda *_: limit(resource.RLIMIT_AS, int(Path("/proc/self/statm").read_text().split()[0]) * 4096 + 2**20)), "out of memory: lower")
 
     def survived(self, fault: str, alone: Path, prepare, said: str):
-        """Two checkpoints, the fault in the third process, one line, and the same command again."""
+        """Two checkpoints, the fault (at step 130, behind both) in the third process, one line, and the same command again."""
         good, source = 0, self.stopped(at=30)
         for _ in range(3):
             shutil.copytree(source, folder := self.folder())
