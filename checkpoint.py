@@ -4,6 +4,7 @@
     with signals: ... with signals.held(): ...       # SIGTERM and SIGINT end the process where the state is whole
     save(folder, step, tensors, facts)               # one safetensors file, whole or not at all; the last two stay
     newest_common({folder: made_by})                 # the newest state that all folders of a command hold
+    write_result(folder, info)                       # final_info.json, and checksums of what a run left
 
 A checkpoint is `checkpoints/step_XXXXXXXX.safetensors`: tensors, and in its header the other facts as JSON and a sha256 over both. torch is
 imported where it is used, so that a locked folder is refused at once.
@@ -18,8 +19,11 @@ import os
 import platform
 import random
 import re
+import shutil
 import signal
+import tempfile
 import time
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,9 +89,14 @@ def write_whole(path: Path, content: bytes):
             raise
 
 
+def as_json(value, indent: int | None = 1) -> bytes:
+    """Strict JSON."""
+    return (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: Path, value, indent: int | None = 1):
     """Strict JSON, whole or not at all."""
-    write_whole(path, (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode())
+    write_whole(path, as_json(value, indent))
 
 
 def seal(value: dict) -> dict:
@@ -127,9 +136,35 @@ def files_of(folder: Path) -> dict[str, str]:
     return {p.name: sha256_of(p) for p in sorted(folder.glob("*"))}
 
 
+def write_result(out_dir: Path, info: dict):
+    """final_info.json, last; just before it, in checksums.json, its sha256 and that of every file behind it that is not sealed."""
+    content = as_json(info)
+    behind = [out_dir / "warnings.json", out_dir / "train_log.jsonl", *(p for p in sorted(out_dir.glob("eval/*.json")) if not p.name.endswith("_metrics.json"))]
+    files = {str(p.relative_to(out_dir)): sha256_of(p) for p in behind} | {"final_info.json": hashlib.sha256(content).hexdigest()}
+    write_json(out_dir / "checksums.json", seal({"files": files}))
+    write_whole(out_dir / "final_info.json", content)
+
+
+def recorded_sums(out_dir: Path) -> dict[str, str]:
+    """What checksums.json says: name of a file -> sha256; older run folders have none. Raises Unusable."""
+    return (read_sealed(out_dir / "checksums.json") or {"files": {}})["files"]
+
+
+def is_as_recorded(path: Path) -> bool:
+    """Whether a file is the one that checksums.json beside it names, or that cannot be told."""
+    try:
+        return sha256_of(path) == recorded_sums(path.parent).get(path.name, sha256_of(path))
+    except (Unusable, KeyError):
+        return True  # `changed_files` names checksums.json
+
+
 def changed_files(out_dir: Path) -> list[str]:
     """What of a complete run is not as it was written, one line each; an SAE that is not there is none of it."""
     told = []
+    try:
+        told += [f"{out_dir / name} is not as it was written: its checksum is wrong" for name, known in recorded_sums(out_dir).items() if sha256_of(out_dir / name) != known]
+    except (Unusable, KeyError) as why:
+        told.append(str(why))
     for path in sorted(out_dir.glob("eval/seed*_metrics.json")):
         try:
             record, sae = read_sealed(path), out_dir / f"sae_{path.name.removesuffix('_metrics.json')}"
@@ -284,14 +319,42 @@ def disown():
     _owned.clear()
 
 
+def private_folder(user: object, prefix: str) -> Path:
+    """A temporary folder that is removed together with its `user`; what killed processes left is removed first.
+
+    A folder gets the name by which it is looked for when its process holds the lock on it: one that is not locked has no owner.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}-of-*"):
+        with contextlib.suppress(OSError):  # locked, another user's, or just removed by another process
+            file = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(file).st_uid == os.geteuid():
+                    shutil.rmtree(left)
+            finally:
+                os.close(file)
+    folder = Path(tempfile.mkdtemp(prefix=f"{prefix}-"))
+    file = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # where there are no locks it keeps the name by which nobody looks for it
+        fcntl.flock(file, fcntl.LOCK_EX)
+        folder = folder.rename(folder.with_name(folder.name.replace(prefix, f"{prefix}-of-{os.getpid()}", 1)))
+    weakref.finalize(user, _remove, folder, file)
+    return folder
+
+
+def _remove(folder: Path, lock: int):
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+
+
 # ------------------------------------------------------------------------------------------------ signals
 
 
 class Interrupted(BaseException):
     """SIGTERM or SIGINT came. `told` says where the work stands."""
 
-    def __init__(self, number: int):
-        self.number, self.told = number, "what is done is kept; the same command (without --overwrite) goes on"
+    def __init__(self, number: int, told: str):
+        self.number, self.told = number, told
 
 
 class Signals:
@@ -301,6 +364,7 @@ class Signals:
         self.depth, self.pending, self.before = 0, None, {}
 
     def __enter__(self):
+        self.told = "nothing was done yet; the same command starts"
         for number in (signal.SIGTERM, signal.SIGINT):
             self.before[number] = signal.signal(number, self._came)
 
@@ -315,7 +379,11 @@ class Signals:
 
     def _raise(self):
         if self.pending and not self.depth:
-            raise Interrupted(self.pending)
+            raise Interrupted(self.pending, self.told)
+
+    def something_is_kept(self):
+        """From now on there is a checkpoint to go on from."""
+        self.told = "what is done is kept; the same command (without --overwrite) goes on"
 
     def taken(self):
         """Interrupted was caught. Until then it is raised anew at every end of `held`: Python drops what is raised in a __del__."""

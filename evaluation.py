@@ -10,7 +10,6 @@ import contextlib
 import io
 import math
 import pickle
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import checkpoint
 import testbeds
 from errors import RunFailed, WrongRequest
 from losses import omega_all_pairs, omega_between_domains, sharing, welch_floor
@@ -75,7 +75,7 @@ class Evaluator:
         self.testbed, self.context_size = testbed, context_size
         self.lm = testbeds.InterventionLM(testbed)
         self.exams: dict = {}
-        self.artifacts = tempfile.TemporaryDirectory(prefix="saebench-")  # private; SAEBench keeps its sweep as pickles
+        self.artifacts = checkpoint.private_folder(self, "saebench")  # SAEBench keeps its sweep as pickles
         self.special = torch.tensor(sorted(set(testbed.tokenizer.all_special_ids)), device=testbed.lm.device)
         contexts = evaluation_contexts(testbed, context_size, n_contexts)
         self.select = {domain: self._with_resid(tokens) for (part, domain), tokens in contexts.items() if part == "train"}  # domain -> (contexts [n, pos], resid [n, pos, D])
@@ -208,7 +208,7 @@ class Evaluator:
         from sae_bench.evals.unlearning.utils import eval as sweep_eval
         from sae_bench.evals.unlearning.utils import feature_activation, metrics
 
-        folder = Path(self.artifacts.name)
+        folder = self.artifacts
         sparsities = folder / name / feature_activation.SPARSITIES_DIR
         sparsities.mkdir(parents=True)
         for rate, filename in zip(rates, (feature_activation.FORGET_FILENAME, feature_activation.RETAIN_FILENAME)):
@@ -304,7 +304,7 @@ class Evaluator:
     def _accuracy(self, subjects: list[str], hook: Callable | None = None) -> tuple[float, float]:
         """Accuracy on the known forget and retain questions, under a hook if given."""
         self.lm.hook = hook
-        right = {s: self.mcq_metrics(self.lm, None, self.artifacts.name, s, target_metric="correct")["is_correct"] for s in subjects}
+        right = {s: self.mcq_metrics(self.lm, None, self.artifacts, s, target_metric="correct")["is_correct"] for s in subjects}
         self.lm.reset_hooks()
         return float(right["wmdp-bio"].mean()), float(np.concatenate([v for s, v in right.items() if s != "wmdp-bio"]).mean())
 

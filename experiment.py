@@ -232,7 +232,7 @@ def read_run_json(path: Path, keys: set[str]) -> dict:
         raise WrongRequest(f"{path} cannot be read ({error}); name another folder, or --overwrite it") from error
     if not isinstance(value, dict) or not keys <= set(value) or not all(isinstance(value[k], dict) for k in keys):
         raise WrongRequest(f"{path} was not written by this program; name another folder, or --overwrite it")
-    if "sha256" in value and not checkpoint.is_sealed(value):
+    if "sha256" in value and not checkpoint.is_sealed(value) or not checkpoint.is_as_recorded(path):
         raise WrongRequest(f"{path} is not as it was written: its checksum is wrong; name another folder, or --overwrite it")
     return value
 
@@ -971,7 +971,7 @@ class Run:
         self.info = {} if failed else {section: self._summarise(section, metrics) for section, metrics in results.items()}
         write_json(self.folder / "warnings.json", self.warnings)
         if not failed:
-            write_json(self.folder / "final_info.json", self.info)
+            checkpoint.write_result(self.folder, self.info)
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def _evaluated(self, trainer: Trainer, evaluator: Evaluator, bar: tqdm) -> dict[str, dict]:
@@ -1106,6 +1106,7 @@ def train(runs: list[Run], stream: ActivationStream, block: ActivationBlock, at:
         at.passes = dict(stream.passes)
         for run in runs:
             run.save(at)
+        checkpoint.signals.something_is_kept()
         spent = time.monotonic() - now
         next_save = now + spent + max(interval, 50 * spent)
 
@@ -1153,6 +1154,8 @@ def refuse_what_does_not_fit(configs: list[Config], testbed: testbeds.Testbed):
 
 def run_experiments(command: Command, configs: list[Config], started: float):
     """Train and evaluate all runs of one command, from where their checkpoints stand."""
+    if not command.overwrite and any(checkpoint.steps_in(Path(folder)) for folder in command.out_dir):
+        checkpoint.signals.something_is_kept()
     testbed = testbeds.load(configs[0], configs[0].tokens, max(configs[0].batch_size, configs[0].context_size or 0), "unlearning" in configs[0].evals)
     if command.testbed == "auto" and testbed.name != "custom":
         print(f"testbed: auto means {testbed.name}")
@@ -1234,4 +1237,7 @@ def main(command: Command, configs: list[Config], started: float | None = None) 
 
 
 if __name__ == "__main__":
-    sys.exit(main(COMMAND, CONFIGS, STARTED))
+    CODE = main(COMMAND, CONFIGS, STARTED)
+    for number in (signal.SIGTERM, signal.SIGINT):  # all is written and told, and a signal only ends the process sooner
+        signal.signal(number, lambda *_: os._exit(CODE))
+    sys.exit(CODE)

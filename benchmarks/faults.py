@@ -3,12 +3,14 @@
     python -m benchmarks.faults                       # all, 60 kills; writes benchmarks/faults.json and faults.md
     python -m benchmarks.faults --only kills --kills 200
 
-Every trial is a real process that runs experiment.main on the embedded LM, forked from one that has imported what it needs, so that
-many fit into minutes. After each fault that may be survived, the same command is given again and what it writes is compared,
-byte for byte and without times, with what an undisturbed command wrote.
+Every trial is a real process that runs experiment.main on the embedded LM, forked from one that has imported what it needs and read
+the LM, so that many fit into minutes. After each fault that may be survived, the same command is given again and what it writes is
+compared, byte for byte and without times, with what an undisturbed command wrote. Instants are chosen in processor time of the trial,
+so that they are as random on a busy machine.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import pickle
@@ -21,26 +23,30 @@ import sys
 import tempfile
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads, also torch's, do not survive a fork
+import torch  # noqa: E402
+
 import checkpoint  # noqa: E402
 import evaluation  # noqa: E402
 import experiment  # noqa: E402
+import testbeds  # noqa: E402
 
-STEPS, BATCH = 160, 1024
+STEPS, BATCH = 160, 512
 SETTINGS = ("--tokens", STEPS * BATCH, "--d_sae", 256, "--batch_size", BATCH, "--target_l0", 8, "--buffer_tokens", 16_384, "--testbed=micro", "--seeds", 0, 1,
             "--checkpoint_seconds", 0)  # fmt: skip
 GEOMETRY, CORE = ("--evals", "geometry"), ("--evals", "core", "geometry")
 RNG = random.Random(0)
-TRUST_GIT = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}  # or another user would see no commit
 
 
 class Trial:
     """One process: the command, in `folder`, with stdout and stderr together in a file."""
 
-    def __init__(self, folder: Path, runs=("run_1",), extra=GEOMETRY, prepare=lambda: None, user: int | None = None):
+    def __init__(self, folder: Path, runs=("run_1",), extra=GEOMETRY, prepare=lambda: None):
         folder.mkdir(parents=True, exist_ok=True)
         self.told = folder / "told.txt"
         argv = [str(a) for a in ("--out_dir", *(folder / r for r in runs), *SETTINGS, *extra)]
@@ -54,9 +60,6 @@ class Trial:
             output = os.open(self.told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            if user is not None:
-                os.setgid(user)
-                os.setuid(user)
             prepare()
             command, configs = experiment.unfinished(*experiment.parse_command(argv))
             code = experiment.main(command, configs) if configs else 0
@@ -70,10 +73,15 @@ class Trial:
             sys.stderr.flush()
             os._exit(code)
 
+    def used(self) -> float:
+        """Seconds of processor time so far."""
+        return sum(map(int, Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+
     def wait(self, seconds=300.0) -> int | None:
-        """Exit code (negative: the signal that killed it); None when it still runs after so many seconds."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        """Exit code (negative: the signal that killed it); None when it still runs after so many seconds of processor time."""
+        end, self.cpu = seconds + RNG.uniform(0, 0.01), 0.0
+        while self.cpu < end:
+            self.cpu = self.used()
             pid, status, self.usage = os.wait4(self.pid, os.WNOHANG)
             if pid:
                 self.seconds = time.monotonic() - self.started
@@ -121,6 +129,11 @@ def phase(folder: Path) -> str:
     return "training" if list(folder.rglob("step_*.safetensors")) else "set-up, before a checkpoint"
 
 
+def left_by_others(trial: Trial) -> list:
+    """Private folders of SAEBench that are not of this trial."""
+    return [p for p in Path(tempfile.gettempdir()).glob("saebench-*") if not p.name.startswith(f"saebench-of-{trial.pid}-")]
+
+
 class Campaign:
     def __init__(self, scratch: Path, kills: int):
         self.scratch, self.kills, self.rows, self.n = scratch, kills, [], 0
@@ -131,11 +144,11 @@ class Campaign:
         return self.scratch / f"{self.n:04d}"
 
     def undisturbed(self, runs=("run_1",), extra=GEOMETRY) -> tuple[Path, float]:
-        """A folder with what the command writes when left alone, and the seconds it took."""
+        """A folder with what the command writes when left alone, and the seconds of processor time it took."""
         if (runs, extra) not in self.alone:
             trial = Trial(folder := self.folder(), runs, extra)
             assert trial.wait() == 0, trial.text
-            self.alone[runs, extra] = folder, trial.seconds
+            self.alone[runs, extra] = folder, trial.cpu
         return self.alone[runs, extra]
 
     def row(self, fault: str, tried: int, good: int, outcome: str):
@@ -170,18 +183,19 @@ class Campaign:
                 if code is not None:
                     wrong += [] if code == 0 else [trial.text]
                     break
-                trial.end()
+                if trial.end() != -signal.SIGKILL:  # it ended just now
+                    break
                 left -= 1
                 phases[phase(folder)] = phases.get(phase(folder), 0) + 1
             trial = Trial(folder, runs, extra)
-            if trial.wait() != 0 or not same(folder, alone, runs):
-                wrong.append(trial.text)
+            if trial.wait() != 0 or not same(folder, alone, runs) or left_by_others(trial):
+                wrong.append(f"{trial.text} {left_by_others(trial)}")
             else:
                 good += before - left
             ends += 1
             shutil.rmtree(folder)
         where = ", ".join(f"{name} {n}" for name, n in sorted(phases.items()))
-        self.row("SIGKILL at a random instant", self.kills, good, f"{ends} commands killed up to six times each ended with the same bytes as one left alone ({where})")
+        self.row("SIGKILL at a random instant", self.kills, good, f"{ends} commands killed up to six times each ended with the same bytes as one left alone, and no temporary folder was left ({where})")
         for text in wrong:
             print(text)
 
@@ -192,9 +206,9 @@ class Campaign:
             good, tries = 0, 8
             for _ in range(tries):
                 trial = Trial(folder := self.folder(), runs, CORE)
-                before = trial.wait(RNG.uniform(0.05, 0.95) * seconds)
-                first = trial.end(number) if before is None else code
-                told = before is not None or trial.last.startswith(f"error: interrupted by {number.name}")
+                before = trial.wait(RNG.uniform(0.02, 0.8) * seconds)
+                first = trial.end(number) if before is None else "ended before"
+                told = trial.last.startswith(f"error: interrupted by {number.name}")
                 again = Trial(folder, runs, CORE)
                 ok = first == code and told and again.wait() == 0 and same(folder, alone, runs)
                 good += ok
@@ -258,6 +272,15 @@ class Campaign:
             good += trial.wait() == 2 and ("config.json" in trial.last or "other settings" in trial.last)
         self.row("config.json with one bit flipped", 10, good, "exit 2, named")
         good = 0
+        for _ in range(20):
+            shutil.copytree(alone, folder := self.folder())
+            path = folder / "run_1/final_info.json"
+            path.write_bytes(flip(path.read_bytes()))
+            trial = Trial(folder)
+            good += trial.wait() == 2 and f"{path} " in trial.last
+            shutil.rmtree(folder)
+        self.row("final_info.json with one bit flipped", 20, good, "exit 2, named")
+        good = 0
         for _ in range(3):
             folder = self.folder()
             trial = Trial(folder, prepare=lambda: wrap(evaluation.Evaluator, "geometry", lambda calls, args: os.kill(os.getpid(), signal.SIGTERM) if calls == 2 else None))
@@ -287,8 +310,8 @@ class Campaign:
 
     def machine(self):
         alone, _ = self.undisturbed()
-        self.survived("file size limit reached", alone, lambda: do_at(90, lambda *_: limit(resource.RLIMIT_FSIZE, 50_000)), "File too large")
-        self.survived("folder cannot be written any more", alone, None, "Permission denied", user=65534)
+        self.survived("file size limit reached", alone, lambda: do_at(130, lambda *_: limit(resource.RLIMIT_FSIZE, 50_000)), "File too large")
+        self.survived("folder cannot be written any more", alone, lambda: (obey_permissions(), do_at(130, write_protect)), "Permission denied")
         good = 0
         for step in (20, 80, 140):
             trial = Trial(folder := self.folder(), prepare=lambda: do_at(step, lambda *_: shutil.rmtree(folder / "run_1")))
@@ -311,18 +334,14 @@ class Campaign:
                 print(code, trial.text, again.text)
             subprocess.run(["umount", folder], check=True)
         self.row("disk full", tried, good, "one line, exit 1; with space again the same command ends with the same bytes")
-        self.survived("memory runs out (address space limit)", alone, lambda: do_at(90, lambda *_: limit(resource.RLIMIT_AS, int(Path("/proc/self/statm").read_text().split()[0]) * 4096 + 2**20)), "out of memory: lower")
+        self.survived("memory runs out (address space limit)", alone, lambda: do_at(130, lambda *_: limit(resource.RLIMIT_AS, int(Path("/proc/self/statm").read_text().split()[0]) * 4096 + 2**20)), "out of memory: lower")
 
-    def survived(self, fault: str, alone: Path, prepare, said: str, user=None):
-        """Two checkpoints, the fault in the third process, one line, and the same command again."""
-        good = 0
+    def survived(self, fault: str, alone: Path, prepare, said: str):
+        """Two checkpoints, the fault (at step 130, behind both) in the third process, one line, and the same command again."""
+        good, source = 0, self.stopped(at=30)
         for _ in range(3):
-            folder = self.stopped(at=30)
-            if user is not None:
-                for path in (folder, *folder.rglob("*")):
-                    os.chown(path, user, user)
-                prepare = lambda: (setattr(tempfile, "tempdir", str(folder)), os.environ.update(TRUST_GIT), do_at(110, lambda *_: [p.chmod(0o555) for p in (folder / "run_1", *(folder / "run_1").iterdir()) if p.is_dir()]))  # noqa: E731
-            trial = Trial(folder, prepare=prepare, user=user)
+            shutil.copytree(source, folder := self.folder())
+            trial = Trial(folder, prepare=prepare)
             code, kept = trial.wait(), checkpoint.steps_in(folder / "run_1")
             for path in folder.rglob("*"):
                 path.chmod(0o755 if path.is_dir() else 0o644)
@@ -346,10 +365,10 @@ class Campaign:
             assert trial.wait() == 0, trial.text
             peaks.append(trial.usage.ru_maxrss / 1e6)
         self.row("ten times the tokens", 1, int(peaks[1] < 1.05 * peaks[0]), f"peak memory {peaks[0]:.2f} GB and {peaks[1]:.2f} GB")
-        trial = Trial(folder := self.folder(), extra=(*CORE, "--tokens", 10**9, "--time_budget_minutes", 1))
+        trial = Trial(folder := self.folder(), extra=(*CORE, "--tokens", 10**9, "--time_budget_minutes", 3))
         code = trial.wait()
-        ok = code == 0 and "the time budget ended training after" in trial.text
-        self.row("an hour's run with --time_budget_minutes 1", 1, int(ok and trial.seconds < 60), f"complete after {trial.seconds:.0f} s, a warning says how far it got")
+        ok = code == 0 and "the time budget ended training after" in trial.text and results(folder / "run_1") is not None
+        self.row("an hour's run with --time_budget_minutes 3", 1, int(ok and trial.seconds < 180), f"complete after {trial.seconds:.0f} s, a warning says how far it got")
         trial = Trial(self.folder(), extra=(*GEOMETRY, "--d_sae", 2**22))
         self.row("a dictionary larger than the memory", 1, int(trial.wait() == 2 and "GB of memory" in trial.last), "exit 2 before anything is written, with the gigabytes needed")
         trial = Trial(self.folder(), extra=("--evals", "none", "--tokens", 1_500_000, "--d_sae", 1024, "--batch_size", 2048, "--seeds", 0, 1, 2, "--checkpoint_seconds", 10), prepare=time_saves)
@@ -382,6 +401,20 @@ def wrap(cls, name: str, act):
         return method(*args)
 
     setattr(cls, name, wrapped)
+
+
+def obey_permissions():
+    """Give up the right of a superuser to write anywhere (CAP_DAC_OVERRIDE), for this process."""
+    libc, header, sets = ctypes.CDLL(None, use_errno=True), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc.capget(header, sets)
+    sets[0] &= ~2
+    assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
+
+
+def write_protect(*_):
+    for lock in checkpoint._owned:
+        for folder in (lock.parent, *(p for p in lock.parent.iterdir() if p.is_dir())):
+            folder.chmod(0o555)
 
 
 def limit(which: int, size: int):
@@ -452,6 +485,10 @@ def main():
     import sae_bench.evals.core.main  # noqa: F401  (once, for all trials)
     import sae_lens  # noqa: F401
 
+    torch.set_num_threads(1)
+    loaded = testbeds.load("micro")
+    testbeds.load = lambda *_: loaded
+    experiment.Evaluator = partial(evaluation.Evaluator, n_contexts=64, n_core=32)
     old = json.loads(args.out.with_suffix(".json").read_text()) if args.out.with_suffix(".json").exists() else {}
     with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
         tempfile.tempdir = scratch

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,6 +173,27 @@ def test_a_signal_leaves_a_checkpoint_and_one_line(number, code, here, tmp_path,
         assert results(tmp_path / "a" / run) == results(tmp_path / "b" / run)
 
 
+def test_a_signal_before_the_first_checkpoint_says_that_nothing_was_done(here, tmp_path, monkeypatch, capsys):
+    start = experiment.Run.start
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return start(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(experiment.Run, "start", interrupted)
+        assert here("run_1") == 143 and not checkpoint.steps_in(tmp_path / "run_1")
+        assert capsys.readouterr().err.strip().splitlines()[-1] == "error: interrupted by SIGTERM: nothing was done yet; the same command starts"
+    interrupted_run(here, monkeypatch, tmp_path, "run_1")
+    capsys.readouterr()
+    with monkeypatch.context() as m:
+        m.setattr(experiment.Run, "start", interrupted)
+        assert here("run_1") == 143 and checkpoint.steps_in(tmp_path / "run_1")
+        assert capsys.readouterr().err.strip().splitlines()[-1].endswith("what is done is kept; the same command (without --overwrite) goes on")
+        assert here("run_1", extra=["--overwrite"]) == 143
+        assert capsys.readouterr().err.strip().splitlines()[-1].endswith("nothing was done yet; the same command starts")
+
+
 def test_a_signal_while_a_block_is_made_leaves_the_state_whole(here, tmp_path, monkeypatch):
     assert here("a/run_1") == 0
     make, calls = experiment.ActivationStream.next_block, []
@@ -227,6 +249,28 @@ def test_a_second_process_is_refused_at_once_and_a_dead_one_does_not_block(tmp_p
     checkpoint.own(folder)
     checkpoint.disown()
     assert not list(folder.iterdir())
+
+
+def test_a_private_folder_of_a_killed_process_is_removed_and_no_other(tmp_path, monkeypatch):
+    code = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import checkpoint; user = type('', (), {{}})(); folder = checkpoint.private_folder(user, 'saebench');"
+            "(folder / 'sweep.pkl').touch(); print(folder, flush=True); time.sleep(float(sys.argv[1]))")  # fmt: skip
+    begin = lambda seconds: subprocess.Popen([sys.executable, "-c", code, seconds], stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})  # noqa: E731
+    folder_of = lambda process: Path(process.stdout.readline().strip())  # noqa: E731
+    killed, lives, leaves = (begin(seconds) for seconds in ("60", "60", "0"))
+    left, kept, gone = (folder_of(process) for process in (killed, lives, leaves))
+    killed.kill()
+    killed.wait()
+    leaves.wait()
+    (other := tmp_path / "saebench-of-someone").write_text("a file")
+    (link := tmp_path / "saebench-of-1-link").symlink_to(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert left.exists() and not gone.exists()
+    mine = checkpoint.private_folder(user := checkpoint.Signals(), "saebench")
+    assert set(tmp_path.iterdir()) == {kept, other, link, mine} and (kept / "sweep.pkl").exists()
+    del user
+    assert not mine.exists()
+    lives.kill()
+    lives.wait()
 
 
 # ------------------------------------------------------------------------------------------------ damage
@@ -300,6 +344,26 @@ def test_with_no_usable_checkpoint_nothing_is_thrown_away_unasked(here, monkeypa
     assert "step_00000061.safetensors is damaged" in last and "step_00000030.safetensors is damaged" in last and "--overwrite" in last
     assert {p: p.read_bytes() for p in (tmp_path / "run_1").rglob("*") if p.is_file()} == before
     assert here("run_1", extra=["--overwrite"]) == 0
+
+
+def test_a_result_that_is_not_as_it_was_written_is_named(here, tmp_path, capsys):
+    folder = tmp_path / "run_1"
+    assert here("run_1", evals=["geometry"]) == 0 and here("run_1", evals=["geometry"]) == 0
+    assert capsys.readouterr().err.count("warning") == 0
+    for name, refused in {"final_info.json": True, "warnings.json": False, "eval/seed0_geometry.json": False, "checksums.json": False}.items():
+        whole = (folder / name).read_bytes()
+        at = next(i for i, b in enumerate(whole) if chr(b) in "02468")
+        (folder / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        json.loads((folder / name).read_text())
+        if refused:
+            with pytest.raises(WrongRequest, match=f"{name} is not as it was written.*--overwrite"):
+                here("run_1", evals=["geometry"])
+        else:
+            assert here("run_1", evals=["geometry"]) == 0
+            assert f"warning: {folder / name} is not as it was written" in capsys.readouterr().err
+        (folder / name).write_bytes(whole)
+    (folder / "checksums.json").unlink()
+    assert here("run_1", evals=["geometry"]) == 0, "as an older run folder"
 
 
 def test_folders_go_on_from_the_newest_step_that_all_of_them_hold(here, monkeypatch, tmp_path):

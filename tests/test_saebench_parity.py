@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
+import checkpoint
 import evaluation
 import experiment
 import testbeds
@@ -85,7 +86,7 @@ def ours(gemma, questions):
     named = {("bio" if s == "wmdp-bio" else s): q for s, q in questions.items()}
     evaluator.testbed = testbeds.Testbed("gemma-2-2b-it", hf, tokenizer, LAYER, None, None, named, "bio", "letter", "GEMMA_INST_FORMAT", "absolute")
     evaluator.lm, evaluator.exams, evaluator.subjects = testbeds.InterventionLM(evaluator.testbed), {}, questions
-    evaluator.artifacts, evaluator.retain_text = evaluation.tempfile.TemporaryDirectory(), None
+    evaluator.artifacts, evaluator.retain_text = checkpoint.private_folder(evaluator, "saebench"), None
     return evaluator
 
 
@@ -109,8 +110,8 @@ def test_letter_answers_equal_saebench_unpatched_with_and_without_question(gemma
         for name in SUBJECTS:
             asked = dict(dataset_name=name, permutations=evaluation.ALL_PERMUTATIONS, without_question=without_question)
             with patch.object(metrics, "load_dataset", serve(questions)):
-                theirs = metrics.calculate_MCQ_metrics(hooked, 64, ours.artifacts.name, verbose=False, **asked)
-            mine = ours.mcq_metrics(ours.lm, 64, ours.artifacts.name, **asked)
+                theirs = metrics.calculate_MCQ_metrics(hooked, 64, str(ours.artifacts), verbose=False, **asked)
+            mine = ours.mcq_metrics(ours.lm, 64, str(ours.artifacts), **asked)
             np.testing.assert_allclose(mine["output_probs"], theirs["output_probs"], atol=2e-3)
             assert (mine["is_correct"] == theirs["is_correct"]).mean() > 0.999
             assert 0.1 < theirs["mean_correct"] < 0.6, "the comparison would be empty"
@@ -148,7 +149,7 @@ def test_the_sweep_and_its_score_equal_saebench_unpatched(gemma, questions, ours
     theirs = unlearning.get_metrics_df(str(tmp_path / "sae/results/metrics"))
     their_score = unlearning.get_unlearning_scores(theirs)
 
-    prepare(evaluation.Path(ours.artifacts.name))
+    prepare(ours.artifacts)
     chosen = ours.choose(sae, (forget_rate, retain_rate), torch.ones(64), settings["retain_thresholds"])
     cells, score = ours.sweep(chosen, (forget_rate, retain_rate), "sae", list(SUBJECTS), **settings)
     assert score == pytest.approx(their_score) and len(cells) == len(theirs) == 8
