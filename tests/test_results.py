@@ -52,3 +52,7 @@ def test_every_number_in_the_notes_is_in_the_run_folders():
 def test_tables_in_the_notes_and_the_readme_are_what_plot_prints():
     assert run_script("plot.py", *PLAN, "--table").stdout.strip() in (ROOT / "README.md").read_text()
     assert run_script("plot.py", *PLAN, "--against=run_6").stdout.strip() in (ROOT / "notes.txt").read_text()
+
+
+def test_the_table_of_the_real_lm_is_what_plot_prints():
+    assert run_script("plot.py", "smollm2/run_0", "smollm2/run_6", "smollm2/run_9", "--table").stdout.strip() in (ROOT / "README.md").read_text()
