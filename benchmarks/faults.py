@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -486,9 +487,9 @@ def main():
     import sae_lens  # noqa: F401
 
     torch.set_num_threads(1)
-    loaded = testbeds.load("micro")
+    loaded = replace(testbeds.load("micro"), n_held_out=32)
     testbeds.load = lambda *_: loaded
-    experiment.Evaluator = partial(evaluation.Evaluator, n_contexts=64, n_core=32)
+    experiment.Evaluator = partial(evaluation.Evaluator, n_contexts=64)
     old = json.loads(args.out.with_suffix(".json").read_text()) if args.out.with_suffix(".json").exists() else {}
     with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
         tempfile.tempdir = scratch
