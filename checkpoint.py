@@ -319,11 +319,8 @@ def disown():
     _owned.clear()
 
 
-def private_folder(user: object, prefix: str) -> Path:
-    """A temporary folder that is removed together with its `user`; what killed processes left is removed first.
-
-    A folder gets the name by which it is looked for when its process holds the lock on it: one that is not locked has no owner.
-    """
+def remove_left(prefix: str):
+    """Remove the private folders of processes that were killed."""
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}-of-*"):
         with contextlib.suppress(OSError):  # locked, another user's, or just removed by another process
             file = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -333,6 +330,14 @@ def private_folder(user: object, prefix: str) -> Path:
                     shutil.rmtree(left)
             finally:
                 os.close(file)
+
+
+def private_folder(user: object, prefix: str) -> Path:
+    """A temporary folder that is removed together with its `user`; what killed processes left is removed first.
+
+    A folder gets the name by which it is looked for when its process holds the lock on it: one that is not locked has no owner.
+    """
+    remove_left(prefix)
     folder = Path(tempfile.mkdtemp(prefix=f"{prefix}-"))
     file = os.open(folder, os.O_RDONLY)
     with contextlib.suppress(OSError):  # where there are no locks it keeps the name by which nobody looks for it

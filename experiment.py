@@ -262,6 +262,7 @@ def unfinished(command: Command, configs: list[Config]) -> tuple[Command, list[C
                 raise WrongRequest(f"--out_dir {out_dir} holds a run with other settings ({told}); name another folder, or --overwrite it")
             if complete:
                 print(f"{out_dir} is complete: {out_dir / 'final_info.json'} (--overwrite starts anew)")
+                checkpoint.remove_left("saebench")
                 for changed in checkpoint.changed_files(out_dir):
                     print(f"warning: {changed}", file=sys.stderr)
                 continue
