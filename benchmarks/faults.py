@@ -10,7 +10,10 @@ so that they are as random on a busy machine.
 """
 
 import argparse
+import collections
+import contextlib
 import ctypes
+import faulthandler
 import json
 import os
 import pickle
@@ -42,20 +45,23 @@ SETTINGS = ("--tokens", STEPS * BATCH, "--d_sae", 256, "--batch_size", BATCH, "-
             "--checkpoint_seconds", 0)  # fmt: skip
 GEOMETRY, CORE = ("--evals", "geometry"), ("--evals", "core", "geometry")
 RNG = random.Random(0)
+LOAD = testbeds.load
 
 
 class Trial:
-    """One process: the command, in `folder`, with stdout and stderr together in a file."""
+    """One process: the command, in `folder`, with stdout and stderr together in a file beside it."""
 
     def __init__(self, folder: Path, runs=("run_1",), extra=GEOMETRY, prepare=lambda: None):
         folder.mkdir(parents=True, exist_ok=True)
-        self.told = folder / "told.txt"
+        self.told = folder.with_name(folder.name + ".txt")  # not in it: its disk may be full
         argv = [str(a) for a in ("--out_dir", *(folder / r for r in runs), *SETTINGS, *extra)]
         self.started, self.pid = time.monotonic(), os.fork()
         if self.pid:
+            self.ended = None
             return
         code = 99
         try:
+            faulthandler.register(signal.SIGUSR1, all_threads=True)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, checkpoint.leave_at_once)
             output = os.open(self.told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -76,25 +82,42 @@ class Trial:
 
     def used(self) -> float:
         """Seconds of processor time so far."""
-        return sum(map(int, Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+        ticks = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
-    def wait(self, seconds=300.0) -> int | None:
-        """Exit code (negative: the signal that killed it); None when it still runs after so many seconds of processor time."""
-        end, self.cpu = seconds + RNG.uniform(0, 0.01), 0.0
-        while self.cpu < end:
-            self.cpu = self.used()
-            pid, status, self.usage = os.wait4(self.pid, os.WNOHANG)
-            if pid:
-                self.seconds = time.monotonic() - self.started
-                return os.waitstatus_to_exitcode(status)
+    def poll(self) -> int | None:
+        """Exit code (negative: the signal that killed it); None while it runs."""
+        if self.ended is None and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            self.seconds, self.cpu = time.monotonic() - self.started, self.used()
+            self.queued = int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[1]) / 1e9  # seconds it could have run, but others did
+            _, status, self.usage = os.wait4(self.pid, 0)
+            self.ended = os.waitstatus_to_exitcode(status)
+        return self.ended
+
+    def runs_for(self, cpu: float) -> bool:
+        """Whether it still runs after it has had so many seconds of the processor (and some hundredths, at random)."""
+        while self.poll() is None:
+            if self.used() >= cpu:
+                time.sleep(RNG.uniform(0, 0.03))
+                return self.poll() is None
             time.sleep(0.002)
+        return False
 
-    def end(self, number=signal.SIGKILL) -> int:
+    def wait(self, cpu=300.0, wall=3600.0) -> int | None:
+        """Exit code; one that hangs is made to tell where, and is killed: None."""
+        while self.poll() is None:
+            if self.used() > cpu or time.monotonic() - self.started > wall:
+                os.kill(self.pid, signal.SIGUSR1)
+                time.sleep(2)
+                self.end()
+                return None
+            time.sleep(0.002)
+        return self.ended
+
+    def end(self, number=signal.SIGKILL) -> int | None:
         """Send the signal and wait."""
         os.kill(self.pid, number)
-        code = self.wait()
-        assert code is not None, "the process does not end"
-        return code
+        return self.wait()
 
     @property
     def text(self) -> str:
@@ -119,20 +142,35 @@ def same(folder: Path, alone: Path, runs=("run_1",)) -> bool:
     return all(results(folder / r) is not None and results(folder / r) == results(alone / r) for r in runs)
 
 
-def phase(folder: Path) -> str:
-    """What a killed process was at, by what it left."""
-    if list(folder.rglob("*.tmp")):
-        return "a file half written"
+def half_written(folder: Path, pattern="*.tmp") -> set:
+    """Files that are being written, or were when a process was killed; each writing is another."""
+    found = set()
+    for path in folder.rglob(pattern):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path, path.stat().st_mtime_ns))
+    return found
+
+
+def phase(trial: Trial, folder: Path, before: set) -> str:
+    """What a killed process was at."""
+    if writing := half_written(folder) - before:
+        return "writing a checkpoint" if any(path.name.startswith("step_") for path, _ in writing) else "writing settings, log or results"
     if list(folder.rglob("final_info.json")):
-        return "results"
-    if list(folder.glob("*/eval/*")) or list(folder.glob("*/sae_seed*")):
-        return "evaluation"
-    return "training" if list(folder.rglob("step_*.safetensors")) else "set-up, before a checkpoint"
+        return "between two runs' results"
+    return next((name for name, bar in (("evaluation", "evaluating:"), ("training", "training:")) if bar in trial.text), "set-up")
 
 
 def left_by_others(trial: Trial) -> list:
     """Private folders of SAEBench that are not of this trial."""
     return [p for p in Path(tempfile.gettempdir()).glob("saebench-*") if not p.name.startswith(f"saebench-of-{trial.pid}-")]
+
+
+def tells_the_truth(trial: Trial, folder: Path) -> bool:
+    """Whether what the last line of an interrupted command says of the work is so."""
+    kept = [*folder.rglob("step_*.safetensors"), *folder.rglob("final_info.json")]
+    if any(said in trial.last for said in ("what is done is kept", "goes on from there")):
+        return bool(kept)
+    return not kept and any(said in trial.last for said in ("nothing was done yet", "before anything was begun"))
 
 
 class Campaign:
@@ -167,56 +205,57 @@ class Campaign:
     # ---- interruption
 
     def kills_at_random(self):
-        phases, wrong, ends, good = {}, [], 0, 0
+        """Every command is killed up to six times, twice of these while it writes a checkpoint or a result, and then left alone."""
+        phases, ends, good, left = collections.Counter(), 0, 0, self.kills
         forms = [(("run_1",), GEOMETRY), (("run_1", "run_6"), CORE), (("run_2", "run_8"), GEOMETRY)]
-        left = self.kills
         while left:
             runs, extra = forms[ends % len(forms)]
-            alone, seconds = self.undisturbed(runs, extra)
-            folder = self.folder()
-            before = left
-            for attempt in range(min(6, left)):
+            alone, cpu = self.undisturbed(runs, extra)
+            folder, kills = self.folder(), 0
+            for wanted in (None, None, "step_*.tmp", None, None, "*.json.tmp")[:left]:
+                before = half_written(folder)
                 trial = Trial(folder, runs, extra)
-                code = trial.wait(RNG.uniform(0.2, 1.0) * seconds)
-                while attempt % 3 == 2 and code is None and not list(folder.rglob("*.tmp")):  # into the writing of a file
-                    pid, status, _ = os.wait4(trial.pid, os.WNOHANG)
-                    code = os.waitstatus_to_exitcode(status) if pid else None
-                if code is not None:
-                    wrong += [] if code == 0 else [trial.text]
+                if not self.killed(trial, RNG.uniform(0.1, 1.0) * cpu, folder, wanted):
                     break
-                if trial.end() != -signal.SIGKILL:  # it ended just now
-                    break
-                left -= 1
-                phases[phase(folder)] = phases.get(phase(folder), 0) + 1
-            trial = Trial(folder, runs, extra)
-            if trial.wait() != 0 or not same(folder, alone, runs) or left_by_others(trial):
-                wrong.append(f"{trial.text} {left_by_others(trial)}")
-            else:
-                good += before - left
-            ends += 1
+                kills += 1
+                phases[phase(trial, folder, before)] += 1
+            ok = trial.ended in (0, -signal.SIGKILL)
+            again = Trial(folder, runs, extra)
+            ok = again.wait() == 0 and same(folder, alone, runs) and not left_by_others(again) and ok
+            if not ok:
+                print(trial.text, again.text, left_by_others(again))
+            good, left, ends = good + ok * kills, left - kills, ends + 1
             shutil.rmtree(folder)
-        where = ", ".join(f"{name} {n}" for name, n in sorted(phases.items()))
-        self.row("SIGKILL at a random instant", self.kills, good, f"{ends} commands killed up to six times each ended with the same bytes as one left alone, and no temporary folder was left ({where})")
-        for text in wrong:
-            print(text)
+        where = ", ".join(f"{name} {n}" for name, n in phases.most_common())
+        self.row("SIGKILL at a random instant", self.kills, good, f"{ends} commands, killed again and again, end with the same bytes as one left alone and leave no temporary folder; killed in: {where}")
+
+    @staticmethod
+    def killed(trial: Trial, cpu: float, folder: Path, wanted: str | None) -> bool:
+        """Kill the trial after so many seconds, or then as soon as a `wanted` file is being written; False if it ends before."""
+        if not trial.runs_for(cpu):
+            return False
+        there = half_written(folder, wanted) if wanted else set()
+        while wanted and trial.poll() is None and not half_written(folder, wanted) - there:
+            pass
+        return trial.poll() is None and trial.end() == -signal.SIGKILL
 
     def signals(self):
         runs = ("run_1", "run_6")
-        alone, seconds = self.undisturbed(runs, CORE)
+        alone, cpu = self.undisturbed(runs, CORE)
         for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
             good, tries = 0, 8
-            for _ in range(tries):
-                trial = Trial(folder := self.folder(), runs, CORE)
-                before = trial.wait(RNG.uniform(0.02, 0.8) * seconds)
-                first = trial.end(number) if before is None else "ended before"
-                told = trial.last.startswith(f"error: interrupted by {number.name}")
+            for i in range(tries):
+                loads = i < tries // 4  # the LM, which the other trials find loaded
+                trial = Trial(folder := self.folder(), runs, CORE, prepare=(lambda: setattr(testbeds, "load", LOAD)) if loads else lambda: None)
+                first = trial.end(number) if trial.runs_for(RNG.uniform(0.02, 0.2 if loads else 0.8) * cpu) else "ended before"
+                told = trial.last.startswith(f"error: interrupted by {number.name}") and tells_the_truth(trial, folder)
                 again = Trial(folder, runs, CORE)
                 ok = first == code and told and again.wait() == 0 and same(folder, alone, runs)
                 good += ok
                 if not ok:
                     print(first, trial.text, again.text)
                 shutil.rmtree(folder)
-            self.row(f"{number.name} at a random instant", tries, good, f"one line, exit {code}; the same command ends with the same bytes")
+            self.row(f"{number.name} at a random instant", tries, good, f"one true line, exit {code}; the same command ends with the same bytes")
 
     def owners(self):
         good = 0
@@ -225,7 +264,7 @@ class Campaign:
             while not list(folder.glob("run_1/config.json")):
                 time.sleep(0.01)
             second = Trial(folder / "x", runs=("../run_1",))
-            good += second.wait(30) == 2 and f"process {first.pid} on" in second.last and first.wait() == 0
+            good += second.wait() == 2 and f"process {first.pid} on" in second.last and first.wait() == 0
             third = Trial(folder)
             good -= third.wait() != 0
         self.row("a second process on the same folder", 3, good, "exit 2, names the owner's process, host and start; the owner is not disturbed")
@@ -366,10 +405,11 @@ class Campaign:
             assert trial.wait() == 0, trial.text
             peaks.append(trial.usage.ru_maxrss / 1e6)
         self.row("ten times the tokens", 1, int(peaks[1] < 1.05 * peaks[0]), f"peak memory {peaks[0]:.2f} GB and {peaks[1]:.2f} GB")
-        trial = Trial(folder := self.folder(), extra=(*CORE, "--tokens", 10**9, "--time_budget_minutes", 3))
+        trial = Trial(folder := self.folder(), extra=(*CORE, "--tokens", 10**9, "--time_budget_minutes", 1))
         code = trial.wait()
         ok = code == 0 and "the time budget ended training after" in trial.text and results(folder / "run_1") is not None
-        self.row("an hour's run with --time_budget_minutes 3", 1, int(ok and trial.seconds < 180), f"complete after {trial.seconds:.0f} s, a warning says how far it got")
+        busy = f" ({trial.queued:.0f} s of them behind other processes)" if trial.queued >= 1 else ""
+        self.row("an hour's run with --time_budget_minutes 1", 1, int(ok and trial.seconds - trial.queued < 60), f"complete after {trial.seconds:.0f} s{busy}, a warning says how far it got")
         trial = Trial(self.folder(), extra=(*GEOMETRY, "--d_sae", 2**22))
         self.row("a dictionary larger than the memory", 1, int(trial.wait() == 2 and "GB of memory" in trial.last), "exit 2 before anything is written, with the gigabytes needed")
         trial = Trial(self.folder(), extra=("--evals", "none", "--tokens", 1_500_000, "--d_sae", 1024, "--batch_size", 2048, "--seeds", 0, 1, 2, "--checkpoint_seconds", 10), prepare=time_saves)
