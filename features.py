@@ -91,3 +91,36 @@ def true_places(mask: Tensor) -> Tensor:
 
 
 # Activation functions: pre-activations [..., F] (which they may overwrite) -> features, and their slope where active (None: 1).
+# `sae` holds what they need to know: k, the threshold, the temperature (OrthogonalSAE's buffers).
+
+
+def relu(pre: Tensor, sae: torch.nn.Module) -> tuple[Tensor, None]:
+    return pre.relu_(), None
+
+
+def batch_top_k(pre: Tensor, sae: torch.nn.Module) -> tuple[Tensor, None]:
+    """The k·B largest of a batch (Bussmann et al., BatchTopK, arXiv 2412.06410); equals at the border are kept. A moving average of
+    that border is the threshold at inference."""
+    f = torch.relu(pre)
+    n = sae.k * (f.numel() // f.shape[-1])
+    few = f.flatten()[true_places(f > 0.8 * sae.threshold)].float()  # the border is near where it was: seldom more than a few per cent must be ranked
+    few = few if len(few) >= n else f.flatten().float()
+    border = few.kthvalue(len(few) - n + 1).values
+    sae.threshold.copy_(torch.where(sae.threshold > 0, sae.threshold.lerp(border, 0.01), border))
+    return f.masked_fill_(f < border, 0), None
+
+
+def soft_k_winners(pre: Tensor, sae: torch.nn.Module) -> tuple[Tensor, Tensor | None]:
+    """relu(pre) · σ((pre - θ) / T), θ midway between the k-th and the next largest of the row and held constant in the
+    gradient; gates under 1 % are shut. At temperature T = 0 this is top-k."""
+    top = pre.topk(sae.k + 1, dim=-1).values
+    border = (top[..., -2:].sum(-1, keepdim=True) / 2).detach()
+    if not sae.temperature > 0:
+        return torch.relu(pre) * (pre >= top[..., -2:-1]), None
+    gate = torch.sigmoid((pre - border) / sae.temperature.to(pre))
+    gate = gate * (gate >= 0.01)
+    f = torch.relu(pre) * gate
+    return f, gate + f * (1 - gate) / sae.temperature.to(pre)
+
+
+ACTIVATIONS = {"relu": relu, "batchtopk": batch_top_k, "softk": soft_k_winners}

@@ -2,7 +2,7 @@
 
 Needs numpy and matplotlib only. Folders that are not complete are skipped, and the reason is printed. Figures are written
 as PNGs and the report as report.html, one page that needs nothing else, into the current folder; the table goes to the
-screen. † marks a run whose warnings.json is not empty. A figure whose data no run has is left out, and the reason is printed.
+screen. † marks a run whose warnings.json is not empty, or whose files are not as they were written. A figure whose data no run has is left out, and the reason is printed.
 """
 
 import argparse
@@ -27,6 +27,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+
+import checkpoint
 
 labels = {
     "run_0": "vanilla",
@@ -92,6 +94,7 @@ class Run:
                 raise ValueError("warnings or evaluation details are not in their form")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a run's files ({type(error).__name__}: {error})") from error
+        self.warnings = [*self.warnings, *checkpoint.changed_files(folder)]
         self.arm, self.alpha = str(self.settings.get("arm")), finite(self.settings.get("alpha"))
 
     def mean(self, section: str, metric: str) -> tuple[float, float]:

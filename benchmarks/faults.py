@@ -14,6 +14,7 @@ import collections
 import contextlib
 import ctypes
 import faulthandler
+import fnmatch
 import json
 import os
 import pickle
@@ -145,9 +146,10 @@ def same(folder: Path, alone: Path, runs=("run_1",)) -> bool:
 def half_written(folder: Path, pattern="*.tmp") -> set:
     """Files that are being written, or were when a process was killed; each writing is another."""
     found = set()
-    for path in folder.rglob(pattern):
-        with contextlib.suppress(FileNotFoundError):
-            found.add((path, path.stat().st_mtime_ns))
+    for parent, _, names in os.walk(folder):  # rglob fails when a folder goes while it looks
+        for path in (Path(parent, name) for name in fnmatch.filter(names, pattern)):
+            with contextlib.suppress(FileNotFoundError):
+                found.add((path, path.stat().st_mtime_ns))
     return found
 
 
@@ -463,8 +465,7 @@ def limit(which: int, size: int):
 
 
 def time_saves():
-    save, seconds, began = checkpoint.save, [], time.monotonic()
-    train = experiment.train
+    save, train, seconds = checkpoint.save, experiment.train, []
 
     def timed(*args):
         start = time.monotonic()

@@ -57,8 +57,6 @@ class System:
 
 class Ours(System):
     def build(self):
-        import torch
-
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
         import experiment
         import testbeds

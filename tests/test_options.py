@@ -11,6 +11,7 @@ from test_trainer import SMALL, train
 
 import evaluation
 import experiment
+import features
 import losses
 from experiment import Config, OrthogonalSAE, Trainer, WrongRequest
 
@@ -137,7 +138,7 @@ def test_options_and_their_state_are_in_the_state_dict():
 def test_batch_top_k_keeps_the_largest_of_the_batch_and_learns_their_border():
     sae = make(activation="batchtopk")
     pre = torch.randn(64, F, generator=torch.Generator().manual_seed(2))
-    f, slope = experiment.batch_top_k(pre, sae)
+    f, slope = features.batch_top_k(pre, sae)
     kept = f[f > 0]
     assert len(kept) == 8 * 64 and slope is None
     assert kept.min() > pre[f == 0].max()
@@ -145,14 +146,14 @@ def test_batch_top_k_keeps_the_largest_of_the_batch_and_learns_their_border():
     border = sae.threshold.item()
     assert border == pytest.approx(kept.min().item())
     for _ in range(600):  # the moving average, also when the border has moved far away
-        experiment.batch_top_k(3 * pre, sae)
+        features.batch_top_k(3 * pre, sae)
     assert sae.threshold.item() == pytest.approx(3 * border, rel=0.01)
 
 
 def test_batch_top_k_with_fewer_positive_values_than_places_keeps_them_all():
     sae, pre = make(activation="batchtopk"), torch.full((4, F), -1.0)
     pre[:, :3] = 1.0
-    assert torch.equal(experiment.batch_top_k(pre, sae)[0], pre.relu())
+    assert torch.equal(features.batch_top_k(pre, sae)[0], pre.relu())
 
 
 def test_soft_k_winners_by_hand_and_its_limit_is_top_k():
@@ -160,13 +161,13 @@ def test_soft_k_winners_by_hand_and_its_limit_is_top_k():
     sae.k = 2
     pre = torch.tensor([[4.0, 3.0, 2.0, -1.0]])
     sae.temperature.fill_(0.5)
-    f, slope = experiment.soft_k_winners(pre, sae)
+    f, slope = features.soft_k_winners(pre, sae)
     gate = [1 / (1 + math.exp(-(v - 2.5) / 0.5)) for v in (4.0, 3.0, 2.0)]
     assert f[0].tolist() == pytest.approx([4 * gate[0], 3 * gate[1], 2 * gate[2], 0.0])
     assert slope[0, 1].item() == pytest.approx(gate[1] + 3 * gate[1] * (1 - gate[1]) / 0.5)
     sae.temperature.fill_(0.0)
-    assert experiment.soft_k_winners(pre, sae)[0].tolist() == [[4.0, 3.0, 0.0, 0.0]]
-    assert experiment.soft_k_winners(torch.full((1, 4), -1.0), sae)[0].tolist() == [[0.0] * 4]
+    assert features.soft_k_winners(pre, sae)[0].tolist() == [[4.0, 3.0, 0.0, 0.0]]
+    assert features.soft_k_winners(torch.full((1, 4), -1.0), sae)[0].tolist() == [[0.0] * 4]
 
 
 @pytest.mark.parametrize("activation", ["batchtopk", "softk"])
@@ -300,7 +301,7 @@ def test_orthogonal_initialisation_makes_orthonormal_blocks():
 def test_options_that_are_off_do_no_work(activations, monkeypatch):
     """Nothing of them is called in a plain step: no gain, no slope, no copy of the weights, no clipping."""
     trainer, _ = train(SMALL, activations, steps=2)
-    assert trainer._gain() is None and experiment.relu(torch.zeros(1), trainer.sae)[1] is None
+    assert trainer._gain() is None and features.relu(torch.zeros(1), trainer.sae)[1] is None
 
     def never(*_, **__):
         raise AssertionError("called although it is off")

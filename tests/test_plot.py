@@ -166,6 +166,15 @@ def test_a_flagged_run_is_marked_in_table_figures_and_report_with_the_reason(ele
     plot.plt.close(figure)
 
 
+def test_a_run_whose_results_were_changed_is_marked(tmp_path):
+    shutil.copytree(ROOT / "smollm2/run_9", tmp_path / "run_9")
+    plot.checkpoint.write_result(tmp_path / "run_9", json.loads((tmp_path / "run_9/final_info.json").read_text()))
+    info = tmp_path / "run_9/final_info.json"
+    before = plot.Run(tmp_path / "run_9").warnings
+    info.write_text(info.read_text().replace("0.", "0.1", 1))
+    assert plot.Run(tmp_path / "run_9").warnings == [*before, f"{info} is not as it was written: its checksum is wrong"]
+
+
 def test_runs_that_are_not_at_matched_l0_are_said_to_be_so(eleven):
     told = "The runs are not at matched L0: it goes from 16.0 (run_0, vanilla) to 19.1 (run_10, frozen decoder)"
     assert told in (eleven / "stdout.txt").read_text() and told in Outline((eleven / "report.html").read_text()).text
@@ -320,7 +329,8 @@ def test_paired_tests_use_shared_seeds_and_agree_with_scipy(eleven, tmp_path):
 
 BLOCKED = """
 import runpy, sys
-ALLOWED = {"numpy", "matplotlib", "mpl_toolkits", "PIL", "dateutil", "six", "pyparsing", "packaging", "cycler", "kiwisolver", "contourpy", "fontTools"}
+ALLOWED = {"numpy", "matplotlib", "mpl_toolkits", "PIL", "dateutil", "six", "pyparsing", "packaging", "cycler", "kiwisolver", "contourpy", "fontTools",
+           "checkpoint", "errors"}  # our own, of the standard library alone
 class Block:
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
@@ -335,7 +345,7 @@ except ImportError:
 
 
 def test_plot_runs_where_only_numpy_and_matplotlib_are_installed(tmp_path):
-    code = f"import sys; sys.argv = sys.argv[1:]\n{BLOCKED}"
+    code = f"import sys; sys.argv = sys.argv[1:]; sys.path.insert(0, {str(ROOT)!r})\n{BLOCKED}"
     done = subprocess.run([sys.executable, "-c", code, ROOT / "plot.py", ROOT / "run_0"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "wrote report.html" in done.stdout and (tmp_path / "report.html").stat().st_size > 100_000

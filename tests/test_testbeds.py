@@ -266,7 +266,7 @@ def test_a_broken_lm_is_refused_in_one_line(how, lms, own, tmp_path):
 
 
 def test_an_lm_that_looks_ahead_is_refused(lms, own, monkeypatch):
-    from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
+    from transformers import BertConfig, BertLMHeadModel
 
     testbed = load(lms("llama"), own)
     testbed.lm = BertLMHeadModel(BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, initializer_range=0.5)).eval()
