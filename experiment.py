@@ -353,7 +353,7 @@ class ActivationStream:
         self.n_lm_batches = max(1, round(buffer_tokens / (self.n_contexts * (context_size - 1))))
         self.passes = {"forget": 0, "retain": 0}  # over the text, begun so far
         self.texts = [packed_contexts(getattr(testbed, d).train, testbed.tokenizer, context_size, seed, on_pass=partial(self.passes.__setitem__, d)) for d in self.passes]
-        self.seed, self.block_index = seed, 0
+        self.seed, self.block_index, self.block = seed, 0, None
 
     @torch.no_grad()
     def activations(self, tokens: Tensor) -> Tensor:
@@ -364,7 +364,8 @@ class ActivationStream:
         return resid[0] if isinstance(resid, tuple) else resid
 
     def next_block(self) -> ActivationBlock:
-        """The LM's output goes straight to its shuffled place: one buffer, one LM batch, no copy of the buffer."""
+        """The LM's output goes straight to its shuffled place: one buffer, one LM batch, no copy of the buffer. The stream lets go of the block before."""
+        self.block = None
         half = self.n_contexts // 2
         batches = [torch.tensor([c for text in self.texts for c in islice(text, half)], device=self.device) for _ in range(self.n_lm_batches)]
         kept = [(~torch.isin(tokens, self.special)).flatten().nonzero()[:, 0] for tokens in batches]
@@ -381,7 +382,8 @@ class ActivationStream:
             forget.index_copy_(0, place, rows < half * tokens.shape[1])
             sinks.append(place[testbeds.massive(resid, torch.ones_like(rows, dtype=torch.bool))])
             first += len(rows)
-        return ActivationBlock(x, forget).without(torch.cat(sinks))
+        self.block = ActivationBlock(x, forget).without(torch.cat(sinks))
+        return self.block
 
     def skip_blocks(self, n: int):
         """Go on behind the first n blocks, without the LM: a block is a function of the text, the seed and its index."""
@@ -1057,8 +1059,8 @@ def provenance() -> dict:
             "git": git.stdout.strip() or None}  # fmt: skip
 
 
-def train(runs: list[Run], stream: ActivationStream, block: ActivationBlock, at: checkpoint.Position, n_steps: int, started: float, deadline: float, interval: float):
-    """Train all SAEs of all runs on one LM pass, from a position to n_steps, the deadline (time.monotonic()) or the last one's failure.
+def train(runs: list[Run], stream: ActivationStream, at: checkpoint.Position, n_steps: int, started: float, deadline: float, interval: float):
+    """Train all SAEs of all runs on one LM pass, from a position (whose block the stream holds) to n_steps, the deadline (time.monotonic()) or the last one's failure.
 
     A checkpoint of every run is written every `interval` seconds, less often when that would take over a fiftieth of the time,
     at the end, and when a signal comes (Interrupted goes on).
@@ -1079,24 +1081,28 @@ def train(runs: list[Run], stream: ActivationStream, block: ActivationBlock, at:
         next_save = now + spent + max(interval, 50 * spent)
 
     going = lambda: at.step < n_steps and time.monotonic() < deadline and any(run.training for run in runs)  # noqa: E731
+
+    def train_on_block():
+        for x, forget in islice(stream.block.batches(size), at.batch, None):
+            with checkpoint.signals.held():
+                for run in runs:
+                    run.step(x, forget, log=at.step % 25 == 0 or at.step == n_steps - 1)
+                at.step, at.batch = at.step + 1, at.batch + 1
+                if time.monotonic() > next_save and going():
+                    save()
+            bar.update(size)
+            if not going():
+                return
+        with checkpoint.signals.held():
+            at.block, at.batch = at.block + 1, 0
+        bar.set_postfix_str(", ".join(run.progress() for run in runs[:3]))
+
     with tqdm(total=n_steps * size, initial=at.step * size, unit="tok", unit_scale=True, desc="training", mininterval=2) as bar:
         try:
             while going():
-                for x, forget in islice(block.batches(size), at.batch, None):
-                    with checkpoint.signals.held():
-                        for run in runs:
-                            run.step(x, forget, log=at.step % 25 == 0 or at.step == n_steps - 1)
-                        at.step, at.batch = at.step + 1, at.batch + 1
-                        if time.monotonic() > next_save and going():
-                            save()
-                    bar.update(size)
-                    if not going():
-                        break
-                else:
-                    with checkpoint.signals.held():
-                        at.block, at.batch = at.block + 1, 0
-                    bar.set_postfix_str(", ".join(run.progress() for run in runs[:3]))
-                    block = stream.next_block()
+                train_on_block()
+                if going():
+                    stream.next_block()
         except checkpoint.Interrupted as stop:
             checkpoint.signals.taken()
             with checkpoint.signals.held():
@@ -1145,9 +1151,10 @@ def run_experiments(command: Command, configs: list[Config], started: float):
         block = stream.next_block()
     for run, state in zip(runs, saved or [None] * len(runs)):
         run.start(block, state)
-    del saved, state
+    del saved, state, block
     if not at.over:
-        train(runs, stream, block, at, n_steps, started, started + 0.7 * 60 * config.time_budget_minutes - at.used_seconds, command.checkpoint_seconds)
+        train(runs, stream, at, n_steps, started, started + 0.7 * 60 * config.time_budget_minutes - at.used_seconds, command.checkpoint_seconds)
+    del stream  # and its last block
     for run in runs:
         run.passes = at.passes
         run.warnings += [f"the {domain} text is short: training read it {n} times" for domain, n in at.passes.items() if n > 10]

@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import faulthandler
 import fnmatch
+import itertools
 import json
 import os
 import pickle
@@ -47,6 +48,7 @@ SETTINGS = ("--tokens", STEPS * BATCH, "--d_sae", 256, "--batch_size", BATCH, "-
 GEOMETRY, CORE = ("--evals", "geometry"), ("--evals", "core", "geometry")
 RNG = random.Random(0)
 LOAD = testbeds.load
+NUMBERS = itertools.count()  # of trials
 
 
 class Trial:
@@ -54,7 +56,7 @@ class Trial:
 
     def __init__(self, folder: Path, runs=("run_1",), extra=GEOMETRY, prepare=lambda: None):
         folder.mkdir(parents=True, exist_ok=True)
-        self.told = folder.with_name(folder.name + ".txt")  # not in it: its disk may be full
+        self.told = folder.with_name(f"{folder.name}_{next(NUMBERS)}.txt")  # not in it: its disk may be full
         argv = [str(a) for a in ("--out_dir", *(folder / r for r in runs), *SETTINGS, *extra)]
         self.started, self.pid = time.monotonic(), os.fork()
         if self.pid:
@@ -402,11 +404,11 @@ class Campaign:
         trial = Trial(folder := self.folder(), runs, CORE)
         self.row("none: the same command again elsewhere", 1, int(trial.wait() == 0 and same(folder, alone, runs)), "the same bytes apart from times")
         peaks = []
-        for tokens in (200_000, 2_000_000):
-            trial = Trial(self.folder(), extra=("--evals", "none", "--tokens", tokens))
+        for tokens in (300_000, 3_000_000):
+            trial = Trial(self.folder(), extra=("--evals", "none", "--tokens", tokens, "--d_sae", 1024, "--batch_size", 2048, "--buffer_tokens", 131_072, "--seeds", 0))
             assert trial.wait() == 0, trial.text
             peaks.append(trial.usage.ru_maxrss / 1e6)
-        self.row("ten times the tokens", 1, int(peaks[1] < 1.05 * peaks[0]), f"peak memory {peaks[0]:.2f} GB and {peaks[1]:.2f} GB")
+        self.row("ten times the tokens", 1, int(peaks[1] < 1.05 * peaks[0]), f"peak memory {peaks[0]:.3f} GB and {peaks[1]:.3f} GB (d_sae 1,024, buffer of 131,072)")
         trial = Trial(folder := self.folder(), extra=(*CORE, "--tokens", 10**9, "--time_budget_minutes", 3))
         code = trial.wait()
         ok = code == 0 and "the time budget ended training after" in trial.text and results(folder / "run_1") is not None

@@ -56,3 +56,8 @@ def test_tables_in_the_notes_and_the_readme_are_what_plot_prints():
 
 def test_the_table_of_the_real_lm_is_what_plot_prints():
     assert run_script("plot.py", "smollm2/run_0", "smollm2/run_6", "smollm2/run_9", "--table").stdout.strip() in (ROOT / "README.md").read_text()
+    gains = {name: strict(ROOT / "smollm2" / name / "final_info.json")["corpus_unlearning"] for name in ("run_0", "run_6", "run_9")}
+    for form in ("", "_guardrail"):
+        for part in gains.values():
+            mean, stderr = (part[kind][f"forget_ce_gain_at_retain_ce_cost_0.05{form}"] for kind in ("means", "stderrs"))
+            assert f"{mean:.2f} ± {stderr:.2f}" in " ".join((ROOT / "README.md").read_text().partition("<!-- /smollm2 -->")[2].split())
