@@ -343,13 +343,13 @@ class ActivationStream:
     and runs in bfloat16 where the machine has it. Rows of special tokens (BOS, EOS, padding) and massive ones are left out.
     """
 
-    def __init__(self, testbed: testbeds.Testbed, context_size: int, buffer_tokens: int, seed: int = 0, lm_tokens: int = 16_384):
+    def __init__(self, testbed: testbeds.Testbed, context_size: int, buffer_tokens: int, seed: int = 0, lm_tokens: int | None = None):
         self.device, self.d_in = testbed.lm.device, testbed.d_in
         self.traced = nnsight.NNsight(testbed.lm)
         self.hook = self.traced.get(testbed.hook_name)
         self.special = torch.tensor(sorted(set(testbed.tokenizer.all_special_ids)), device=self.device)
         self.low_precision = bfloat16_twins(testbed) if has_bf16(self.device) else []
-        self.n_contexts = max(2, lm_tokens // context_size // 2 * 2)  # per LM batch
+        self.n_contexts = max(2, (lm_tokens or fast_lm_tokens(testbed.lm)) // context_size // 2 * 2)  # per LM batch
         self.n_lm_batches = max(1, round(buffer_tokens / (self.n_contexts * (context_size - 1))))
         self.passes = {"forget": 0, "retain": 0}  # over the text, begun so far
         self.texts = [packed_contexts(getattr(testbed, d).train, testbed.tokenizer, context_size, seed, on_pass=partial(self.passes.__setitem__, d)) for d in self.passes]
@@ -399,6 +399,13 @@ def bfloat16_twins(testbed: testbeds.Testbed) -> list[tuple[torch.nn.Parameter, 
     unused = {id(p) for module in (*testbed.layers[testbed.layer + 1 :], *([head] if head else [])) for p in module.parameters()}
     unused -= {id(p) for p in testbed.lm.get_input_embeddings().parameters()}  # of which the head may be a view
     return [(p, p.detach().to(torch.bfloat16)) for p in testbed.lm.parameters() if id(p) not in unused and p.dtype == torch.float32]
+
+
+def fast_lm_tokens(lm: torch.nn.Module) -> int:
+    """Tokens of an LM batch. On a CPU a layer's widest activations stay under 32 MB (fp32), above which glibc takes memory from the
+    system anew for every tensor, page by page."""
+    config = lm.config
+    return 16_384 if lm.device.type == "cuda" else 31 * 2**18 // (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
 
 
 @contextlib.contextmanager
@@ -516,7 +523,7 @@ class OrthogonalSAE(torch.nn.Module):
         pre_BF = torch.addmm(self.b_enc.to(dtype), u_BD.to(dtype), self.W_enc.to(dtype))
         firing, group, d_firing = firing_loss(pre_BF, forget) if firing_loss else (None, None, None)
         f_BF, slope_BF = ACTIVATIONS[self.activation](pre_BF, self)
-        sparse = x.device.type == "cpu" and self.active < SPARSE_SHARE * len(self.b_enc)
+        sparse = x.device.type == "cpu" and self.active < SPARSE_SHARE[dtype] * len(self.b_enc)
         features = (SparseFeatures if sparse else DenseFeatures)(f_BF, slope_BF, gain_F, forget)
         error_BD = features.decode(self.W_dec).sub_(u_BD, alpha=1 - self.skip)
         d_out_BD, per_row = error_BD * (size**2 * (2 * weight / variance)), 1 / (B * math.sqrt(D))
@@ -584,8 +591,8 @@ def cache_blocks(W: Tensor) -> tuple[Tensor, ...]:
     return W.split(max(1, 2**18 // W.shape[1]) if W.device.type == "cpu" else len(W))
 
 
-# Share of active features under which SparseFeatures is faster than DenseFeatures on a CPU.
-SPARSE_SHARE = 0.02
+# Share of active features under which SparseFeatures is faster than DenseFeatures on a CPU, whose products run in this precision.
+SPARSE_SHARE = {torch.float32: 0.06, torch.bfloat16: 0.02}
 
 
 
@@ -737,7 +744,7 @@ class Trainer:
             loss = loss + alpha * measured["omega"]
         measured["loss"] = loss
         grads = {f"gradient of {name}": p.grad for name, p in sae.named_parameters() if p.grad is not None}
-        if not torch.stack([loss, *torch._foreach_norm(list(grads.values()), math.inf)]).isfinite().all():  # one look a step; what is wrong, afterwards
+        if not torch.stack([loss, *(grad.sum() for grad in grads.values())]).isfinite().all():  # one look a step; what is wrong, afterwards
             self.refuse_non_finite({"activations of the LM": x} | dict(sae.named_parameters()) | measured | grads)
         if update_now:
             self._update()

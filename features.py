@@ -40,7 +40,7 @@ class SparseFeatures:
     embedding bag. A NaN counts as active. Entries are in the order of rows, and `by_feature` puts them into that of features."""
 
     def __init__(self, f_BF: Tensor, slope_BF: Tensor | None, gain_F: Tensor | None, forget: Tensor):
-        (B, self.F), flat = f_BF.shape, true_places(f_BF != 0)
+        (B, self.F), flat = f_BF.shape, true_places(f_BF)
         self.row = flat // self.F
         self.col = flat - self.row * self.F
         self.value, self.factor = f_BF.flatten()[flat].float(), None if slope_BF is None else slope_BF.flatten()[flat].float()
@@ -80,14 +80,14 @@ def bags(index: Tensor, starts: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
     return torch.nn.functional.embedding_bag(index, rows, starts, mode="sum", per_sample_weights=weight)
 
 
-def true_places(mask: Tensor) -> Tensor:
-    """Flat places of the True entries of a mask of which most are False; on a CPU eight are looked at at once."""
-    flat = mask.flatten()
+def true_places(t: Tensor) -> Tensor:
+    """Flat places of the entries that are not 0 (NaN is not), where most are; on a CPU 8 bytes are looked at at once."""
+    flat = t.flatten()
     if flat.device.type != "cpu" or len(flat) % 8:
         return flat.nonzero()[:, 0]
     words = flat.view(torch.int64).nonzero()[:, 0]
-    word, byte = flat.view(-1, 8)[words].nonzero(as_tuple=True)
-    return words[word] * 8 + byte
+    word, place = flat.view(-1, size := 8 // flat.element_size())[words].nonzero(as_tuple=True)
+    return words[word] * size + place
 
 
 # Activation functions: pre-activations [..., F] (which they may overwrite) -> features, and their slope where active (None: 1).
