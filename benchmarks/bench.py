@@ -26,7 +26,7 @@ D_IN, LAYERS, CONTEXT, BATCH = 512, 4, 128, 2048  # LAYERS: up to the hook
 SYSTEMS = [("dictionary_learning", "default"), ("dictionary_learning", "bf16"), ("sae_lens", "default"), ("sae_lens", "compiled"), ("sae_lens", "bf16"),
            ("sae_lens", "bf16 compiled"), ("sparsify", "default"), ("sparsify", "bf16"), ("ours", "default")]  # fmt: skip
 PLAN_ARMS = ["vanilla", "fixed", "grouped", "grouped", "adaptive", "ortsae", "grouped", "grouped", "adaptive", "adaptive", "frozen_decoder"]
-STEADY = {"target_l0": 32.0}  # our lambda follows this L0; the peers' speed does not depend on theirs
+STEADY = {"target_l0": 32.0, "l1": 0.1}  # our lambda follows this L0 and is soon there; the peers' speed does not depend on theirs
 
 
 class Worker:
@@ -128,11 +128,7 @@ class Session:
                 for name, peak in ((k, statistics.median(p[k] for p in self.peaks)) for k in self.peaks[0])}  # fmt: skip
 
 
-def settle(worker: Worker, l0: float = 1.5 * STEADY["target_l0"], at_most: int = 300):
-    """Train ours until its features are as few as in most of a run: what a step costs depends on it."""
-    for _ in range(0, at_most, 20):
-        if worker.ask("step", n=20)["l0"] < l0:
-            return
+SETTLE = {"n": 150, "l0": 1.25 * STEADY["target_l0"]}
 
 
 def spread(values: list[float]) -> dict:
@@ -156,7 +152,7 @@ def peers(session: Session, d_sae: int, systems: list[tuple[str, str]], repetiti
             try:
                 steps = 4 if turn == 0 else max(4, min(40, round(2 * rates[name]["warm"] / BATCH)))
                 if turn == 0:
-                    settle(worker) if name.startswith("ours") else worker.ask("step", n=2)
+                    worker.ask("settle", **SETTLE) if name.startswith("ours") else worker.ask("step", n=2)
                 answers = {"step": worker.ask("step", n=steps), "lm": worker.ask("lm", n=16_384)} | ({"end_to_end": worker.ask("end_to_end", n=20_480)} if turn else {})
             except RuntimeError as error:
                 out[name] = {"failed": str(error)}
@@ -215,34 +211,39 @@ def quality(session: Session, d_sae: int, steps: int, peers: list[tuple[str, str
 def curves(session: Session) -> dict:
     """How our cost grows: with d_sae (each arm), with the number of SAEs on one pass of the LM, with the context, with the tokens."""
     quick, out = session.quick, {"d_sae": [], "arms": [], "context": [], "tokens": []}
-    for d_sae in (1024, 4096, 16_384) if quick else (1024, 4096, 16_384, 65_536, 131_072):
-        for arm in ("vanilla", "fixed", "grouped", "ortsae", "adaptive"):
-            spec = {"system": "ours", "d_sae": d_sae, "arms": [arm], "settings": STEADY | {"batch_size": BATCH}, "layer": 0, "buffer_tokens": 8192, "stream": {"lm_tokens": 4096}}
-            worker = session.start(**spec)
-            settle(worker, at_most=60 if d_sae > 20_000 else 300)
-            steps = 10 if d_sae > 20_000 else 20  # whole rounds of the losses that are applied every fifth step
-            rate = spread([worker.ask("step", n=steps)["tokens_per_second"] for _ in range(1 if d_sae > 20_000 else 3)])
-            out["d_sae"].append({"d_sae": d_sae, "arm": arm, "tokens_per_second": rate, "ms_per_step": 1000 * BATCH / rate["median"], "l0": worker.ask("step", n=1)["l0"], "rss_mb_before": worker.about["rss_mb"]} | worker.stop())
-            weights = 2 * d_sae * D_IN * 4 / 2**20
-            out["d_sae"][-1]["weights_and_optimiser_mb"] = 3 * weights
-        session.say(f"d_sae {d_sae}: " + ", ".join(f"{p['arm']} {p['ms_per_step']:.0f} ms" for p in out["d_sae"][-5:]))
-    for n in (1, 2, 6) if quick else (1, 2, 4, 6, 11):
+    arms = ("vanilla", "fixed", "grouped", "ortsae", "adaptive")
+    for d_sae in (4096, 16_384) if quick else (1024, 4096, 16_384, 131_072):
+        small = d_sae < 100_000
+        worker = session.start("ours", d_sae=d_sae, arms=arms if small else arms[:4], settings=STEADY, layer=0, buffer_tokens=8192, stream={"lm_tokens": 4096})
+        worker.ask("settle", **SETTLE | ({} if small else {"n": 10}))
+        steps, rates = 10 if small else 5, [[] for _ in arms]  # whole rounds of the losses that are applied every fifth step
+        for turn in range(3 if small else 2):
+            for arm, values in enumerate(rates[: len(arms) if small else 4]):
+                answer = worker.ask("step", n=steps, arm=arm)
+                values += [answer["tokens_per_second"]] if turn or not small else []  # the first warms up
+        for arm, values in zip(arms, rates):
+            if values:
+                rate = spread(values)
+                out["d_sae"].append({"d_sae": d_sae, "arm": arm, "tokens_per_second": rate, "ms_per_step": 1000 * BATCH / rate["median"], "over_vanilla": statistics.median(a / b for a, b in zip(rates[0], values))})
+        out["d_sae"][-1]["rss"] = worker.about["rss_mb"], worker.stop()["peak_rss_mb"], answer["l0"]
+        session.say(f"d_sae {d_sae}: " + ", ".join(f"{p['arm']} {p['ms_per_step']:.0f} ms" for p in out["d_sae"] if p["d_sae"] == d_sae))
+    for n in (1, 6) if quick else (1, 6, 11):
         worker = session.start("ours", d_sae=4096, arms=PLAN_ARMS[:n], settings=STEADY)
-        settle(worker)
-        answers = [worker.ask("end_to_end", n=32_768) for _ in range(2)]
+        worker.ask("settle", **SETTLE)
+        answers = [worker.ask("end_to_end", n=20_480) for _ in range(2)]
         out["arms"].append({"arms": n, "seconds_per_million_tokens": 1e6 / max(a["tokens_per_second"] for a in answers)} | worker.stop())
     alone = out["arms"][0]["seconds_per_million_tokens"]
     for point in out["arms"]:
         point["share_of_separate_runs"] = point["seconds_per_million_tokens"] / (point["arms"] * alone)
     session.say("arms: " + ", ".join(f"{p['arms']}: {p['share_of_separate_runs']:.2f} of separate runs" for p in out["arms"]))
-    for size in (64, 512) if quick else (64, 128, 256, 512, 1024):
+    for size in (64, 512) if quick else (64, 128, 1024):
         worker = session.start("ours", d_sae=64, context_size=size)
-        rate = spread([worker.ask("lm", n=32_768)["tokens_per_second"] for _ in range(3)])
+        rate = spread([worker.ask("lm", n=20_480)["tokens_per_second"] for _ in range(2)])
         out["context"].append({"context": size, "tokens_per_second": rate} | worker.stop())
     session.say("context: " + ", ".join(f"{p['context']}: {p['tokens_per_second']['median']:.0f} tokens/s" for p in out["context"]))
-    at = [100_000, 200_000, 400_000] if quick else [200_000, 500_000, 1_000_000, 2_000_000, 5_000_000, 10_000_000]
+    at = [50_000, 100_000, 200_000] if quick else [200_000, 500_000, 1_000_000, 2_000_000]
     spec = {"system": "ours", "d_sae": 1024, "layer": 0, "settings": STEADY, "buffer_tokens": 131_072}
-    out["tokens"] = session.once("scaling", {"at": at}, **spec)["curve"]  # the LM's first layer and 1,024 features, so that ten million fit the time
+    out["tokens"] = session.once("scaling", {"at": at}, **spec)["curve"]  # the LM's first layer and 1,024 features, so that two million fit the time
     session.say("tokens: " + ", ".join(f"{p['tokens']:,} in {p['seconds']:.0f} s, {p['peak_rss_mb']:.0f} MB" for p in out["tokens"]))
     return out
 
@@ -321,24 +322,30 @@ def main():
         session.prepare()
         session.matmul_peak()
         results = {"about": {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "torch": torch.__version__, "load_before": load, "quick": quick}}
-        if "peers" in args.only:
-            every, some = session.systems(), session.systems([("dictionary_learning", "default"), ("sae_lens", "default"), ("sae_lens", "bf16"), ("ours", "default")])
-            results["peers"] = {"4096": peers(session, 4096, every, 2 if quick else 5)} | {"16384": peers(session, 16_384, some if quick else every, 2 if quick else 3)}
-        if "quality" in args.only:
-            lens = session.systems([("sae_lens", "default"), ("sae_lens", "bf16")])[-1:]
-            pairs = lens if quick else [*lens, ("dictionary_learning", "default")]
-            results["quality"] = {"4096": quality(session, 4096, 64 if quick else 488, pairs)}
-            if not quick:
-                results["quality"]["16384"] = quality(session, 16_384, 100, lens)
-        if "curves" in args.only:
-            results["curves"] = curves(session)
-        results["about"] |= {"peak": {k: statistics.median(p[k] for p in session.peaks) for k in session.precisions}, "peaks": session.peaks,
-                             "seconds": time.perf_counter() - session.started}  # fmt: skip
+        every = session.systems([(system, variant) for system, variant in SYSTEMS if not (quick and system == "sparsify")])
+        few = session.systems([("dictionary_learning", "default"), ("sae_lens", "default"), ("sae_lens", "bf16"), ("ours", "default")])
+        lens = session.systems([("sae_lens", "default"), ("sae_lens", "bf16")])[-1:]
+        parts = [("peers", "4096", lambda: peers(session, 4096, few if quick else every, 1 if quick else 3)),
+                 ("peers", "16384", lambda: peers(session, 16_384, few[-2:] if quick else few, 1 if quick else 2)),
+                 ("quality", "4096", lambda: quality(session, 4096, 48 if quick else 488, lens))]  # fmt: skip
+        parts += [] if quick else [("quality", "16384", lambda: quality(session, 16_384, 100, lens))]
+        parts += [("curves", "", lambda: curves(session))]
+        for part, size, measure in parts:  # written after each, so that nothing is lost
+            if part in args.only:
+                found = measure()
+                results[part] = found if part == "curves" else results.get(part, {}) | {size: found}
+                results["about"] |= {"peak": {k: statistics.median(p[k] for p in session.peaks) for k in session.precisions}, "peaks": session.peaks,
+                                     "seconds": time.perf_counter() - session.started}  # fmt: skip
+                write(results, out)
+    print(table(results))
+
+
+def write(results: dict, out: Path):
+    """The results as JSON, Markdown and, with curves, a figure."""
     out.with_suffix(".json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     out.with_suffix(".md").write_text(table(results))
     if "curves" in results:
         draw(results["curves"], out.with_name(out.name.replace("results", "scaling")).with_suffix(".png"))
-    print(table(results))
 
 
 if __name__ == "__main__":

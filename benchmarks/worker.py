@@ -82,9 +82,20 @@ class Ours(System):
             done += len(self.stream.next_block().x)
         return done
 
-    def step(self, n: int) -> int:
+    def settle(self, n: int, l0: float) -> int:
+        """Train the first SAE up to n steps, until its features are as few as in most of a run: what a step costs depends on it. The others
+        take over its weights."""
+        done = 0
+        while not done or done < n and self.l0 > l0:
+            done += self.step(10, arm=0) // BATCH
+        for trainer in self.trainers[1:]:
+            trainer.sae.load_state_dict(self.trainers[0].sae.state_dict())
+            trainer.log_l1 = self.trainers[0].log_l1.clone()
+        return done * BATCH
+
+    def step(self, n: int, arm: int | None = None) -> int:
         for x, forget in itertools.islice(self.rows, n):
-            for trainer in self.trainers:
+            for trainer in self.trainers if arm is None else [self.trainers[arm]]:
                 measured = trainer.step(x, forget)
         self.l0 = measured["l0"].item()
         return n * BATCH
@@ -359,7 +370,7 @@ def main():
             say({"quality": quality, "scaling": scaling, "store": store}[command["do"]](system, command))
             continue
         before = time.perf_counter()
-        tokens = getattr(system, command["do"])(command["n"])
+        tokens = getattr(system, command.pop("do"))(**command)
         seconds = time.perf_counter() - before
         say({"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "l0": getattr(system, "l0", None)})
     say({"peak_rss_mb": rss_mb()})
