@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiment import ARMS, ActivationBlock, Config, RunFailed, Trainer
+from experiment import ARMS, SPARSE_SHARE, ActivationBlock, Config, RunFailed, Trainer
 
 SMALL = Config(arm="vanilla", d_sae=256, target_l0=8.0, batch_size=512, tokens=200 * 512, group_size=32, group_update_steps=20,
                resample_steps=40, dead_tokens=20_000, warmup_steps=20, k=8, evals=("none",))  # fmt: skip
@@ -164,7 +164,7 @@ def test_the_sparse_path_learns_the_curve_of_the_dense_one(settings, activations
     """Same seed, all steps but the first on one path: the FVU curves stay within 1 % of the variance of each other."""
     curves = []
     for share in (2.0, 0.0):
-        monkeypatch.setattr("experiment.SPARSE_SHARE", share)
+        monkeypatch.setattr("experiment.SPARSE_SHARE", dict.fromkeys(SPARSE_SHARE, share))
         curves.append([r["fvu"] for r in train(replace(SMALL, resample_steps=0, target_l0=0.0, **settings), activations, steps=120)[1]])
     assert max(abs(a - b) for a, b in zip(*curves)) < 0.01 and curves[0][-1] < 0.5
     assert curves[0] != curves[1], "the paths round differently: the comparison would be empty"
