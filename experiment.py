@@ -302,7 +302,7 @@ from tqdm import tqdm  # noqa: E402
 
 import testbeds  # noqa: E402
 from evaluation import SWEEP, Evaluator, evaluation_contexts, load_exported  # noqa: E402
-from features import ACTIVATIONS, DenseFeatures, SparseFeatures  # noqa: E402
+from features import ACTIVATIONS, SPARSE_SHARE, DenseFeatures, SparseFeatures  # noqa: E402
 from losses import domain_hinges, firing_profile, form_groups, has_bf16, omega_all_pairs, omega_between_domains, omega_grouped, omega_ortsae, sharing  # noqa: E402
 from testbeds import packed_contexts  # noqa: E402
 
@@ -348,8 +348,8 @@ class ActivationStream:
         self.traced = nnsight.NNsight(testbed.lm)
         self.hook = self.traced.get(testbed.hook_name)
         self.special = torch.tensor(sorted(set(testbed.tokenizer.all_special_ids)), device=self.device)
-        self.low_precision = bfloat16_twins(testbed) if has_bf16(self.device) else []
-        self.n_contexts = max(2, (lm_tokens or fast_lm_tokens(testbed.lm)) // context_size // 2 * 2)  # per LM batch
+        self.low_precision = testbeds.bfloat16_twins(testbed) if has_bf16(self.device) else []
+        self.n_contexts = max(2, (lm_tokens or testbeds.fast_lm_tokens(testbed.lm)) // context_size // 2 * 2)  # per LM batch
         self.n_lm_batches = max(1, round(buffer_tokens / (self.n_contexts * (context_size - 1))))
         self.passes = {"forget": 0, "retain": 0}  # over the text, begun so far
         self.texts = [packed_contexts(getattr(testbed, d).train, testbed.tokenizer, context_size, seed, on_pass=partial(self.passes.__setitem__, d)) for d in self.passes]
@@ -358,7 +358,7 @@ class ActivationStream:
     @torch.no_grad()
     def activations(self, tokens: Tensor) -> Tensor:
         """resid_post [context, pos, D] of tokens [context, pos], in the precision that the LM runs in."""
-        with parameters_as(self.low_precision), self.traced.trace(tokens, use_cache=False) as tracer:
+        with testbeds.parameters_as(self.low_precision), self.traced.trace(tokens, use_cache=False) as tracer:
             resid = self.hook.output.save()
             tracer.stop()
         return resid[0] if isinstance(resid, tuple) else resid
@@ -391,34 +391,6 @@ class ActivationStream:
             contexts = n * self.n_lm_batches * (self.n_contexts // 2)
             next(islice(text, contexts, contexts), None)
         self.block_index = n
-
-
-def bfloat16_twins(testbed: testbeds.Testbed) -> list[tuple[torch.nn.Parameter, Tensor]]:
-    """The fp32 parameters that the LM needs up to the hook, each with a copy in bfloat16; buffers (rotary frequencies) stay as they are."""
-    head = testbed.lm.get_output_embeddings()
-    unused = {id(p) for module in (*testbed.layers[testbed.layer + 1 :], *([head] if head else [])) for p in module.parameters()}
-    unused -= {id(p) for p in testbed.lm.get_input_embeddings().parameters()}  # of which the head may be a view
-    return [(p, p.detach().to(torch.bfloat16)) for p in testbed.lm.parameters() if id(p) not in unused and p.dtype == torch.float32]
-
-
-def fast_lm_tokens(lm: torch.nn.Module) -> int:
-    """Tokens of an LM batch. On a CPU a layer's widest activations stay under 32 MB (fp32), above which glibc takes memory from the
-    system anew for every tensor, page by page."""
-    config = lm.config
-    return 16_384 if lm.device.type == "cuda" else 31 * 2**18 // (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
-
-
-@contextlib.contextmanager
-def parameters_as(twins: list[tuple[torch.nn.Parameter, Tensor]]):
-    """Inside, each parameter holds its twin's values: no autocast, which would cast every weight and keep an fp32 residual stream."""
-    before = [p.data for p, _ in twins]
-    try:
-        for p, twin in twins:
-            p.data = twin
-        yield
-    finally:
-        for (p, _), old in zip(twins, before):
-            p.data = old
 
 
 # ------------------------------------------------------------------------------------------------ the SAE
@@ -589,11 +561,6 @@ class OrthogonalSAE(torch.nn.Module):
 def cache_blocks(W: Tensor) -> tuple[Tensor, ...]:
     """W [F, D] in blocks of rows, of 1 MB on a CPU: what is done to one in several passes then goes through memory once."""
     return W.split(max(1, 2**18 // W.shape[1]) if W.device.type == "cpu" else len(W))
-
-
-# Share of active features under which SparseFeatures is faster than DenseFeatures on a CPU, whose products run in this precision.
-SPARSE_SHARE = {torch.float32: 0.06, torch.bfloat16: 0.02}
-
 
 
 @dataclass(frozen=True)

@@ -430,6 +430,34 @@ def logits_at(lm, tokens: Tensor, positions: Tensor | None, **seen) -> Tensor:
         handle.remove()
 
 
+def bfloat16_twins(testbed: Testbed) -> list[tuple[torch.nn.Parameter, Tensor]]:
+    """The fp32 parameters that the LM needs up to the hook, each with a copy in bfloat16; buffers (rotary frequencies) stay as they are."""
+    head = testbed.lm.get_output_embeddings()
+    unused = {id(p) for module in (*testbed.layers[testbed.layer + 1 :], *([head] if head else [])) for p in module.parameters()}
+    unused -= {id(p) for p in testbed.lm.get_input_embeddings().parameters()}  # of which the head may be a view
+    return [(p, p.detach().to(torch.bfloat16)) for p in testbed.lm.parameters() if id(p) not in unused and p.dtype == torch.float32]
+
+
+def fast_lm_tokens(lm: torch.nn.Module) -> int:
+    """Tokens of an LM batch. On a CPU a layer's widest activations stay under 32 MB (fp32), above which glibc takes memory from the
+    system anew for every tensor, page by page."""
+    config = lm.config
+    return 16_384 if lm.device.type == "cuda" else 31 * 2**18 // (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+
+
+@contextlib.contextmanager
+def parameters_as(twins: list[tuple[torch.nn.Parameter, Tensor]]):
+    """Inside, each parameter holds its twin's values: no autocast, which would cast every weight and keep an fp32 residual stream."""
+    before = [p.data for p, _ in twins]
+    try:
+        for p, twin in twins:
+            p.data = twin
+        yield
+    finally:
+        for (p, _), old in zip(twins, before):
+            p.data = old
+
+
 def massive(resid: Tensor, among: Tensor) -> Tensor:
     """Which of the rows `among` [...] (bool) of resid [..., D] have over 10 times their median norm. Some LMs keep attention sinks in a
     few tokens at the start of a text (Sun et al., Massive Activations, arXiv 2402.17762): they hold most of the squared norm and

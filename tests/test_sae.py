@@ -85,10 +85,15 @@ def test_a_batch_without_any_active_feature_has_gradient_zero_and_not_nan(x):
     assert sae.W_dec.grad.abs().max() == sae.W_enc.grad.abs().max() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "share"), [((64, 96), 0.02), ((7, 13), 0.3), ((8, 16), 0.0), ((8, 16), 1.0)])
-def test_true_places_are_those_of_nonzero(shape, share):
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < share
-    assert torch.equal(features.true_places(mask), mask.flatten().nonzero()[:, 0])
+def test_true_places_are_those_of_nonzero(shape, share, dtype):
+    generator = torch.Generator().manual_seed(1)
+    t = ((torch.rand(shape, generator=generator) < share) * torch.randn(shape, generator=generator)).to(dtype)  # 0.0 and -0.0 among the others
+    if dtype.is_floating_point and share == 0.02:
+        t[5, 7] = torch.nan
+        assert 5 * 96 + 7 in features.true_places(t)
+    assert torch.equal(features.true_places(t), t.flatten().nonzero()[:, 0])
 
 
 def test_gradients_accumulate_and_a_frozen_decoder_gets_none(sae, x):
