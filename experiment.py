@@ -285,6 +285,7 @@ if __name__ == "__main__":  # answer --help and wrong requests before anything h
         sys.exit(print(f"error: {wrong}", file=sys.stderr) or 2)
 
 import contextlib  # noqa: E402
+import ctypes  # noqa: E402
 import hashlib  # noqa: E402
 import platform  # noqa: E402
 import shutil  # noqa: E402
@@ -428,7 +429,7 @@ class OrthogonalSAE(torch.nn.Module):
         if orthogonal_init:  # blocks of d_in orthonormal rows, as near to orthogonal as d_sae rows can be
             W_dec = torch.cat([torch.nn.init.orthogonal_(block, generator=generator) for block in W_dec.split(d_in)])
         self.W_dec = torch.nn.Parameter(W_dec)
-        self.W_enc = torch.nn.Parameter(W_dec.T.contiguous() * 0.5)  # contiguous: fused Adam walks weight and gradient in memory order
+        self.W_enc = torch.nn.Parameter((W_dec * 0.5).T)  # a feature's weights side by side in memory, as their gradient comes out of a sparse product
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
         self.register_buffer("scale", torch.tensor(1.0 if layer_norm else float(scale)))
@@ -513,12 +514,6 @@ class OrthogonalSAE(torch.nn.Module):
         return Terms((error_BD * size).pow(2).sum() / variance, total * per_row, self.active.clone(), fired_2F, firing / math.sqrt(D) if firing_loss else None)
 
     @torch.no_grad()
-    def project_decoder_grad(self):
-        """Remove from W_dec's gradient the component along each row, which the unit norm would undo."""
-        for grad, W in zip(*map(cache_blocks, (self.W_dec.grad, self.W_dec))):
-            grad.addcmul_(W, (grad * W).sum(1, keepdim=True), value=-1)
-
-    @torch.no_grad()
     def normalise_decoder(self):
         for W in cache_blocks(self.W_dec):
             W /= W.norm(dim=1, keepdim=True)
@@ -563,12 +558,20 @@ def cache_blocks(W: Tensor) -> tuple[Tensor, ...]:
     return W.split(max(1, 2**18 // W.shape[1]) if W.device.type == "cpu" else len(W))
 
 
+@torch.no_grad()
+def remove_radial(grad_FD: Tensor, W_FD: Tensor):
+    """Remove from a gradient the component along each row of W, which the unit norm would undo."""
+    for grad, W in zip(*map(cache_blocks, (grad_FD, W_FD))):
+        grad.addcmul_(W, (grad * W).sum(1, keepdim=True), value=-1)
+
+
 @dataclass(frozen=True)
 class Arm:
     """One row of the study: alpha · omega(sae, config, generator) on the weights + firing(config, alpha) on the pre-activations.
 
     `steered`: alpha follows the measured sharing of the forget group towards --target_sharing, instead of staying as given.
-    `every`: omega is applied every so many optimiser steps, with as many times the weight.
+    `every`: omega's gradient is computed every so many optimiser steps and applied with as many times the weight or, if `held`, at each
+    step until the next (as many times the weight at once would weigh on Adam's second moments: 1 % more FVU).
     """
 
     omega: Callable[[OrthogonalSAE, Config, torch.Generator], Tensor] | None = None
@@ -577,12 +580,13 @@ class Arm:
     uses_groups: bool = False
     trains_decoder: bool = True
     every: int = 1
+    held: bool = False
 
 
 ARMS = {
     "vanilla": Arm(),
     "frozen_decoder": Arm(trains_decoder=False),
-    "fixed": Arm(lambda sae, config, _: omega_all_pairs(sae.W_dec)),
+    "fixed": Arm(lambda sae, config, _: omega_all_pairs(sae.W_dec), every=10, held=True),
     "grouped": Arm(lambda sae, config, _: omega_grouped(sae.W_dec, sae.groups), uses_groups=True),
     "adaptive": Arm(
         firing=lambda config, alpha: partial(domain_hinges, n=config.forget_features, margin=config.margin, alpha=alpha, gap_weight=config.gap_weight),
@@ -618,6 +622,8 @@ class Trainer:
         self.log_l1 = torch.tensor(math.log(config.l1) if config.l1 and config.activation == "relu" else -math.inf, device=device)
         self.log_alpha = torch.tensor(math.log(config.alpha) if config.alpha and (self.arm.omega or self.arm.firing) else -math.inf, device=device)
         self.l0 = torch.tensor(self.steered_l0 or 0.0, device=device)  # moving average that steers lambda
+        self.omega = torch.tensor(0.0, device=device)  # when last computed
+        self.held = torch.zeros_like(self.sae.W_dec) if self.arm.held else torch.zeros(0, device=device)  # its gradient
         self.steps, self.resampled = 0, 0
         self.history: list[dict] = []  # one record a logged step
         self.failed = ""  # why it does not go on
@@ -627,7 +633,7 @@ class Trainer:
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """Everything that the next step depends on, and the log: tensors by name, and facts for JSON."""
         tensors = {f"sae.{k}": v for k, v in self.sae.state_dict().items()}
-        tensors |= {"generator": self.generator.get_state(), "log_l1": self.log_l1, "log_alpha": self.log_alpha, "l0": self.l0}
+        tensors |= {"generator": self.generator.get_state(), "log_l1": self.log_l1, "log_alpha": self.log_alpha, "l0": self.l0, "omega": self.omega, "held": self.held}
         for name, parameter in self.sae.named_parameters():
             tensors |= {f"adam.{name}.{k}": v for k, v in self.adam.state.get(parameter, {}).items()}
             tensors |= {} if parameter.grad is None else {f"grad.{name}": parameter.grad}
@@ -643,11 +649,12 @@ class Trainer:
         self.sae.groups = torch.empty_like(tensors["sae.groups"])
         self.sae.load_state_dict(under("sae."))
         self.generator.set_state(tensors["generator"].cpu())
-        self.log_l1, self.log_alpha, self.l0 = (tensors[name] for name in ("log_l1", "log_alpha", "l0"))
+        self.log_l1, self.log_alpha, self.l0, self.omega, self.held = (tensors[name] for name in ("log_l1", "log_alpha", "l0", "omega", "held"))
         for name, parameter in self.sae.named_parameters():
-            parameter.grad = tensors.get(f"grad.{name}")
+            laid_out = lambda t, like=parameter: torch.empty_like(like).copy_(t) if t.shape == like.shape else t  # noqa: E731  (fused Adam walks all in memory order)
+            parameter.grad = laid_out(tensors[f"grad.{name}"]) if f"grad.{name}" in tensors else None
             if moments := under(f"adam.{name}."):
-                self.adam.state[parameter] = moments
+                self.adam.state[parameter] = {k: laid_out(t) for k, t in moments.items()}
         self.schedule.last_epoch = facts["updates"]
         for group, lr in zip(self.adam.param_groups, self.schedule.base_lrs):
             group["lr"] = lr * self._lr_factor(facts["updates"])
@@ -686,12 +693,12 @@ class Trainer:
     # one step
 
     def step(self, x: Tensor, forget: Tensor) -> dict[str, Tensor]:
-        """One batch x [B, D]; returns its loss terms as 0-d tensors (`omega` only where it was applied, `loss` with its
-        plain weight alpha). Raises RunFailed, before anything is updated, if one of them or a gradient is not finite."""
+        """One batch x [B, D]; returns its loss terms as 0-d tensors (`omega` as it was when last computed, in
+        `loss` with its plain weight alpha). Raises RunFailed, before anything is updated, if one of them or a gradient is not finite."""
         sae, config = self.sae, self.config
         self._unlock_and_cool()
         if self.arm.uses_groups and self.steps % config.group_update_steps == 0:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 sae.groups = form_groups(firing_profile(sae.encode(x), sae.affinity, self.generator), config.group_size).to(x.device)
         (l1_factor, alpha_factor), share = self._loss_factors(), 1 / config.grad_accumulation
         l1, alpha = self.log_l1.exp() * l1_factor, self.log_alpha.exp() * alpha_factor
@@ -704,11 +711,11 @@ class Trainer:
             loss = loss + terms.firing
         updates, batches_left = divmod(self.steps, config.grad_accumulation)
         update_now = batches_left == config.grad_accumulation - 1
-        if self.arm.omega and config.alpha and update_now and updates % self.arm.every == 0:
-            omega = self.arm.omega(sae, config, self.generator)
-            (self.arm.every * alpha * omega).backward()
-            measured["omega"] = omega.detach()
-            loss = loss + alpha * measured["omega"]
+        if self.arm.omega and config.alpha and update_now:
+            self._pull(alpha, compute=updates % self.arm.every == 0)
+        if self.arm.omega and config.alpha and (updates or update_now):
+            measured["omega"] = self.omega
+            loss = loss + alpha * self.omega
         measured["loss"] = loss
         grads = {f"gradient of {name}": p.grad for name, p in sae.named_parameters() if p.grad is not None}
         if not torch.stack([loss, *(grad.sum() for grad in grads.values())]).isfinite().all():  # one look a step; what is wrong, afterwards
@@ -722,11 +729,24 @@ class Trainer:
             self._resample(x)
         return measured
 
+    def _pull(self, alpha: Tensor, compute: bool):
+        """Add omega's gradient to W_dec's, as the arm's `every` and `held` say."""
+        sae, arm = self.sae, self.arm
+        if compute:
+            omega = arm.omega(sae, self.config, self.generator)
+            self.omega = omega.detach()
+            (pull,) = torch.autograd.grad(omega, sae.W_dec)
+            if arm.held:
+                remove_radial(pull, sae.W_dec)
+                self.held = pull
+        if compute or arm.held:
+            sae.W_dec.grad.addcmul_(self.held if arm.held else pull, alpha if arm.held else arm.every * alpha)
+
     def _update(self):
         """Take the optimiser's step on the gradients gathered."""
         sae, config = self.sae, self.config
         if self.arm.trains_decoder:
-            sae.project_decoder_grad()
+            remove_radial(sae.W_dec.grad, sae.W_dec)
         if config.grad_clip:
             torch.nn.utils.clip_grad_norm_(sae.parameters(), config.grad_clip)
         if config.feature_lr_power:
@@ -1100,8 +1120,19 @@ def refuse_what_does_not_fit(configs: list[Config], testbed: testbeds.Testbed):
         raise WrongRequest(f"training needs at least {need / 1e9:.1f} GB of memory and {left / 1e9:.1f} GB are left: lower --d_sae, --batch_size, --buffer_tokens, or the number of --seeds or run folders")
 
 
+def keep_freed_memory():
+    """glibc gives every tensor of over 32 MB back to the system when it is freed, and takes the next one page by page: a third of a step at
+    d_sae 16,384. From here on it keeps them."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def run_experiments(command: Command, configs: list[Config], started: float):
     """Train and evaluate all runs of one command, from where their checkpoints stand."""
+    keep_freed_memory()
     if not command.overwrite and any(checkpoint.steps_in(Path(folder)) for folder in command.out_dir):
         checkpoint.signals.something_is_kept()
     testbed = testbeds.load(configs[0], configs[0].tokens, max(configs[0].batch_size, configs[0].context_size or 0), "unlearning" in configs[0].evals)

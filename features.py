@@ -28,7 +28,7 @@ class DenseFeatures:
         for factor in self.factors:
             d_pre *= factor
         d_b_enc = (self.domain_2B @ d_pre).float().sum(0)  # a product, not .sum(0): that would first copy all of it to fp32
-        return (self.f.T @ d_out).float(), (u.T @ d_pre).float(), d_b_enc
+        return (self.f.T @ d_out).float(), (d_pre.T @ u).float().T, d_b_enc
 
     def counts(self) -> tuple[Tensor, Tensor]:
         """How often each feature fired on retain and forget rows [2, F], and Σ f."""
@@ -62,7 +62,7 @@ class SparseFeatures:
         row, feature_starts = self.row[by_feature], starts(self.col, self.F)
         d_W_dec = bags(row, feature_starts, self.value[by_feature], d_out_BD)
         d_W_enc = bags(row, feature_starts, d_pre[by_feature], u_BD)
-        return d_W_dec, d_W_enc.T.contiguous(), torch.zeros(self.F).index_add_(0, self.col, d_pre)
+        return d_W_dec, d_W_enc.T, torch.zeros(self.F).index_add_(0, self.col, d_pre)
 
     def counts(self) -> tuple[Tensor, Tensor]:
         fires = self.value > 0

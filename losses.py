@@ -47,19 +47,23 @@ class SquaredGram(torch.autograd.Function):
         mean = gram.diagonal().mean()
         rest = gram.clone()
         rest.diagonal().sub_(mean)
-        ctx.save_for_backward(W, low, rest.to(low), mean)
+        ctx.save_for_backward(W, low, rest, mean)
         return gram.pow(2).sum()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         W, low, rest, mean = ctx.saved_tensors
-        return torch.add((low @ rest).to(W), W * mean).mul_(4 * grad)
+        return (low @ (4 * grad * rest).to(low)).to(W).addcmul_(W, 4 * grad * mean)
 
 
-def group_cosines(W_dec: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines [G, size, size] of the rows of each group, and which entries are pairs i ≠ j of features (bool)."""
-    present = groups >= 0
-    rows = W_dec[groups.clamp(min=0)] * present[..., None]
+def rows_of(W_dec: Tensor, groups: Tensor) -> Tensor:
+    """Rows [G, size, D] of each group; some row or other where a group is short."""
+    return W_dec.index_select(0, groups.clamp(min=0).flatten()).view(*groups.shape, -1)
+
+
+def group_cosines(W_dec: Tensor, groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines [G, size, size] of the rows of each group, as products in `dtype`, and which entries are pairs i ≠ j of features (bool)."""
+    rows, present = rows_of(W_dec, groups).to(dtype), groups >= 0
     pairs = present[:, :, None] & present[:, None, :] & ~torch.eye(groups.shape[1], dtype=torch.bool, device=groups.device)
     return rows @ rows.transpose(1, 2), pairs
 
@@ -71,22 +75,27 @@ def omega_grouped(W_dec: Tensor, groups: Tensor) -> Tensor:
 
 
 class SquaredCosines(torch.autograd.Function):
-    """Σ cos²_ij over the pairs i ≠ j inside each of disjoint groups [G, size] (-1: none), and its gradient 4 Σ_j cos_ij w_j."""
+    """Σ cos²_ij over the pairs i ≠ j inside each of disjoint groups [G, size] (-1: none), and its gradient 4 Σ_j cos_ij w_j.
+
+    A few groups at a time (1 MB of rows), so that W goes through memory once each way.
+    """
 
     @staticmethod
     def forward(ctx, W: Tensor, groups: Tensor) -> Tensor:
-        low = W.to(fast_dtype(W))
-        cosines, pairs = group_cosines(low, groups)
-        cosines = cosines * pairs
-        ctx.save_for_backward(W, low, groups, cosines)
-        return cosines.to(W).pow(2).sum()
+        ctx.per_pass = max(1, 2**18 // (groups.shape[1] * W.shape[1])) if W.device.type == "cpu" else len(groups)
+        cosines = [cos * pairs for cos, pairs in (group_cosines(W, part, fast_dtype(W)) for part in groups.split(ctx.per_pass))]
+        ctx.save_for_backward(W, groups, *cosines)
+        return torch.stack([cos.to(W).pow(2).sum() for cos in cosines]).sum()
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        W, low, groups, cosines = ctx.saved_tensors
-        rows = (cosines @ low[groups.clamp(min=0)]).to(W).mul_(4 * grad)
-        present = groups >= 0
-        return torch.zeros_like(W).index_copy_(0, groups[present], rows[present]), None
+        W, groups, *cosines = ctx.saved_tensors
+        out = torch.zeros_like(W)
+        for part, cos in zip(groups.split(ctx.per_pass), cosines):
+            d_rows = (4 * grad * cos).to(cos) @ rows_of(W, part).to(cos)
+            present = part >= 0
+            out[part[present]] = d_rows[present].to(W)
+        return out, None
 
 
 def omega_between_domains(W_dec: Tensor, affinity: Tensor) -> Tensor:
@@ -145,7 +154,7 @@ def omega_ortsae(W_dec: Tensor, chunk_size: int, generator: torch.Generator) -> 
     order = torch.randperm(len(W_dec), generator=generator).to(W_dec.device)
     chunks = torch.nn.functional.pad(order, (0, -len(order) % chunk_size), value=-1).view(-1, chunk_size)
     with torch.no_grad():  # the gradient passes through the nearest alone; bfloat16 would often take another for it
-        cosines, pairs = group_cosines(W_dec, chunks)
+        cosines, pairs = group_cosines(W_dec, chunks, W_dec.dtype)
         nearest = chunks.gather(1, cosines.masked_fill_(~pairs, -torch.inf).argmax(2))
         paired = pairs.any(2)
         nearest = torch.arange(len(W_dec), device=W_dec.device).index_copy_(0, chunks[paired], nearest[paired])

@@ -241,9 +241,9 @@ def curves(session: Session) -> dict:
         rate = spread([worker.ask("lm", n=20_480)["tokens_per_second"] for _ in range(2)])
         out["context"].append({"context": size, "tokens_per_second": rate} | worker.stop())
     session.say("context: " + ", ".join(f"{p['context']}: {p['tokens_per_second']['median']:.0f} tokens/s" for p in out["context"]))
-    at = [50_000, 100_000, 200_000] if quick else [200_000, 500_000, 1_000_000, 2_000_000]
+    at = [50_000, 100_000, 200_000] if quick else [200_000, 1_000_000, 3_000_000, 10_000_000]
     spec = {"system": "ours", "d_sae": 1024, "layer": 0, "settings": STEADY, "buffer_tokens": 131_072}
-    out["tokens"] = session.once("scaling", {"at": at}, **spec)["curve"]  # the LM's first layer and 1,024 features, so that two million fit the time
+    out["tokens"] = session.once("scaling", {"at": at}, **spec)["curve"]  # the LM's first layer and 1,024 features, so that ten million fit the time
     session.say("tokens: " + ", ".join(f"{p['tokens']:,} in {p['seconds']:.0f} s, {p['peak_rss_mb']:.0f} MB" for p in out["tokens"]))
     return out
 

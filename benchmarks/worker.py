@@ -61,6 +61,7 @@ class Ours(System):
         import experiment
         import testbeds
 
+        experiment.keep_freed_memory()
         spec = self.spec
         contexts = load_contexts(spec["folder"], spec.get("context_size", 128))
         text = SimpleNamespace(train=None)
