@@ -270,7 +270,24 @@ def table(results: dict) -> str:
             if isinstance(r, dict):
                 lines.append(f"| {name} | did not run: {r['failed']} |  |  |" if "failed" in r else f"| {name} | {r['explained_variance']:.4f} | {r['l0']:.1f} | {r['seconds']:.0f} |")
         lines.append("")
+    if "curves" in results:
+        lines += curves_table(results["curves"])
     return "\n".join(lines)
+
+
+def curves_table(curves: dict) -> list[str]:
+    arms = list(dict.fromkeys(p["arm"] for p in curves["d_sae"]))
+    lines = [f"| SAE step, ms (over vanilla's) | {' | '.join(arms)} |", f"| --- {'| --- ' * len(arms)}|"]
+    for d_sae in dict.fromkeys(p["d_sae"] for p in curves["d_sae"]):
+        at = {p["arm"]: p for p in curves["d_sae"] if p["d_sae"] == d_sae}
+        shown = ["{ms_per_step:.0f} ({over_vanilla:.2f})".format(**at[arm]) if arm in at else "" for arm in arms]
+        lines.append(f"| d_sae {d_sae:,} | {' | '.join(shown)} |")
+    lines += ["", "| SAEs on one LM pass, d_sae 4,096 | seconds a million tokens | share of separate runs | peak RSS, MB |", "| --- | --- | --- | --- |"]
+    lines += [f"| {p['arms']} | {p['seconds_per_million_tokens']:.0f} | {p['share_of_separate_runs']:.0%} | {p['peak_rss_mb']:,.0f} |" for p in curves["arms"]]
+    lines += ["", "| LM to the hook | tokens/s |", "| --- | --- |"]
+    lines += [f"| context {p['context']:,} | {p['tokens_per_second']['median']:,.0f} |" for p in curves["context"]]
+    lines += ["", "| one run, layer 0, d_sae 1,024 | seconds | peak RSS, MB |", "| --- | --- | --- |"]
+    return lines + [f"| {p['tokens']:,} tokens | {p['seconds']:.0f} | {p['peak_rss_mb']:,.0f} |" for p in curves["tokens"]] + [""]
 
 
 def draw(curves: dict, path: Path):
