@@ -1126,7 +1126,7 @@ def keep_freed_memory():
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**27)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
