@@ -216,11 +216,11 @@ def curves(session: Session) -> dict:
         small = d_sae < 100_000
         worker = session.start("ours", d_sae=d_sae, arms=arms if small else arms[:4], settings=STEADY, layer=0, buffer_tokens=8192, stream={"lm_tokens": 4096})
         worker.ask("settle", **SETTLE | ({} if small else {"n": 10}))
-        steps, rates = 10 if small else 5, [[] for _ in arms]  # whole rounds of the losses that are applied every fifth step
+        rates = [[] for _ in arms]
         for turn in range(3 if small else 2):
             for arm, values in enumerate(rates[: len(arms) if small else 4]):
-                answer = worker.ask("step", n=steps, arm=arm)
-                values += [answer["tokens_per_second"]] if turn or not small else []  # the first warms up
+                answer = worker.ask("step", n=10, arm=arm)  # whole rounds of the losses that are applied every fifth or tenth step
+                values += [answer["tokens_per_second"]] if turn else []  # the first warms up
         for arm, values in zip(arms, rates):
             if values:
                 rate = spread(values)
