@@ -32,9 +32,9 @@ def edit(path: Path, change):
 
 def made_up(folder: Path, name: str, arm: str, warnings=()) -> Path:
     """A run folder with invented numbers: a committed one, its metrics, log, sweeps and spectra scaled at random, and those of
-    other interventions put in."""
+    other interventions put in; without the checksums of the committed one."""
     rng, run = random.Random(name), folder / name
-    shutil.copytree(ROOT / ("run_0" if arm in ("vanilla", "adaptive") else "run_1"), run, ignore=shutil.ignore_patterns("sae_seed*"))
+    shutil.copytree(ROOT / ("run_0" if arm in ("vanilla", "adaptive") else "run_1"), run, ignore=shutil.ignore_patterns("sae_seed*", "checksums.json", "seed*_metrics.json"))
     bend = rng.uniform(0.8, 1.3)
 
     def scaled(value, spread):
