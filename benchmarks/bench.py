@@ -325,7 +325,7 @@ def machine() -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="in under 8 minutes instead of 40")
+    parser.add_argument("--quick", action="store_true", help="a shortened form; the whole takes 27 minutes on 2 cores with bfloat16, longer without")
     parser.add_argument("--only", nargs="+", choices=("peers", "quality", "curves"), default=("peers", "quality", "curves"))
     parser.add_argument("--peers_python", default=str(HERE / ".venv" / "bin" / "python"), help="interpreter that the peers are installed for")
     parser.add_argument("--out", type=Path, default=None, help="where results go, without a suffix")
