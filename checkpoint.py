@@ -11,6 +11,7 @@ imported where it is used, so that a locked folder is refused at once.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -21,6 +22,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 import weakref
@@ -102,6 +104,18 @@ def write_json(path: Path, value, indent: int | None = 1):
 def seal(value: dict) -> dict:
     """The object with the sha256 of its own JSON."""
     return value | {"sha256": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()}
+
+
+def provenance() -> dict:
+    """Versions, hardware and the commit that made a run."""
+    from importlib.metadata import version
+
+    import torch
+
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return {"versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "nnsight", "transformers", "datasets", "numpy", "sae-bench", "sae-lens")},
+            "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]},
+            "git": git.stdout.strip() or None}  # fmt: skip
 
 
 def is_sealed(value: dict) -> bool:
@@ -456,6 +470,16 @@ def offenders(name: str, values) -> str | None:
     first = ", ".join(f"{place(i)} = {values.flatten()[i].item()}" for i in bad.flatten().nonzero()[:3, 0])
     rest = values.detach().abs().masked_fill(bad, 0)
     return f"{name} not finite in {int(bad.sum())} of {bad.numel()} entries ({first}; largest finite {rest.max().item():.3g} at {place(rest.argmax())})"
+
+
+def keep_freed_memory():
+    """glibc gives every tensor of over 32 MB back to the system when it is freed, and takes the next one page by page: a third of a step at
+    d_sae 16,384. From here on it keeps those of up to 128 MB; of larger ones kept, memory grew by a tenth over 10 million tokens."""
+    libc = ctypes.CDLL(None) if platform.system() == "Linux" else None
+    if hasattr(libc, "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+        libc.mallopt(M_MMAP_THRESHOLD, 2**27)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def memory_left(device) -> float:

@@ -285,11 +285,8 @@ if __name__ == "__main__":  # answer --help and wrong requests before anything h
         sys.exit(print(f"error: {wrong}", file=sys.stderr) or 2)
 
 import contextlib  # noqa: E402
-import ctypes  # noqa: E402
 import hashlib  # noqa: E402
-import platform  # noqa: E402
 import shutil  # noqa: E402
-import subprocess  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from functools import partial  # noqa: E402
 from itertools import islice  # noqa: E402
@@ -303,7 +300,7 @@ from tqdm import tqdm  # noqa: E402
 
 import testbeds  # noqa: E402
 from evaluation import SWEEP, Evaluator, evaluation_contexts, load_exported  # noqa: E402
-from features import ACTIVATIONS, SPARSE_SHARE, DenseFeatures, SparseFeatures  # noqa: E402
+from features import ACTIVATIONS, SPARSE_SHARE, DenseFeatures, SparseFeatures, cache_blocks, remove_radial  # noqa: E402
 from losses import domain_hinges, firing_profile, form_groups, has_bf16, omega_all_pairs, omega_between_domains, omega_grouped, omega_ortsae, sharing  # noqa: E402
 from testbeds import packed_contexts  # noqa: E402
 
@@ -553,18 +550,6 @@ class OrthogonalSAE(torch.nn.Module):
         sae.save_model(folder)
 
 
-def cache_blocks(W: Tensor) -> tuple[Tensor, ...]:
-    """W [F, D] in blocks of rows, of 1 MB on a CPU: what is done to one in several passes then goes through memory once."""
-    return W.split(max(1, 2**18 // W.shape[1]) if W.device.type == "cpu" else len(W))
-
-
-@torch.no_grad()
-def remove_radial(grad_FD: Tensor, W_FD: Tensor):
-    """Remove from a gradient the component along each row of W, which the unit norm would undo."""
-    for grad, W in zip(*map(cache_blocks, (grad_FD, W_FD))):
-        grad.addcmul_(W, (grad * W).sum(1, keepdim=True), value=-1)
-
-
 @dataclass(frozen=True)
 class Arm:
     """One row of the study: alpha · omega(sae, config, generator) on the weights + firing(config, alpha) on the pre-activations.
@@ -650,11 +635,11 @@ class Trainer:
         self.sae.load_state_dict(under("sae."))
         self.generator.set_state(tensors["generator"].cpu())
         self.log_l1, self.log_alpha, self.l0, self.omega, self.held = (tensors[name] for name in ("log_l1", "log_alpha", "l0", "omega", "held"))
+        laid_out = lambda t, like: torch.empty_like(like).copy_(t) if t.shape == like.shape else t  # noqa: E731  (fused Adam walks all in memory order)
         for name, parameter in self.sae.named_parameters():
-            laid_out = lambda t, like=parameter: torch.empty_like(like).copy_(t) if t.shape == like.shape else t  # noqa: E731  (fused Adam walks all in memory order)
-            parameter.grad = laid_out(tensors[f"grad.{name}"]) if f"grad.{name}" in tensors else None
+            parameter.grad = laid_out(tensors[f"grad.{name}"], parameter) if f"grad.{name}" in tensors else None
             if moments := under(f"adam.{name}."):
-                self.adam.state[parameter] = {k: laid_out(t) for k, t in moments.items()}
+                self.adam.state[parameter] = {k: laid_out(t, parameter) for k, t in moments.items()}
         self.schedule.last_epoch = facts["updates"]
         for group, lr in zip(self.adam.param_groups, self.schedule.base_lrs):
             group["lr"] = lr * self._lr_factor(facts["updates"])
@@ -734,13 +719,14 @@ class Trainer:
         sae, arm = self.sae, self.arm
         if compute:
             omega = arm.omega(sae, self.config, self.generator)
-            self.omega = omega.detach()
-            (pull,) = torch.autograd.grad(omega, sae.W_dec)
+            self.omega, (pull,) = omega.detach(), torch.autograd.grad(omega, sae.W_dec)
             if arm.held:
                 remove_radial(pull, sae.W_dec)
                 self.held = pull
-        if compute or arm.held:
-            sae.W_dec.grad.addcmul_(self.held if arm.held else pull, alpha if arm.held else arm.every * alpha)
+            else:
+                sae.W_dec.grad.addcmul_(pull, arm.every * alpha)
+        if arm.held:
+            sae.W_dec.grad.addcmul_(self.held, alpha)
 
     def _update(self):
         """Take the optimiser's step on the gradients gathered."""
@@ -813,6 +799,8 @@ class Trainer:
         sae.W_enc[:, dead] = size * direction.T
         sae.b_enc[dead] = bias
         sae.idle[dead] = 0
+        if self.arm.held:
+            self.held[dead] = 0.0
         for parameter, rows in ((sae.W_dec, (dead,)), (sae.W_enc, (slice(None), dead)), (sae.b_enc, (dead,))):
             for moment in ("exp_avg", "exp_avg_sq") if parameter.requires_grad else ():
                 self.adam.state[parameter][moment][rows] = 0.0
@@ -848,7 +836,7 @@ class Run:
         for part in ("checkpoints", "eval"):
             (self.folder / part).mkdir(exist_ok=True)
         self.trainers = [Trainer(self.config, seed, self.testbed.d_in, self.n_steps, block) for seed in self.config.seeds]
-        about = self.about | provenance()
+        about = self.about | checkpoint.provenance()
         if saved:
             tensors, facts = saved
             self.warnings = facts["warnings"]
@@ -1043,16 +1031,6 @@ class Run:
             print(f"{self.folder.name} complete: {self.folder / 'final_info.json'}")
 
 
-def provenance() -> dict:
-    """Versions, hardware and the commit that made a run."""
-    from importlib.metadata import version
-
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=testbeds.HERE, capture_output=True, text=True)
-    return {"versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "nnsight", "transformers", "datasets", "numpy", "sae-bench", "sae-lens")},
-            "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]},
-            "git": git.stdout.strip() or None}  # fmt: skip
-
-
 def train(runs: list[Run], stream: ActivationStream, at: checkpoint.Position, n_steps: int, started: float, deadline: float, interval: float):
     """Train all SAEs of all runs on one LM pass, from a position (whose block the stream holds) to n_steps, the deadline (time.monotonic()) or the last one's failure.
 
@@ -1120,19 +1098,9 @@ def refuse_what_does_not_fit(configs: list[Config], testbed: testbeds.Testbed):
         raise WrongRequest(f"training needs at least {need / 1e9:.1f} GB of memory and {left / 1e9:.1f} GB are left: lower --d_sae, --batch_size, --buffer_tokens, or the number of --seeds or run folders")
 
 
-def keep_freed_memory():
-    """glibc gives every tensor of over 32 MB back to the system when it is freed, and takes the next one page by page: a third of a step at
-    d_sae 16,384. From here on it keeps those of up to 128 MB; of larger ones kept, memory grew by a tenth over 10 million tokens."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        libc.mallopt(M_MMAP_THRESHOLD, 2**27)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 def run_experiments(command: Command, configs: list[Config], started: float):
     """Train and evaluate all runs of one command, from where their checkpoints stand."""
-    keep_freed_memory()
+    checkpoint.keep_freed_memory()
     if not command.overwrite and any(checkpoint.steps_in(Path(folder)) for folder in command.out_dir):
         checkpoint.signals.something_is_kept()
     testbed = testbeds.load(configs[0], configs[0].tokens, max(configs[0].batch_size, configs[0].context_size or 0), "unlearning" in configs[0].evals)

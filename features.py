@@ -1,4 +1,4 @@
-"""The features of a batch in training, dense or sparse: the products with the decoder and the gradients by hand."""
+"""The features of a batch in training, dense or sparse: the products with the decoder, the gradients by hand, and what is done to these."""
 
 import torch
 from torch import Tensor
@@ -67,6 +67,18 @@ class SparseFeatures:
     def counts(self) -> tuple[Tensor, Tensor]:
         fires = self.value > 0
         return torch.bincount((self.col + self.F * self.forget[self.row])[fires], minlength=2 * self.F).view(2, self.F).float(), self.value.sum()
+
+
+def cache_blocks(W: Tensor) -> tuple[Tensor, ...]:
+    """W [F, D] in blocks of rows, of 1 MB on a CPU: what is done to one in several passes then goes through memory once."""
+    return W.split(max(1, 2**18 // W.shape[1]) if W.device.type == "cpu" else len(W))
+
+
+@torch.no_grad()
+def remove_radial(grad_FD: Tensor, W_FD: Tensor):
+    """Remove from a gradient the component along each row of W, which the unit norm would undo."""
+    for grad, W in zip(*map(cache_blocks, (grad_FD, W_FD))):
+        grad.addcmul_(W, (grad * W).sum(1, keepdim=True), value=-1)
 
 
 # Share of active features under which SparseFeatures is faster than DenseFeatures on a CPU, whose products run in this precision: measured at

@@ -58,10 +58,11 @@ class System:
 class Ours(System):
     def build(self):
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+        import checkpoint
         import experiment
         import testbeds
 
-        experiment.keep_freed_memory()
+        checkpoint.keep_freed_memory()
         spec = self.spec
         contexts = load_contexts(spec["folder"], spec.get("context_size", 128))
         text = SimpleNamespace(train=None)

@@ -126,7 +126,7 @@ def test_any_leading_shape_gives_the_same_rows(sae, shape):
 
 def test_decoder_rows_are_normalised_along_d_in_and_the_radial_gradient_is_removed(sae, x):
     sae.accumulate_grads(x, torch.zeros(256, dtype=torch.bool), torch.tensor(0.0), torch.float32)
-    experiment.remove_radial(sae.W_dec.grad, sae.W_dec)
+    features.remove_radial(sae.W_dec.grad, sae.W_dec)
     assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-7
     with torch.no_grad():
         sae.W_dec *= 3.0

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiment import ARMS, SPARSE_SHARE, ActivationBlock, Config, RunFailed, Trainer, remove_radial
+from experiment import ARMS, SPARSE_SHARE, ActivationBlock, Config, RunFailed, Trainer
+from features import remove_radial
 from losses import omega_all_pairs, omega_grouped
 
 SMALL = Config(arm="vanilla", d_sae=256, target_l0=8.0, batch_size=512, tokens=200 * 512, group_size=32, group_update_steps=20,
@@ -80,7 +81,7 @@ def test_ortsae_is_applied_every_fifth_step(activations):
 
 
 def test_dead_features_are_revived_with_unit_rows_and_fresh_moments(activations):
-    trainer, _ = train(replace(SMALL, resample_steps=0), activations, steps=10)
+    trainer, _ = train(replace(SMALL, arm="fixed", resample_steps=0), activations, steps=10)
     sae = trainer.sae
     with torch.no_grad():
         sae.b_enc[:40] = -100.0
@@ -91,6 +92,7 @@ def test_dead_features_are_revived_with_unit_rows_and_fresh_moments(activations)
     assert (sae.encode(x)[:, :40] > 0).any(0).float().mean() > 0.9
     assert trainer.resampled == 40 and sae.idle[:40].max() == 0
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(256))
+    assert trainer.held[:40].abs().max() == 0 < trainer.held[40:].abs().max(), "what pulled at the old directions is no longer theirs"
     assert trainer.adam.state[sae.W_enc]["exp_avg"][:, :40].abs().max() == 0 < trainer.adam.state[sae.W_enc]["exp_avg"][:, 40:].abs().max()
 
 
