@@ -300,8 +300,9 @@ from tqdm import tqdm  # noqa: E402
 
 import testbeds  # noqa: E402
 from evaluation import SWEEP, Evaluator, evaluation_contexts, load_exported  # noqa: E402
-from features import ACTIVATIONS, SPARSE_SHARE, DenseFeatures, SparseFeatures, cache_blocks, remove_radial  # noqa: E402
-from losses import domain_hinges, firing_profile, form_groups, has_bf16, omega_all_pairs, omega_between_domains, omega_grouped, omega_ortsae, sharing  # noqa: E402
+from features import ACTIVATIONS, SPARSE_SHARE, DenseFeatures, cache_blocks, remove_radial, sparse_features  # noqa: E402
+from losses import Pull, domain_hinges, firing_profile, form_groups, gram, has_bf16, omega_between_domains, pull_all_pairs, pull_grouped, pull_ortsae  # noqa: E402
+from losses import random_chunks, random_signs, sharing  # noqa: E402
 from testbeds import packed_contexts  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------ activation stream
@@ -396,19 +397,21 @@ class ActivationStream:
 
 @dataclass
 class Terms:
-    """What one pass measured, on the device: 0-d tensors, and how often each feature `fired` on retain and forget rows [2, F]."""
+    """What one pass measured, on the device: 0-d tensors, how often each feature `fired` on retain and forget rows [2, F], and a `sketch`
+    of which rows [F, K] (features.py)."""
 
     fvu: Tensor
     l1: Tensor
     l0: Tensor
     fired: Tensor
     firing: Tensor | None
+    sketch: Tensor | None
 
 
 class OrthogonalSAE(torch.nn.Module):
     """f = act((u - b_dec) W_enc + b_enc),  u_hat = f W_dec + b_dec + skip (u - b_dec),  rows of W_dec of unit norm.
 
-    W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D]. u is x scaled by `scale` s, which makes the mean of ||u||² equal d_in, or
+    W_enc [D, F] (kept as its transpose W_enc_FD), b_enc [F], W_dec [F, D], b_dec [D]. u is x scaled by `scale` s, which makes the mean of ||u||² equal d_in, or
     with `layer_norm` x less its mean over its own standard deviation; x_hat undoes that. Any leading shape. act is one of
     ACTIVATIONS. Statistics and state live in buffers, so that they move and are saved with the module:
     `rate` [2, F] firing rate on retain and forget text (exponential moving average over batches), `idle` [F] tokens since the
@@ -426,7 +429,7 @@ class OrthogonalSAE(torch.nn.Module):
         if orthogonal_init:  # blocks of d_in orthonormal rows, as near to orthogonal as d_sae rows can be
             W_dec = torch.cat([torch.nn.init.orthogonal_(block, generator=generator) for block in W_dec.split(d_in)])
         self.W_dec = torch.nn.Parameter(W_dec)
-        self.W_enc = torch.nn.Parameter((W_dec * 0.5).T)  # a feature's weights side by side in memory, as their gradient comes out of a sparse product
+        self.W_enc_FD = torch.nn.Parameter(W_dec * 0.5)  # W_encᵀ: a feature's weights lie side by side, as their gradient comes out of a sparse product
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
         self.register_buffer("scale", torch.tensor(1.0 if layer_norm else float(scale)))
@@ -438,6 +441,10 @@ class OrthogonalSAE(torch.nn.Module):
         self.register_buffer("temperature", torch.tensor(0.0))
         self.register_buffer("active", torch.tensor(math.inf))
 
+    @property
+    def W_enc(self) -> Tensor:
+        return self.W_enc_FD.T
+
     def normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u [..., D], and the mean and the size that lead back: x = u · size + mean. Layer norm as SAELens has it."""
         if not self.layer_norm:
@@ -445,6 +452,11 @@ class OrthogonalSAE(torch.nn.Module):
         mean = x.mean(-1, keepdim=True)
         size = x.std(-1, keepdim=True)
         return (x - mean) / (size + 1e-5), mean, size
+
+    def pre_activations(self, u: Tensor, some: slice = slice(None), by_feature: bool = False) -> Tensor:
+        """Of u [B, D], less b_dec, for all or some features: [B, F], or laid out [F, B], in the precision of u."""
+        W_FD, b_F = self.W_enc_FD[some].to(u), self.b_enc[some].to(u)
+        return torch.addmm(b_F[:, None], W_FD, u.T) if by_feature else torch.addmm(b_F, u, W_FD.T)
 
     def encode(self, x: Tensor) -> Tensor:
         """x [..., D] in the LM's units -> f [..., F] in units of u."""
@@ -475,13 +487,14 @@ class OrthogonalSAE(torch.nn.Module):
         return (self.decode(f, x) - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum(), f.sum() / len(x) / math.sqrt(x.shape[1])
 
     @torch.no_grad()
-    def accumulate_grads(self, x: Tensor, forget: Tensor, l1: Tensor, dtype: torch.dtype, firing_loss: Callable | None = None,
-                         gain_F: Tensor | None = None, weight: float = 1.0) -> Terms:  # fmt: skip
+    def accumulate_grads(self, x: Tensor, forget: Tensor, l1: Tensor, dtype: torch.dtype, firing_loss: tuple[slice, Callable] | None = None,
+                         gain_F: Tensor | None = None, weight: float = 1.0, signs_BK: Tensor | None = None) -> Terms:  # fmt: skip
         """Add `weight` times the gradients of FVU + (l1 · mean Σ f + firing_loss) / √d_in to .grad, by hand, and measure the terms.
 
-        x [B, D] in the LM's units, forget [B] (bool), l1 a 0-d tensor; firing_loss, if given, maps pre-activations [B, F] and
-        forget [B] to its value, a slice of features, and its gradient by their pre-activations; gain [F], if given, multiplies
-        each feature (0: it takes no part). Matrix products run in `dtype` and accumulate in fp32, weights stay fp32; in
+        x [B, D] in the LM's units, forget [B] (bool), l1 a 0-d tensor; firing_loss, if given, is a slice of features and what maps
+        their pre-activations [B, G] and forget [B] to its value and its gradient by these; gain [F], if given, multiplies
+        each feature (0: it takes no part); signs [B, K], if given, are summed for each feature over the rows that it fires on.
+        Matrix products run in `dtype` and accumulate in fp32, weights stay fp32; in
         bfloat16 a product's entries, counts of firing among them, are right to 0.4 %. Five products instead of autograd's
         six: x needs no gradient, and that of b_dec through the encoder is one matrix-vector product. Where few features were
         active in the last batch, on a CPU, all but the first are sparse (SparseFeatures).
@@ -490,25 +503,28 @@ class OrthogonalSAE(torch.nn.Module):
         u_BD, _, size = self.normalise(x)
         variance = (x - x.mean(0)).pow(2).sum()
         u_BD = u_BD - self.b_dec
-        pre_BF = torch.addmm(self.b_enc.to(dtype), u_BD.to(dtype), self.W_enc.to(dtype))
-        firing, group, d_firing = firing_loss(pre_BF, forget) if firing_loss else (None, None, None)
-        f_BF, slope_BF = ACTIVATIONS[self.activation](pre_BF, self)
-        sparse = x.device.type == "cpu" and self.active < SPARSE_SHARE[dtype] * len(self.b_enc)
-        features = (SparseFeatures if sparse else DenseFeatures)(f_BF, slope_BF, gain_F, forget)
+        if x.device.type == "cpu" and self.active < SPARSE_SHARE[dtype] * len(self.b_enc):
+            features = sparse_features(self, u_BD, dtype, gain_F, forget)
+        else:
+            f_BF, slope_BF = ACTIVATIONS[self.activation](self.pre_activations(u_BD.to(dtype)), self)
+            features = DenseFeatures(f_BF, slope_BF, gain_F, forget)
         error_BD = features.decode(self.W_dec).sub_(u_BD, alpha=1 - self.skip)
         d_out_BD, per_row = error_BD * (size**2 * (2 * weight / variance)), 1 / (B * math.sqrt(D))
-        d_W_dec, d_W_enc, d_b_enc = features.gradients(d_out_BD, u_BD, self.W_dec, l1 * per_row * weight)
+        d_W_dec, d_W_enc_FD, d_b_enc = features.gradients(d_out_BD, u_BD, self.W_dec, l1 * per_row * weight)
         if firing_loss:
-            d_firing = d_firing.float() * (weight / math.sqrt(D))
-            d_W_enc[:, group] += u_BD.T @ d_firing
+            group, loss = firing_loss
+            firing, d_firing = loss(self.pre_activations(u_BD, group), forget)
+            d_firing *= weight / math.sqrt(D)
+            d_W_enc_FD[group] += d_firing.T @ u_BD
             d_b_enc[group] += d_firing.sum(0)
         d_b_dec = (1 - self.skip) * d_out_BD.sum(0) - self.W_enc @ d_b_enc
-        for parameter, grad in ((self.W_dec, d_W_dec), (self.W_enc, d_W_enc), (self.b_enc, d_b_enc), (self.b_dec, d_b_dec)):
+        for parameter, grad in ((self.W_dec, d_W_dec), (self.W_enc_FD, d_W_enc_FD), (self.b_enc, d_b_enc), (self.b_dec, d_b_dec)):
             if parameter.requires_grad:
                 parameter.grad = grad if parameter.grad is None else parameter.grad + grad
         fired_2F, total = features.counts()
         self.active.copy_(fired_2F.sum() / B)
-        return Terms((error_BD * size).pow(2).sum() / variance, total * per_row, self.active.clone(), fired_2F, firing / math.sqrt(D) if firing_loss else None)
+        return Terms((error_BD * size).pow(2).sum() / variance, total * per_row, self.active.clone(), fired_2F,
+                     firing / math.sqrt(D) if firing_loss else None, None if signs_BK is None else features.sketch(signs_BK))  # fmt: skip
 
     @torch.no_grad()
     def normalise_decoder(self):
@@ -536,7 +552,7 @@ class OrthogonalSAE(torch.nn.Module):
         if self.skip or self.temperature > 0:
             what = f"a skip connection of {self.skip:g}" if self.skip else f"soft k-winners at temperature {self.temperature.item():.3g} (it must reach 0)"
             raise ValueError(f"the SAELens format cannot hold {what}")
-        D, F = self.W_enc.shape
+        F, D = self.W_dec.shape
         kinds = {"relu": (lens.StandardSAE, lens.StandardSAEConfig, {}), "batchtopk": (lens.JumpReLUSAE, lens.JumpReLUSAEConfig, {}),
                  "softk": (lens.TopKSAE, lens.TopKSAEConfig, {"k": self.k})}  # fmt: skip
         kind, settings, extra = kinds[self.activation]
@@ -552,33 +568,49 @@ class OrthogonalSAE(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the study: alpha · omega(sae, config, generator) on the weights + firing(config, alpha) on the pre-activations.
+    """One row of the study: alpha · omega(W_dec) + firing(config, alpha) on the pre-activations.
 
-    `steered`: alpha follows the measured sharing of the forget group towards --target_sharing, instead of staying as given.
-    `every`: omega's gradient is computed every so many optimiser steps and applied with as many times the weight or, if `held`, at each
-    step until the next (as many times the weight at once would weigh on Adam's second moments: 1 % more FVU).
+    omega is what `pull(sae, held, part, parts)` gives, for a part of the rows at a time (losses.Pull), and `held` what
+    `prepare(sae, config, generator)` gave at the start of a round over all parts. `every`: the least steps of a round, whose pulls weigh as
+    much as the round has steps. `longest`: the most, with alpha times the learning rate up to `gentle`, and fewer in proportion beyond: FVU is
+    then within 1 % of the variance all along of what it is with rounds of `every` (tested; notes.txt). `steered`: alpha follows the measured sharing of the forget group towards --target_sharing.
     """
 
-    omega: Callable[[OrthogonalSAE, Config, torch.Generator], Tensor] | None = None
-    firing: Callable[[Config, Tensor], Callable] | None = None
-    steered: bool = False
-    uses_groups: bool = False
-    trains_decoder: bool = True
+    pull: Callable[[OrthogonalSAE, Tensor, int, int], Pull | None] | None = None
+    prepare: Callable[[OrthogonalSAE, Config, torch.Generator], Tensor] = lambda sae, config, generator: sae.W_dec.new_zeros(0)
     every: int = 1
-    held: bool = False
+    longest: int = 16
+    gentle: float = 3e-4
+    uses_groups: bool = False
+    firing: Callable[[Config, Tensor], tuple[slice, Callable]] | None = None
+    steered: bool = False
+    trains_decoder: bool = True
 
 
 ARMS = {
     "vanilla": Arm(),
     "frozen_decoder": Arm(trains_decoder=False),
-    "fixed": Arm(lambda sae, config, _: omega_all_pairs(sae.W_dec), every=10, held=True),
-    "grouped": Arm(lambda sae, config, _: omega_grouped(sae.W_dec, sae.groups), uses_groups=True),
+    "fixed": Arm(lambda sae, gram_DD, *part: pull_all_pairs(sae.W_dec, gram_DD, *part), prepare=lambda sae, *_: gram(sae.W_dec)),
+    "grouped": Arm(lambda sae, _, *part: pull_grouped(sae.W_dec, sae.groups, *part), longest=8, uses_groups=True),
     "adaptive": Arm(
-        firing=lambda config, alpha: partial(domain_hinges, n=config.forget_features, margin=config.margin, alpha=alpha, gap_weight=config.gap_weight),
+        firing=lambda config, alpha: (slice(0, config.forget_features), partial(domain_hinges, margin=config.margin, alpha=alpha, gap_weight=config.gap_weight)),
         steered=True,
     ),
-    "ortsae": Arm(lambda sae, config, generator: omega_ortsae(sae.W_dec, config.chunk_size, generator), every=5),
+    "ortsae": Arm(
+        lambda sae, chunks, *part: pull_ortsae(sae.W_dec, chunks, *part),
+        prepare=lambda sae, config, generator: random_chunks(config.d_sae, config.chunk_size, generator).to(sae.W_dec.device),
+        every=5,
+        gentle=7.5e-4,
+    ),
 }
+ROWS_A_STEP = 1024
+
+
+def round_steps(config: Config) -> int:
+    """Optimiser steps in which omega visits every row of W_dec: as many as leave ROWS_A_STEP rows to each, within the arm's bounds."""
+    arm = ARMS[config.arm]
+    longest = round(arm.longest * min(1.0, arm.gentle / max(config.alpha * config.lr, 1e-30)))
+    return max(arm.every, min(longest, math.ceil(config.d_sae / ROWS_A_STEP)))
 
 
 # ------------------------------------------------------------------------------------------------ trainer
@@ -591,24 +623,26 @@ class Trainer:
         self.config, self.arm, self.seed, self.n_steps = config, ARMS[config.arm], seed, n_steps
         device, x = first_block.x.device, first_block.x
         self.dtype = torch.bfloat16 if has_bf16(device) else torch.float32
-        scale = math.sqrt(d_in / x.pow(2).sum(1).mean().item())
+        scale = math.sqrt(d_in / (sum(part.pow(2).sum() for part in x.split(4096)) / len(x)).item())  # in parts: no copy of the block
         self.sae = OrthogonalSAE(d_in, config.d_sae, seed, scale, config.activation, config.k, config.layer_norm, config.skip, config.orthogonal_init).to(device)
         self.steered_l0 = config.target_l0 if config.activation == "relu" else 0.0
         with torch.no_grad():
-            self.sae.b_dec.copy_(self.sae.normalise(x)[0].mean(0))
+            self.sae.b_dec.copy_(sum(self.sae.normalise(part)[0].sum(0) for part in x.split(4096)) / len(x))
             if self.steered_l0:  # start near the target: lambda would otherwise run up while L0 falls, and kill features
-                rows = x[: min(4096, max(1, 2**24 // config.d_sae))]  # as many entries as quantile takes
+                rows = x[: min(4096, max(1, 2**22 // config.d_sae))]
                 pre = (self.sae.normalise(rows)[0] - self.sae.b_dec) @ self.sae.W_enc
-                self.sae.b_enc -= torch.quantile(pre.flatten()[: 2**24], 1 - min(0.5, 2 * config.target_l0 / config.d_sae))
+                self.sae.b_enc -= torch.quantile(pre.flatten()[: 2**22], 1 - min(0.5, 2 * config.target_l0 / config.d_sae))
+                self.sae.active.fill_(2 * config.target_l0)
         self.sae.W_dec.requires_grad_(self.arm.trains_decoder)
         self.generator = torch.Generator().manual_seed(seed)
         self.adam = torch.optim.Adam(self.sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, self._lr_factor)
         self.log_l1 = torch.tensor(math.log(config.l1) if config.l1 and config.activation == "relu" else -math.inf, device=device)
-        self.log_alpha = torch.tensor(math.log(config.alpha) if config.alpha and (self.arm.omega or self.arm.firing) else -math.inf, device=device)
+        self.log_alpha = torch.tensor(math.log(config.alpha) if config.alpha and (self.arm.pull or self.arm.firing) else -math.inf, device=device)
         self.l0 = torch.tensor(self.steered_l0 or 0.0, device=device)  # moving average that steers lambda
-        self.omega = torch.tensor(0.0, device=device)  # when last computed
-        self.held = torch.zeros_like(self.sae.W_dec) if self.arm.held else torch.zeros(0, device=device)  # its gradient
+        self.round = round_steps(config)
+        self.held = torch.zeros(0, device=device)  # what omega keeps in a round
+        self.omega = torch.tensor(0.0, device=device)  # of the rows last visited
         self.steps, self.resampled = 0, 0
         self.history: list[dict] = []  # one record a logged step
         self.failed = ""  # why it does not go on
@@ -635,11 +669,10 @@ class Trainer:
         self.sae.load_state_dict(under("sae."))
         self.generator.set_state(tensors["generator"].cpu())
         self.log_l1, self.log_alpha, self.l0, self.omega, self.held = (tensors[name] for name in ("log_l1", "log_alpha", "l0", "omega", "held"))
-        laid_out = lambda t, like: torch.empty_like(like).copy_(t) if t.shape == like.shape else t  # noqa: E731  (fused Adam walks all in memory order)
         for name, parameter in self.sae.named_parameters():
-            parameter.grad = laid_out(tensors[f"grad.{name}"], parameter) if f"grad.{name}" in tensors else None
+            parameter.grad = tensors.get(f"grad.{name}")
             if moments := under(f"adam.{name}."):
-                self.adam.state[parameter] = {k: laid_out(t, parameter) for k, t in moments.items()}
+                self.adam.state[parameter] = moments
         self.schedule.last_epoch = facts["updates"]
         for group, lr in zip(self.adam.param_groups, self.schedule.base_lrs):
             group["lr"] = lr * self._lr_factor(facts["updates"])
@@ -682,23 +715,23 @@ class Trainer:
         `loss` with its plain weight alpha). Raises RunFailed, before anything is updated, if one of them or a gradient is not finite."""
         sae, config = self.sae, self.config
         self._unlock_and_cool()
-        if self.arm.uses_groups and self.steps % config.group_update_steps == 0:
-            with torch.no_grad(), torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                sae.groups = form_groups(firing_profile(sae.encode(x), sae.affinity, self.generator), config.group_size).to(x.device)
+        updates, batches_left = divmod(self.steps, config.grad_accumulation)
+        update_now = batches_left == config.grad_accumulation - 1
+        regroup = self.arm.uses_groups and update_now and updates % (self.round * max(1, round(config.group_update_steps / self.round))) == 0
+        signs = random_signs(len(x), 16, self.generator).to(x.device) if regroup else None
         (l1_factor, alpha_factor), share = self._loss_factors(), 1 / config.grad_accumulation
         l1, alpha = self.log_l1.exp() * l1_factor, self.log_alpha.exp() * alpha_factor
         firing_loss = self.arm.firing(config, alpha) if self.arm.firing and config.alpha else None
-        terms = sae.accumulate_grads(x, forget, l1, self.dtype, firing_loss, self._gain(), share)
+        terms = sae.accumulate_grads(x, forget, l1, self.dtype, firing_loss, self._gain(), share, signs)
         measured = {"fvu": terms.fvu, "l0": terms.l0, "l1_coefficient": l1, "alpha": alpha}
         loss = terms.fvu + l1 * terms.l1
         if firing_loss:
             measured["omega_firing"] = terms.firing
             loss = loss + terms.firing
-        updates, batches_left = divmod(self.steps, config.grad_accumulation)
-        update_now = batches_left == config.grad_accumulation - 1
-        if self.arm.omega and config.alpha and update_now:
-            self._pull(alpha, compute=updates % self.arm.every == 0)
-        if self.arm.omega and config.alpha and (updates or update_now):
+        if regroup and terms.fvu.isfinite():
+            sae.groups = form_groups(firing_profile(terms.sketch, sae.affinity), config.group_size).to(x.device)
+        pulled = self._pull(alpha, updates % self.round) if self.arm.pull and config.alpha and update_now else None
+        if self.arm.pull and config.alpha and (updates or update_now):
             measured["omega"] = self.omega
             loss = loss + alpha * self.omega
         measured["loss"] = loss
@@ -706,7 +739,7 @@ class Trainer:
         if not torch.stack([loss, *(grad.sum() for grad in grads.values())]).isfinite().all():  # one look a step; what is wrong, afterwards
             self.refuse_non_finite({"activations of the LM": x} | dict(sae.named_parameters()) | measured | grads)
         if update_now:
-            self._update()
+            self._update(pulled)
         sae.update_statistics(terms.fired, forget.sum(), len(x))
         self._steer(terms)
         self.steps += 1
@@ -714,32 +747,42 @@ class Trainer:
             self._resample(x)
         return measured
 
-    def _pull(self, alpha: Tensor, compute: bool):
-        """Add omega's gradient to W_dec's, as the arm's `every` and `held` say."""
+    @torch.no_grad()
+    def _pull(self, alpha: Tensor, part: int) -> tuple[Tensor, Tensor] | None:
+        """Add alpha times omega's gradient to W_dec's, for the rows of one part of a round, times the steps of the round; returns both."""
         sae, arm = self.sae, self.arm
-        if compute:
-            omega = arm.omega(sae, self.config, self.generator)
-            self.omega, (pull,) = omega.detach(), torch.autograd.grad(omega, sae.W_dec)
-            if arm.held:
-                remove_radial(pull, sae.W_dec)
-                self.held = pull
-            else:
-                sae.W_dec.grad.addcmul_(pull, arm.every * alpha)
-        if arm.held:
-            sae.W_dec.grad.addcmul_(self.held, alpha)
+        if part == 0:
+            self.held = arm.prepare(sae, self.config, self.generator)
+        if (pull := arm.pull(sae, self.held, part, self.round)) is None:
+            return None
+        self.omega, rows, grad = pull
+        grad *= self.round * alpha
+        sae.W_dec.grad.index_add_(0, rows, grad)
+        return rows, grad
 
-    def _update(self):
+    @torch.no_grad()
+    def _as_if_at_every_step(self, rows: Tensor, grad: Tensor):
+        """Take from Adam's second moment what a pull adds to it by coming at once: (n αp)² in n steps, where n / every times (every αp)² were
+        meant. With it, FVU after training with rounds of 16 steps is that of rounds of 1 (tested); without, the pull is weakened."""
+        if self.round > self.arm.every:
+            squares = self.adam.state[self.sae.W_dec]["exp_avg_sq"]
+            too_much = (1 - self.arm.every / self.round) * (1 - self.adam.param_groups[0]["betas"][1])
+            squares.index_copy_(0, rows, squares.index_select(0, rows).addcmul_(grad, grad, value=-too_much).clamp_(min=0))
+
+    def _update(self, pulled: tuple[Tensor, Tensor] | None):
         """Take the optimiser's step on the gradients gathered."""
         sae, config = self.sae, self.config
         if self.arm.trains_decoder:
             remove_radial(sae.W_dec.grad, sae.W_dec)
-        if config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(sae.parameters(), config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), config.grad_clip) if config.grad_clip else None
         if config.feature_lr_power:
             with self._own_learning_rates():
                 self.adam.step()
         else:
             self.adam.step()
+        if pulled:
+            rows, grad = pulled
+            self._as_if_at_every_step(rows, grad if norm is None else grad * (config.grad_clip / norm).clamp(max=1))
         self.adam.zero_grad()
         self.schedule.step()
         if self.arm.trains_decoder:
@@ -751,7 +794,7 @@ class Trainer:
         sae = self.sae
         rate = sae.rate.mean(0)
         factor = (rate.mean().clamp(min=1e-12) / rate.clamp(min=1e-12)).pow(self.config.feature_lr_power).clamp(0.1, 10.0)
-        shaped = ((sae.W_enc, factor), (sae.b_enc, factor), (sae.W_dec, factor[:, None]))
+        shaped = ((sae.W_enc_FD, factor[:, None]), (sae.b_enc, factor), (sae.W_dec, factor[:, None]))
         before = [p.detach().clone() for p, _ in shaped]
         yield
         for (p, f), old in zip(shaped, before):
@@ -786,24 +829,22 @@ class Trainer:
         dead = (sae.idle >= self.config.dead_tokens).nonzero()[:, 0]
         if not len(dead):
             return
-        error = x - sae(x)
+        error = torch.cat([part - sae(part) for part in x.split(256)])  # in parts: [B, F] of a large dictionary is larger than its weights
         chosen = torch.multinomial(error.pow(2).sum(1).cpu(), min(len(dead), len(x)), generator=self.generator).to(x.device)
         dead = dead[: len(chosen)]
         direction = torch.nn.functional.normalize(error[chosen], dim=1)
         alive = sae.idle < self.config.dead_tokens
-        size, bias = (sae.W_enc[:, alive].norm(dim=0).mean(), sae.b_enc[alive].mean()) if alive.any() else (1.0, 0.0)
+        size, bias = (sae.W_enc_FD[alive].norm(dim=1).mean(), sae.b_enc[alive].mean()) if alive.any() else (1.0, 0.0)
         if self.arm.trains_decoder:
             sae.W_dec[dead] = direction
         else:
             direction = sae.W_dec[dead]
-        sae.W_enc[:, dead] = size * direction.T
+        sae.W_enc_FD[dead] = size * direction
         sae.b_enc[dead] = bias
         sae.idle[dead] = 0
-        if self.arm.held:
-            self.held[dead] = 0.0
-        for parameter, rows in ((sae.W_dec, (dead,)), (sae.W_enc, (slice(None), dead)), (sae.b_enc, (dead,))):
+        for parameter in (sae.W_dec, sae.W_enc_FD, sae.b_enc):
             for moment in ("exp_avg", "exp_avg_sq") if parameter.requires_grad else ():
-                self.adam.state[parameter][moment][rows] = 0.0
+                self.adam.state[parameter][moment][dead] = 0.0
         self.resampled += len(dead)
 
 

@@ -21,52 +21,57 @@ class DenseFeatures:
         return (self.f @ self.W_dec).float()
 
     def gradients(self, d_out_BD: Tensor, u_BD: Tensor, W_dec: Tensor, d_l1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of W_dec [F, D], W_enc [D, F] and b_enc [F], from that of f W_dec and d_l1 for each active feature."""
+        """Gradients of W_dec [F, D], W_encᵀ [F, D] and b_enc [F], from that of f W_dec and d_l1 for each active feature."""
         d_out, u = d_out_BD.to(self.f), u_BD.to(self.f)
         d_pre = torch.addmm(d_l1.to(self.f).expand(len(W_dec)), d_out, self.W_dec.T)
         d_pre = torch.ops.aten.threshold_backward(d_pre, self.f, 0)
         for factor in self.factors:
             d_pre *= factor
         d_b_enc = (self.domain_2B @ d_pre).float().sum(0)  # a product, not .sum(0): that would first copy all of it to fp32
-        return (self.f.T @ d_out).float(), (d_pre.T @ u).float().T, d_b_enc
+        return (self.f.T @ d_out).float(), (d_pre.T @ u).float(), d_b_enc
 
     def counts(self) -> tuple[Tensor, Tensor]:
         """How often each feature fired on retain and forget rows [2, F], and Σ f."""
         return (self.domain_2B @ self.f.sign()).float(), (self.domain_2B @ self.f).float().sum()
 
+    def sketch(self, signs_BK: Tensor) -> Tensor:
+        """Σ of signs over the rows that each feature fires on [F, K]."""
+        return (self.f.sign().T @ signs_BK.to(self.f)).float()
+
 
 class SparseFeatures:
     """As DenseFeatures, from the active entries alone and in fp32: each product reads one row of D numbers an entry, as an
-    embedding bag. A NaN counts as active. Entries are in the order of rows, and `by_feature` puts them into that of features."""
+    embedding bag. A NaN counts as active.
 
-    def __init__(self, f_BF: Tensor, slope_BF: Tensor | None, gain_F: Tensor | None, forget: Tensor):
-        (B, self.F), flat = f_BF.shape, true_places(f_BF)
-        self.row = flat // self.F
-        self.col = flat - self.row * self.F
-        self.value, self.factor = f_BF.flatten()[flat].float(), None if slope_BF is None else slope_BF.flatten()[flat].float()
+    col (the feature), row, value and slope (None: 1) of the entries, in the order of features; n_features is F.
+    """
+
+    def __init__(self, col: Tensor, row: Tensor, value: Tensor, slope: Tensor | None, n_features: int, gain_F: Tensor | None, forget: Tensor):
+        self.col, self.row, self.value, self.factor, self.F, self.forget = col, row, value, slope, n_features, forget
         if gain_F is not None:
-            gain = gain_F[self.col]
-            self.value, self.factor = self.value * gain, gain if self.factor is None else self.factor * gain
-        self.row_starts = starts(self.row, B)
-        self.forget = forget
+            gain = gain_F[col]
+            self.value, self.factor = value * gain, gain if slope is None else slope * gain
+        self.feature_starts = starts(col, n_features)
 
     def decode(self, W_dec: Tensor) -> Tensor:
-        return bags(self.col, self.row_starts, self.value, W_dec.detach())
+        by_row = self.row.sort(stable=True).indices
+        return bags(self.col[by_row], starts(self.row, len(self.forget)), self.value[by_row], W_dec.detach())
 
     def gradients(self, d_out_BD: Tensor, u_BD: Tensor, W_dec: Tensor, d_l1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        d_pre = torch.ops.aten._embedding_bag_per_sample_weights_backward(d_out_BD, W_dec.detach(), self.col, self.row_starts, self.row, 0)
+        d_pre = torch.ops.aten._embedding_bag_per_sample_weights_backward(d_out_BD, W_dec.detach(), self.col, self.feature_starts, self.row, 0)
         d_pre += d_l1
         if self.factor is not None:
             d_pre *= self.factor
-        by_feature = self.col.sort(stable=True).indices
-        row, feature_starts = self.row[by_feature], starts(self.col, self.F)
-        d_W_dec = bags(row, feature_starts, self.value[by_feature], d_out_BD)
-        d_W_enc = bags(row, feature_starts, d_pre[by_feature], u_BD)
-        return d_W_dec, d_W_enc.T, torch.zeros(self.F).index_add_(0, self.col, d_pre)
+        d_W_dec = bags(self.row, self.feature_starts, self.value, d_out_BD)
+        d_W_enc_FD = bags(self.row, self.feature_starts, d_pre, u_BD)
+        return d_W_dec, d_W_enc_FD, torch.zeros(self.F).index_add_(0, self.col, d_pre)
 
     def counts(self) -> tuple[Tensor, Tensor]:
         fires = self.value > 0
         return torch.bincount((self.col + self.F * self.forget[self.row])[fires], minlength=2 * self.F).view(2, self.F).float(), self.value.sum()
+
+    def sketch(self, signs_BK: Tensor) -> Tensor:
+        return bags(self.row, self.feature_starts, (self.value > 0).float(), signs_BK)
 
 
 def cache_blocks(W: Tensor) -> tuple[Tensor, ...]:
@@ -107,6 +112,42 @@ def true_places(t: Tensor) -> Tensor:
     return words[word] * size + place
 
 
+def sparse_features(sae: torch.nn.Module, u_BD: Tensor, dtype: torch.dtype, gain_F: Tensor | None, forget: Tensor) -> SparseFeatures:
+    """The features of u [B, D], less b_dec, on a CPU. The matrix product runs in `dtype`."""
+    F, u_low = len(sae.b_enc), u_BD.to(dtype)
+    if sae.activation == "softk":  # ranks all features of a row
+        f_BF, slope_BF = soft_k_winners(sae.pre_activations(u_low), sae)
+        place = true_places(f_BF)
+        row = place // F
+        col, by_feature = (place - row * F).sort(stable=True)
+        slope = None if slope_BF is None else slope_BF.flatten()[place][by_feature].float()
+        return SparseFeatures(col, row[by_feature], f_BF.flatten()[place][by_feature].float(), slope, F, gain_F, forget)
+    floor = 0.8 * sae.threshold.item() if sae.activation == "batchtopk" else 0.0
+    col, row, value = entries_above(floor, sae, u_low)
+    if sae.activation == "batchtopk":
+        if len(value) < sae.k * len(u_BD) and floor:
+            col, row, value = entries_above(0.0, sae, u_low)
+        keep = ~(value < batch_border(value, sae.k * len(u_BD), sae))
+        col, row, value = col[keep], row[keep], value[keep]
+    return SparseFeatures(col, row, value, None, F, gain_F, forget)
+
+
+ENTRIES_AT_ONCE = 2**21
+
+
+def entries_above(floor: float, sae: torch.nn.Module, u_low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """col, row and value (fp32) of the pre-activations above a floor of at least 0, in the order of features. A NaN is above.
+    A few features at a time, whose pre-activations (8 MB) stay in cache: all of them, [B, F], are never in memory."""
+    found = []
+    size = max(1, ENTRIES_AT_ONCE // len(u_low))
+    for first in range(0, len(sae.b_enc), size):
+        pre_FB = sae.pre_activations(u_low, slice(first, first + size), by_feature=True)
+        place = true_places(torch.nn.functional.threshold_(pre_FB, floor, 0.0))
+        col = place // len(u_low)
+        found.append((col + first, place - col * len(u_low), pre_FB.flatten()[place].float()))
+    return tuple(map(torch.cat, zip(*found)))
+
+
 # Activation functions: pre-activations [..., F] (which they may overwrite) -> features, and their slope where active (None: 1).
 # `sae` holds what they need to know: k, the threshold, the temperature (OrthogonalSAE's buffers).
 
@@ -115,16 +156,19 @@ def relu(pre: Tensor, sae: torch.nn.Module) -> tuple[Tensor, None]:
     return pre.relu_(), None
 
 
+def batch_border(few: Tensor, n: int, sae: torch.nn.Module) -> Tensor:
+    """The n-th largest feature of a batch, 0 if fewer are active, from all candidates; a moving average of it is the threshold at inference."""
+    border = few.kthvalue(len(few) - n + 1).values if len(few) >= n else few.new_zeros(())
+    sae.threshold.copy_(torch.where(sae.threshold > 0, sae.threshold.lerp(border, 0.01), border))
+    return border
+
+
 def batch_top_k(pre: Tensor, sae: torch.nn.Module) -> tuple[Tensor, None]:
-    """The k·B largest of a batch (Bussmann et al., BatchTopK, arXiv 2412.06410); equals at the border are kept. A moving average of
-    that border is the threshold at inference."""
+    """The k·B largest of a batch (Bussmann et al., BatchTopK, arXiv 2412.06410); equals at the border are kept."""
     f = torch.relu(pre)
     n = sae.k * (f.numel() // f.shape[-1])
     few = f.flatten()[true_places(f > 0.8 * sae.threshold)].float()  # the border is near where it was: seldom more than a few per cent must be ranked
-    few = few if len(few) >= n else f.flatten().float()
-    border = few.kthvalue(len(few) - n + 1).values
-    sae.threshold.copy_(torch.where(sae.threshold > 0, sae.threshold.lerp(border, 0.01), border))
-    return f.masked_fill_(f < border, 0), None
+    return f.masked_fill_(f < batch_border(few if len(few) >= n else f.flatten().float(), n, sae), 0), None
 
 
 def soft_k_winners(pre: Tensor, sae: torch.nn.Module) -> tuple[Tensor, Tensor | None]:

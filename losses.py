@@ -21,81 +21,103 @@ def welch_floor(n: int, d_in: int) -> float:
     return max(0.0, (n - d_in) / (n - 1)) if n > 1 else 0.0
 
 
-def omega_all_pairs(W_dec: Tensor) -> Tensor:
-    """d_in · mean of (w_i · w_j)² over all pairs i ≠ j, linear in d_sae: Σ_ij (w_i · w_j)² = ||W_decᵀ W_dec||²."""
-    n, d_in = W_dec.shape
-    own = W_dec.pow(2).sum(1).pow(2).sum()
-    return d_in * (SquaredGram.apply(W_dec) - own) / max(n * (n - 1), 1)
-
-
 def fast_dtype(W: Tensor) -> torch.dtype:
     """What products of W run in: bfloat16 for fp32 where that is fast."""
     return torch.bfloat16 if W.dtype == torch.float32 and has_bf16(W.device) else W.dtype
 
 
-class SquaredGram(torch.autograd.Function):
-    """||Wᵀ W||² of W [F, D] and its gradient 4 W (Wᵀ W), in two products instead of autograd's three.
-
-    Nearly all of Wᵀ W is its mean diagonal m, whose part 4 m W of the gradient lies along the rows, where unit norm undoes it;
-    it is added in full precision, so that the rounding of bfloat16 is that of what remains.
-    """
-
-    @staticmethod
-    def forward(ctx, W: Tensor) -> Tensor:
-        low = W.to(fast_dtype(W))
-        gram = (low.T @ low).to(W)
-        mean = gram.diagonal().mean()
-        rest = gram.clone()
-        rest.diagonal().sub_(mean)
-        ctx.save_for_backward(W, low, rest, mean)
-        return gram.pow(2).sum()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        W, low, rest, mean = ctx.saved_tensors
-        return (low @ (4 * grad * rest).to(low)).to(W).addcmul_(W, 4 * grad * mean)
+def gram(W_dec: Tensor) -> Tensor:
+    """W_decᵀ W_dec [D, D]; the quarter under the diagonal is copied, as it is symmetric."""
+    low, half = W_dec.to(fast_dtype(W_dec)), W_dec.shape[1] // 2
+    out = W_dec.new_empty(W_dec.shape[1], W_dec.shape[1])
+    out[:half] = low[:, :half].T @ low
+    out[half:, half:] = low[:, half:].T @ low[:, half:]
+    out[half:, :half] = out[:half, half:].T
+    return out
 
 
-def rows_of(W_dec: Tensor, groups: Tensor) -> Tensor:
-    """Rows [G, size, D] of each group; some row or other where a group is short."""
-    return W_dec.index_select(0, groups.clamp(min=0).flatten()).view(*groups.shape, -1)
+def omega_all_pairs(W_dec: Tensor, gram_DD: Tensor | None = None) -> Tensor:
+    """d_in · mean of (w_i · w_j)² over all pairs i ≠ j of n unit rows, linear in d_sae: Σ_ij (w_i · w_j)² = ||W_decᵀ W_dec||²."""
+    n, d_in = W_dec.shape
+    return d_in * ((gram(W_dec) if gram_DD is None else gram_DD).pow(2).sum() - n) / max(n * (n - 1), 1)
 
 
-def group_cosines(W_dec: Tensor, groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines [G, size, size] of the rows of each group, as products in `dtype`, and which entries are pairs i ≠ j of features (bool)."""
-    rows, present = rows_of(W_dec, groups).to(dtype), groups >= 0
+# What an arm's loss does to W_dec, a part of the rows at a time: its value as far as these rows tell, the indices of the rows, and the gradient
+# of the whole loss by them [rows, D], less the component along each row, which unit norm would undo.
+Pull = tuple[Tensor, Tensor, Tensor]
+
+
+def share_of(n: int, part: int, parts: int) -> slice:
+    """The part-th of `parts` nearly equal shares of n things; the larger and, of fewer things than parts, the first, come early."""
+    return slice(-(-n * part // parts), -(-n * (part + 1) // parts))
+
+
+def tangential(grad: Tensor, rows: Tensor) -> Tensor:
+    """The gradient [..., D], in place, less its component along each of the unit rows [..., D]."""
+    return grad.addcmul_(rows, (grad * rows).sum(-1, keepdim=True), value=-1)
+
+
+def pull_all_pairs(W_dec: Tensor, gram_DD: Tensor, part: int = 0, parts: int = 1) -> Pull:
+    """Of omega_all_pairs: 4 d_in w_i (W_decᵀ W_dec) / (n (n - 1)). Nearly all of the Gram matrix is its mean diagonal m, and m w_i lies along
+    the row: it is left out, so that the rounding of bfloat16 is that of what remains."""
+    n, d_in = W_dec.shape
+    some, rest = share_of(n, part, parts), gram_DD.clone()
+    rest.diagonal().sub_(gram_DD.diagonal().mean())
+    rows, low = W_dec[some], W_dec[some].to(fast_dtype(W_dec))
+    grad = (low @ (4 * d_in / max(n * (n - 1), 1) * rest).to(low)).to(W_dec)
+    return omega_all_pairs(W_dec, gram_DD), torch.arange(some.start, some.stop, device=W_dec.device), tangential(grad, rows)
+
+
+def group_cosines(W_dec: Tensor, groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of groups [G, size] of feature indices (-1: none): their rows [G, size, D] in `dtype`, the cosines of these [G, size, size], which entries
+    are pairs i ≠ j of features (bool), and which places hold a feature [G, size] (bool)."""
+    present = groups >= 0
+    rows = W_dec.index_select(0, groups.clamp(min=0).flatten()).view(*groups.shape, -1).to(dtype)
     pairs = present[:, :, None] & present[:, None, :] & ~torch.eye(groups.shape[1], dtype=torch.bool, device=groups.device)
-    return rows @ rows.transpose(1, 2), pairs
+    return rows, rows @ rows.transpose(1, 2), pairs, present
 
 
-def omega_grouped(W_dec: Tensor, groups: Tensor) -> Tensor:
-    """d_in · mean of cos² over the pairs inside a group; groups [G, size] of feature indices, -1 where a group is short."""
-    sizes = (groups >= 0).sum(1)
-    return W_dec.shape[1] * SquaredCosines.apply(W_dec, groups) / (sizes * (sizes - 1)).sum().clamp(min=1)
+def of_features(groups: Tensor, present: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The indices and the gradients of the places in groups [G, size] that hold a feature."""
+    grad, everywhere = grad.view(-1, grad.shape[-1]), present.all()
+    return (groups.flatten(), grad) if everywhere else (groups[present], grad[present.flatten()])
 
 
-class SquaredCosines(torch.autograd.Function):
-    """Σ cos²_ij over the pairs i ≠ j inside each of disjoint groups [G, size] (-1: none), and its gradient 4 Σ_j cos_ij w_j.
+def pull_grouped(W_dec: Tensor, groups: Tensor, part: int = 0, parts: int = 1) -> Pull | None:
+    """Of d_in · mean of cos² over the pairs inside a group: 4 d_in Σ_j cos_ij w_j / pairs; groups [G, size], -1 where one is short."""
+    sizes, mine = (groups >= 0).sum(1), groups[share_of(len(groups), part, parts)]
+    if not len(mine):
+        return None
+    rows, cosines, pairs, present = group_cosines(W_dec, mine, fast_dtype(W_dec))
+    cosines = (cosines * pairs).to(W_dec)
+    d_in, n_pairs = W_dec.shape[1], (sizes * (sizes - 1)).sum().clamp(min=1)
+    grad = tangential(((4 * d_in / n_pairs * cosines).to(rows) @ rows).to(W_dec), rows)
+    return d_in * cosines.pow(2).sum() / pairs.sum().clamp(min=1), *of_features(mine, present, grad)
 
-    A few groups at a time (1 MB of rows), so that W goes through memory once each way.
+
+def random_chunks(n: int, size: int, generator: torch.Generator) -> Tensor:
+    """n features in random chunks [chunks, size]; the last ends in -1 where n is no multiple of the size."""
+    order = torch.randperm(n, generator=generator)
+    return torch.nn.functional.pad(order, (0, -n % size), value=-1).view(-1, size)
+
+
+def pull_ortsae(W_dec: Tensor, chunks: Tensor, part: int = 0, parts: int = 1) -> Pull | None:
+    """Of OrtSAE's loss (arXiv 2509.22033), mean over rows of (max_{j ≠ i in the chunk} cos_ij)²: 2 max / n times the nearest row for each row,
+    and times each row for its nearest.
+
+    The maximum is signed, as published: antipodal pairs are free. A row alone in its chunk counts 0. Not scaled by d_in. In full
+    precision: bfloat16 would often take another row for the nearest.
     """
-
-    @staticmethod
-    def forward(ctx, W: Tensor, groups: Tensor) -> Tensor:
-        ctx.per_pass = max(1, 2**18 // (groups.shape[1] * W.shape[1])) if W.device.type == "cpu" else len(groups)
-        cosines = [cos * pairs for cos, pairs in (group_cosines(W, part, fast_dtype(W)) for part in groups.split(ctx.per_pass))]
-        ctx.save_for_backward(W, groups, *cosines)
-        return torch.stack([cos.to(W).pow(2).sum() for cos in cosines]).sum()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        W, groups, *cosines = ctx.saved_tensors
-        out = torch.zeros_like(W)
-        for part, cos in zip(groups.split(ctx.per_pass), cosines):
-            d_rows = (4 * grad * cos).to(cos) @ rows_of(W, part).to(cos)
-            present = part >= 0
-            out[part[present]] = d_rows[present].to(W)
-        return out, None
+    mine = chunks[share_of(len(chunks), part, parts)]
+    if not len(mine):
+        return None
+    rows, cosines, pairs, present = group_cosines(W_dec, mine, W_dec.dtype)
+    largest, nearest = cosines.masked_fill_(~pairs, -torch.inf).max(2)
+    largest = largest.masked_fill(~pairs.any(2), 0.0)
+    nearest = (nearest + torch.arange(0, nearest.numel(), nearest.shape[1], device=nearest.device)[:, None]).flatten()
+    rows, weight = rows.flatten(0, 1), 2 / len(W_dec) * largest.flatten()[:, None]
+    grad = tangential((rows.index_select(0, nearest) * weight).index_add_(0, nearest, rows * weight), rows)
+    return largest.pow(2).sum() / present.sum(), *of_features(mine, present, grad)
 
 
 def omega_between_domains(W_dec: Tensor, affinity: Tensor) -> Tensor:
@@ -138,46 +160,31 @@ def form_groups(profile: Tensor, group_size: int) -> Tensor:
     return out
 
 
-def firing_profile(f_BF: Tensor, affinity: Tensor, generator: torch.Generator, width: int = 16) -> Tensor:
-    """How each feature fires, [F, width + 1]: random projections of its firing pattern over the batch, unit rows, and its
-    domain affinity. Features that fire on the same rows have like projections (Johnson & Lindenstrauss, 1984)."""
-    signs = torch.randint(0, 2, (len(f_BF), width), generator=generator).to(f_BF) * 2 - 1
-    sketch = torch.nn.functional.normalize((f_BF > 0).to(f_BF).T @ signs, dim=1)
-    return torch.cat([sketch, affinity[:, None].to(sketch)], dim=1)
+def random_signs(n_rows: int, width: int, generator: torch.Generator) -> Tensor:
+    """n_rows x width of +1 and -1."""
+    return torch.randint(0, 2, (n_rows, width), generator=generator).float() * 2 - 1
 
 
-def omega_ortsae(W_dec: Tensor, chunk_size: int, generator: torch.Generator) -> Tensor:
-    """OrtSAE (arXiv 2509.22033): rows in random chunks, mean over rows of (max_{j ≠ i in the chunk} cos_ij)².
-
-    The maximum is signed, as published: antipodal pairs are free. A row alone in its chunk counts 0. Not scaled by d_in.
-    """
-    order = torch.randperm(len(W_dec), generator=generator).to(W_dec.device)
-    chunks = torch.nn.functional.pad(order, (0, -len(order) % chunk_size), value=-1).view(-1, chunk_size)
-    with torch.no_grad():  # the gradient passes through the nearest alone; bfloat16 would often take another for it
-        cosines, pairs = group_cosines(W_dec, chunks, W_dec.dtype)
-        nearest = chunks.gather(1, cosines.masked_fill_(~pairs, -torch.inf).argmax(2))
-        paired = pairs.any(2)
-        nearest = torch.arange(len(W_dec), device=W_dec.device).index_copy_(0, chunks[paired], nearest[paired])
-    largest = (W_dec * torch.nn.functional.embedding(nearest, W_dec)).sum(1)
-    return largest[chunks[paired]].pow(2).sum() / len(W_dec)
+def firing_profile(sketch: Tensor, affinity: Tensor) -> Tensor:
+    """How each feature fires, [F, width + 1], from the sum of random signs over the rows of a batch that it fires on [F, width] and its domain
+    affinity [F]: unit rows, then the affinity. Features that fire on the same rows have like sums (Johnson & Lindenstrauss, 1984)."""
+    return torch.cat([torch.nn.functional.normalize(sketch, dim=1), affinity[:, None].to(sketch)], dim=1)
 
 
-def domain_hinges(pre_BF: Tensor, forget: Tensor, n: int, margin: float, alpha: Tensor, gap_weight: float) -> tuple[Tensor, slice, Tensor]:
-    """Keeps the firing of the forget group, the first n features, off retain text and on forget text: alpha · leak + gap_weight · gap,
+def domain_hinges(pre_BG: Tensor, forget: Tensor, margin: float, alpha: Tensor, gap_weight: float) -> tuple[Tensor, Tensor]:
+    """Keeps the firing of the forget group off retain text and on forget text: alpha · leak + gap_weight · gap,
 
     leak = mean over rows of Σ_i (pre_i + margin)₊ on retain rows, where none of the group may fire,
     gap  = mean over rows of (margin - max_i pre_i)₊ on forget rows, where one of them is to fire.
 
-    pre [B, F], forget [B] (bool). Returns the value, the group as a slice of features, and the gradient by their pre [B, n].
+    pre [B, G] of the group's features, forget [B] (bool). Returns the value and the gradient by pre [B, G].
     """
-    group = slice(0, n)
-    pre = pre_BF[:, group].float()
-    near = (pre > -margin) & ~forget[:, None]
-    largest, at = pre.max(1)
+    near = (pre_BG > -margin) & ~forget[:, None]
+    largest, at = pre_BG.max(1)
     missed = forget & (largest < margin)
-    value = alpha * ((pre + margin) * near).sum() + gap_weight * ((margin - largest) * missed).sum()
-    grad = (alpha * near).scatter_add_(1, at[:, None], -gap_weight * missed[:, None].to(pre))
-    return value / len(pre), group, (grad / len(pre)).to(pre_BF)
+    value = alpha * ((pre_BG + margin) * near).sum() + gap_weight * ((margin - largest) * missed).sum()
+    grad = (alpha * near).scatter_add_(1, at[:, None], -gap_weight * missed[:, None].to(pre_BG))
+    return value / len(pre_BG), grad / len(pre_BG)
 
 
 def sharing(rate: Tensor) -> Tensor:

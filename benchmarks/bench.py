@@ -208,25 +208,43 @@ def quality(session: Session, d_sae: int, steps: int, peers: list[tuple[str, str
     return out
 
 
-def curves(session: Session) -> dict:
-    """How our cost grows: with d_sae (each arm), with the number of SAEs on one pass of the LM, with the context, with the tokens."""
-    quick, out = session.quick, {"d_sae": [], "arms": [], "context": [], "tokens": []}
+def by_phase(seconds: list[float], period: int = 16) -> float:
+    """Mean over the steps of a round of losses on W_dec, the median of each: what happens once in a round counts once."""
+    return statistics.mean(statistics.median(seconds[phase::period]) for phase in range(period))
+
+
+def arms_side_by_side(session: Session, d_sae: int) -> list[dict]:
+    """ms of a step of each arm, all on the same batches by turns; and what forming groups adds to a step of `grouped`, which forms them once in 96 steps."""
     arms = ("vanilla", "fixed", "grouped", "ortsae", "adaptive")
-    for d_sae in (4096, 16_384) if quick else (1024, 4096, 16_384, 131_072):
-        small = d_sae < 100_000
-        worker = session.start("ours", d_sae=d_sae, arms=arms if small else arms[:4], settings=STEADY, layer=0, buffer_tokens=8192, stream={"lm_tokens": 4096})
-        worker.ask("settle", **SETTLE | ({} if small else {"n": 10}))
-        rates = [[] for _ in arms]
-        for turn in range(3 if small else 2):
-            for arm, values in enumerate(rates[: len(arms) if small else 4]):
-                answer = worker.ask("step", n=10, arm=arm)  # whole rounds of the losses that are applied every fifth or tenth step
-                values += [answer["tokens_per_second"]] if turn else []  # the first warms up
-        for arm, values in zip(arms, rates):
-            if values:
-                rate = spread(values)
-                out["d_sae"].append({"d_sae": d_sae, "arm": arm, "tokens_per_second": rate, "ms_per_step": 1000 * BATCH / rate["median"], "over_vanilla": statistics.median(a / b for a, b in zip(rates[0], values))})
-        out["d_sae"][-1]["rss"] = worker.about["rss_mb"], worker.stop()["peak_rss_mb"], answer["l0"]
+    worker = session.start("ours", d_sae=d_sae, arms=arms, settings=STEADY, layer=0, buffer_tokens=8192, stream={"lm_tokens": 4096})
+    worker.ask("settle", **SETTLE | ({"n": 10} if d_sae > 100_000 else {}))
+    worker.ask("side_by_side", n=1)  # forms the first groups
+    taken = worker.ask("side_by_side", n=16 if d_sae > 100_000 else 64)
+    forming = statistics.median(worker.ask("form_groups")) / 96
+    worker.stop()
+    ms = {arm: 1000 * (by_phase(seconds) + (forming if arm == "grouped" else 0)) for arm, seconds in taken.items()}
+    return [{"d_sae": d_sae, "arm": arm, "ms_per_step": ms[arm], "over_vanilla": ms[arm] / ms["vanilla"], "seconds": taken[arm],
+             "forming_ms_per_step": 1000 * forming if arm == "grouped" else 0.0} for arm in arms]  # fmt: skip
+
+
+def memory(session: Session, d_sae: int) -> dict:
+    """Peak memory of a run of one arm beyond the interpreter, its libraries and the LM, over what must be there: weights, Adam's moments, one buffer."""
+    worker = session.start("ours", d_sae=d_sae, settings=STEADY, layer=0, buffer_tokens=131_072)
+    worker.ask("end_to_end", n=131_072 if d_sae < 100_000 else 20_480)
+    parts = worker.ask("memory")
+    base, peak = worker.about["lm_rss_mb"], worker.stop()["peak_rss_mb"]
+    return {"d_sae": d_sae, "base_mb": base, "peak_mb": peak} | parts | {"over_needed": (peak - base) / sum(parts.values())}
+
+
+def curves(session: Session) -> dict:
+    """How our cost grows: with d_sae (each arm), with the number of SAEs on one pass of the LM, with the context, with the tokens; and what nnsight adds."""
+    quick, out = session.quick, {"d_sae": [], "memory": [], "arms": [], "context": [], "tokens": []}
+    for d_sae in (16_384,) if quick else (1024, 4096, 16_384, 131_072):
+        out["d_sae"] += arms_side_by_side(session, d_sae)
         session.say(f"d_sae {d_sae}: " + ", ".join(f"{p['arm']} {p['ms_per_step']:.0f} ms" for p in out["d_sae"] if p["d_sae"] == d_sae))
+    for d_sae in (16_384,) if quick else (4096, 16_384, 131_072):
+        out["memory"].append(memory(session, d_sae))
+        session.say("memory at d_sae {d_sae}: {peak_mb:.0f} MB, {over_needed:.2f} of what is needed".format(**out["memory"][-1]))
     for n in (1, 6) if quick else (1, 6, 11):
         worker = session.start("ours", d_sae=4096, arms=PLAN_ARMS[:n], settings=STEADY)
         worker.ask("settle", **SETTLE)
@@ -236,10 +254,12 @@ def curves(session: Session) -> dict:
     for point in out["arms"]:
         point["share_of_separate_runs"] = point["seconds_per_million_tokens"] / (point["arms"] * alone)
     session.say("arms: " + ", ".join(f"{p['arms']}: {p['share_of_separate_runs']:.2f} of separate runs" for p in out["arms"]))
-    for size in (64, 512) if quick else (64, 128, 1024):
+    for size in (128,) if quick else (64, 128, 1024):
         worker = session.start("ours", d_sae=64, context_size=size)
         rate = spread([worker.ask("lm", n=20_480)["tokens_per_second"] for _ in range(2)])
-        out["context"].append({"context": size, "tokens_per_second": rate} | worker.stop())
+        through, draw = worker.ask("nnsight", n=8), worker.ask("draw", n=16)
+        out["context"].append({"context": size, "tokens_per_second": rate, "nnsight_over_hook": statistics.median(a / b for a, b in zip(through["nnsight"], through["hook"])),
+                               "draw_ms": 1000 * statistics.median(draw)} | worker.stop())  # fmt: skip
     session.say("context: " + ", ".join(f"{p['context']}: {p['tokens_per_second']['median']:.0f} tokens/s" for p in out["context"]))
     at = [50_000, 100_000, 200_000] if quick else [200_000, 1_000_000, 3_000_000, 10_000_000]
     spec = {"system": "ours", "d_sae": 1024, "layer": 0, "settings": STEADY, "buffer_tokens": 131_072}
@@ -277,15 +297,17 @@ def table(results: dict) -> str:
 
 def curves_table(curves: dict) -> list[str]:
     arms = list(dict.fromkeys(p["arm"] for p in curves["d_sae"]))
-    lines = [f"| SAE step, ms (over vanilla's) | {' | '.join(arms)} |", f"| --- {'| --- ' * len(arms)}|"]
+    lines = [f"| SAE step, ms (over vanilla's) | {' | '.join(arms)} | of which forming groups |", f"| --- {'| --- ' * len(arms)}| --- |"]
     for d_sae in dict.fromkeys(p["d_sae"] for p in curves["d_sae"]):
         at = {p["arm"]: p for p in curves["d_sae"] if p["d_sae"] == d_sae}
-        shown = ["{ms_per_step:.0f} ({over_vanilla:.2f})".format(**at[arm]) if arm in at else "" for arm in arms]
-        lines.append(f"| d_sae {d_sae:,} | {' | '.join(shown)} |")
+        shown = ["{ms_per_step:.0f} ({over_vanilla:.3f})".format(**at[arm]) for arm in arms]
+        lines.append(f"| d_sae {d_sae:,} | {' | '.join(shown)} | {sum(p['forming_ms_per_step'] for p in at.values()):.1f} |")
+    lines += ["", "| memory, MB | interpreter and LM | weights and moments | buffer | peak | peak less the first over the others |", "| --- | --- | --- | --- | --- | --- |"]
+    lines += ["| d_sae {d_sae:,} | {base_mb:,.0f} | {weights_and_moments_mb:,.0f} | {buffer_mb:,.0f} | {peak_mb:,.0f} | {over_needed:.2f} |".format(**p) for p in curves["memory"]]
     lines += ["", "| SAEs on one LM pass, d_sae 4,096 | seconds a million tokens | share of separate runs | peak RSS, MB |", "| --- | --- | --- | --- |"]
     lines += [f"| {p['arms']} | {p['seconds_per_million_tokens']:.0f} | {p['share_of_separate_runs']:.0%} | {p['peak_rss_mb']:,.0f} |" for p in curves["arms"]]
-    lines += ["", "| LM to the hook | tokens/s |", "| --- | --- |"]
-    lines += [f"| context {p['context']:,} | {p['tokens_per_second']['median']:,.0f} |" for p in curves["context"]]
+    lines += ["", "| LM to the hook | tokens/s | nnsight over a hook | drawing a batch, ms |", "| --- | --- | --- | --- |"]
+    lines += [f"| context {p['context']:,} | {p['tokens_per_second']['median']:,.0f} | {p['nnsight_over_hook']:.3f} | {p['draw_ms']:.3f} |" for p in curves["context"]]
     lines += ["", "| one run, layer 0, d_sae 1,024 | seconds | peak RSS, MB |", "| --- | --- | --- |"]
     return lines + [f"| {p['tokens']:,} tokens | {p['seconds']:.0f} | {p['peak_rss_mb']:,.0f} |" for p in curves["tokens"]] + [""]
 

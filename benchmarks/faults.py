@@ -493,7 +493,7 @@ def spoil_gradient(trainer, x):
 
     def spoiled(*args):
         terms = accumulate(*args)
-        trainer.sae.W_enc.grad[3, 7] = float("inf")
+        trainer.sae.W_enc_FD.grad[7, 3] = float("inf")
         return terms
 
     trainer.sae.accumulate_grads = spoiled
@@ -511,8 +511,8 @@ INF, NAN = float("inf"), float("nan")
 ALL = experiment.ARM_NAMES
 INJECTED = [
     ("activation", ALL, spoil_x, "activations of the LM not finite in 1 of"),
-    ("gradient", ("vanilla", "adaptive"), spoil_gradient, "gradient of W_enc not finite in 1 of"),
-    *((f"parameter {name}", ("fixed",), spoil(name, NAN), f"{name} not finite in 1 of") for name in ("W_enc", "W_dec", "b_enc", "b_dec")),
+    ("gradient", ("vanilla", "adaptive"), spoil_gradient, "gradient of W_enc_FD not finite in 1 of"),
+    *((f"parameter {name}", ("fixed",), spoil(name, NAN), f"{name} not finite in 1 of") for name in ("W_enc_FD", "W_dec", "b_enc", "b_dec")),
     ("lambda", ("vanilla",), spoil("log_l1", INF), "l1_coefficient = inf"),
     *((("alpha"), (arm,), spoil("log_alpha", INF), "alpha = inf") for arm in ("fixed", "grouped", "adaptive")),
 ]

@@ -67,8 +67,10 @@ class Ours(System):
         contexts = load_contexts(spec["folder"], spec.get("context_size", 128))
         text = SimpleNamespace(train=None)
         special = SimpleNamespace(all_special_ids=[])
-        self.testbed = testbeds.Testbed("bench", load_lm(spec["folder"]), special, spec.get("layer", LAYER), text, text, {}, "")
+        lm = load_lm(spec["folder"])
+        self.testbed = testbeds.Testbed("bench", lm, special, spec.get("layer", LAYER), text, text, {}, "")
         self.stream = experiment.ActivationStream(self.testbed, contexts.shape[1], spec.get("buffer_tokens", 32_768), **spec.get("stream", {}))
+        self.lm_rss_mb = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20  # libraries and LM
         self.stream.texts = [itertools.cycle(contexts[half::2].tolist()) for half in (0, 1)]
         self.trainers = []
         self.block = self.stream.next_block() if "activations" not in spec else experiment.ActivationBlock(stored(spec["activations"], 0, 32 * BATCH), None)
@@ -101,6 +103,71 @@ class Ours(System):
                 measured = trainer.step(x, forget)
         self.l0 = measured["l0"].item()
         return n * BATCH
+
+    def side_by_side(self, n: int) -> dict[str, list[float]]:
+        """Seconds of each of n steps, of every arm by turns on the same batch, so that what the machine does meanwhile meets all alike."""
+        out = {trainer.config.arm: [] for trainer in self.trainers}
+        for x, forget in itertools.islice(self.rows, n):
+            for trainer in self.trainers:
+                before = time.perf_counter()
+                trainer.step(x, forget)
+                out[trainer.config.arm].append(time.perf_counter() - before)
+        return out
+
+    def form_groups(self) -> list[float]:
+        """Seconds that it takes to form the groups of so many features, each time, from random profiles."""
+        import losses
+        import torch
+
+        out = []
+        for _ in range(3):
+            sketch, before = torch.randn(self.d_sae, 16), time.perf_counter()
+            losses.form_groups(losses.firing_profile(sketch, torch.zeros(self.d_sae)), 64)
+            out.append(time.perf_counter() - before)
+        return out
+
+    def memory(self) -> dict[str, float]:
+        """MB of the weights with Adam's moments of all SAEs, and of one buffer of activations."""
+        size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors) / 2**20  # noqa: E731
+        weights = sum(size(t for name, t in trainer.state()[0].items() if name.startswith(("sae.", "adam."))) for trainer in self.trainers)
+        return {"weights_and_moments_mb": weights, "buffer_mb": size([self.block.x])}
+
+    def nnsight(self, n: int) -> dict[str, list[float]]:
+        """Seconds of n LM batches through nnsight, stopped after the hook, and of the same through a forward hook that stops the LM."""
+        import testbeds
+        import torch
+
+        class Stop(Exception):
+            pass
+
+        def stop(module, args, out):
+            raise Stop
+
+        tokens = torch.tensor([c for text in self.stream.texts for c in itertools.islice(text, self.stream.n_contexts // 2)])
+        out = {"nnsight": [], "hook": []}
+        for _ in range(n + 1):  # the first warms up
+            before = time.perf_counter()
+            self.stream.activations(tokens)
+            out["nnsight"].append(time.perf_counter() - before)
+            handle = self.testbed.lm.get_submodule(self.testbed.hook_name).register_forward_hook(stop)
+            before = time.perf_counter()
+            with torch.no_grad(), testbeds.parameters_as(self.stream.low_precision):
+                try:
+                    self.testbed.lm(tokens, use_cache=False)
+                except Stop:
+                    pass
+            out["hook"].append(time.perf_counter() - before)
+            handle.remove()
+        return {name: values[1:] for name, values in out.items()}
+
+    def draw(self, n: int) -> list[float]:
+        """Seconds of drawing one batch from the buffer, each time."""
+        out, batches = [], self.block.batches(BATCH)
+        for _ in range(min(n, len(self.block.x) // BATCH)):
+            before = time.perf_counter()
+            next(batches)
+            out.append(time.perf_counter() - before)
+        return out
 
     def end_to_end(self, n: int) -> int:
         done = 0
@@ -363,13 +430,16 @@ def main():
     from importlib.metadata import version
 
     package = {"ours": "torch", "dictionary_learning": "dictionary-learning", "sae_lens": "sae-lens", "sparsify": "eai-sparsify"}[spec["system"]]
-    say({"ready_seconds": time.perf_counter() - started, "torch": torch.__version__, package: version(package), "rss_mb": rss_mb()})
+    say({"ready_seconds": time.perf_counter() - started, "torch": torch.__version__, package: version(package), "rss_mb": rss_mb(), "lm_rss_mb": getattr(system, "lm_rss_mb", None)})
     for line in sys.stdin:
         command = json.loads(line)
         if command["do"] == "stop":
             break
         if command["do"] in ("quality", "scaling", "store"):
             say({"quality": quality, "scaling": scaling, "store": store}[command["do"]](system, command))
+            continue
+        if command["do"] in ("side_by_side", "form_groups", "memory", "nnsight", "draw"):
+            say(getattr(system, command.pop("do"))(**command))
             continue
         before = time.perf_counter()
         tokens = getattr(system, command.pop("do"))(**command)

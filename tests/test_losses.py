@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import normalize
 
 import losses
-from losses import form_groups, omega_all_pairs, omega_between_domains, omega_grouped, omega_ortsae, welch_floor
+from losses import form_groups, gram, omega_all_pairs, omega_between_domains, pull_all_pairs, pull_grouped, pull_ortsae, random_chunks, welch_floor
 
 torch.manual_seed(0)
 N, D = 40, 12
@@ -15,7 +15,7 @@ N, D = 40, 12
 
 @pytest.fixture
 def W():
-    return normalize(torch.randn(N, D, generator=torch.Generator().manual_seed(1)), dim=1).double().requires_grad_()
+    return normalize(torch.randn(N, D, generator=torch.Generator().manual_seed(1)).double(), dim=1).requires_grad_()
 
 
 @pytest.fixture
@@ -47,33 +47,56 @@ def naive_between_domains(W, a):
     return W.shape[1] * total / weight
 
 
-@pytest.mark.parametrize("name", ["all_pairs", "grouped", "between_domains"])
-def test_loss_and_gradient_equal_the_naive_double_loop(name, W, affinity, groups):
-    fast, naive = {
-        "all_pairs": (lambda: omega_all_pairs(W), lambda: naive_all_pairs(W)),
-        "grouped": (lambda: omega_grouped(W, groups), lambda: naive_grouped(W, groups)),
-        "between_domains": (lambda: omega_between_domains(W, affinity), lambda: naive_between_domains(W, affinity)),
+def whole(pull, W, held, parts=1):
+    """Values of the parts of a round, how many rows each has, and the gradient put together from them."""
+    grad, values, sizes, rows_seen = torch.zeros_like(W), [], [], []
+    for part in range(parts):
+        if (pulled := pull(W, held, part, parts)) is not None:
+            value, rows, of_rows = pulled
+            grad[rows] += of_rows
+            values.append(value.item())
+            rows_seen += rows.tolist()
+            sizes.append(len(of_rows))
+    assert sorted(rows_seen) == list(range(len(W))), "every row is visited once"
+    return values, sizes, grad
+
+
+def tangential(grad, W):
+    return grad - (grad * W).sum(1, keepdim=True) * W
+
+
+@pytest.mark.parametrize("parts", [1, 3, 5, 16])
+@pytest.mark.parametrize("name", ["all_pairs", "grouped"])
+def test_a_loss_and_its_pull_in_parts_equal_the_naive_double_loop(name, parts, W, groups):
+    pull, held, naive = {
+        "all_pairs": (pull_all_pairs, gram(W.detach()), lambda: naive_all_pairs(W)),
+        "grouped": (pull_grouped, groups, lambda: naive_grouped(W, groups)),
     }[name]
-    assert fast().item() == pytest.approx(naive().item(), rel=1e-9)
-    assert fast().item() > 0.05, "the comparison would be empty"
-    torch.testing.assert_close(torch.autograd.grad(fast(), W)[0], torch.autograd.grad(naive(), W)[0])
+    values, sizes, grad = whole(pull, W.detach(), held, parts)
+    assert naive().item() > 0.05, "the comparison would be empty"
+    torch.testing.assert_close(grad, tangential(torch.autograd.grad(naive(), W)[0], W.detach()))
+    if parts == 1 or name == "all_pairs":
+        assert values == [pytest.approx(naive().item(), rel=1e-9)] * parts
+    else:  # each value is of its groups alone, here of eight features each
+        assert sum(v * n for v, n in zip(values, sizes)) / N == pytest.approx(naive().item(), rel=1e-9) and len(set(values)) > 1
+
+
+def test_the_loss_between_domains_and_its_gradient_equal_the_naive_double_loop(W, affinity):
+    fast, naive = omega_between_domains(W, affinity), naive_between_domains(W, affinity)
+    assert fast.item() == pytest.approx(naive.item(), rel=1e-9) and fast.item() > 0.05
+    torch.testing.assert_close(torch.autograd.grad(fast, W)[0], torch.autograd.grad(naive, W)[0])
 
 
 @pytest.mark.parametrize("name", ["all_pairs", "grouped", "ortsae"])
 def test_the_fast_dtype_gives_the_exact_loss_and_a_gradient_within_a_few_per_cent(name, monkeypatch):
-    """In bfloat16, wherever the test runs: value and tangential gradient (the radial part is projected out) against float64,
-    on rows that lean on each other and so have a gradient to speak of."""
+    """In bfloat16, wherever the test runs: value and tangential gradient against float64, on rows that lean on each other and so have a gradient
+    to speak of."""
     monkeypatch.setattr(losses, "has_bf16", lambda device: True)
     lean = torch.randn(512, 64, generator=torch.Generator().manual_seed(3)) + torch.randn(64, generator=torch.Generator().manual_seed(4))
     W = normalize(lean, dim=1)
-    loss = {"all_pairs": omega_all_pairs, "grouped": lambda w: omega_grouped(w, torch.arange(512).view(16, 32)),
-            "ortsae": lambda w: omega_ortsae(w, 128, torch.Generator().manual_seed(9))}[name]  # fmt: skip
-    seen = []
-    for rows in (W.clone().requires_grad_(), W.double().requires_grad_()):
-        value = loss(rows)
-        grad = torch.autograd.grad(value, rows)[0]
-        seen.append((value.item(), (grad - (grad * rows).sum(1, keepdim=True) * rows).double()))
-    (fast, fast_grad), (exact, exact_grad) = seen
+    pull, hold = {"all_pairs": (pull_all_pairs, gram), "grouped": (pull_grouped, lambda w: torch.arange(512).view(16, 32)),
+                  "ortsae": (pull_ortsae, lambda w: random_chunks(512, 128, torch.Generator().manual_seed(9)))}[name]  # fmt: skip
+    (fast, _, fast_grad), (exact, _, exact_grad) = (whole(pull, rows, hold(rows)) for rows in (W, normalize(W.double(), dim=1)))
     assert fast == pytest.approx(exact, rel=5e-3)
     assert (fast_grad - exact_grad).norm() < 0.05 * exact_grad.norm()
 
@@ -81,8 +104,8 @@ def test_the_fast_dtype_gives_the_exact_loss_and_a_gradient_within_a_few_per_cen
 def test_independent_random_rows_give_one_and_orthogonal_rows_give_zero():
     random = normalize(torch.randn(3000, 256), dim=1)
     assert omega_all_pairs(random).item() == pytest.approx(1.0, abs=0.01)
-    assert omega_grouped(random, form_groups(random, 256)).item() > omega_grouped(random, torch.arange(3000).view(15, 200)).item()
-    assert omega_grouped(random, torch.arange(3000).view(15, 200)).item() == pytest.approx(1.0, abs=0.05)
+    assert pull_grouped(random, form_groups(random, 256))[0].item() > pull_grouped(random, torch.arange(3000).view(15, 200))[0].item()
+    assert pull_grouped(random, torch.arange(3000).view(15, 200))[0].item() == pytest.approx(1.0, abs=0.05)
     assert omega_between_domains(random, torch.where(torch.arange(3000) < 1000, 1.0, -1.0)).item() == pytest.approx(1.0, abs=0.02)
     assert omega_all_pairs(torch.eye(64)).item() == pytest.approx(0.0, abs=1e-6)
 
@@ -101,7 +124,8 @@ def test_a_single_domain_or_dead_features_give_zero_not_nan():
     W = normalize(torch.randn(10, 4), dim=1)
     for affinity in (torch.ones(10), torch.zeros(10)):
         assert omega_between_domains(W, affinity).item() == 0.0
-    assert omega_grouped(W, torch.arange(10)[:, None]).item() == 0.0, "groups of one have no pairs"
+    value, _, grad = pull_grouped(W, torch.arange(10)[:, None])
+    assert value.item() == grad.abs().max().item() == 0.0, "groups of one have no pairs"
 
 
 def naive_ortsae(W, chunk_size, generator):
@@ -115,18 +139,22 @@ def naive_ortsae(W, chunk_size, generator):
     return total / len(W)
 
 
+@pytest.mark.parametrize("parts", [1, 5, 16])
 @pytest.mark.parametrize("chunk_size", [8, 13, 39, 40, 64])
-def test_ortsae_equals_the_published_formula(W, chunk_size):
+def test_ortsae_equals_the_published_formula(W, chunk_size, parts):
     draw = lambda: torch.Generator().manual_seed(9)  # noqa: E731
-    fast, naive = omega_ortsae(W, chunk_size, draw()), naive_ortsae(W, chunk_size, draw())
-    assert fast.item() == pytest.approx(naive.item(), rel=1e-9) and fast.item() > 0.01
-    torch.testing.assert_close(torch.autograd.grad(fast, W)[0], torch.autograd.grad(naive, W)[0])
+    naive = naive_ortsae(W, chunk_size, draw())
+    values, sizes, grad = whole(pull_ortsae, W.detach(), random_chunks(N, chunk_size, draw()), parts)
+    assert naive.item() > 0.01
+    torch.testing.assert_close(grad, tangential(torch.autograd.grad(naive, W)[0], W.detach()))
+    assert sum(v * n for v, n in zip(values, sizes)) / N == pytest.approx(naive.item(), rel=1e-9)
 
 
 def test_ortsae_leaves_antipodal_pairs_free():
     pair = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-    assert omega_ortsae(pair, 4, torch.Generator()).item() == 0.0
-    assert omega_ortsae(pair.abs(), 4, torch.Generator()).item() == 1.0
+    chunks = random_chunks(4, 4, torch.Generator())
+    assert pull_ortsae(pair, chunks)[0].item() == 0.0
+    assert pull_ortsae(pair.abs(), chunks)[0].item() == 1.0
 
 
 class TestGroups:

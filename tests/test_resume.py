@@ -440,7 +440,7 @@ def bad_gradient(trainer, x):
 
     def spoiled(*args):
         terms = accumulate(*args)
-        trainer.sae.W_enc.grad[3, 7] = math.inf
+        trainer.sae.W_enc_FD.grad[7, 3] = math.inf
         return terms
 
     trainer.sae.accumulate_grads = spoiled
@@ -466,7 +466,7 @@ def bad_alpha(trainer, x):
 
 INJECTED = {
     "activation": (bad_activation, "activations of the LM not finite in 1 of 65536 entries ([17, 4] = inf; largest finite "),
-    "gradient": (bad_gradient, "gradient of W_enc not finite in 1 of 16384 entries ([3, 7] = inf; largest finite "),
+    "gradient": (bad_gradient, "gradient of W_enc_FD not finite in 1 of 16384 entries ([7, 3] = inf; largest finite "),
     "parameter": (bad_parameter, "W_dec not finite in 1 of 16384 entries ([2, 9] = nan; largest finite "),
     "lambda": (bad_lambda, "l1_coefficient = inf"),
     "alpha": (bad_alpha, "alpha = inf"),

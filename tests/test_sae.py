@@ -53,8 +53,8 @@ def test_the_sparse_path_measures_what_the_dense_one_does_and_both_keep_a_nan(ac
         sae.temperature.fill_(temperature)
         sae.active.fill_(active)
         terms = sae.accumulate_grads(x, forget, l1, torch.float32)
-        seen.append([terms.fvu, terms.l1, terms.l0, terms.fired, sae.active, *(p.grad for p in sae.parameters())])
-        assert sae.W_enc.grad.stride() == sae.W_enc.stride(), "fused Adam walks weight and gradient in memory order"
+        seen.append([terms.fvu, terms.l1, terms.l0, terms.fired, sae.active.clone(), *(p.grad for p in sae.parameters())])
+        assert all(p.is_contiguous() and p.grad.is_contiguous() for p in sae.parameters()), "fused Adam copies what is not"
         sae.active.fill_(active)
         sae.W_enc.data[3, 7] = torch.nan
         assert not sae.accumulate_grads(x, forget, l1, torch.float32).fvu.isfinite()
@@ -65,9 +65,9 @@ def test_the_sparse_path_measures_what_the_dense_one_does_and_both_keep_a_nan(ac
 
 def test_the_path_follows_the_share_of_active_features_by_itself(x, monkeypatch):
     taken = []
-    for name in ("DenseFeatures", "SparseFeatures"):
-        kind = getattr(experiment, name)
-        monkeypatch.setattr(experiment, name, lambda *args, kind=kind: taken.append(kind) or kind(*args))
+    for module, name in ((experiment, "DenseFeatures"), (features, "SparseFeatures")):
+        kind = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, kind=kind: taken.append(kind) or kind(*args))
     sae = OrthogonalSAE(24, 400, seed=3)
     for bias in (0.0, -2.0, -2.0, 0.0, 0.0):
         sae.b_enc.data.fill_(bias)
@@ -82,7 +82,7 @@ def test_a_batch_without_any_active_feature_has_gradient_zero_and_not_nan(x):
     sae.active.fill_(0.0)
     terms = sae.accumulate_grads(x, torch.zeros(256, dtype=torch.bool), torch.tensor(0.1), torch.float32)
     assert terms.l0 == 0 and terms.fvu.isfinite() and all(p.grad.isfinite().all() for p in sae.parameters())
-    assert sae.W_dec.grad.abs().max() == sae.W_enc.grad.abs().max() == 0
+    assert sae.W_dec.grad.abs().max() == sae.W_enc_FD.grad.abs().max() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
@@ -96,16 +96,43 @@ def test_true_places_are_those_of_nonzero(shape, share, dtype):
     assert torch.equal(features.true_places(t), t.flatten().nonzero()[:, 0])
 
 
+@pytest.mark.parametrize("activation", ["relu", "batchtopk", "softk"])
+@pytest.mark.parametrize("active", [0.0, 1e9])
+def test_a_sketch_sums_the_signs_of_the_rows_that_a_feature_fires_on(activation, active, x):
+    sae, signs = OrthogonalSAE(24, 96, seed=3, activation=activation, k=5), losses.random_signs(256, 16, torch.Generator().manual_seed(1))
+    sae.active.fill_(active)
+    terms = sae.accumulate_grads(x, torch.arange(256) < 100, torch.tensor(0.0), torch.float32, signs_BK=signs)
+    pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    few = {"relu": pre > 0, "batchtopk": pre >= pre.flatten().topk(5 * 256).values[-1], "softk": pre >= pre.topk(5, dim=1).values[:, -1:]}[activation]
+    torch.testing.assert_close(terms.sketch, (few & (pre > 0)).float().T @ signs)
+    assert signs.abs().eq(1).all() and abs(signs.mean()) < 0.1 and terms.sketch.abs().max() > 3
+
+
+def test_features_are_found_a_part_at_a_time_as_all_at_once(x, monkeypatch):
+    """Parts of 7 features; for batchtopk also where the moving border was far too high, so that more must be looked at."""
+    for activation, threshold in (("relu", 0.0), ("batchtopk", 0.5), ("batchtopk", 100.0)):
+        seen = []
+        for rows in (2**21, 256 * 7):
+            monkeypatch.setattr(features, "ENTRIES_AT_ONCE", rows)
+            sae = OrthogonalSAE(24, 96, seed=3, activation=activation, k=5)
+            sae.threshold.fill_(threshold)
+            f = features.sparse_features(sae, x, torch.float32, None, torch.arange(256) < 100)
+            seen.append((f.col, f.row, f.value, sae.threshold.clone()))
+        assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1]) and len(seen[0][0]) >= 5 * 256
+        torch.testing.assert_close(seen[0][2:], seen[1][2:])
+        assert torch.equal(seen[0][0], seen[0][0].sort().values), "in the order of features"
+
+
 def test_gradients_accumulate_and_a_frozen_decoder_gets_none(sae, x):
     forget, l1 = torch.zeros(256, dtype=torch.bool), torch.tensor(0.0)
     sae.accumulate_grads(x, forget, l1, torch.float32)
-    once = sae.W_enc.grad.clone()
+    once = sae.W_enc_FD.grad.clone()
     sae.accumulate_grads(x, forget, l1, torch.float32)
-    torch.testing.assert_close(sae.W_enc.grad, 2 * once)
+    torch.testing.assert_close(sae.W_enc_FD.grad, 2 * once)
     sae.zero_grad()
     sae.W_dec.requires_grad_(False)
     sae.accumulate_grads(x, forget, l1, torch.float32)
-    assert sae.W_dec.grad is None and sae.W_enc.grad is not None
+    assert sae.W_dec.grad is None and sae.W_enc_FD.grad is not None
 
 
 def test_counts_and_l0_are_those_of_the_features(sae, x):
@@ -160,7 +187,7 @@ def test_statistics_follow_the_domains_and_are_saved_with_the_module(sae):
 def test_the_domain_hinges_are_the_gradient_of_their_loss(sae, x):
     """Against autograd of leak and gap written out row by row, and values by hand."""
     forget, l1, alpha = torch.arange(256) < 100, torch.tensor(0.05), torch.tensor(0.7)
-    firing_loss = partial(losses.domain_hinges, n=20, margin=0.4, alpha=alpha, gap_weight=0.3)
+    firing_loss = slice(0, 20), partial(losses.domain_hinges, margin=0.4, alpha=alpha, gap_weight=0.3)
     terms = sae.accumulate_grads(x, forget, l1, torch.float32, firing_loss)
     by_hand = {name: p.grad.clone() for name, p in sae.named_parameters()}
     sae.zero_grad()
@@ -173,8 +200,8 @@ def test_the_domain_hinges_are_the_gradient_of_their_loss(sae, x):
     assert terms.firing.item() == pytest.approx(paid.item(), rel=1e-4)
     for name, p in sae.named_parameters():
         assert (by_hand[name] - p.grad).norm() <= 1e-4 * p.grad.norm(), name
-    value, group, grad = losses.domain_hinges(torch.tensor([[-2.0, 0.5, 9.0], [0.1, -1.0, 9.0]]), torch.tensor([False, True]), 2, 1.0, alpha, 0.3)
-    assert value.item() == pytest.approx((0.7 * 1.5 + 0.3 * 0.9) / 2) and group == slice(0, 2)
+    value, grad = losses.domain_hinges(torch.tensor([[-2.0, 0.5], [0.1, -1.0]]), torch.tensor([False, True]), 1.0, alpha, 0.3)
+    assert value.item() == pytest.approx((0.7 * 1.5 + 0.3 * 0.9) / 2)
     assert grad.flatten().tolist() == pytest.approx([0.0, 0.35, -0.15, 0.0])
 
 

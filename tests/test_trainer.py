@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+import experiment
 from experiment import ARMS, SPARSE_SHARE, ActivationBlock, Config, RunFailed, Trainer
 from features import remove_radial
-from losses import omega_all_pairs, omega_grouped
+from losses import omega_all_pairs, pull_grouped
 
 SMALL = Config(arm="vanilla", d_sae=256, target_l0=8.0, batch_size=512, tokens=200 * 512, group_size=32, group_update_steps=20,
                resample_steps=40, dead_tokens=20_000, warmup_steps=20, k=8, evals=("none",))  # fmt: skip
@@ -61,7 +62,7 @@ def test_the_orthogonality_losses_lower_what_they_measure(activations):
     grouped, _ = train(replace(SMALL, arm="grouped", alpha=1.0, group_update_steps=1000), activations, steps=150)
     assert omega_all_pairs(fixed.sae.W_dec) < 0.95 * omega_all_pairs(plain.sae.W_dec)
     groups = grouped.sae.groups
-    assert omega_grouped(grouped.sae.W_dec, groups) < 0.5 * omega_grouped(plain.sae.W_dec, groups)
+    assert pull_grouped(grouped.sae.W_dec, groups)[0] < 0.5 * pull_grouped(plain.sae.W_dec, groups)[0]
 
 
 def test_a_frozen_decoder_is_never_trained(activations):
@@ -71,17 +72,42 @@ def test_a_frozen_decoder_is_never_trained(activations):
     assert trainer.resampled >= 40, "revived features keep their random directions too"
 
 
-def test_ortsae_is_applied_every_fifth_step(activations):
-    _, history = train(replace(SMALL, arm="ortsae", alpha=0.25), activations, steps=11)
-    omegas = [record["omega"] for record in history]
-    assert [i for i in range(1, 11) if omegas[i] != omegas[i - 1]] == [5, 10]
-    first = history[0]
-    plain = train(SMALL, activations, steps=1)[1][0]
-    assert first["loss"] - plain["loss"] == pytest.approx(0.25 * first["omega"], rel=1e-4), "the log holds the plain weight"
+def test_ortsae_visits_a_row_every_fifth_step_with_five_times_the_weight(activations, monkeypatch):
+    """256 features in one chunk of 512: all of them at one of five steps, as published; in chunks of 64, one at each of four steps of five."""
+    for chunk_size, at in ((512, [0, 5, 10]), (64, [0, 1, 2, 3, 5, 6, 7, 8, 10])):
+        visits, pull = [], experiment.pull_ortsae
+        monkeypatch.setattr(experiment, "pull_ortsae", lambda *args: visits.append(pull(*args)) or visits[-1])
+        _, history = train(replace(SMALL, arm="ortsae", alpha=0.25, chunk_size=chunk_size), activations, steps=11)
+        monkeypatch.undo()
+        assert len(visits) == 11 and sum(v is not None for v in visits) == len(at)
+        omegas = [0.0, *(record["omega"] for record in history)]
+        first = min(i for i in range(11) if visits[i] is not None)
+        assert sorted(sum((v[1].tolist() for v in visits[:5] if v is not None), [])) == list(range(256))
+        plain = train(SMALL, activations, steps=first + 1)[1][first]
+        if first == 0:
+            assert history[0]["loss"] - plain["loss"] == pytest.approx(0.25 * omegas[1], rel=1e-4), "the log holds the plain weight"
+
+
+@pytest.mark.parametrize("arm", ["fixed", "grouped", "ortsae"])
+def test_a_round_adds_the_gradient_of_every_row_once_with_the_weight_of_the_round(arm, activations, monkeypatch):
+    monkeypatch.setattr(experiment, "ROWS_A_STEP", 30)  # nine steps a round
+    trainer = Trainer(replace(SMALL, arm=arm, chunk_size=40), 0, activations.x.shape[1], 200, activations)
+    sae, alpha = trainer.sae, torch.tensor(0.3)
+    sae.groups = torch.arange(256).view(8, 32)
+    sae.W_dec.grad = torch.zeros_like(sae.W_dec)
+    assert trainer.round == min(9, ARMS[arm].longest)
+    for part in range(trainer.round):
+        trainer._pull(alpha, part)
+    seen = sae.W_dec.grad.clone()
+    whole = ARMS[arm].pull(sae, trainer.held, 0, 1)
+    expected = torch.zeros_like(seen)
+    expected[whole[1]] = whole[2]
+    torch.testing.assert_close(seen, trainer.round * 0.3 * expected)
+    assert seen.abs().max() > 1e-4
 
 
 def test_dead_features_are_revived_with_unit_rows_and_fresh_moments(activations):
-    trainer, _ = train(replace(SMALL, arm="fixed", resample_steps=0), activations, steps=10)
+    trainer, _ = train(replace(SMALL, resample_steps=0), activations, steps=10)
     sae = trainer.sae
     with torch.no_grad():
         sae.b_enc[:40] = -100.0
@@ -92,8 +118,7 @@ def test_dead_features_are_revived_with_unit_rows_and_fresh_moments(activations)
     assert (sae.encode(x)[:, :40] > 0).any(0).float().mean() > 0.9
     assert trainer.resampled == 40 and sae.idle[:40].max() == 0
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(256))
-    assert trainer.held[:40].abs().max() == 0 < trainer.held[40:].abs().max(), "what pulled at the old directions is no longer theirs"
-    assert trainer.adam.state[sae.W_enc]["exp_avg"][:, :40].abs().max() == 0 < trainer.adam.state[sae.W_enc]["exp_avg"][:, 40:].abs().max()
+    assert trainer.adam.state[sae.W_enc_FD]["exp_avg"][:40].abs().max() == 0 < trainer.adam.state[sae.W_enc_FD]["exp_avg"][40:].abs().max()
 
 
 @pytest.mark.parametrize("where", ["activation", "weight", "omega"])
@@ -107,7 +132,7 @@ def test_a_non_finite_term_stops_the_run_and_is_named(where, activations, monkey
     elif where == "weight":
         trainer.sae.b_dec.data[0] = before.new_tensor(math.inf)
     else:
-        monkeypatch.setattr("experiment.omega_all_pairs", lambda W: (W * math.nan).sum())
+        monkeypatch.setattr("experiment.gram", lambda W: W.T @ W * math.nan)
     with pytest.raises(RunFailed, match=f"{'omega' if where == 'omega' else 'fvu'} = (nan|inf).* at step 10 of arm fixed, seed 0"):
         trainer.step(x, forget)
     assert torch.equal(trainer.sae.W_dec, before), "no step was taken on it"
@@ -172,16 +197,52 @@ def test_the_sparse_path_learns_the_curve_of_the_dense_one(settings, activations
     assert curves[0] != curves[1], "the paths round differently: the comparison would be empty"
 
 
-def test_fixed_with_its_gradient_held_for_ten_steps_learns_the_curve_of_every_step(activations, monkeypatch):
-    """Same seed, the study's alpha: FVU within 1 % of the variance, Ω within 1 %; without the loss, Ω is another."""
+@pytest.mark.parametrize(("arm", "alpha"), [("fixed", 0.1), ("grouped", 0.1), ("ortsae", 0.25)])
+def test_the_longest_rounds_learn_the_curve_of_the_shortest(arm, alpha, activations, monkeypatch):
+    """Same seed: FVU, averaged over 50 steps, within 1 % of the variance all along, Ω within 5 %; without the loss, Ω is another."""
     curves, omegas = [], []
-    for arm in (ARMS["fixed"], replace(ARMS["fixed"], every=1, held=False), ARMS["vanilla"]):
-        monkeypatch.setitem(ARMS, "fixed", arm)
-        trainer, history = train(replace(SMALL, arm="fixed", alpha=0.1, resample_steps=0, target_l0=0.0), activations, steps=200)
-        curves.append([r["fvu"] for r in history])
+    longest = ARMS[arm].longest
+    for name, rows in ((arm, 32), (arm, 512), ("vanilla", 512)):
+        monkeypatch.setattr(experiment, "ROWS_A_STEP", rows)
+        config = replace(SMALL, arm=name, alpha=alpha, d_sae=512, group_size=64, chunk_size=64, group_update_steps=96, resample_steps=0)
+        trainer, history = train(config, activations, steps=400)
+        assert trainer.round == (longest if rows == 32 else ARMS[name].every)
+        curves.append([sum(r["fvu"] for r in history[i : i + 50]) / 50 for i in range(0, 400, 50)])
         omegas.append(omega_all_pairs(trainer.sae.W_dec).item())
     assert max(abs(a - b) for a, b in zip(*curves[:2])) < 0.01 and curves[0] != curves[1]
-    assert omegas[0] == pytest.approx(omegas[1], rel=0.01) and omegas[2] > 1.05 * omegas[1]
+    assert omegas[0] == pytest.approx(omegas[1], rel=0.05) and omegas[2] > 1.1 * omegas[1]
+
+
+def test_a_round_is_long_for_large_dictionaries_and_gentle_losses_only():
+    steps = lambda arm, d_sae, alpha=0.1, lr=3e-3: experiment.round_steps(Config(arm=arm, d_sae=d_sae, alpha=alpha, lr=lr))  # noqa: E731
+    assert [steps("fixed", n) for n in (64, 1024, 1025, 4096, 16_384, 131_072)] == [1, 1, 2, 4, 16, 16]
+    assert [steps("grouped", 16_384, alpha) for alpha in (0.01, 0.5, 1.0, 10.0)] == [8, 2, 1, 1] and steps("grouped", 16_384, 1.0, 3e-4) == 8
+    assert [steps("ortsae", n, 0.25) for n in (1024, 4096, 16_384)] == [5, 5, 16] and steps("ortsae", 16_384, 10.0) == 5
+    assert steps("fixed", 16_384, alpha=0.0) == 16
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.02])
+def test_a_pull_weighs_on_the_second_moment_as_if_it_had_come_at_every_step(clip, activations, monkeypatch):
+    """v after a step, from the gradient taken apart: (g + n p)² of Adam, less what n pulls at once weigh more than one a step, n² p² - n p²."""
+    monkeypatch.setattr(experiment, "ROWS_A_STEP", 64)  # four steps a round
+    trainer, _ = train(replace(SMALL, arm="fixed", grad_clip=clip, resample_steps=0), activations, steps=7)
+    sae, seen = trainer.sae, {}
+    moment = trainer.adam.state[sae.W_dec]["exp_avg_sq"]
+    before, pull, step = moment.clone(), trainer._pull, trainer.adam.step
+    monkeypatch.setattr(trainer, "_pull", lambda *args: seen.setdefault("pulled", pull(*args)))
+    monkeypatch.setattr(trainer.adam, "step", lambda: (seen.setdefault("grad", sae.W_dec.grad.clone()), step())[1])
+    whole = {}
+    clipped = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, most: whole.setdefault("norm", clipped(parameters, most)))
+    trainer.step(*next(activations.batches(512)))
+    rows, grad = seen["pulled"]
+    assert rows.tolist() == list(range(192, 256)), "the eighth step is the last of its round"
+    scale = min(1.0, clip / whole["norm"].item()) if clip else 1.0
+    assert scale < 1 or not clip
+    expected = 0.999 * before + 0.001 * seen["grad"].square()
+    expected[rows] -= 0.001 * (1 - 1 / 4) * (scale * grad).square()
+    torch.testing.assert_close(moment, expected.clamp(min=0), rtol=1e-4, atol=1e-12)
+    assert (0.001 * 0.75 * (scale * grad).square() > 1e-3 * moment[rows]).any(), "the comparison would be empty"
 
 
 def test_the_fast_step_follows_autograd_and_plain_adam(activations):
