@@ -475,11 +475,20 @@ def offenders(name: str, values) -> str | None:
 def keep_freed_memory():
     """glibc gives every tensor of over 32 MB back to the system when it is freed, and takes the next one page by page: a third of a step at
     d_sae 16,384. From here on it keeps those of up to 128 MB; of larger ones kept, memory grew by a tenth over 10 million tokens."""
-    libc = ctypes.CDLL(None) if platform.system() == "Linux" else None
-    if hasattr(libc, "mallopt"):
+    if hasattr(libc(), "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        libc.mallopt(M_MMAP_THRESHOLD, 2**27)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc().mallopt(M_MMAP_THRESHOLD, 2**27)
+        libc().mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def return_freed_memory():
+    """Give back what `keep_freed_memory` kept: between the LM's work and training, which can hardly use what the other leaves."""
+    if hasattr(libc(), "malloc_trim"):
+        libc().malloc_trim(0)
+
+
+def libc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.system() == "Linux" else None
 
 
 def memory_left(device) -> float:

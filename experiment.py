@@ -285,6 +285,7 @@ if __name__ == "__main__":  # answer --help and wrong requests before anything h
         sys.exit(print(f"error: {wrong}", file=sys.stderr) or 2)
 
 import contextlib  # noqa: E402
+import gc  # noqa: E402
 import hashlib  # noqa: E402
 import shutil  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
@@ -365,6 +366,7 @@ class ActivationStream:
     def next_block(self) -> ActivationBlock:
         """The LM's output goes straight to its shuffled place: one buffer, one LM batch, no copy of the buffer. The stream lets go of the block before."""
         self.block = None
+        checkpoint.return_freed_memory()
         half = self.n_contexts // 2
         batches = [torch.tensor([c for text in self.texts for c in islice(text, half)], device=self.device) for _ in range(self.n_lm_batches)]
         kept = [(~torch.isin(tokens, self.special)).flatten().nonzero()[:, 0] for tokens in batches]
@@ -377,11 +379,13 @@ class ActivationStream:
             place = places[first : first + len(rows)]
             with checkpoint.signals.held():  # neither nnsight nor the LM's weights are to be left in the middle
                 resid = self.activations(tokens).flatten(0, 1).index_select(0, rows).float()
+            gc.collect(1)  # a trace leaves its frames, and they the LM's activations, in cycles: hundreds of megabytes until Python comes by itself
             x.index_copy_(0, place, resid)
             forget.index_copy_(0, place, rows < half * tokens.shape[1])
             sinks.append(place[testbeds.massive(resid, torch.ones_like(rows, dtype=torch.bool))])
             first += len(rows)
         self.block = ActivationBlock(x, forget).without(torch.cat(sinks))
+        checkpoint.return_freed_memory()
         return self.block
 
     def skip_blocks(self, n: int):

@@ -228,9 +228,10 @@ def arms_side_by_side(session: Session, d_sae: int) -> list[dict]:
 
 
 def memory(session: Session, d_sae: int) -> dict:
-    """Peak memory of a run of one arm beyond the interpreter, its libraries and the LM, over what must be there: weights, Adam's moments, one buffer."""
+    """Peak memory of a run of one arm beyond the interpreter, its libraries and an LM that has read a batch, over what must be there: weights,
+    Adam's moments, one buffer."""
     worker = session.start("ours", d_sae=d_sae, settings=STEADY, layer=0, buffer_tokens=131_072)
-    worker.ask("end_to_end", n=131_072 if d_sae < 100_000 else 20_480)
+    worker.ask("end_to_end", n=300_000 if d_sae < 10_000 else 131_073)
     parts = worker.ask("memory")
     base, peak = worker.about["lm_rss_mb"], worker.stop()["peak_rss_mb"]
     return {"d_sae": d_sae, "base_mb": base, "peak_mb": peak} | parts | {"over_needed": (peak - base) / sum(parts.values())}
@@ -239,10 +240,10 @@ def memory(session: Session, d_sae: int) -> dict:
 def curves(session: Session) -> dict:
     """How our cost grows: with d_sae (each arm), with the number of SAEs on one pass of the LM, with the context, with the tokens; and what nnsight adds."""
     quick, out = session.quick, {"d_sae": [], "memory": [], "arms": [], "context": [], "tokens": []}
-    for d_sae in (16_384,) if quick else (1024, 4096, 16_384, 131_072):
+    for d_sae in (4096,) if quick else (1024, 4096, 16_384, 131_072):
         out["d_sae"] += arms_side_by_side(session, d_sae)
         session.say(f"d_sae {d_sae}: " + ", ".join(f"{p['arm']} {p['ms_per_step']:.0f} ms" for p in out["d_sae"] if p["d_sae"] == d_sae))
-    for d_sae in (16_384,) if quick else (4096, 16_384, 131_072):
+    for d_sae in (4096,) if quick else (4096, 16_384, 131_072):
         out["memory"].append(memory(session, d_sae))
         session.say("memory at d_sae {d_sae}: {peak_mb:.0f} MB, {over_needed:.2f} of what is needed".format(**out["memory"][-1]))
     for n in (1, 6) if quick else (1, 6, 11):
@@ -261,7 +262,7 @@ def curves(session: Session) -> dict:
         out["context"].append({"context": size, "tokens_per_second": rate, "nnsight_over_hook": statistics.median(a / b for a, b in zip(through["nnsight"], through["hook"])),
                                "draw_ms": 1000 * statistics.median(draw)} | worker.stop())  # fmt: skip
     session.say("context: " + ", ".join(f"{p['context']}: {p['tokens_per_second']['median']:.0f} tokens/s" for p in out["context"]))
-    at = [50_000, 100_000, 200_000] if quick else [200_000, 1_000_000, 3_000_000, 10_000_000]
+    at = [50_000, 100_000, 200_000] if quick else [200_000, 1_000_000, 3_000_000, 10_000_000][: None if "bf16" in session.precisions else 3]
     spec = {"system": "ours", "d_sae": 1024, "layer": 0, "settings": STEADY, "buffer_tokens": 131_072}
     out["tokens"] = session.once("scaling", {"at": at}, **spec)["curve"]  # the LM's first layer and 1,024 features, so that ten million fit the time
     session.say("tokens: " + ", ".join(f"{p['tokens']:,} in {p['seconds']:.0f} s, {p['peak_rss_mb']:.0f} MB" for p in out["tokens"]))
@@ -347,7 +348,7 @@ def machine() -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a shortened form; the whole takes 27 minutes on 2 cores with bfloat16, longer without")
+    parser.add_argument("--quick", action="store_true", help="a shortened form; the whole takes half an hour on 2 cores with bfloat16, an hour without")
     parser.add_argument("--only", nargs="+", choices=("peers", "quality", "curves"), default=("peers", "quality", "curves"))
     parser.add_argument("--peers_python", default=str(HERE / ".venv" / "bin" / "python"), help="interpreter that the peers are installed for")
     parser.add_argument("--out", type=Path, default=None, help="where results go, without a suffix")
@@ -361,14 +362,15 @@ def main():
         session.prepare()
         session.matmul_peak()
         results = {"about": {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "torch": torch.__version__, "load_before": load, "quick": quick}}
-        every = session.systems([(system, variant) for system, variant in SYSTEMS if not (quick and system == "sparsify")])
-        few = session.systems([("dictionary_learning", "default"), ("sae_lens", "default"), ("sae_lens", "bf16"), ("ours", "default")])
+        every = session.systems()
+        few = session.systems([("dictionary_learning", "default"), ("sae_lens", "default"), ("sae_lens", "bf16"), ("sparsify", "default"), ("sparsify", "bf16"), ("ours", "default")])
         lens = session.systems([("sae_lens", "default"), ("sae_lens", "bf16")])[-1:]
-        parts = [("peers", "4096", lambda: peers(session, 4096, few if quick else every, 1 if quick else 3)),
-                 ("peers", "16384", lambda: peers(session, 16_384, few[-2:] if quick else few, 1 if quick else 2)),
+        parts = [("curves", "", lambda: curves(session)),
+                 ("peers", "4096", lambda: peers(session, 4096, [s for s in few if s[0] != "sparsify"] if quick else every, 1 if quick else 3)),
                  ("quality", "4096", lambda: quality(session, 4096, 48 if quick else 488, lens))]  # fmt: skip
-        parts += [] if quick else [("quality", "16384", lambda: quality(session, 16_384, 100, lens))]
-        parts += [("curves", "", lambda: curves(session))]
+        if not quick:
+            parts.insert(2, ("peers", "16384", lambda: peers(session, 16_384, few, 2)))
+            parts.append(("quality", "16384", lambda: quality(session, 16_384, 100, lens)))
         for part, size, measure in parts:  # written after each, so that nothing is lost
             if part in args.only:
                 found = measure()

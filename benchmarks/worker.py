@@ -70,15 +70,25 @@ class Ours(System):
         lm = load_lm(spec["folder"])
         self.testbed = testbeds.Testbed("bench", lm, special, spec.get("layer", LAYER), text, text, {}, "")
         self.stream = experiment.ActivationStream(self.testbed, contexts.shape[1], spec.get("buffer_tokens", 32_768), **spec.get("stream", {}))
-        self.lm_rss_mb = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20  # libraries and LM
         self.stream.texts = [itertools.cycle(contexts[half::2].tolist()) for half in (0, 1)]
         self.trainers = []
-        self.block = self.stream.next_block() if "activations" not in spec else experiment.ActivationBlock(stored(spec["activations"], 0, 32 * BATCH), None)
+        if "activations" in spec:
+            block = experiment.ActivationBlock(stored(spec["activations"], 0, 32 * BATCH), None)
+        else:
+            self.stream.activations(self._lm_batch())
+            self.lm_rss_mb = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20  # libraries, LM, one LM batch
+            block = self.stream.next_block()
         arms = spec.get("arms", ["vanilla"])
         for seed, arm in enumerate(arms):
             config = experiment.Config(arm=arm, evals=("none",), tokens=10**9, d_sae=self.d_sae, k=32, context_size=128, resample_steps=0, **spec.get("settings", {}))
-            self.trainers.append(experiment.Trainer(config, seed, self.testbed.d_in, spec.get("steps", 10**6), self.block))
-        self.rows = itertools.cycle(list(self.block.batches(BATCH)) if self.block.forget is not None else [])
+            self.trainers.append(experiment.Trainer(config, seed, self.testbed.d_in, spec.get("steps", 10**6), block))
+        some = itertools.islice(block.batches(BATCH), 4 if block.forget is not None else 0)
+        self.rows = itertools.cycle([(x.clone(), forget.clone()) for x, forget in some])  # so that the block itself can go
+
+    def _lm_batch(self):
+        import torch
+
+        return torch.tensor([c for text in self.stream.texts for c in itertools.islice(text, self.stream.n_contexts // 2)])
 
     def lm(self, n: int) -> int:
         done = 0
@@ -130,7 +140,7 @@ class Ours(System):
         """MB of the weights with Adam's moments of all SAEs, and of one buffer of activations."""
         size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors) / 2**20  # noqa: E731
         weights = sum(size(t for name, t in trainer.state()[0].items() if name.startswith(("sae.", "adam."))) for trainer in self.trainers)
-        return {"weights_and_moments_mb": weights, "buffer_mb": size([self.block.x])}
+        return {"weights_and_moments_mb": weights, "buffer_mb": size([self.stream.block.x])}
 
     def nnsight(self, n: int) -> dict[str, list[float]]:
         """Seconds of n LM batches through nnsight, stopped after the hook, and of the same through a forward hook that stops the LM."""
@@ -143,8 +153,7 @@ class Ours(System):
         def stop(module, args, out):
             raise Stop
 
-        tokens = torch.tensor([c for text in self.stream.texts for c in itertools.islice(text, self.stream.n_contexts // 2)])
-        out = {"nnsight": [], "hook": []}
+        tokens, out = self._lm_batch(), {"nnsight": [], "hook": []}
         for _ in range(n + 1):  # the first warms up
             before = time.perf_counter()
             self.stream.activations(tokens)
@@ -162,8 +171,8 @@ class Ours(System):
 
     def draw(self, n: int) -> list[float]:
         """Seconds of drawing one batch from the buffer, each time."""
-        out, batches = [], self.block.batches(BATCH)
-        for _ in range(min(n, len(self.block.x) // BATCH)):
+        out, batches = [], self.stream.block.batches(BATCH)
+        for _ in range(min(n, len(self.stream.block.x) // BATCH)):
             before = time.perf_counter()
             next(batches)
             out.append(time.perf_counter() - before)
@@ -172,11 +181,15 @@ class Ours(System):
     def end_to_end(self, n: int) -> int:
         done = 0
         while done < n:
-            for x, forget in self.stream.next_block().batches(BATCH):
-                for trainer in self.trainers:
-                    trainer.step(x, forget)
-                done += BATCH
+            self.stream.next_block()
+            done += self._train_on_block()
         return done
+
+    def _train_on_block(self) -> int:
+        for x, forget in self.stream.block.batches(BATCH):
+            for trainer in self.trainers:
+                trainer.step(x, forget)
+        return len(self.stream.block.x) // BATCH * BATCH
 
     def train(self, batches):
         import torch
@@ -381,7 +394,7 @@ def store(system: Ours, command: dict) -> dict:
     import torch
     from safetensors.torch import save_file
 
-    x, done, block = torch.empty(command["n"], system.testbed.d_in, dtype=torch.bfloat16), 0, system.block
+    x, done, block = torch.empty(command["n"], system.testbed.d_in, dtype=torch.bfloat16), 0, system.stream.block
     scale = (block.x.shape[1] / block.x.pow(2).sum(1).mean()).sqrt()
     while done < len(x):
         part = block.x[: len(x) - done] * scale
