@@ -78,7 +78,7 @@ class Config(sources.Wanted):
     chunk_size: int = 512
     """ortsae: features a random chunk"""
     group_update_steps: int = 100
-    """steps between two formations of the groups"""
+    """optimiser steps between two formations of the groups, to the nearest round over all of them (Trainer)"""
     forget_features: int = 40
     """adaptive: features kept for the forget domain"""
     margin: float = 1.0
@@ -577,7 +577,8 @@ class Arm:
     omega is what `pull(sae, held, part, parts)` gives, for a part of the rows at a time (losses.Pull), and `held` what
     `prepare(sae, config, generator)` gave at the start of a round over all parts. `every`: the least steps of a round, whose pulls weigh as
     much as the round has steps. `longest`: the most, with alpha times the learning rate up to `gentle`, and fewer in proportion beyond: FVU is
-    then within 1 % of the variance all along of what it is with rounds of `every` (tested; notes.txt). `steered`: alpha follows the measured sharing of the forget group towards --target_sharing.
+    then within 1 % of the variance all along of what it is with rounds of `every` (tested; notes.txt). `steered`: alpha follows the measured
+    sharing of the forget group towards --target_sharing.
     """
 
     pull: Callable[[OrthogonalSAE, Tensor, int, int], Pull | None] | None = None

@@ -243,7 +243,7 @@ def curves(session: Session) -> dict:
     for d_sae in (4096,) if quick else (1024, 4096, 16_384, 131_072):
         out["d_sae"] += arms_side_by_side(session, d_sae)
         session.say(f"d_sae {d_sae}: " + ", ".join(f"{p['arm']} {p['ms_per_step']:.0f} ms" for p in out["d_sae"] if p["d_sae"] == d_sae))
-    for d_sae in (4096,) if quick else (4096, 16_384, 131_072):
+    for d_sae in () if quick else (4096, 16_384, 131_072):
         out["memory"].append(memory(session, d_sae))
         session.say("memory at d_sae {d_sae}: {peak_mb:.0f} MB, {over_needed:.2f} of what is needed".format(**out["memory"][-1]))
     for n in (1, 6) if quick else (1, 6, 11):
@@ -303,7 +303,7 @@ def curves_table(curves: dict) -> list[str]:
         at = {p["arm"]: p for p in curves["d_sae"] if p["d_sae"] == d_sae}
         shown = ["{ms_per_step:.0f} ({over_vanilla:.3f})".format(**at[arm]) for arm in arms]
         lines.append(f"| d_sae {d_sae:,} | {' | '.join(shown)} | {sum(p['forming_ms_per_step'] for p in at.values()):.1f} |")
-    lines += ["", "| memory, MB | interpreter and LM | weights and moments | buffer | peak | peak less the first over the others |", "| --- | --- | --- | --- | --- | --- |"]
+    lines += [] if not curves["memory"] else ["", "| memory, MB | interpreter and LM | weights and moments | buffer | peak | peak less the first over the others |", "| --- | --- | --- | --- | --- | --- |"]
     lines += ["| d_sae {d_sae:,} | {base_mb:,.0f} | {weights_and_moments_mb:,.0f} | {buffer_mb:,.0f} | {peak_mb:,.0f} | {over_needed:.2f} |".format(**p) for p in curves["memory"]]
     lines += ["", "| SAEs on one LM pass, d_sae 4,096 | seconds a million tokens | share of separate runs | peak RSS, MB |", "| --- | --- | --- | --- |"]
     lines += [f"| {p['arms']} | {p['seconds_per_million_tokens']:.0f} | {p['share_of_separate_runs']:.0%} | {p['peak_rss_mb']:,.0f} |" for p in curves["arms"]]
