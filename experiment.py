@@ -608,7 +608,7 @@ ARMS = {
         gentle=7.5e-4,
     ),
 }
-ROWS_A_STEP = 1024
+ROWS_A_STEP = 1024  # that a loss on W_dec looks at, where an arm's bounds allow it
 
 
 def round_steps(config: Config) -> int:
@@ -768,7 +768,7 @@ class Trainer:
     @torch.no_grad()
     def _as_if_at_every_step(self, rows: Tensor, grad: Tensor):
         """Take from Adam's second moment what a pull adds to it by coming at once: (n αp)² in n steps, where n / every times (every αp)² were
-        meant. With it, FVU after training with rounds of 16 steps is that of rounds of 1 (tested); without, the pull is weakened."""
+        meant. rows [R] are the pull's, grad [R, D] is n αp. Without it the pull is weakened (notes.txt)."""
         if self.round > self.arm.every:
             squares = self.adam.state[self.sae.W_dec]["exp_avg_sq"]
             too_much = (1 - self.arm.every / self.round) * (1 - self.adam.param_groups[0]["betas"][1])

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from losses import tangential
+
 
 class DenseFeatures:
     """The features f [B, F] of a batch, and the products that training needs of them: in f's dtype, sums in fp32.
@@ -83,7 +85,7 @@ def cache_blocks(W: Tensor) -> tuple[Tensor, ...]:
 def remove_radial(grad_FD: Tensor, W_FD: Tensor):
     """Remove from a gradient the component along each row of W, which the unit norm would undo."""
     for grad, W in zip(*map(cache_blocks, (grad_FD, W_FD))):
-        grad.addcmul_(W, (grad * W).sum(1, keepdim=True), value=-1)
+        tangential(grad, W)
 
 
 # Share of active features under which SparseFeatures is faster than DenseFeatures on a CPU, whose products run in this precision: measured at
@@ -132,7 +134,7 @@ def sparse_features(sae: torch.nn.Module, u_BD: Tensor, dtype: torch.dtype, gain
     return SparseFeatures(col, row, value, None, F, gain_F, forget)
 
 
-ENTRIES_AT_ONCE = 2**21
+ENTRIES_AT_ONCE = 2**21  # pre-activations that entries_above holds, 8 MB in fp32
 
 
 def entries_above(floor: float, sae: torch.nn.Module, u_low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
