@@ -354,6 +354,7 @@ class ActivationStream:
         self.passes = {"forget": 0, "retain": 0}  # over the text, begun so far
         self.texts = [packed_contexts(getattr(testbed, d).train, testbed.tokenizer, context_size, seed, on_pass=partial(self.passes.__setitem__, d)) for d in self.passes]
         self.seed, self.block_index, self.block = seed, 0, None
+        checkpoint.make_collections_short()
 
     @torch.no_grad()
     def activations(self, tokens: Tensor) -> Tensor:
@@ -379,7 +380,7 @@ class ActivationStream:
             place = places[first : first + len(rows)]
             with checkpoint.signals.held():  # neither nnsight nor the LM's weights are to be left in the middle
                 resid = self.activations(tokens).flatten(0, 1).index_select(0, rows).float()
-            gc.collect(1)  # a trace leaves its frames, and they the LM's activations, in cycles: hundreds of megabytes until Python comes by itself
+            gc.collect()  # a trace leaves its frames, and they the LM's activations, in cycles: hundreds of megabytes until Python comes by itself
             x.index_copy_(0, place, resid)
             forget.index_copy_(0, place, rows < half * tokens.shape[1])
             sinks.append(place[testbeds.massive(resid, torch.ones_like(rows, dtype=torch.bool))])

@@ -222,8 +222,8 @@ def arms_side_by_side(session: Session, d_sae: int) -> list[dict]:
     taken = worker.ask("side_by_side", n=16 if d_sae > 100_000 else 64)
     forming = statistics.median(worker.ask("form_groups")) / 96
     worker.stop()
-    ms = {arm: 1000 * (by_phase(seconds) + (forming if arm == "grouped" else 0)) for arm, seconds in taken.items()}
-    return [{"d_sae": d_sae, "arm": arm, "ms_per_step": ms[arm], "over_vanilla": ms[arm] / ms["vanilla"], "seconds": taken[arm],
+    ms = {arm: 1000 * (by_phase(of["seconds"]) + (forming if arm == "grouped" else 0)) for arm, of in taken.items()}
+    return [{"d_sae": d_sae, "arm": arm, "ms_per_step": ms[arm], "over_vanilla": ms[arm] / ms["vanilla"], **taken[arm],
              "forming_ms_per_step": 1000 * forming if arm == "grouped" else 0.0} for arm in arms]  # fmt: skip
 
 

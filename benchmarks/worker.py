@@ -114,15 +114,20 @@ class Ours(System):
         self.l0 = measured["l0"].item()
         return n * BATCH
 
-    def side_by_side(self, n: int) -> dict[str, list[float]]:
-        """Seconds of each of n steps, of every arm by turns on the same batch, so that what the machine does meanwhile meets all alike."""
-        out = {trainer.config.arm: [] for trainer in self.trainers}
+    def side_by_side(self, n: int) -> dict[str, dict]:
+        """Seconds of each of n steps, of every arm by turns on the same batch, so that what the machine does meanwhile meets all alike; and its mean
+        L0. Losses on W_dec count next to nothing: all of their work is done, and their SAEs stay as sparse as vanilla's, whose step they are held to."""
+        out = {trainer.config.arm: {"seconds": [], "l0": []} for trainer in self.trainers}
+        for trainer in self.trainers:
+            if trainer.arm.pull:
+                trainer.log_alpha.fill_(math.log(1e-8))
         for x, forget in itertools.islice(self.rows, n):
             for trainer in self.trainers:
                 before = time.perf_counter()
-                trainer.step(x, forget)
-                out[trainer.config.arm].append(time.perf_counter() - before)
-        return out
+                measured = trainer.step(x, forget)
+                out[trainer.config.arm]["seconds"].append(time.perf_counter() - before)
+                out[trainer.config.arm]["l0"].append(measured["l0"].item())
+        return {arm: of | {"l0": sum(of["l0"]) / n} for arm, of in out.items()}
 
     def form_groups(self) -> list[float]:
         """Seconds that it takes to form the groups of so many features, each time, from random profiles."""

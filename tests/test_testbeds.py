@@ -319,8 +319,9 @@ def test_the_named_testbeds_are_what_the_study_says():
 def test_gemma_is_asked_as_its_instructed_sibling_in_bfloat16_with_saebenchs_sweep(lms, own, monkeypatch, tmp_path):
     """The wiring of gemma-2-2b on small random weights of its architecture: SAE trained on one LM, questions asked of the other."""
     base, told = lms("gemma", seed=1), lms("gemma", seed=2)
+    asked = tiny.save_jsonl(tmp_path / "asked.jsonl", tiny.questions("biology", 6) + tiny.questions("history", 6))
     spec = sources.SPECS["gemma-2-2b"]
-    monkeypatch.setitem(sources.SPECS, "gemma-2-2b", sources.replace(spec, lm=str(base), exam_lm=str(told), layer=1, n_layers=3, **{k: own[k] for k in ("forget_text", "retain_text", "questions")}))
+    monkeypatch.setitem(sources.SPECS, "gemma-2-2b", sources.replace(spec, lm=str(base), exam_lm=str(told), layer=1, n_layers=3, forget_text=own["forget_text"], retain_text=own["retain_text"], questions=(str(asked),)))
     monkeypatch.setattr(testbeds, "LARGE", 0)
     testbed = testbeds.load("gemma-2-2b")
     assert testbed.prompt_format == "GEMMA_INST_FORMAT" and testbed.lm is not testbed.exam_lm and testbed.exam_lm.dtype == torch.bfloat16
@@ -338,7 +339,7 @@ def test_gemma_is_asked_as_its_instructed_sibling_in_bfloat16_with_saebenchs_swe
     assert {row["multiplier"] for row in details["sweep"]} == {25, 50, 100, 200} and corpus["lm_forget_ce"] > 0
     monkeypatch.setattr(evaluation, "MIN_KNOWN", 0)
     evaluator.examiner.n_known = {"wmdp-bio": 3, "history": 3}  # a random LM letters nothing right 24 times
-    monkeypatch.setattr(evaluation, "question_ids", lambda path: tuple(range(20)))
+    monkeypatch.setattr(evaluation, "question_ids", lambda path: tuple(range(5)))
     metrics, details, _ = evaluator.examiner.unlearning(sae, 0, "tiny")
     assert {c["multiplier"] for c in details["sweep"]} == {25, 50, 100, 200}
     assert 0 <= metrics["lm_forget_accuracy"] <= 1 and 0 <= metrics["unlearning_score"] <= 1
