@@ -108,15 +108,17 @@ def seal(value: dict) -> dict:
 
 
 def provenance() -> dict:
-    """Versions, hardware and the commit that made a run."""
+    """Versions, hardware and the commit that made a run; "-dirty" where code differs from it (run folders are no code)."""
     from importlib.metadata import version
 
     import torch
 
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = lambda *args: subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True)  # noqa: E731
+    commit = git("describe", "--always").stdout.strip()
+    changed = commit and git("diff", "--quiet", "HEAD", "--", "*.py", "requirements.txt", "micro_pythia").returncode
     return {"versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "nnsight", "transformers", "datasets", "numpy", "sae-bench", "sae-lens")},
             "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]},
-            "git": git.stdout.strip() or None}  # fmt: skip
+            "git": f"{commit}-dirty" if changed else commit or None}  # fmt: skip
 
 
 def is_sealed(value: dict) -> bool:
