@@ -243,7 +243,7 @@ def curves(session: Session) -> dict:
     for d_sae in (4096,) if quick else (1024, 4096, 16_384, 131_072):
         out["d_sae"] += arms_side_by_side(session, d_sae)
         session.say(f"d_sae {d_sae}: " + ", ".join(f"{p['arm']} {p['ms_per_step']:.0f} ms" for p in out["d_sae"] if p["d_sae"] == d_sae))
-    for d_sae in () if quick else (4096, 16_384, 131_072):
+    for d_sae in () if quick else (4096, 4096, 16_384, 16_384, 131_072):
         out["memory"].append(memory(session, d_sae))
         session.say("memory at d_sae {d_sae}: {peak_mb:.0f} MB, {over_needed:.2f} of what is needed".format(**out["memory"][-1]))
     for n in (1, 6) if quick else (1, 6, 11):

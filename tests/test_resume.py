@@ -629,3 +629,19 @@ def test_a_signal_that_python_drops_in_a_finaliser_is_raised_at_the_next_held():
         checkpoint.signals.taken()
         with checkpoint.signals.held():
             pass
+
+
+def test_the_recorded_commit_is_dirty_for_changed_code_and_not_for_changed_runs(tmp_path, monkeypatch):
+    git = lambda *args: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *args], cwd=tmp_path, check=True, capture_output=True)  # noqa: E731
+    git("init")
+    (tmp_path / "run_0").mkdir()
+    for name in ("code.py", "run_0/config.json"):
+        (tmp_path / name).write_text("0")
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
+    assert checkpoint.provenance()["git"] is None
+    git("add", ".")
+    git("commit", "-m", "all")
+    (tmp_path / "run_0/config.json").write_text("1")
+    assert not checkpoint.provenance()["git"].endswith("-dirty")
+    (tmp_path / "code.py").write_text("1")
+    assert checkpoint.provenance()["git"].endswith("-dirty")
