@@ -145,6 +145,9 @@ class Config(sources.Wanted):
         for name in ("skip", "feature_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise WrongRequest(f"--{name} {getattr(self, name)} must lie in [0, 1)")
+        for name, arm in (("group_size", "grouped"), ("chunk_size", "ortsae")):
+            if self.arm == arm and getattr(self, name) < 2:
+                raise WrongRequest(f"--{name} {getattr(self, name)} must be at least 2: a feature alone has no pair")
         if self.arm == "adaptive" and self.d_sae is not None and self.forget_features > self.d_sae:
             raise WrongRequest(f"--forget_features {self.forget_features} must be at most --d_sae {self.d_sae}")
         if "none" in self.evals and len(self.evals) > 1:

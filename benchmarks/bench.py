@@ -353,6 +353,8 @@ def main():
     parser.add_argument("--peers_python", default=str(HERE / ".venv" / "bin" / "python"), help="interpreter that the peers are installed for")
     parser.add_argument("--out", type=Path, default=None, help="where results go, without a suffix")
     args = parser.parse_args()
+    if set(args.only) != {"curves"} and not Path(args.peers_python).exists():
+        parser.error(f"--peers_python {args.peers_python} is not there: make benchmarks/.venv/ready makes it, and --only curves needs none")
     out, quick = args.out or HERE / ("results_quick" if args.quick else "results"), args.quick
     import torch
 

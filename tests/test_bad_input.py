@@ -21,6 +21,8 @@ OPTIONS = {
     "not in the plan, no arm": (["--out_dir=somewhere"], "give its --arm"),
     "unknown run": (["--out_dir=run_77"], "run_77 is not in the plan"),
     "unknown arm": (["--out_dir=x", "--arm=magic"], "magic"),
+    "chunks of one feature": (["--out_dir=x", "--arm=ortsae", "--chunk_size=1"], "--chunk_size 1 must be at least 2"),
+    "groups of one feature": (["--out_dir=x", "--arm=grouped", "--group_size=1"], "--group_size 1 must be at least 2"),
     "unknown option": (["--out_dir=run_0", "--learning_rate=1"], "--learning_rate"),
     "an option cut short": (["--out_dir=run_0", "--token=300000"], "--token"),
     "unknown testbed": (["--out_dir=run_0", "--testbed=gpt-5"], "gpt-5"),
