@@ -437,7 +437,8 @@ class OrthogonalSAE(torch.nn.Module):
         if orthogonal_init:  # blocks of d_in orthonormal rows, as near to orthogonal as d_sae rows can be
             W_dec = torch.cat([torch.nn.init.orthogonal_(block, generator=generator) for block in W_dec.split(d_in)])
         self.W_dec = torch.nn.Parameter(W_dec)
-        self.W_enc_FD = torch.nn.Parameter(W_dec * 0.5)  # W_encᵀ: a feature's weights lie side by side, as their gradient comes out of a sparse product
+        start = 1.0 if activation == "relu" else 0.5  # measured: the other way round, FVU ends a tenth and a sixth higher (notes.txt)
+        self.W_enc_FD = torch.nn.Parameter(start * W_dec)  # W_encᵀ: a feature's weights lie side by side, as their gradient comes out of a sparse product
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
         self.register_buffer("scale", torch.tensor(1.0 if layer_norm else float(scale)))
