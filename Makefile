@@ -7,11 +7,11 @@ BIN = $(VENV)/bin
 
 run: $(VENV)/ready
 	$(BIN)/python experiment.py --out_dir reproduced/run_0 reproduced/run_1 --testbed=micro
-	$(BIN)/python plot.py reproduced/run_0 reproduced/run_1
+	cd reproduced && $(abspath $(BIN))/python ../plot.py run_0 run_1
 
 study: $(VENV)/ready  # all runs of the plan, five seeds: an hour on 2 cores, less than half of it with bfloat16 instructions
 	$(BIN)/python experiment.py --out_dir $(addprefix reproduced/run_,0 1 2 3 4 5 6 7 8 9 10) --seeds 0 1 2 3 4 --testbed=micro
-	$(BIN)/python plot.py $(addprefix reproduced/run_,0 1 2 3 4 5 6 7 8 9 10)
+	cd reproduced && $(abspath $(BIN))/python ../plot.py $(addprefix run_,0 1 2 3 4 5 6 7 8 9 10)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q tests

@@ -116,6 +116,8 @@ class Config(sources.Wanted):
     """steps over which the learning rate rises from 0"""
     decay_fraction: float = 0.2
     """last part of training over which the learning rate falls to 0"""
+    compile: bool = False
+    """torch.compile for the SAE's part of a step, made for GPUs: a wait at the start, dense products only; on a CPU sparse ones are faster"""
     resample_steps: int = 50
     """steps between two resamplings of dead features, until the learning rate decays; 0: never"""
     dead_tokens: int = 50_000
@@ -227,19 +229,6 @@ def parse_command(argv: list[str]) -> tuple[Command, list[Config]]:
     return command, configs
 
 
-def read_run_json(path: Path, keys: set[str]) -> dict:
-    """An object from a run folder. Raises WrongRequest when the file is not one that this program wrote."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise WrongRequest(f"{path} cannot be read ({error}); name another folder, or --overwrite it") from error
-    if not isinstance(value, dict) or not keys <= set(value) or not all(isinstance(value[k], dict) for k in keys):
-        raise WrongRequest(f"{path} was not written by this program; name another folder, or --overwrite it")
-    if "sha256" in value and not checkpoint.is_sealed(value) or not checkpoint.is_as_recorded(path):
-        raise WrongRequest(f"{path} is not as it was written: its checksum is wrong; name another folder, or --overwrite it")
-    return value
-
-
 def unfinished(command: Command, configs: list[Config]) -> tuple[Command, list[Config]]:
     """What of the command is left to do: complete runs are named and left alone; this process owns the folders of the others.
 
@@ -253,10 +242,10 @@ def unfinished(command: Command, configs: list[Config]) -> tuple[Command, list[C
         if not os.access(parent, os.W_OK):
             raise WrongRequest(f"--out_dir {out_dir}: {parent} is not writable; name another folder")
         if (out_dir / "config.json").exists() and not command.overwrite:
-            made = read_run_json(out_dir / "config.json", {"requested", "config"})
+            made = checkpoint.read_run_json(out_dir / "config.json", {"requested", "config"})
             wanted = json.loads(json.dumps(asdict(config)))
             asked = json.loads(json.dumps(asdict(Config()))) | made["requested"]  # a setting that is newer than the folder had its default
-            complete = (out_dir / "final_info.json").exists() and read_run_json(out_dir / "final_info.json", {"training"})
+            complete = (out_dir / "final_info.json").exists() and checkpoint.read_run_json(out_dir / "final_info.json", {"training"})
             differs = [k for k, v in wanted.items() if v not in (asked[k], made["config"].get(k), "auto")]
             if complete and set(config.seeds) <= set(asked["seeds"]):  # more seeds than asked for
                 differs = [k for k in differs if k != "seeds"]
@@ -303,11 +292,10 @@ from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import testbeds  # noqa: E402
-from evaluation import SWEEP, Evaluator, evaluation_contexts, load_exported  # noqa: E402
+from evaluation import SWEEP, Evaluator, evaluation_contexts, export, load_exported  # noqa: E402
 from features import ACTIVATIONS, SPARSE_SHARE, DenseFeatures, cache_blocks, remove_radial, sparse_features  # noqa: E402
 from losses import Pull, domain_hinges, firing_profile, form_groups, gram, has_bf16, omega_between_domains, pull_all_pairs, pull_grouped, pull_ortsae  # noqa: E402
 from losses import random_chunks, random_signs, sharing  # noqa: E402
-from testbeds import packed_contexts  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------ activation stream
 
@@ -355,7 +343,7 @@ class ActivationStream:
         self.n_contexts = max(2, (lm_tokens or testbeds.fast_lm_tokens(testbed.lm)) // context_size // 2 * 2)  # per LM batch
         self.n_lm_batches = max(1, round(buffer_tokens / (self.n_contexts * (context_size - 1))))
         self.passes = {"forget": 0, "retain": 0}  # over the text, begun so far
-        self.texts = [packed_contexts(getattr(testbed, d).train, testbed.tokenizer, context_size, seed, on_pass=partial(self.passes.__setitem__, d)) for d in self.passes]
+        self.texts = [testbeds.packed_contexts(getattr(testbed, d).train, testbed.tokenizer, context_size, seed, on_pass=partial(self.passes.__setitem__, d)) for d in self.passes]
         self.seed, self.block_index, self.block = seed, 0, None
         checkpoint.make_collections_short()
 
@@ -458,8 +446,7 @@ class OrthogonalSAE(torch.nn.Module):
         """u [..., D], and the mean and the size that lead back: x = u · size + mean. Layer norm as SAELens has it."""
         if not self.layer_norm:
             return x * self.scale, torch.zeros_like(self.scale), 1 / self.scale
-        mean = x.mean(-1, keepdim=True)
-        size = x.std(-1, keepdim=True)
+        mean, size = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
         return (x - mean) / (size + 1e-5), mean, size
 
     def pre_activations(self, u: Tensor, some: slice = slice(None), by_feature: bool = False) -> Tensor:
@@ -506,13 +493,13 @@ class OrthogonalSAE(torch.nn.Module):
         Matrix products run in `dtype` and accumulate in fp32, weights stay fp32; in
         bfloat16 a product's entries, counts of firing among them, are right to 0.4 %. Five products instead of autograd's
         six: x needs no gradient, and that of b_dec through the encoder is one matrix-vector product. Where few features were
-        active in the last batch, on a CPU, all but the first are sparse (SparseFeatures).
+        active in the last batch, on a CPU and not compiled, all but the first are sparse (SparseFeatures).
         """
         B, D = x.shape
         u_BD, _, size = self.normalise(x)
         variance = (x - x.mean(0)).pow(2).sum()
         u_BD = u_BD - self.b_dec
-        if x.device.type == "cpu" and self.active < SPARSE_SHARE[dtype] * len(self.b_enc):
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and self.active < SPARSE_SHARE[dtype] * len(self.b_enc):
             features = sparse_features(self, u_BD, dtype, gain_F, forget)
         else:
             f_BF, slope_BF = ACTIVATIONS[self.activation](self.pre_activations(u_BD.to(dtype)), self)
@@ -547,32 +534,6 @@ class OrthogonalSAE(torch.nn.Module):
             self.rate[domain] = torch.where(n > 0, decay * self.rate[domain] + (1 - decay) * fired_2F[domain] / n.clamp(min=1), self.rate[domain])
         self.idle += n_rows
         self.idle[fired_2F.sum(0) > 0] = 0
-
-    def export(self, folder: Path, metadata: dict):
-        """Save in SAELens' format (cfg.json, sae_weights.safetensors) with `scale` folded into the weights: StandardSAE,
-        for batchtopk JumpReLUSAE, for softk TopKSAE; locked features never fire.
-
-        All three are homogeneous: dividing biases and threshold by s gives features f / s and the same reconstruction,
-        rows still unit. Raises ValueError for what the format cannot hold: a skip connection, a temperature above 0.
-        """
-        import sae_lens as lens
-        from sae_lens.saes.sae import SAEMetadata
-
-        if self.skip or self.temperature > 0:
-            what = f"a skip connection of {self.skip:g}" if self.skip else f"soft k-winners at temperature {self.temperature.item():.3g} (it must reach 0)"
-            raise ValueError(f"the SAELens format cannot hold {what}")
-        F, D = self.W_dec.shape
-        kinds = {"relu": (lens.StandardSAE, lens.StandardSAEConfig, {}), "batchtopk": (lens.JumpReLUSAE, lens.JumpReLUSAEConfig, {}),
-                 "softk": (lens.TopKSAE, lens.TopKSAEConfig, {"k": self.k})}  # fmt: skip
-        kind, settings, extra = kinds[self.activation]
-        sae = kind(settings(d_in=D, d_sae=F, dtype="float32", device="cpu", apply_b_dec_to_input=True,
-                            normalize_activations="layer_norm" if self.layer_norm else "none", metadata=SAEMetadata(**metadata), **extra))  # fmt: skip
-        weights = {"W_enc": self.W_enc.clone(), "W_dec": self.W_dec, "b_enc": self.b_enc / self.scale, "b_dec": self.b_dec / self.scale}
-        weights["W_enc"][:, self.unlocked :], weights["b_enc"][self.unlocked :] = 0.0, -1.0
-        if self.activation == "batchtopk":
-            weights["threshold"] = (self.threshold / self.scale).expand(F)
-        sae.load_state_dict({k: v.detach().cpu() for k, v in weights.items()})
-        sae.save_model(folder)
 
 
 @dataclass(frozen=True)
@@ -644,6 +605,8 @@ class Trainer:
                 self.sae.b_enc -= torch.quantile(pre.flatten()[: 2**22], 1 - min(0.5, 2 * config.target_l0 / config.d_sae))
                 self.sae.active.fill_(2 * config.target_l0)
         self.sae.W_dec.requires_grad_(self.arm.trains_decoder)
+        if config.compile:
+            self.sae.accumulate_grads = torch.compile(self.sae.accumulate_grads)
         self.generator = torch.Generator().manual_seed(seed)
         self.adam = torch.optim.Adam(self.sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, self._lr_factor)
@@ -658,7 +621,6 @@ class Trainer:
         self.failed = ""  # why it does not go on
 
     # what a checkpoint holds
-
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """Everything that the next step depends on, and the log: tensors by name, and facts for JSON."""
         tensors = {f"sae.{k}": v for k, v in self.sae.state_dict().items()}
@@ -688,7 +650,6 @@ class Trainer:
             group["lr"] = lr * self._lr_factor(facts["updates"])
 
     # what depends on the time in training alone
-
     def _lr_factor(self, update: int) -> float:
         step = update * self.config.grad_accumulation
         rise = min(1.0, (step + 1) / max(self.config.warmup_steps, 1))
@@ -719,7 +680,6 @@ class Trainer:
         return gain * (torch.rand(len(gain), generator=self.generator) >= p).to(gain) / (1 - p) if p else gain
 
     # one step
-
     def step(self, x: Tensor, forget: Tensor) -> dict[str, Tensor]:
         """One batch x [B, D]; returns its loss terms as 0-d tensors (`omega` as it was when last computed, in
         `loss` with its plain weight alpha). Raises RunFailed, before anything is updated, if one of them or a gradient is not finite."""
@@ -860,7 +820,6 @@ class Trainer:
 
 # ------------------------------------------------------------------------------------------------ run
 
-
 SECTIONS = {"core": "core", "unlearning": "unlearning", "corpus": "corpus_unlearning", "geometry": "geometry"}  # evaluation -> its name in the results
 
 
@@ -898,7 +857,7 @@ class Run:
                 raise WrongRequest(f"{self.folder} was begun by another version of this program, which keeps other state ({error}): --overwrite it") from error
             step = facts["position"]["step"]
             print(f"{self.folder} goes on at step {step} of {self.n_steps}")
-            before = read_run_json(self.folder / "config.json", {"requested", "config"})
+            before = checkpoint.read_run_json(self.folder / "config.json", {"requested", "config"})
             if others := [k for k in ("versions", "hardware", "git") if before.get(k) != json.loads(json.dumps(about[k]))]:
                 self.warnings.append(f"begun with other {', '.join(others)} than it went on with at step {step}: not the same bits as in one go")
         else:
@@ -1015,8 +974,8 @@ class Run:
         trainer.sae.temperature.zero_()  # above 0 only where the time budget ended training, which is warned of
         with checkpoint.writing(folder):
             folder.mkdir(exist_ok=True)
-            trainer.sae.export(folder, {"model_name": self.testbed.name, "hook_name": self.testbed.hook_name, "hook_layer": self.testbed.layer,
-                                        "context_size": self.config.context_size, "prepend_bos": True})  # fmt: skip
+            export(trainer.sae, folder, {"model_name": self.testbed.name, "hook_name": self.testbed.hook_name, "hook_layer": self.testbed.layer,
+                                         "context_size": self.config.context_size, "prepend_bos": True})  # fmt: skip
             for file in (*folder.iterdir(), folder):
                 checkpoint.sync(file)
         files = checkpoint.files_of(folder)

@@ -97,7 +97,7 @@ def test_clamping_the_chosen_features_alone_equals_clamping_within_the_whole_sae
 def test_clamping_knows_layer_normalised_saes(activation, evaluator, tmp_path):
     """Against the definition; SAEBench's clamp decodes twice, and sae_lens forgets a layer norm after the first time."""
     sae = experiment.OrthogonalSAE(128, 64, 0, activation=activation, layer_norm=True)
-    sae.export(tmp_path, {"model_name": "micro", "hook_name": "h", "hook_layer": 1, "context_size": 128, "prepend_bos": True})
+    evaluation.export(sae, tmp_path, {"model_name": "micro", "hook_name": "h", "hook_layer": 1, "context_size": 128, "prepend_bos": True})
     sae = evaluation.load_exported(tmp_path)
     tokens, x = (t[:4] for t in evaluator.held_out["forget"])
     features = testbeds.ChosenFeatures(sae, torch.tensor([3, 9, 50]), torch.ones(64))

@@ -98,7 +98,7 @@ def test_the_exported_file_is_the_same_function_and_locked_features_never_fire(k
     sae = make(**KINDS[kind])
     sae.unlocked.fill_(60)
     sae.threshold.fill_(0.8)
-    sae.export(tmp_path, META)
+    evaluation.export(sae, tmp_path, META)
     loaded = evaluation.load_exported(tmp_path)
     f = loaded.encode(x)
     assert f[:, 60:].max() == 0 < f[:, :60].max()
@@ -107,18 +107,18 @@ def test_the_exported_file_is_the_same_function_and_locked_features_never_fire(k
         torch.testing.assert_close(loaded(x), sae(x), atol=1e-5, rtol=1e-5)
     else:
         sae.unlocked.fill_(F)
-        sae.export(tmp_path / "all", META)
+        evaluation.export(sae, tmp_path / "all", META)
         loaded = evaluation.load_exported(tmp_path / "all")
         torch.testing.assert_close(loaded(x), sae(x), atol=1e-5, rtol=1e-5)
 
 
 def test_what_the_format_cannot_hold_is_refused_at_export_and_before_training(tmp_path):
     with pytest.raises(ValueError, match="cannot hold a skip connection of 0.3"):
-        make(skip=0.3).export(tmp_path, META)
+        evaluation.export(make(skip=0.3), tmp_path, META)
     soft = make(activation="softk")
     soft.temperature.fill_(0.1)
     with pytest.raises(ValueError, match="temperature 0.1"):
-        soft.export(tmp_path, META)
+        evaluation.export(soft, tmp_path, META)
     assert not any(tmp_path.iterdir())
     with pytest.raises(WrongRequest, match="--evals none"):
         Config(skip=0.1)

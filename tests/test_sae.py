@@ -162,7 +162,7 @@ def test_decoder_rows_are_normalised_along_d_in_and_the_radial_gradient_is_remov
 
 
 def test_the_exported_file_gives_the_same_features_and_reconstruction_in_sae_lens(sae, x, tmp_path):
-    sae.export(tmp_path, {"model_name": "m", "hook_name": "h", "hook_layer": 0, "context_size": 16, "prepend_bos": True})
+    evaluation.export(sae, tmp_path, {"model_name": "m", "hook_name": "h", "hook_layer": 0, "context_size": 16, "prepend_bos": True})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
     loaded = evaluation.load_exported(tmp_path)
     torch.testing.assert_close(loaded.encode(x) * sae.scale, sae.encode(x), atol=1e-5, rtol=1e-5)

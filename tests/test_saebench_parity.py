@@ -74,7 +74,7 @@ def sae(tmp_path_factory, gemma):
     with torch.no_grad():
         module.b_enc -= 0.5
     folder = tmp_path_factory.mktemp("sae")
-    module.export(folder, {"model_name": "gemma-2-2b-it", "hook_name": f"blocks.{LAYER}.hook_resid_post", "hook_layer": LAYER, "context_size": 32, "prepend_bos": True})
+    evaluation.export(module, folder, {"model_name": "gemma-2-2b-it", "hook_name": f"blocks.{LAYER}.hook_resid_post", "hook_layer": LAYER, "context_size": 32, "prepend_bos": True})
     return evaluation.load_exported(folder)
 
 

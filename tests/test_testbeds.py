@@ -329,7 +329,7 @@ def test_gemma_is_asked_as_its_instructed_sibling_in_bfloat16_with_saebenchs_swe
     module = experiment.OrthogonalSAE(tiny.D_IN, 64, seed=0)
     with torch.no_grad():  # features that are rare on retain text
         module.b_enc.copy_(-(evaluator.select["retain"][1].flatten(0, 1) @ module.W_enc).quantile(0.97, dim=0))
-    module.export(tmp_path, {"model_name": "gemma-2-2b", "hook_name": testbed.hook_name, "hook_layer": 1, "context_size": 32, "prepend_bos": True})
+    evaluation.export(module, tmp_path, {"model_name": "gemma-2-2b", "hook_name": testbed.hook_name, "hook_layer": 1, "context_size": 32, "prepend_bos": True})
     sae = evaluation.load_exported(tmp_path)
     assert evaluator.examiner.lm.lm is testbed.exam_lm and evaluator.lm.lm is testbed.lm
     assert evaluator.settings["multipliers"] == [25, 50, 100, 200] and evaluator.settings["n_features_list"] == [10, 20]
