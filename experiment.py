@@ -1186,6 +1186,8 @@ def main(command: Command, configs: list[Config], started: float | None = None) 
         code, line = 1, f"{type(failed).__name__}: {failed}; no result was written"
         if checkpoint.is_out_of_memory(failed):
             line = "out of memory: lower --batch_size, --d_sae, --buffer_tokens, or the number of --seeds or run folders; with more memory the same command goes on"
+        elif any(base.__name__ == "TorchDynamoException" for base in type(failed).__mro__):  # torch's own, of torch.compile; its module is slow to import
+            line = f"torch.compile failed ({str(failed).splitlines()[0]}): leave out --compile, or mend what it needs"
         elif not isinstance(failed, OSError):
             raise
     finally:
