@@ -566,6 +566,16 @@ def test_too_little_memory_is_told_at_the_start_or_where_it_runs_out(here, tmp_p
     assert here("run_1") == 0
 
 
+def test_a_compilation_that_fails_is_told_in_one_line(here, monkeypatch, capsys):
+    def no_compiler(*_):
+        raise torch._dynamo.exc.InternalTorchDynamoError("no C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    at_step(monkeypatch, 50, no_compiler)
+    assert here("run_1") == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "error: torch.compile failed (no C++ compiler found): leave out --compile, or mend what it needs"
+    assert here("run_1") == 0
+
+
 def test_the_time_budget_ends_training_and_the_rest_is_done(here, tmp_path):
     started = time.monotonic()
     assert here("run_1", evals=["geometry"], extra=["--tokens", 10**9, "--time_budget_minutes", 0.2]) == 0
