@@ -599,11 +599,12 @@ class Trainer:
         self.steered_l0 = config.target_l0 if config.activation == "relu" else 0.0
         with torch.no_grad():
             self.sae.b_dec.copy_(sum(self.sae.normalise(part)[0].sum(0) for part in x.split(4096)) / len(x))
-            if self.steered_l0:  # start near the target: lambda would otherwise run up while L0 falls, and kill features
+            if config.activation == "relu":  # start sparse, near the target: many features to bring down run lambda up, or are killed together
+                l0 = 2 * (config.target_l0 or d_in / 8)
                 rows = x[: min(4096, max(1, 2**22 // config.d_sae))]
                 pre = (self.sae.normalise(rows)[0] - self.sae.b_dec) @ self.sae.W_enc
-                self.sae.b_enc -= torch.quantile(pre.flatten()[: 2**22], 1 - min(0.5, 2 * config.target_l0 / config.d_sae))
-                self.sae.active.fill_(2 * config.target_l0)
+                self.sae.b_enc -= torch.quantile(pre.flatten()[: 2**22], 1 - min(0.5, l0 / config.d_sae))
+                self.sae.active.fill_(l0)
         self.sae.W_dec.requires_grad_(self.arm.trains_decoder)
         if config.compile:
             self.sae.accumulate_grads = torch.compile(self.sae.accumulate_grads)

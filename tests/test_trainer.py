@@ -57,6 +57,13 @@ def test_lambda_is_steered_to_the_target_l0(activations):
     assert fixed[-1]["l1_coefficient"] == pytest.approx(SMALL.l1)
 
 
+@pytest.mark.parametrize(("target_l0", "l0"), [(8.0, 16), (0.0, 32)])
+def test_relu_starts_sparse_whether_lambda_is_steered_or_held(target_l0, l0, activations):
+    """At twice the target L0, or where there is none at a quarter of d_in = 128."""
+    _, history = train(replace(SMALL, target_l0=target_l0), activations, steps=1)
+    assert history[0]["l0"] == pytest.approx(l0, rel=0.15)
+
+
 def test_the_orthogonality_losses_lower_what_they_measure(activations):
     plain, _ = train(SMALL, activations, steps=150)
     fixed, _ = train(replace(SMALL, arm="fixed", alpha=1.0), activations, steps=150)
