@@ -211,9 +211,9 @@ def test_a_signal_while_a_block_is_made_leaves_the_state_whole(here, tmp_path, m
 
 def test_finished_evaluations_are_not_done_again(here, tmp_path, monkeypatch):
     assert here("a/run_1", evals=["core", "geometry"]) == 0
-    done, geometry, core, export = [], REAL_EVALUATOR.geometry, REAL_EVALUATOR.core, experiment.OrthogonalSAE.export
+    done, geometry, core, export = [], REAL_EVALUATOR.geometry, REAL_EVALUATOR.core, experiment.export
     monkeypatch.setattr(REAL_EVALUATOR, "core", lambda *args: done.append("core") or core(*args))
-    monkeypatch.setattr(experiment.OrthogonalSAE, "export", lambda *args: done.append("export") or export(*args))
+    monkeypatch.setattr(experiment, "export", lambda *args: done.append("export") or export(*args))
 
     def interrupted(*args):
         done.append("geometry")
