@@ -142,7 +142,7 @@ def test_killed_at_random_instants_a_command_ends_as_if_left_alone(tmp_path):
     assert alone.communicate(timeout=300) and alone.returncode == 0
     ended = time.monotonic() - started
     rng, kills = random.Random(0), 0
-    for fraction in (0.15, 0.4, 0.65, 0.9, None):
+    for fraction in (0.2, 0.5, 0.8, None):
         process = subprocess.Popen(argv("killed"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
             process.communicate(timeout=300 if fraction is None else begun + (fraction + rng.uniform(-0.1, 0.1)) * (ended - begun))
