@@ -349,10 +349,11 @@ def machine() -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a shortened form; the whole takes half an hour on 2 cores with bfloat16, an hour without")
-    parser.add_argument("--only", nargs="+", choices=("peers", "quality", "curves"), default=("peers", "quality", "curves"))
+    parser.add_argument("--only", nargs="+", choices=("peers", "quality", "curves"), default=None, help="default: all; with --quick peers and curves")
     parser.add_argument("--peers_python", default=str(HERE / ".venv" / "bin" / "python"), help="interpreter that the peers are installed for")
     parser.add_argument("--out", type=Path, default=None, help="where results go, without a suffix")
     args = parser.parse_args()
+    args.only = args.only or (["peers", "curves"] if args.quick else ["peers", "quality", "curves"])
     if set(args.only) != {"curves"} and not Path(args.peers_python).exists():
         parser.error(f"--peers_python {args.peers_python} is not there: make benchmarks/.venv/ready makes it, and --only curves needs none")
     out, quick = args.out or HERE / ("results_quick" if args.quick else "results"), args.quick
