@@ -299,7 +299,6 @@ from losses import random_chunks, random_signs, sharing  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------ activation stream
 
-
 @dataclass
 class ActivationBlock:
     """Shuffled activations x [rows, D] (fp32, unscaled) and whether each row's text was forget text [rows] (bool)."""
@@ -389,7 +388,6 @@ class ActivationStream:
 
 
 # ------------------------------------------------------------------------------------------------ the SAE
-
 
 @dataclass
 class Terms:
@@ -585,7 +583,6 @@ def round_steps(config: Config) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ trainer
-
 
 class Trainer:
     """One SAE in training: Adam, unit decoder rows, lambda steered to the target L0, dead features resampled."""
@@ -914,10 +911,8 @@ class Run:
             "between_domains": omega_between_domains(sae.W_dec.detach(), sae.affinity).item()}  # fmt: skip
 
     def progress(self) -> str:
-        if not self.training or not self.training[-1].history:
-            return f"{self.folder.name}: -"
-        last = self.training[-1].history[-1]
-        return f"{self.folder.name}: fvu {last['fvu']:.3f} l0 {last['l0']:.1f}"
+        last = self.training[-1].history[-1:] if self.training else []
+        return f"{self.folder.name}: " + (f"fvu {last[0]['fvu']:.3f} l0 {last[0]['l0']:.1f}" if last else "-")
 
     def evaluate(self, evaluator: Evaluator | None, train_seconds: float, bar: tqdm):
         """Export every SAE, evaluate what was exported, and write final_info.json, last and whole; not if a seed has failed."""
@@ -1187,7 +1182,7 @@ def main(command: Command, configs: list[Config], started: float | None = None) 
         code, line = 1, f"{type(failed).__name__}: {failed}; no result was written"
         if checkpoint.is_out_of_memory(failed):
             line = "out of memory: lower --batch_size, --d_sae, --buffer_tokens, or the number of --seeds or run folders; with more memory the same command goes on"
-        elif any(base.__name__ == "TorchDynamoException" for base in type(failed).__mro__):  # torch's own, of torch.compile; its module is slow to import
+        elif isinstance(failed, torch._dynamo.exc.TorchDynamoException):
             line = f"torch.compile failed ({str(failed).splitlines()[0]}): leave out --compile, or mend what it needs"
         elif not isinstance(failed, OSError):
             raise

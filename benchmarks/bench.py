@@ -348,7 +348,7 @@ def machine() -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a shortened form; the whole takes half an hour on 2 cores with bfloat16, an hour without")
+    parser.add_argument("--quick", action="store_true", help="a shortened form; the whole takes 30 minutes on 2 cores with bfloat16, 70 without")
     parser.add_argument("--only", nargs="+", choices=("peers", "quality", "curves"), default=None, help="default: all; with --quick peers and curves")
     parser.add_argument("--peers_python", default=str(HERE / ".venv" / "bin" / "python"), help="interpreter that the peers are installed for")
     parser.add_argument("--out", type=Path, default=None, help="where results go, without a suffix")
