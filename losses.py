@@ -68,13 +68,16 @@ def pull_all_pairs(W_dec: Tensor, gram_DD: Tensor, part: int = 0, parts: int = 1
     return omega_all_pairs(W_dec, gram_DD), torch.arange(some.start, some.stop, device=W_dec.device), tangential(grad, rows)
 
 
-def group_cosines(W_dec: Tensor, groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of groups [G, size] of feature indices (-1: none): their rows [G, size, D] in `dtype`, the cosines of these [G, size, size], which entries
-    are pairs i ≠ j of features (bool), and which places hold a feature [G, size] (bool)."""
+def group_cosines(W_dec: Tensor, groups: Tensor, dtype: torch.dtype, no_pair: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of groups [G, size] of feature indices (-1: none): their rows [G, size, D] in `dtype`, the cosines of these
+    [G, size, size], `no_pair` where they are not of two features, and which places hold a feature [G, size] (bool)."""
     present = groups >= 0
     rows = W_dec.index_select(0, groups.clamp(min=0).flatten()).view(*groups.shape, -1).to(dtype)
-    pairs = present[:, :, None] & present[:, None, :] & ~torch.eye(groups.shape[1], dtype=torch.bool, device=groups.device)
-    return rows, rows @ rows.transpose(1, 2), pairs, present
+    cosines = rows @ rows.transpose(1, 2)
+    cosines.diagonal(dim1=1, dim2=2).fill_(no_pair)
+    if not present.all():
+        cosines.masked_fill_(~(present[:, :, None] & present[:, None, :]), no_pair)
+    return rows, cosines, present
 
 
 def of_features(groups: Tensor, present: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,11 +91,11 @@ def pull_grouped(W_dec: Tensor, groups: Tensor, part: int = 0, parts: int = 1) -
     sizes, mine = (groups >= 0).sum(1), groups[share_of(len(groups), part, parts)]
     if not len(mine):
         return None
-    rows, cosines, pairs, present = group_cosines(W_dec, mine, fast_dtype(W_dec))
-    cosines = (cosines * pairs).to(W_dec)
-    d_in, n_pairs = W_dec.shape[1], (sizes * (sizes - 1)).sum().clamp(min=1)
+    rows, cosines, present = group_cosines(W_dec, mine, fast_dtype(W_dec), no_pair=0.0)
+    cosines = cosines.to(W_dec)
+    d_in, (n_pairs, n_here) = W_dec.shape[1], ((n * (n - 1)).sum().clamp(min=1) for n in (sizes, present.sum(1)))
     grad = tangential(((4 * d_in / n_pairs * cosines).to(rows) @ rows).to(W_dec), rows)
-    return d_in * cosines.pow(2).sum() / pairs.sum().clamp(min=1), *of_features(mine, present, grad)
+    return d_in * cosines.pow(2).sum() / n_here, *of_features(mine, present, grad)
 
 
 def random_chunks(n: int, size: int, generator: torch.Generator) -> Tensor:
@@ -111,9 +114,9 @@ def pull_ortsae(W_dec: Tensor, chunks: Tensor, part: int = 0, parts: int = 1) ->
     mine = chunks[share_of(len(chunks), part, parts)]
     if not len(mine):
         return None
-    rows, cosines, pairs, present = group_cosines(W_dec, mine, W_dec.dtype)
-    largest, nearest = cosines.masked_fill_(~pairs, -torch.inf).max(2)
-    largest = largest.masked_fill(~pairs.any(2), 0.0)
+    rows, cosines, present = group_cosines(W_dec, mine, W_dec.dtype, no_pair=-torch.inf)
+    largest, nearest = cosines.max(2)
+    largest = largest.masked_fill(largest.isneginf(), 0.0)
     nearest = (nearest + torch.arange(0, nearest.numel(), nearest.shape[1], device=nearest.device)[:, None]).flatten()
     rows, weight = rows.flatten(0, 1), 2 / len(W_dec) * largest.flatten()[:, None]
     grad = tangential((rows.index_select(0, nearest) * weight).index_add_(0, nearest, rows * weight), rows)

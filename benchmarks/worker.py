@@ -97,14 +97,15 @@ class Ours(System):
         return done
 
     def settle(self, n: int, l0: float) -> int:
-        """Train the first SAE up to n steps, until its features are as few as in most of a run: what a step costs depends on it. The others
-        take over its weights."""
+        """Train the first SAE up to n steps, until its features are as few as in most of a run: what a step costs depends on it. All take over
+        its state, Adam's moments among it, and go on from step 0 of the learning rate's rise: otherwise they would soon differ in L0."""
         done = 0
         while not done or done < n and self.l0 > l0:
             done += self.step(10, arm=0) // BATCH
-        for trainer in self.trainers[1:]:
-            trainer.sae.load_state_dict(self.trainers[0].sae.state_dict())
-            trainer.log_l1 = self.trainers[0].log_l1.clone()
+        tensors, facts = self.trainers[0].state()
+        for trainer in self.trainers:
+            own = {name: getattr(trainer, name) for name in ("log_alpha", "omega", "held")}
+            trainer.restore({name: tensor.clone() for name, tensor in (tensors | own).items()}, facts | {"seed": trainer.seed, "steps": 0, "updates": 0})
         return done * BATCH
 
     def step(self, n: int, arm: int | None = None) -> int:

