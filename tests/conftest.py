@@ -15,6 +15,12 @@ def run_script(*args, cwd=ROOT, timeout=1800) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(ROOT / args[0]), *map(str, args[1:])], cwd=cwd, capture_output=True, text=True, timeout=timeout)
 
 
+def pytest_collection_modifyitems(items):
+    """Under `pytest -n 2 --dist loadgroup` a file's tests go to one process, and all that look at the short runs to one."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("short_runs" if "short_runs" in item.fixturenames else item.path.name))
+
+
 @pytest.fixture(scope="session")
 def micro():
     import testbeds
