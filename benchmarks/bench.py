@@ -272,7 +272,7 @@ def curves(session: Session) -> dict:
 def table(results: dict) -> str:
     """The results as Markdown."""
     about, lines = results["about"], []
-    lines += [f"{about['date']}, {about['machine']}, torch {about['torch']}; matmul peak {' and '.join(f'{v:.0f} ({k})' for k, v in about['peak'].items())} GFLOP/s{'' if 'bf16' in about['peak'] else ': no bfloat16 instructions, so all in fp32'}. Tokens/s, median [least, most]", ""]
+    lines += [f"{about['date']}, code of commit {about['commit']}, {about['machine']}, torch {about['torch']}; matmul peak {' and '.join(f'{v:.0f} ({k})' for k, v in about['peak'].items())} GFLOP/s{'' if 'bf16' in about['peak'] else ': no bfloat16 instructions, so all in fp32'}. Tokens/s, median [least, most]", ""]
     for d_sae, result in results.get("peers", {}).items():
         lines += [f"| d_sae {int(d_sae):,} | LM to the hook | SAE step | end to end | ours is faster end to end | share of the {list(result['limits'])[-1]} limit | peak RSS, MB |", "| --- | --- | --- | --- | --- | --- | --- |"]
         for name, r in result["systems"].items():
@@ -348,7 +348,7 @@ def machine() -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a shortened form; the whole takes 30 minutes on 2 cores with bfloat16, 70 without")
+    parser.add_argument("--quick", action="store_true", help="a shortened form; the whole takes 26 to 44 minutes on 2 cores with bfloat16 instructions, 70 without")
     parser.add_argument("--only", nargs="+", choices=("peers", "quality", "curves"), default=None, help="default: all; with --quick peers and curves")
     parser.add_argument("--peers_python", default=str(HERE / ".venv" / "bin" / "python"), help="interpreter that the peers are installed for")
     parser.add_argument("--out", type=Path, default=None, help="where results go, without a suffix")
@@ -359,12 +359,15 @@ def main():
     out, quick = args.out or HERE / ("results_quick" if args.quick else "results"), args.quick
     import torch
 
+    sys.path.insert(0, str(HERE.parent))
+    from checkpoint import provenance
+
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         session = Session(Path(folder), args.peers_python, quick)
         load = os.getloadavg()[0]
         session.prepare()
         session.matmul_peak()
-        results = {"about": {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "torch": torch.__version__, "load_before": load, "quick": quick}}
+        results = {"about": {"date": time.strftime("%Y-%m-%d"), "commit": provenance()["git"], "machine": machine(), "torch": torch.__version__, "load_before": load, "quick": quick}}
         every = session.systems()
         few = session.systems([("dictionary_learning", "default"), ("sae_lens", "default"), ("sae_lens", "bf16"), ("sparsify", "default"), ("sparsify", "bf16"), ("ours", "default")])
         lens = session.systems([("sae_lens", "default"), ("sae_lens", "bf16")])[-1:]

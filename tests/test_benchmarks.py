@@ -25,7 +25,7 @@ def test_the_table_has_a_line_for_every_system_and_says_which_did_not_run():
     rate = lambda *values: bench.spread(list(values)) | {"share_of_limit": {"fp32": 2.0, "bf16": 0.5}, "ours_over_this": bench.spread([3.0, 4.0, 5.0])}  # noqa: E731
     ran = {"about": {}, "peak_rss_mb": 1234.0, **{what: rate(10.0, 20.0, 60.0) for what in ("lm", "step", "end_to_end")}}
     limit = {"lm": 1.0, "step": 2.0, "end_to_end": 3.0}
-    text = bench.table({"about": {"date": "d", "machine": "m", "torch": "t", "peak": {"fp32": 1.0, "bf16": 2.0}},
+    text = bench.table({"about": {"date": "d", "commit": "c", "machine": "m", "torch": "t", "peak": {"fp32": 1.0, "bf16": 2.0}},
                         "peers": {"4096": {"systems": {"ours default": ran, "sparsify best": {"failed": "no module"}}, "limits": {"bf16": limit}}},
                         "quality": {"4096": {"tokens": 1000, "lr": 0.1, "ours": {"explained_variance": 0.91, "l0": 31.0, "seconds": 5.0}}}})  # fmt: skip
     assert "| ours default | 20 [10, 60] | 20 [10, 60] | 20 [10, 60] | 4.00 [3.00, 5.00] | 50% | 1,234 |" in text
