@@ -447,10 +447,10 @@ class OrthogonalSAE(torch.nn.Module):
         mean, size = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
         return (x - mean) / (size + 1e-5), mean, size
 
-    def pre_activations(self, u: Tensor, some: slice = slice(None), by_feature: bool = False) -> Tensor:
-        """Of u [B, D], less b_dec, for all or some features: [B, F], or laid out [F, B], in the precision of u."""
+    def pre_activations(self, u: Tensor, some: slice = slice(None), out_FB: Tensor | None = None) -> Tensor:
+        """Of u [B, D], less b_dec, for all or some features: [B, F], or written into out [F, B], in the precision of u."""
         W_FD, b_F = self.W_enc_FD[some].to(u), self.b_enc[some].to(u)
-        return torch.addmm(b_F[:, None], W_FD, u.T) if by_feature else torch.addmm(b_F, u, W_FD.T)
+        return torch.addmm(b_F, u, W_FD.T) if out_FB is None else torch.addmm(b_F[:, None], W_FD, u.T, out=out_FB)
 
     def encode(self, x: Tensor) -> Tensor:
         """x [..., D] in the LM's units -> f [..., F] in units of u."""

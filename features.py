@@ -114,6 +114,7 @@ def true_places(t: Tensor) -> Tensor:
     return words[word] * size + place
 
 
+@torch.no_grad()
 def sparse_features(sae: torch.nn.Module, u_BD: Tensor, dtype: torch.dtype, gain_F: Tensor | None, forget: Tensor) -> SparseFeatures:
     """The features of u [B, D], less b_dec, on a CPU. The matrix product runs in `dtype`."""
     F, u_low = len(sae.b_enc), u_BD.to(dtype)
@@ -139,11 +140,12 @@ ENTRIES_AT_ONCE = 2**21  # pre-activations that entries_above holds, 8 MB in fp3
 
 def entries_above(floor: float, sae: torch.nn.Module, u_low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """col, row and value (fp32) of the pre-activations above a floor of at least 0, in the order of features. A NaN is above.
-    A few features at a time, whose pre-activations (8 MB) stay in cache: all of them, [B, F], are never in memory."""
-    found = []
-    size = max(1, ENTRIES_AT_ONCE // len(u_low))
-    for first in range(0, len(sae.b_enc), size):
-        pre_FB = sae.pre_activations(u_low, slice(first, first + size), by_feature=True)
+    A few features at a time, whose pre-activations (8 MB) stay in cache: all of them, [B, F], are never in memory. They share one place, as
+    freed ones with what is found between them would leave holes of their size."""
+    found, F = [], len(sae.b_enc)
+    room_FB = u_low.new_empty(min(F, max(1, ENTRIES_AT_ONCE // len(u_low))), len(u_low))
+    for first in range(0, F, len(room_FB)):
+        pre_FB = sae.pre_activations(u_low, slice(first, first + len(room_FB)), room_FB[: F - first])
         place = true_places(torch.nn.functional.threshold_(pre_FB, floor, 0.0))
         col = place // len(u_low)
         found.append((col + first, place - col * len(u_low), pre_FB.flatten()[place].float()))

@@ -14,6 +14,7 @@ import os
 import resource
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,8 +83,11 @@ class Ours(System):
         for seed, arm in enumerate(arms):
             config = experiment.Config(arm=arm, evals=("none",), tokens=10**9, d_sae=self.d_sae, k=32, context_size=128, resample_steps=0, **spec.get("settings", {}))
             self.trainers.append(experiment.Trainer(config, seed, self.testbed.d_in, spec.get("steps", 10**6), block))
-        some = itertools.islice(block.batches(BATCH), 4 if block.forget is not None else 0)
-        self.rows = itertools.cycle([(x.clone(), forget.clone()) for x, forget in some])  # so that the block itself can go
+
+    @cached_property
+    def rows(self):
+        """Four batches of the block that is there when they are first asked for, again and again."""
+        return itertools.cycle([(x.clone(), forget.clone()) for x, forget in itertools.islice(self.stream.block.batches(BATCH), 4)])
 
     def _lm_batch(self):
         import torch

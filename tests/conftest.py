@@ -15,6 +15,7 @@ def run_script(*args, cwd=ROOT, timeout=1800) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(ROOT / args[0]), *map(str, args[1:])], cwd=cwd, capture_output=True, text=True, timeout=timeout)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Under `pytest -n 2 --dist loadgroup` a file's tests go to one process, and all that look at the short runs to one."""
     for item in items:
