@@ -357,6 +357,11 @@ def main():
     if set(args.only) != {"curves"} and not Path(args.peers_python).exists():
         parser.error(f"--peers_python {args.peers_python} is not there: make benchmarks/.venv/ready makes it, and --only curves needs none")
     out, quick = args.out or HERE / ("results_quick" if args.quick else "results"), args.quick
+    file = out.with_suffix(".json")
+    if not out.parent.is_dir():
+        parser.error(f"--out {out}: there is no folder {out.parent}")
+    if file.exists() and (lost := {"peers", "quality", "curves"} & json.loads(file.read_text()).keys() - set(args.only)):
+        parser.error(f"{file} holds {', '.join(sorted(lost))}, which would be lost: give another --out")
     import torch
 
     sys.path.insert(0, str(HERE.parent))
