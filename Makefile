@@ -9,7 +9,7 @@ run: $(VENV)/ready
 	$(BIN)/python experiment.py --out_dir reproduced/run_0 reproduced/run_1 --testbed=micro
 	cd reproduced && $(abspath $(BIN))/python ../plot.py run_0 run_1
 
-study: $(VENV)/ready  # all runs of the plan, five seeds: an hour on 2 cores, less than half of it with bfloat16 instructions
+study: $(VENV)/ready  # all runs of the plan, five seeds: an hour on 2 cores, less with bfloat16 instructions
 	$(BIN)/python experiment.py --out_dir $(addprefix reproduced/run_,0 1 2 3 4 5 6 7 8 9 10) --seeds 0 1 2 3 4 --testbed=micro
 	cd reproduced && $(abspath $(BIN))/python ../plot.py $(addprefix run_,0 1 2 3 4 5 6 7 8 9 10)
 

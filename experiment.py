@@ -200,12 +200,10 @@ PLAN = {
 
 
 def parse_command(argv: list[str]) -> tuple[Command, list[Config]]:
-    """The command and one Config per run folder: the plan's settings, then what the command line says.
-
-    Raises WrongRequest.
-    """
+    """The command and one Config per run folder: the plan's settings, then what the command line says. Raises WrongRequest."""
 
     def refuse(message: str):
+        message = re.sub(r"(unrecognized arguments: [^-].*)", r"\1; several values follow their option without =, as in --out_dir run_0 run_1", message)
         message = re.sub(r"invalid typing\.Literal\[(.*)\] value: (.*)", r"invalid choice: \2 (choose from \1)", message)
         raise WrongRequest(f"{message} (--help lists the options)")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_script
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -30,6 +31,13 @@ def test_the_table_has_a_line_for_every_system_and_says_which_did_not_run():
                         "quality": {"4096": {"tokens": 1000, "lr": 0.1, "ours": {"explained_variance": 0.91, "l0": 31.0, "seconds": 5.0}}}})  # fmt: skip
     assert "| ours default | 20 [10, 60] | 20 [10, 60] | 20 [10, 60] | 4.00 [3.00, 5.00] | 50% | 1,234 |" in text
     assert "sparsify best | did not run: no module" in text and "| ours | 0.9100 | 31.0 | 5 |" in text
+
+
+def test_results_are_not_overwritten_by_fewer_parts(tmp_path):
+    (tmp_path / "results.json").write_text('{"about": {}, "peers": {}, "curves": {}}')
+    for out, said in ((tmp_path / "results", "results.json holds peers, which would be lost: give another --out"), (tmp_path / "no" / "results", "there is no folder")):
+        done = run_script("benchmarks/bench.py", "--only", "curves", "--out", out)
+        assert done.returncode == 2 and said in done.stderr.splitlines()[-1], done.stderr
 
 
 @pytest.fixture
