@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_trainer import train
 
 import evaluation
 import experiment
@@ -18,8 +19,12 @@ def evaluator(micro):
 
 
 @pytest.fixture(scope="module")
-def exported(short_runs):
-    return evaluation.load_exported(short_runs / "run_0" / "sae_seed0")
+def exported(micro, activations, tmp_path_factory):
+    """An SAE that has learned something, as read back from disk."""
+    config = experiment.Config(arm="vanilla", d_sae=1024, target_l0=16.0, tokens=10**6, evals=("none",))
+    trainer, folder = train(config, activations, steps=200)[0], tmp_path_factory.mktemp("sae")
+    evaluation.export(trainer.sae, folder, {"model_name": "micro", "hook_name": micro.hook_name, "hook_layer": 1, "context_size": 128, "prepend_bos": True})
+    return evaluation.load_exported(folder)
 
 
 def test_letter_answers_equal_asking_one_prompt_at_a_time(micro):

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
@@ -16,6 +17,16 @@ NEEDED = {
     "geometry": "omega omega_floor mean_max_cosine frac_pairs_above_0.2 condition_number_forget condition_number_retain condition_number_shared "
     "effective_rank_forget effective_rank_retain effective_rank_shared max_principal_cosine_forget_retain",
 }
+
+
+@pytest.fixture(scope="module")
+def short_runs(tmp_path_factory) -> Path:
+    """A folder with run_0 and run_1 of the plan, two seeds, trained for 300 steps on one LM pass."""
+    folder = tmp_path_factory.mktemp("runs")
+    done = run_script("experiment.py", "--out_dir", folder / "run_0", folder / "run_1", "--seeds", 0, 1, "--tokens", 300 * 2048, "--testbed=micro")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "stdout.txt").write_text(done.stdout)
+    return folder
 
 
 def strict(path):
