@@ -14,7 +14,7 @@ study: $(VENV)/ready  # all runs of the plan, five seeds: an hour on 2 cores, le
 	cd reproduced && $(abspath $(BIN))/python ../plot.py $(addprefix run_,0 1 2 3 4 5 6 7 8 9 10)
 
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 faults: $(VENV)/ready
 	$(BIN)/python -m benchmarks.faults
