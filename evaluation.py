@@ -76,7 +76,7 @@ class Evaluator:
         self.lm = testbeds.InterventionLM(testbed)
         self.exams: dict = {}
         self.artifacts = checkpoint.private_folder(self, "saebench")  # SAEBench keeps its sweep as pickles
-        self.special = torch.tensor(sorted(set(testbed.tokenizer.all_special_ids)), device=testbed.lm.device)
+        self.special = testbeds.special_ids(testbed.tokenizer).to(testbed.lm.device)
         contexts = evaluation_contexts(testbed, context_size, n_contexts)
         self.select = {domain: self._with_resid(tokens) for (part, domain), tokens in contexts.items() if part == "train"}  # domain -> (contexts [n, pos], resid [n, pos, D])
         self.held_out = {domain: self._with_resid(tokens) for (part, domain), tokens in contexts.items() if part == "held_out"}
@@ -85,7 +85,7 @@ class Evaluator:
     def _with_resid(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Contexts [n, pos] without a massive row, and their resid [n, pos, D]. Raises RunFailed when fewer than half are left."""
         resid = torch.cat([self.lm.resid(t) for t in tokens.split(64)])
-        tame = ~testbeds.massive(resid, ~torch.isin(tokens, self.special)).any(1)
+        tame = ~testbeds.massive(resid, testbeds.trained_on(tokens, self.special)).any(1)
         if 2 * tame.sum() < len(tame):
             raise RunFailed(f"{int((~tame).sum())} of {len(tame)} contexts hold activations of over 10 times the median norm at layer {self.testbed.layer}: choose another --layer")
         return tokens[tame], resid[tame]
@@ -111,7 +111,7 @@ class Evaluator:
             counts, total, n = [], 0.0, []
             for domain in ("forget", "retain"):
                 tokens, resid = self.select[domain]
-                x, count = resid[~torch.isin(tokens, self.special)], 0.0
+                x, count = resid[testbeds.trained_on(tokens, self.special)], 0.0
                 for part in x.split(4096):
                     f = sae.encode(part)
                     total, count = total + f.sum(0), count + (f > 0).sum(0)
@@ -192,7 +192,7 @@ class Evaluator:
     @cached_property
     def retain_text(self) -> testbeds.Batch:
         """The retain text on which features are selected and guards calibrated."""
-        return testbeds.whole_contexts(*self.select["retain"])
+        return testbeds.whole_contexts(*self.select["retain"], self.special)
 
     def sweeps(self, sae, rates: tuple[np.ndarray, np.ndarray], unit: Tensor, name: str, subjects: list[str], guarded: list[float], **settings) -> dict[str, tuple[list[dict], float]]:
         """`sweep` under each of the INTERVENTIONS; the guarded ones take `guarded` as their retain thresholds."""
@@ -276,7 +276,11 @@ class Evaluator:
         random_rate = np.where(sum(rates) > 0, np.random.default_rng(seed).uniform(0.1, 1.0, len(rates[0])), 0.0)
         floor = self.sweeps(sae, (random_rate, 0 * random_rate), unit, f"{name}_random", subjects, [0.001], **self.settings | {"retain_thresholds": [0.001]})
         plain = self._accuracy(subjects)
-        through = self._accuracy(subjects, lambda resid, hook: torch.cat([resid[:, :1], sae.decode(sae.encode(resid[:, 1:]))], 1))
+
+        def reconstruct(resid: Tensor, hook: testbeds.Batch) -> Tensor:
+            return torch.where(hook.trained[..., None], sae.decode(sae.encode(resid)), resid)
+
+        through = self._accuracy(subjects, reconstruct)
         metrics = known | dict(zip(("lm_forget_accuracy", "lm_retain_accuracy", "reconstruction_forget_accuracy", "reconstruction_retain_accuracy"), plain + through))
         metrics["n_features_selectable"] = int(((rates[0] > 0) & (rates[1] < max(self.settings["retain_thresholds"]))).sum())
         shown = lambda cell: {k: v for k, v in cell.items() if k not in ("forget", "retain")}  # noqa: E731
@@ -314,7 +318,12 @@ class Evaluator:
     def ce_contexts(self) -> dict[str, list[testbeds.Batch]]:
         """Held-out contexts of each domain: three eighths as many as core's."""
         n = max(1, self.testbed.n_held_out * 3 // 8)
-        return {domain: [testbeds.whole_contexts(t, r) for t, r in zip(tokens[:n].split(16), resid[:n].split(16))] for domain, (tokens, resid) in self.held_out.items()}
+        return {
+            domain: [
+                testbeds.whole_contexts(t, r, self.special) for t, r in zip(tokens[:n].split(16), resid[:n].split(16))
+            ]
+            for domain, (tokens, resid) in self.held_out.items()
+        }
 
     def _held_out_ce(self) -> dict[str, float]:
         """Cross-entropy on `ce_contexts` of each domain, under the hook if there is one."""

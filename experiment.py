@@ -335,7 +335,7 @@ class ActivationStream:
         self.device, self.d_in = testbed.lm.device, testbed.d_in
         self.traced = nnsight.NNsight(testbed.lm)
         self.hook = self.traced.get(testbed.hook_name)
-        self.special = torch.tensor(sorted(set(testbed.tokenizer.all_special_ids)), device=self.device)
+        self.special = testbeds.special_ids(testbed.tokenizer).to(self.device)
         self.low_precision = testbeds.bfloat16_twins(testbed) if has_bf16(self.device) else []
         self.n_contexts = max(2, (lm_tokens or testbeds.fast_lm_tokens(testbed.lm)) // context_size // 2 * 2)  # per LM batch
         self.n_lm_batches = max(1, round(buffer_tokens / (self.n_contexts * (context_size - 1))))

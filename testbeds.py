@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import datasets
 import torch
@@ -306,7 +307,9 @@ def check_lm(testbed: Testbed):
 def takes_shared_stems(lm, tokens: Tensor) -> bool:
     """Whether the LM answers two ends of one stem in one row as in two (tokens [2, 8]): it takes a mask and places for its tokens."""
     stem, ends = tokens[0].tolist(), tokens[1].view(2, 4).tolist()
-    (together,), apart = _batches([(stem, ends)], 64, lm.device), _batches([(stem, [end]) for end in ends], 8, lm.device)
+    special = tokens.new_empty(0)  # no intervention here
+    (together,) = _batches([(stem, ends)], 64, lm.device, special)
+    apart = _batches([(stem, [end]) for end in ends], 8, lm.device, special)
     apart = torch.cat([logits_at(lm, batch.tokens, batch.positions) for batch in apart], 1)
     try:
         at_once = logits_at(lm, together.tokens, together.positions, **together.seen(lm))
@@ -323,6 +326,25 @@ def check_questions(testbed: Testbed, config: dict):
         longest = max(batch.tokens.shape[1] for batch in exam.batches)
         if longest > most:
             raise WrongRequest(f"--questions: one about {subject} has {longest} tokens with its choices, and the LM has {most} positions: take it out")
+
+
+def special_ids(tokenizer) -> Tensor:
+    """Ids [n] of the tokens that SAEs are not trained on: BOS, EOS and whatever else the tokenizer marks as special.
+
+    A pad token with no other role is none of them: text is packed and never padded, so that where it stands in a text it is a
+    word of it.
+    """
+    marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+    roles = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    return torch.tensor(sorted(marked - ({tokenizer.pad_token_id} - roles)), dtype=torch.long)
+
+
+def trained_on(tokens: Tensor, special: Tensor) -> Tensor:
+    """Which tokens [row, pos] are of the kind that SAEs are trained on, and interventions may touch: not special, and not the
+    first of a row, which in training is a BOS (or EOS); an LM without a BOS keeps its attention sink there. (bool)"""
+    trained = ~torch.isin(tokens, special.to(tokens.device))
+    trained[:, 0] = False
+    return trained
 
 
 def packed_contexts(dataset, tokenizer, context_size: int, seed: int, repeat=True, on_pass: Callable = lambda n: None) -> Iterator[list[int]]:
@@ -382,11 +404,12 @@ class World:
 # ---------------------------------------------------------------------------------------------------- asking an LM
 
 
-@dataclass
+@dataclass(eq=False)  # a batch is itself: caches hold it weakly
 class Batch:
     """Right-padded token rows of similar length, and where to read the LM's answer.
 
-    tokens [row, pos]; real [row, pos] (bool) is neither padding nor the leading BOS, nor massive once `resid` is known; positions
+    tokens [row, pos]; trained [row, pos] (bool): tokens of the kind that SAEs are trained on (`trained_on`), which alone an
+    intervention may touch; positions
     [row, n] are read (None: all); targets, weights and ends [row, n] say how (cloze only); places [row, pos] and mask [row, 1, pos,
     pos] (added to attention scores) are the tokens' places and what they see, where a row holds several ends of one stem (None: as
     they stand); `rows` are the rows' places in the exam; `resid` [row, pos, d_in] and `plain` [row, ...] are room for the hook
@@ -394,7 +417,7 @@ class Batch:
     """
 
     tokens: Tensor
-    real: Tensor
+    trained: Tensor
     positions: Tensor | None = None
     targets: Tensor | None = None
     weights: Tensor | None = None
@@ -407,7 +430,7 @@ class Batch:
 
     def take(self, rows: list[int]) -> "Batch":
         """Some of the rows, to be run and read."""
-        some = {name: getattr(self, name) for name in ("tokens", "real", "positions", "targets", "weights", "ends", "places", "mask")}
+        some = {name: getattr(self, name) for name in ("tokens", "trained", "positions", "targets", "weights", "ends", "places", "mask")}
         return replace(self, **{name: None if t is None else t[rows] for name, t in some.items()})
 
     def to(self, device) -> "Batch":
@@ -494,7 +517,7 @@ class Exam:
         self.n_rows = len(rows)
         self.width = 4 if scoring == "letter" or shared_stems else 1  # numbers a row
         self.plain: Tensor | None = None  # room for the probabilities without an intervention
-        self.batches = list(_batches(rows, tokens_per_batch, device))
+        self.batches = list(_batches(rows, tokens_per_batch, device, special_ids(tokenizer)))
 
     def read(self, batch: Batch, logits: Tensor) -> Tensor:
         """What the exam takes from logits [row, n, vocab]: the letters' probabilities [row, 4], or the ends' mean log-likelihoods [row, ends]."""
@@ -525,8 +548,11 @@ class Exam:
         return (self.probs(forward).argmax(-1) == self.answers).view(-1, len(self.permutations))
 
 
-def _batches(rows: list[tuple[list[int], list[list[int]]]], tokens_per_batch: int, device) -> Iterator[Batch]:
-    """Batches of rows (stem, ends) of like length: read where the ends' tokens, or without an end the next, are predicted."""
+def _batches(
+    rows: list[tuple[list[int], list[list[int]]]], tokens_per_batch: int, device, special: Tensor
+) -> Iterator[Batch]:
+    """Batches of rows (stem, ends) of like length: read where the ends' tokens, or without an end the next, are predicted.
+    `special` ids are as in `special_ids`."""
     length = [len(stem) + sum(map(len, ends)) for stem, ends in rows]
     order = sorted(range(len(rows)), key=length.__getitem__)
     while order:
@@ -548,9 +574,7 @@ def _batches(rows: list[tuple[list[int], list[list[int]]]], tokens_per_batch: in
                 positions[r, now] = torch.tensor([len(stem) - 1, *range(at, at + len(end) - 1)])
                 targets[r, now], owner[r, now], weights[r, now] = torch.tensor(end), e, 1 / len(end)
                 at, read = here.stop, now.stop
-        real = part >= 0
-        real[:, 0] = False
-        batch = Batch(tokens, real, positions, targets, weights, owner)
+        batch = Batch(tokens, trained_on(tokens, special) & (part >= 0), positions, targets, weights, owner)
         if part.max() > 1:
             seen = ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])).tril()
             batch.places, batch.mask = places, torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(torch.float32).min)[:, None]
@@ -562,14 +586,15 @@ class InterventionLM:
 
     Interventions act on resid_post of the hook layer. The layers up to it do not depend on them: their output is kept with
     each batch and only the layers above run again, on the rows that an intervention changed, once for every change. `told`
-    remembers those answers until it is cleared; a remembered answer may differ from one in another batch by rounding.
+    remembers those answers until it is cleared or the batch is gone; one may differ from an answer in another batch by rounding.
     """
 
     def __init__(self, testbed: Testbed):
         self.lm, self.layers, self.layer = testbed.lm, testbed.layers, testbed.layer
         self.cfg = SimpleNamespace(model_name=testbed.name, device=testbed.lm.device)
         self.hook = None
-        self.told: dict[tuple[int, int, bytes], Tensor] = {}  # (batch, row, digest of its changed resid) -> what was read
+        # of each batch: (row, digest of its changed resid) -> what was read
+        self.told: WeakKeyDictionary[Batch, dict[tuple[int, bytes], Tensor]] = WeakKeyDictionary()
 
     def add_hook(self, name: str, hook: Callable):
         self.hook = hook
@@ -617,6 +642,7 @@ class InterventionLM:
                 raise
         finally:
             handle.remove()
+            stop.__traceback__ = None  # its frames hold the caller's batch, and they it: a cycle
         return kept[0].float()
 
     def _resumed(self, batch: Batch, resid: Tensor, read: Callable) -> Tensor:
@@ -630,18 +656,19 @@ class InterventionLM:
             return read(batch, logits_at(self.lm, batch.tokens, batch.positions, **batch.seen(self.lm)))
         if batch.resid is None:
             batch.resid = self.resid(batch.tokens, **batch.seen(self.lm))
-            batch.real = batch.real & ~massive(batch.resid, batch.real)
+            batch.trained = batch.trained & ~massive(batch.resid, batch.trained)
         if batch.plain is None:
             batch.plain = self._resumed(batch, batch.resid, read)
         resid = self._changed(batch)
         touched = (resid != batch.resid).flatten(1).any(1).nonzero()[:, 0].tolist()
-        keys = {row: (id(batch), row, hashlib.blake2b(resid[row].cpu().numpy(), digest_size=16).digest()) for row in touched}
-        new = [row for row, key in keys.items() if key not in self.told]
+        keys = {row: (row, hashlib.blake2b(resid[row].cpu().numpy(), digest_size=16).digest()) for row in touched}
+        told = self.told.setdefault(batch, {})
+        new = [row for row, key in keys.items() if key not in told]
         if new:
-            self.told.update(zip([keys[row] for row in new], self._resumed(batch.take(new), resid[new], read)))
+            told.update(zip([keys[row] for row in new], self._resumed(batch.take(new), resid[new], read)))
         out = batch.plain.clone()
         if touched:
-            out[touched] = torch.stack([self.told[keys[row]] for row in touched])
+            out[touched] = torch.stack([told[keys[row]] for row in touched])
         return out
 
     def ce(self, batch: Batch) -> Tensor:
@@ -674,7 +701,7 @@ class ChosenFeatures:
         if sae.cfg.architecture() == "standard":  # features do not compete: encode the chosen alone
             W_enc, b_enc = sae.W_enc[:, chosen] / self.unit, sae.b_enc[chosen] / self.unit
             self.encode = lambda x: torch.relu(sae.process_sae_in(x) @ W_enc + b_enc)
-        self.encoded: dict[int, Tensor] = {}
+        self.encoded: WeakKeyDictionary[Batch, Tensor] = WeakKeyDictionary()
         self.guards: dict[tuple, float] = {}
 
     def encode(self, x: Tensor) -> Tensor:
@@ -687,32 +714,34 @@ class ChosenFeatures:
         return written * x.std(-1, keepdim=True) if self.cfg.normalize_activations == "layer_norm" else written
 
     def on(self, batch: Batch) -> Tensor:
-        """[row, pos, chosen] on a batch's real tokens, 0 on the others; encoded once."""
-        if id(batch) not in self.encoded:
-            self.encoded[id(batch)] = self.encode(batch.resid) * batch.real[..., None]
-        return self.encoded[id(batch)]
+        """[row, pos, chosen] on the tokens that may be touched, 0 on the others; encoded once a batch."""
+        if batch not in self.encoded:
+            self.encoded[batch] = self.encode(batch.resid) * batch.trained[..., None]
+        return self.encoded[batch]
 
     @cached_property
     def limit(self) -> Tensor:
         """The activation that at most RETAIN_SHARE of the tokens of retain text exceed, [chosen]; 0 for a feature that fires no more."""
-        f = self.on(self.retain)[self.retain.real]
+        f = self.on(self.retain)[self.retain.trained]
         return f.kthvalue(math.ceil((1 - RETAIN_SHARE) * len(f)), 0).values
 
     def guard(self, features: list[int]) -> float:
         """The GUARD_QUANTILE over retain contexts of the share of tokens that fire one of the features."""
         key = tuple(features)
         if key not in self.guards:
-            self.guards[key] = firing_share(self.on(self.retain)[..., key] > 0, self.retain.real).quantile(GUARD_QUANTILE).item()
+            share = firing_share(self.on(self.retain)[..., key] > 0, self.retain.trained)
+            self.guards[key] = share.quantile(GUARD_QUANTILE).item()
         return self.guards[key]
 
 
-def firing_share(fires: Tensor, real: Tensor) -> Tensor:
-    """Share [row] of the real tokens [row, pos] that fire at least one feature, fires [row, pos, feature] (bool)."""
-    return fires.any(-1).sum(1) / real.sum(1).clamp(min=1)
+def firing_share(fires: Tensor, trained: Tensor) -> Tensor:
+    """Share [row] of the tokens `trained` [row, pos] that fire at least one feature, fires [row, pos, feature] (bool)."""
+    return fires.any(-1).sum(1) / trained.sum(1).clamp(min=1)
 
 
 def intervene(resid: Tensor, hook: Batch, sae: ChosenFeatures, features_to_ablate, multiplier: float, how: str = "clamp") -> Tensor | None:
-    """resid [row, pos, D] of a batch, with features (places among the chosen) set to -multiplier on real tokens, as a hook.
+    """resid [row, pos, D] of a batch, with features (places among the chosen) set to -multiplier on the tokens that may be
+    touched (Batch.trained), as a hook.
 
     clamp: where they fire. SAEBench's `anthropic_clamp_resid_SAE_features`, without its work on features left alone.
     conditional: where they exceed their `limit`. After Khoriaty et al. (arXiv 2503.11127); in public implementations their Clamp
@@ -729,7 +758,7 @@ def intervene(resid: Tensor, hook: Batch, sae: ChosenFeatures, features_to_ablat
     value = f[..., chosen]
     fires = value > (sae.limit[chosen] if how == "conditional" else 0)
     if how == "guardrail":
-        fires &= (firing_share(fires, hook.real) > sae.guard(chosen))[:, None, None]
+        fires &= (firing_share(fires, hook.trained) > sae.guard(chosen))[:, None, None]
     at = fires.any(-1)
     change = torch.zeros(int(at.sum()), f.shape[-1], device=f.device)  # as wide for any choice: one change, one rounding
     change[:, chosen] = torch.where(fires, -multiplier - value, 0.0)[at]
@@ -741,11 +770,9 @@ def intervene(resid: Tensor, hook: Batch, sae: ChosenFeatures, features_to_ablat
 # ---------------------------------------------------------------------------------------------------- forms of an LM or a prompt
 
 
-def whole_contexts(tokens: Tensor, resid: Tensor) -> Batch:
-    """Contexts [n, pos], all real but the leading BOS, and their resid [n, pos, D], as a batch that is read everywhere."""
-    real = torch.ones_like(tokens, dtype=torch.bool)
-    real[:, 0] = False
-    return Batch(tokens, real, resid=resid)
+def whole_contexts(tokens: Tensor, resid: Tensor, special: Tensor) -> Batch:
+    """Contexts [n, pos] and their resid [n, pos, D], as a batch that is read everywhere; `special` ids as in `special_ids`."""
+    return Batch(tokens, trained_on(tokens, special), resid=resid)
 
 
 def shared_proxy(lm: InterventionLM, testbed: Testbed, most_bytes: int = 2**29):

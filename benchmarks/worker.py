@@ -67,7 +67,9 @@ class Ours(System):
         spec = self.spec
         contexts = load_contexts(spec["folder"], spec.get("context_size", 128))
         text = SimpleNamespace(train=None)
-        special = SimpleNamespace(all_special_ids=[])
+        special = SimpleNamespace(
+            all_special_ids=[], added_tokens_decoder={}, pad_token_id=None, bos_token_id=None, eos_token_id=None, unk_token_id=None
+        )
         lm = load_lm(spec["folder"])
         self.testbed = testbeds.Testbed("bench", lm, special, spec.get("layer", LAYER), text, text, {}, "")
         self.stream = experiment.ActivationStream(self.testbed, contexts.shape[1], spec.get("buffer_tokens", 32_768), **spec.get("stream", {}))

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from test_trainer import train
 
@@ -79,7 +80,7 @@ def test_running_on_from_cached_activations_equals_the_whole_lm(micro, evaluator
     assert (ask(lm, exam) - whole).abs().max() > 0.1
     lm.reset_hooks()
     assert all(vars(layer).get("forward") is forward for layer, forward in zip(micro.layers, before, strict=True)), "the LM is as it was"
-    contexts = testbeds.whole_contexts(*[t[:8] for t in evaluator.held_out["retain"]])
+    contexts = testbeds.whole_contexts(*[t[:8] for t in evaluator.held_out["retain"]], evaluator.special)
     logits = micro.lm(contexts.tokens).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), contexts.tokens[:, 1:].flatten(), reduction="none").view(8, -1)
     torch.testing.assert_close(lm.ce(contexts), losses.mean(1), atol=1e-6, rtol=1e-6)
@@ -93,9 +94,12 @@ def test_clamping_the_chosen_features_alone_equals_clamping_within_the_whole_sae
     alone = clamp(x, None, features, [0, 1, 2], 5)
     whole = clamp(x, None, exported, chosen.tolist(), 5)
     torch.testing.assert_close(alone, whole, atol=1e-4, rtol=1e-4)
-    contexts = testbeds.whole_contexts(evaluator.held_out["forget"][0][:4], x)
-    torch.testing.assert_close(testbeds.intervene(x, contexts, features, [0, 1, 2], 5), whole, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(testbeds.intervene(x, contexts, features, [1], 5), clamp(x, None, exported, [99], 5), atol=1e-4, rtol=1e-4)
+    contexts = testbeds.whole_contexts(evaluator.held_out["forget"][0][:4], x, evaluator.special)
+    for places, slow in (([0, 1, 2], whole), ([1], clamp(x, None, exported, [99], 5))):
+        fast, touched = testbeds.intervene(x, contexts, features, places, 5), contexts.trained
+        torch.testing.assert_close(fast[touched], slow[touched], atol=1e-4, rtol=1e-4)
+        assert torch.equal(fast[~touched], x[~touched]), "BOS and EOS, on which no SAE is trained, are left alone"
+    assert 4 < (~touched).sum() < 40, "each context starts with a BOS, and documents in it end with EOS"
     assert (whole - x).abs().max() > 0.1, "the comparison would be empty"
 
 
@@ -112,7 +116,9 @@ def test_clamping_knows_layer_normalised_saes(activation, evaluator, tmp_path):
     f = sae.encode(x)
     f[:, 1:, features.chosen] = torch.where(f[:, 1:, features.chosen] > 0, -5.0, 0.0)
     wanted = x + sae.decode(f) - plain
-    torch.testing.assert_close(testbeds.intervene(x, testbeds.whole_contexts(tokens, x), features, [0, 1, 2], 5)[:, 1:], wanted[:, 1:], atol=1e-4, rtol=1e-4)
+    contexts = testbeds.whole_contexts(tokens, x, evaluator.special)
+    clamped = testbeds.intervene(x, contexts, features, [0, 1, 2], 5)
+    torch.testing.assert_close(clamped[contexts.trained], wanted[contexts.trained], atol=1e-4, rtol=1e-4)
     assert (wanted - x).abs().max() > 0.1
 
 
@@ -133,13 +139,13 @@ def test_remembered_answers_equal_saebenchs_clamp_asked_afresh(exported, evaluat
         torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-3)
         asked += exam.n_rows
     lm.reset_hooks()
-    assert 0 < len(lm.told) < asked, "rows were reused"
-    told = dict(lm.told)
+    told = {(batch, *key) for batch, answers in lm.told.items() for key in answers}
+    assert 0 < len(told) < asked, "rows were reused"
     lm.add_hook("", partial(testbeds.intervene, sae=features, features_to_ablate=list(range(40)), multiplier=3))
     lm.told.clear()
     torch.testing.assert_close(ask(lm, exam), fast, atol=1e-6, rtol=1e-5)  # other batches, other rounding
     lm.reset_hooks()
-    assert set(lm.told) <= set(told)
+    assert {(batch, *key) for batch, answers in lm.told.items() for key in answers} <= told
 
 
 def slow_logits(lm, batch):
@@ -175,10 +181,10 @@ def toy():
                           cfg=SimpleNamespace(architecture=lambda: "standard", normalize_activations="none"))  # fmt: skip
     asked = testbeds.InterventionLM(SimpleNamespace(lm=lm, layers=lm.layers, layer=0, name="toy"))
     tokens = torch.tensor([[1, 2, 2, 0, 0, 0]] * 6 + [[1, 3, 3, 4, 3, 0], [1, 3, 3, 3, 3, 3]])
-    real, last = tokens > 1, (tokens > 0).sum(1, keepdim=True) - 1
+    trained, last = tokens > 1, (tokens > 0).sum(1, keepdim=True) - 1
     retain = torch.tensor([[1, 3, 3, 3, 4]] * 20)
-    features = testbeds.ChosenFeatures(sae, torch.tensor([0, 1]), torch.ones(2), testbeds.whole_contexts(retain, lm.table[retain]))
-    return asked, features, testbeds.Batch(tokens, real, last)
+    features = testbeds.ChosenFeatures(sae, torch.tensor([0, 1]), torch.ones(2), testbeds.whole_contexts(retain, lm.table[retain], torch.tensor([1])))
+    return asked, features, testbeds.Batch(tokens, trained, last)
 
 
 def right(batch, logits):
@@ -207,14 +213,14 @@ def test_which_positions_are_clamped(toy):
         changed = testbeds.intervene(x, questions, features, [0], 10, how)
         for row in (0, 6, 7):
             at = (changed[row] != x[row]).any(-1).nonzero()[:, 0].tolist()
-            assert [p for p in at if questions.real[row, p]] == at == [p for p in rows.get(row, []) + ([5] if row == 7 and how != "guardrail" else [])], (how, row)
+            assert [p for p in at if questions.trained[row, p]] == at == [p for p in rows.get(row, []) + ([5] if row == 7 and how != "guardrail" else [])], (how, row)
         assert (changed[0, 1:3] == torch.tensor([-10.0, 0.0])).all()
 
 
 def test_padding_does_not_count_in_the_share():
     fires = torch.tensor([[[0, 0], [1, 0], [0, 1], [0, 0], [0, 0], [0, 0]]], dtype=torch.bool)
-    real = torch.tensor([[0, 1, 1, 1, 0, 0]], dtype=torch.bool)
-    assert testbeds.firing_share(fires, real).tolist() == pytest.approx([2 / 3])
+    trained = torch.tensor([[0, 1, 1, 1, 0, 0]], dtype=torch.bool)
+    assert testbeds.firing_share(fires, trained).tolist() == pytest.approx([2 / 3])
 
 
 def test_rows_that_no_intervention_touches_are_not_run_again(toy):
@@ -245,11 +251,13 @@ def test_a_guard_that_never_fires_gives_exactly_the_plain_answers(exported, eval
 def test_thresholds_come_from_the_retain_text_of_the_selection(exported, evaluator):
     *rates, unit = evaluator.firing(exported)
     features = evaluator.choose(exported, [r.numpy() for r in rates], unit, [0.1])
-    f = torch.stack([(exported.encode(x)[:, features.chosen] / unit[features.chosen]) for x in evaluator.select["retain"][1]])[:, 1:]
-    torch.testing.assert_close(features.limit, f.flatten(0, 1).sort(0).values[-(f.shape[0] * f.shape[1] // 1000) - 1], atol=1e-4, rtol=1e-4)
+    f = torch.stack([(exported.encode(x)[:, features.chosen] / unit[features.chosen]) for x in evaluator.select["retain"][1]])
+    trained = testbeds.trained_on(evaluator.select["retain"][0], evaluator.special)
+    sorted_values = f[trained].sort(0).values
+    torch.testing.assert_close(features.limit, sorted_values[-(len(sorted_values) // 1000) - 1], atol=1e-4, rtol=1e-4)
     assert (features.limit > 0).all(), "these fire on more than a thousandth of the retain tokens"
     assert (evaluator.choose(exported, [r.numpy() for r in rates], unit, [0.0005]).limit[2:] == 0).all(), "and these on less: nothing is left alone"
-    share = (f[..., :7] > 0).any(-1).float().mean(1)
+    share = ((f[..., :7] > 0).any(-1) & trained).sum(1) / trained.sum(1)
     assert features.guard(list(range(7))) == pytest.approx(share.quantile(0.95).item(), abs=2e-3)
     assert 0.1 < features.guard(list(range(7))) < 1
 
@@ -366,3 +374,58 @@ def test_dead_features_do_not_enter_the_geometry(evaluator, micro, monkeypatch):
     metrics, _ = evaluator.geometry(type("SAE", (), {"W_dec": W}))
     assert metrics["n_forget"] == 3 and metrics["mean_max_cosine"] == 0.0 and metrics["condition_number_forget"] == pytest.approx(1.0)
     assert metrics["condition_number_retain"] is None and metrics["max_principal_cosine_forget_retain"] is None
+
+
+def test_the_forget_group_of_an_sae_is_left_alone_on_special_tokens_of_an_exam(toy):
+    """BOS in front, and whatever special token stands in a prompt: both fire feature 0 and neither is touched."""
+    lm, features, _ = toy
+    tokens = torch.tensor([[1, 2, 4, 2, 0]])
+    batch = testbeds.Batch(tokens, testbeds.trained_on(tokens, torch.tensor([0, 1, 4])), torch.tensor([[3]]))
+    lm.add_hook("", partial(testbeds.intervene, sae=features, features_to_ablate=[0], multiplier=10))
+    lm.ask(batch, right)
+    changed = testbeds.intervene(batch.resid, batch, features, [0], 10)
+    assert (changed != batch.resid).any(-1).tolist() == [[False, True, False, True, False]]
+
+
+def test_which_tokens_an_sae_is_trained_on(micro, tmp_path):
+    """Neither special tokens nor the first of a row, whatever it is; a pad token that is an ordinary word is a word."""
+    from transformers import AutoTokenizer
+
+    special = testbeds.special_ids(micro.tokenizer)
+    assert special.tolist() == [micro.tokenizer.eos_token_id], "its answer letters are added tokens, but not special"
+    tiny.save_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert testbeds.special_ids(tokenizer).tolist() == [1, 2, 3, 4], "EOS, BOS and turn markers; nothing is ever padded"
+    tokenizer.pad_token = "a"
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.added_tokens_decoder[tokenizer.pad_token_id].special, "transformers marks it as special"
+    assert tokenizer.pad_token_id not in testbeds.special_ids(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    assert tokenizer.eos_token_id in testbeds.special_ids(tokenizer)
+    tokens = torch.tensor([[7, 7, 0, 9], [0, 7, 7, 9]])
+    assert testbeds.trained_on(tokens, torch.tensor([0])).tolist() == [[False, True, False, True], [False, True, True, True]]
+
+
+def test_training_evaluation_and_exams_agree_on_which_tokens_are_touched(micro, evaluator):
+    """Every row that the stream trains on is touched in whole contexts, and no other."""
+    stream = experiment.ActivationStream(micro, 128, 4096)
+    tokens = evaluator.held_out["forget"][0]
+    assert (tokens[:, 1:] == micro.tokenizer.eos_token_id).any(), "the comparison would be empty"
+    contexts = testbeds.whole_contexts(tokens, evaluator.held_out["forget"][1], evaluator.special)
+    assert torch.equal(contexts.trained, ~torch.isin(tokens, stream.special))
+    for batch in testbeds.Exam(micro.tokenizer, micro.questions["biology"][:5]).batches:
+        assert not batch.trained[:, 0].any() and not batch.trained[batch.tokens == micro.tokenizer.eos_token_id].any()
+
+
+def test_a_batch_that_takes_the_place_of_a_freed_one_gets_answers_of_its_own(toy):
+    """Questions asked one batch at a time: Python gives the next batch the address of the last."""
+    lm, features, _ = toy
+    lm.add_hook("", partial(testbeds.intervene, sae=features, features_to_ablate=[0], multiplier=10))
+
+    def answer(word: int) -> float:
+        tokens = torch.tensor([[1, word, word, word]])
+        return lm.ask(testbeds.Batch(tokens, tokens > 1, torch.tensor([[3]])), right).item()
+
+    assert [answer(word) for word in (3, 2) * 20] == [1.0, 0.0] * 20
+    assert not lm.told and not features.encoded, "nothing is remembered of what is gone"

@@ -117,7 +117,9 @@ def test_letter_answers_equal_saebench_unpatched_with_and_without_question(gemma
             assert 0.1 < theirs["mean_correct"] < 0.6, "the comparison would be empty"
 
 
-def test_the_sweep_and_its_score_equal_saebench_unpatched(gemma, questions, ours, sae, tmp_path):
+def test_the_sweep_and_its_score_equal_saebench_unpatched(gemma, questions, ours, sae, tmp_path, monkeypatch):
+    """SAEBench clamps the turn markers of a chat prompt, on which no SAE is trained; for the comparison we do, too."""
+    monkeypatch.setattr(testbeds, "special_ids", lambda tokenizer: torch.tensor([tokenizer.bos_token_id]))
     from sae_bench.evals.unlearning import main as unlearning
     from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
     from sae_bench.evals.unlearning.utils import eval as sweep_eval
@@ -169,7 +171,7 @@ def test_firing_rates_equal_saebench_unpatched(gemma, ours, sae):
     tokens[:, 11] = tokenizer.eos_token_id
     theirs = get_feature_activation_sparsity(tokens, hooked, sae, batch_size=4, layer=LAYER, hook_name=f"blocks.{LAYER}.hook_resid_post", mask_bos_pad_eos_tokens=True)
     ours.select = {d: (tokens, ours.lm.resid(tokens)) for d in ("forget", "retain")}
-    ours.special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
+    ours.special = testbeds.special_ids(tokenizer)
     rate = ours.firing(sae)[0]
     torch.testing.assert_close(rate, theirs.float(), atol=2e-3, rtol=1e-3)
     assert 0.01 < rate.mean() < 0.99

@@ -174,7 +174,7 @@ def test_any_decoder_only_lm_gives_activations_and_takes_interventions(kind, lms
     with torch.no_grad():
         states = testbed.lm(tokens, output_hidden_states=True, use_cache=False).hidden_states
         torch.testing.assert_close(lm.resid(tokens), states[testbed.layer + 1])
-        batch = testbeds.whole_contexts(tokens, lm.resid(tokens))
+        batch = testbeds.whole_contexts(tokens, lm.resid(tokens), testbeds.special_ids(testbed.tokenizer))
         plain = lm.ce(batch)
         lm.add_hook("", lambda resid, hook: 0 * resid)
         assert (lm.ce(batch) - plain).abs().max() > 0.01
@@ -205,7 +205,7 @@ def test_interventions_on_a_bfloat16_lm_change_what_they_should_and_nothing_else
     tokens = torch.tensor(list(islice(testbeds.packed_contexts(testbed.forget.train, testbed.tokenizer, 32, 0), 3)))
     resid = lm.resid(tokens)
     assert resid.dtype == torch.float32
-    batch = testbeds.whole_contexts(tokens, resid)
+    batch = testbeds.whole_contexts(tokens, resid, testbeds.special_ids(testbed.tokenizer))
     with torch.no_grad():
         plain = testbed.lm(tokens).logits
         assert plain.dtype == torch.float32
