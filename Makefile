@@ -13,10 +13,10 @@ study: $(VENV)/ready  # all runs of the plan, five seeds: an hour on 2 cores, le
 	$(BIN)/python experiment.py --out_dir $(addprefix reproduced/run_,0 1 2 3 4 5 6 7 8 9 10) --seeds 0 1 2 3 4 --testbed=micro
 	cd reproduced && $(abspath $(BIN))/python ../plot.py $(addprefix run_,0 1 2 3 4 5 6 7 8 9 10)
 
-test: $(VENV)/ready
+test: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
-faults: $(VENV)/ready
+faults: $(VENV)/ready-dev
 	$(BIN)/python -m benchmarks.faults
 
 micro: $(VENV)/ready
@@ -34,6 +34,11 @@ benchmarks/.venv/ready: benchmarks/requirements.txt
 	touch $@
 
 $(VENV)/ready: requirements.txt
+	$(PYTHON) python_version.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@

@@ -11,6 +11,7 @@ arms (their losses and groups: losses.py) -> trainer -> run (evaluated by evalua
 F d_sae, G feature groups.
 """
 
+import python_version  # noqa: F401, I001  (first: refuses a Python that this does not work with)
 import json
 import math
 import os
