@@ -77,8 +77,8 @@ OWN = ["--out_dir=run_0", "--lm=lm", "--layer=1", "--retain_text=good.jsonl", "-
 TEXTS = {
     "no such file": ("nothing.jsonl", "does not exist here"),
     "neither file nor data set": ("wikitext", "no hub data set (owner/name:config@split)"),
-    "a glob without a match": ("*.parquet2", "holds no .txt, .jsonl or .parquet file"),
-    "a folder without text": ("empty_folder", "holds no .txt, .jsonl or .parquet file"),
+    "a glob without a match": ("*.parquet2", "holds no .txt, .md, .jsonl, .ndjson, .csv, .tsv or .parquet file"),
+    "a folder without text": ("empty_folder", "holds no .txt, .md, .jsonl, .ndjson, .csv, .tsv or .parquet file"),
     "another kind of file": ("picture.png", "files of this kind are not read"),
     "an empty file": ("empty.jsonl", "holds no text"),
     "only empty documents": ("blank.jsonl", "(2 empty documents)"),
@@ -93,6 +93,12 @@ TEXTS = {
     "no parquet": ("not.parquet", "cannot be read"),
     "no zstandard": ("not.jsonl.zst", "cannot be read"),
     "cut-off gzip": ("cut.jsonl.gz", "cannot be read"),
+    "cut-off zstandard": ("cut.txt.zst", "cut.txt.zst cannot be read (EOFError: the file ends before its last frame"),
+    "UTF-16": ("utf16.csv", "it is not UTF-8 text but UTF-16"),
+    "no such column of a table": ("good.csv#body", "good.csv has no column body but text, n: name one with #column"),
+    "a quotation mark without end": ("quote.csv", "quote.csv cannot be read (ValueError: line 3: unexpected end of data)"),
+    "a packed parquet": ("good.parquet.gz", "files of this kind are not read"),
+    "a link to nothing": ("link.txt", "link.txt is a link to gone.txt, which is not there"),
 }
 QUESTIONS = {
     "three choices": ({"choices": ["a", "b", "c"]}, "line 2: 3 choices instead of 4"),
@@ -142,7 +148,15 @@ def here(tmp_path, monkeypatch):
 
 def bad_texts(folder: Path):
     import datasets
+    import zstandard
 
+    whole = zstandard.compress("\n\n".join(tiny.documents(20, 0)).encode())
+    (folder / "cut.txt.zst").write_bytes(whole[: len(whole) // 2])
+    (folder / "utf16.csv").write_text("text\na\nb\n", encoding="utf-16")
+    (folder / "good.csv").write_text("text,n\na,1\nb,2\n")
+    (folder / "quote.csv").write_text('text\na\n"b\n')
+    (folder / "good.parquet.gz").write_bytes(b"")
+    (folder / "link.txt").symlink_to("gone.txt")
     contents = {"picture.png": b"\x89PNG", "empty.jsonl": b"", "blank.jsonl": b'{"text": ""}\n{"text": "  "}\n', "one.txt": b"one\ntwo\n", "prose.jsonl": b"Once upon\na time\n",
                 "binary.txt": bytes(range(256)) * 9, "zeros.txt": b"a\0b\n\nc\0d", "binary.jsonl": b"\xff\xfe\x00", "not.parquet": b"PAR0" * 20, "not.jsonl.zst": b"no frame", "cut.jsonl.gz": b"\x1f\x8b\x08\x00"}  # fmt: skip
     for name, content in contents.items():
