@@ -98,7 +98,6 @@ TEXTS = {
     "no such column of a table": ("good.csv#body", "good.csv has no column body but text, n: name one with #column"),
     "a quotation mark without end": ("quote.csv", "quote.csv cannot be read (ValueError: line 3: unexpected end of data)"),
     "a packed parquet": ("good.parquet.gz", "files of this kind are not read"),
-    "a link to nothing": ("link.txt", "link.txt is a link to gone.txt, which is not there"),
 }
 QUESTIONS = {
     "three choices": ({"choices": ["a", "b", "c"]}, "line 2: 3 choices instead of 4"),
@@ -156,7 +155,6 @@ def bad_texts(folder: Path):
     (folder / "good.csv").write_text("text,n\na,1\nb,2\n")
     (folder / "quote.csv").write_text('text\na\n"b\n')
     (folder / "good.parquet.gz").write_bytes(b"")
-    (folder / "link.txt").symlink_to("gone.txt")
     contents = {"picture.png": b"\x89PNG", "empty.jsonl": b"", "blank.jsonl": b'{"text": ""}\n{"text": "  "}\n', "one.txt": b"one\ntwo\n", "prose.jsonl": b"Once upon\na time\n",
                 "binary.txt": bytes(range(256)) * 9, "zeros.txt": b"a\0b\n\nc\0d", "binary.jsonl": b"\xff\xfe\x00", "not.parquet": b"PAR0" * 20, "not.jsonl.zst": b"no frame", "cut.jsonl.gz": b"\x1f\x8b\x08\x00"}  # fmt: skip
     for name, content in contents.items():
