@@ -12,6 +12,7 @@ F d_sae, G feature groups.
 """
 
 import python_version  # noqa: F401, I001  (first: refuses a Python that this does not work with)
+import argparse
 import json
 import math
 import os
@@ -19,8 +20,11 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import simple_parsing
@@ -184,6 +188,24 @@ class Command(Config):
     checkpoint_seconds: float = 60.0
     """training time between two checkpoints, at least; writing them takes at most a fiftieth of it"""
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.out_dir = tuple(map(os.path.expanduser, self.out_dir))
+
+
+# Settings of the LM pass, which all runs of a command share. All others are a run's own.
+WANTED = tuple(f.name for f in fields(sources.Wanted))
+ONE_PASS = (*WANTED, "tokens", "context_size", "batch_size", "buffer_tokens", "time_budget_minutes")
+ONLY_FOR = (  # options that do nothing in other runs
+    (("alpha", "alpha_start"), "arm", ("fixed", "grouped", "adaptive", "ortsae")),
+    (("group_size", "group_update_steps"), "arm", ("grouped",)),
+    (("chunk_size",), "arm", ("ortsae",)),
+    (("forget_features", "margin", "gap_weight", "target_sharing"), "arm", ("adaptive",)),
+    (("target_l0", "l1"), "activation", ("relu",)),
+    (("k",), "activation", ("batchtopk", "softk")),
+    (("temperature",), "activation", ("softk",)),
+)
+
 
 PLAN = {
     "run_0": {"arm": "vanilla"},
@@ -200,8 +222,31 @@ PLAN = {
 }
 
 
+def whole_number(said: str) -> int:
+    """200000, 200_000, 200k, 3M, 1B or 4e5. Raises argparse.ArgumentTypeError for what is no whole number."""
+    digits, power = said[:-1], {"k": 3, "m": 6, "b": 9}.get(said[-1:].lower())
+    try:
+        number = Decimal(said) if power is None else Decimal(digits).scaleb(power)
+    except ArithmeticError:
+        number = Decimal("nan")
+    if number.is_finite() and number.adjusted() > 30:
+        raise argparse.ArgumentTypeError(f"{said} is too large: give a smaller number")
+    if not number.is_finite() or number != number.to_integral_value():
+        raise argparse.ArgumentTypeError(f"{said} is not a whole number (200000, 200_000, 200k, 3M, 4e5)")
+    return int(number)
+
+
+def as_options(settings: dict) -> str:
+    """As on a command line."""
+    told = ((name, f"{value:g}" if isinstance(value, float) else value) for name, value in settings.items())
+    return " ".join(f"--{name} {value}" for name, value in told)
+
+
 def parse_command(argv: list[str]) -> tuple[Command, list[Config]]:
-    """The command and one Config per run folder: the plan's settings, then what the command line says. Raises WrongRequest."""
+    """The command and one Config per run folder: the plan's settings, then what the command line says.
+
+    Says what the plan gives to each folder, and warns of options without effect. Raises WrongRequest.
+    """
 
     def refuse(message: str):
         message = re.sub(r"(unrecognized arguments: [^-].*)", r"\1; several values follow their option without =, as in --out_dir run_0 run_1", message)
@@ -211,21 +256,77 @@ def parse_command(argv: list[str]) -> tuple[Command, list[Config]]:
     def parse(**planned) -> Command:
         parser = simple_parsing.ArgumentParser(prog="experiment.py", description=__doc__, allow_abbrev=False)
         parser.error = refuse
+        parser.register("type", int, whole_number)
         parser.add_arguments(Command, dest="command", default=Command(**planned))
         return parser.parse_args(argv).command
 
-    command, configs = parse(), []
-    if not command.out_dir or "" in command.out_dir:
-        raise WrongRequest(f"--out_dir is missing: name a run of the plan ({', '.join(PLAN)}), or another folder and --arm")
+    command, lacking = parse(), {}
+    given = {option[1] for option in (re.match(r"--?([a-z]\w*)", a) for a in argv) if option}
     names = [Path(d).name for d in command.out_dir]
-    for out_dir, name in zip(command.out_dir, names):
-        if name not in PLAN and not any(a == "--arm" or a.startswith("--arm=") for a in argv):
-            raise WrongRequest(f"--out_dir {out_dir}: {name} is not in the plan ({', '.join(PLAN)}); give its --arm ({', '.join(ARM_NAMES)})")
-        planned = parse(**PLAN.get(name, {}))
-        configs.append(Config(**{f.name: getattr(planned, f.name) for f in fields(Config)}))
+    unplanned = [d for d, name in zip(command.out_dir, names) if name not in PLAN]
+    if not command.out_dir or "" in command.out_dir:
+        what = f"name a run of the plan ({', '.join(PLAN)}), or another folder and --arm"
+        lacking["out_dir"] = "mine/it" if "arm" in given else "mine/run_1", what
+    elif unplanned and "arm" not in given:
+        what = f"not in the plan ({', '.join(PLAN)}); give its --arm ({', '.join(ARM_NAMES)})"
+        lacking["arm"] = "vanilla", f"{' '.join(unplanned)} is {what}"
+    sources.refuse_missing(lacking | sources.missing(command, command.evals), argv)
     if len(set(names)) != len(names):
         raise WrongRequest(f"--out_dir gives two runs one name: {' '.join(command.out_dir)}")
+    told, configs = [], []
+    for out_dir, name in zip(command.out_dir, names):
+        plan = PLAN.get(name, {})
+        asked = parse(**plan)
+        configs.append(Config(**{f.name: getattr(asked, f.name) for f in fields(Config)}))
+        if plan:
+            told.append(_of_the_plan(out_dir, plan, given, configs[-1]))
+        if configs[-1] in configs[:-1]:
+            twins = f"{command.out_dir[configs.index(configs[-1])]} {out_dir}"
+            raise WrongRequest(f"--out_dir {twins} are two runs with the same settings: leave one out")
+    for line in told:
+        print(line)
+    if idle := without_effect(given, command.out_dir, configs):
+        print(f"warning: without effect: {idle}", file=sys.stderr)
     return command, configs
+
+
+def _of_the_plan(out_dir: str, plan: dict, given: set[str], config: Config) -> str:
+    """What the plan says of a run, and what is given in its place: all of it, or WrongRequest is raised."""
+    says = f"{out_dir}: run {Path(out_dir).name.removeprefix('run_')} of the plan: {as_options(plan)}"
+    changed = as_options({k: getattr(config, k) for k, v in plan.items() if getattr(config, k) != v})
+    rest = [f"--{k}" for k in plan if k not in given]
+    if changed and rest:
+        remedy = f"name another folder and its --arm, or give {' '.join(rest)} too"
+        raise WrongRequest(f"--out_dir {says}, which {changed} contradicts: {remedy}")
+    return f"{says}; in its place {changed}" if changed else says
+
+
+def without_effect(given: set[str], out_dirs: Sequence[str], configs: list[Config]) -> str:
+    """Which of the options given do nothing in which runs."""
+    idle: dict[str, list[str]] = {}
+    for options, setting, values in ONLY_FOR:
+        for out_dir, config in zip(out_dirs, configs):
+            if getattr(config, setting) not in values:
+                run = f"in {out_dir} ({setting} {getattr(config, setting)})"
+                idle.setdefault(run, []).extend(f"--{option}" for option in options if option in given)
+    return ", ".join(f"{' '.join(options)} {run}" for run, options in idle.items() if options)
+
+
+def one_pass(out_dirs: Sequence[str], configs: list[Config]) -> SimpleNamespace:
+    """The settings that all runs share, and no others. Raises WrongRequest where they differ."""
+    for name in ONE_PASS:
+        values = [getattr(config, name) for config in configs]
+        if any(value != values[0] for value in values):
+            told = ", ".join(f"{out_dir} {value}" for out_dir, value in zip(out_dirs, values))
+            remedy = "give it one value, or train these runs by commands of their own"
+            raise WrongRequest(f"--{name} differs between runs on one pass of the LM ({told}): {remedy}")
+    return SimpleNamespace(**{name: getattr(configs[0], name) for name in ONE_PASS})
+
+
+def check(command: Command, configs: list[Config]):
+    """Refuse what can be known to be wrong before anything heavy is imported. Raises WrongRequest."""
+    one_pass(command.out_dir, configs)
+    sources.check(configs[0], {name for config in configs for name in config.evals})
 
 
 def unfinished(command: Command, configs: list[Config]) -> tuple[Command, list[Config]]:
@@ -270,7 +371,7 @@ if __name__ == "__main__":  # answer --help and wrong requests before anything h
         COMMAND, CONFIGS = unfinished(*parse_command(sys.argv[1:]))
         if not CONFIGS:
             sys.exit(0)
-        sources.check(COMMAND, COMMAND.evals)
+        check(COMMAND, CONFIGS)
     except WrongRequest as wrong:
         checkpoint.disown()
         sys.exit(print(f"error: {wrong}", file=sys.stderr) or 2)
@@ -1108,15 +1209,17 @@ def run_experiments(command: Command, configs: list[Config], started: float):
     checkpoint.keep_freed_memory()
     if not command.overwrite and any(checkpoint.steps_in(Path(folder)) for folder in command.out_dir):
         checkpoint.signals.something_is_kept()
-    testbed = testbeds.load(configs[0], configs[0].tokens, max(configs[0].batch_size, configs[0].context_size or 0), "unlearning" in configs[0].evals)
-    if command.testbed == "auto" and testbed.name != "custom":
+    shared = one_pass(command.out_dir, configs)
+    evals = {name for config in configs for name in config.evals} - {"none"}
+    least = max(shared.batch_size, shared.context_size or 0)
+    testbed = testbeds.load(configs[0], shared.tokens, least, "unlearning" in evals)
+    if shared.testbed == "auto" and testbed.name != "custom":
         print(f"testbed: auto means {testbed.name}")
     resolved = [resolve(c, testbed) for c in configs]
-    config = resolved[0]
-    n_steps = config.tokens // config.batch_size
-    evaluates = any(c.evals != ("none",) for c in resolved)
-    if evaluates:
-        evaluation_contexts(testbed, config.context_size)  # refuses text that is too short to evaluate on before training on it
+    shared = one_pass(command.out_dir, resolved)
+    n_steps = shared.tokens // shared.batch_size
+    if evals:
+        evaluation_contexts(testbed, shared.context_size)  # refuses text that is too short before training
     refuse_what_does_not_fit(resolved, testbed)
     runs = [Run(out_dir, *pair, testbed, n_steps) for out_dir, *pair in zip(command.out_dir, configs, resolved)]
     saved = None if command.overwrite else checkpoint.newest_common({run.folder: run.made_by for run in runs})
@@ -1124,21 +1227,24 @@ def run_experiments(command: Command, configs: list[Config], started: float):
     if at.over:
         stream, block = None, ActivationBlock.blank(testbed.d_in, testbed.lm.device)
     else:
-        stream = ActivationStream(testbed, config.context_size, config.buffer_tokens)
+        stream = ActivationStream(testbed, shared.context_size, shared.buffer_tokens)
         stream.skip_blocks(at.block)
         block = stream.next_block()
     for run, state in zip(runs, saved or [None] * len(runs)):
         run.start(block, state)
     del saved, state, block
     if not at.over:
-        train(runs, stream, at, n_steps, started, started + 0.7 * 60 * config.time_budget_minutes - at.used_seconds, command.checkpoint_seconds)
+        deadline = started + 0.7 * 60 * shared.time_budget_minutes - at.used_seconds
+        train(runs, stream, at, n_steps, started, deadline, command.checkpoint_seconds)
     del stream  # and its last block
     for run in runs:
         run.passes = at.passes
         run.warnings += [f"the {domain} text is short: training read it {n} times" for domain, n in at.passes.items() if n > 10]
     print("; ".join(f"{domain} text: pass {n}" for domain, n in at.passes.items()))
-    evaluator = Evaluator(testbed, config.context_size) if evaluates and any(run.training for run in runs) else None
-    with tqdm(total=sum(len(run.training) * len(run.config.evals) for run in runs if evaluates), desc="evaluating", unit="part") as bar:
+    some_left = any(run.training for run in runs)
+    evaluator = Evaluator(testbed, shared.context_size) if evals and some_left else None
+    parts = sum(len(run.training) * len({*run.config.evals} & evals) for run in runs)
+    with tqdm(total=parts, desc="evaluating", unit="part") as bar:
         for run in runs:
             run.evaluate(evaluator, at.train_seconds, bar)
     print("---")

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -48,6 +49,9 @@ LONGEST = 60  # characters of the user's own text in a message
 SUFFIXES = re.compile(r"\.(txt|md|jsonl|ndjson|csv|tsv|json|parquet(?!\.))(\.gz|\.zst)?$", re.IGNORECASE)
 QUESTION_KINDS = ("json", "jsonl")
 ABOUT_A_FOLDER = re.compile(r"(readme|licen[cs]e)(?![a-z_]).*\.(txt|md)(\.gz|\.zst)?", re.IGNORECASE)
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # most LMs, GPT-2, GPT-Neo, MPT
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
+                "vocab.json with merges.txt")  # a tokenizer needs one of these
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_SOURCE = re.compile(rf"(?P<repo>{HUB_NAME.pattern})(?::(?P<config>[^@#]+))?(?:@(?P<split>[^#]+))?(?:#(?P<column>.+))?")
 
@@ -142,29 +146,12 @@ def spec_of(wanted: Wanted, name: str) -> Spec:
 def check(wanted: Wanted, evals: Iterable[str] = ()):
     """Refuse what can be known to be wrong without an LM and without the hub. Raises WrongRequest."""
     name = wanted.name
-    if wanted.lm and wanted.testbed not in ("auto", "micro"):
-        raise WrongRequest(f"--lm {wanted.lm} cannot stand in for the LM of --testbed {wanted.testbed}: leave --testbed out and give --forget_text and --retain_text")
-    for option in ("forget_text", "retain_text"):
+    for option in ("forget_text", "retain_text", "questions"):
         for source in getattr(wanted, option):
             parse_source(option, source)
-    for source in wanted.questions:
-        parse_source("questions", source)
+    refuse_missing(missing(wanted, evals))
     base = SPECS["pythia-70m" if name == "auto" else name]  # auto is decided by asking the hub; what it can mean is alike in what is checked here
     spec = spec_of(wanted, "pythia-70m" if name == "auto" else name)
-    if name == "smollm2-135m":
-        smollm2_file()
-    if name == "micro" and wanted.lm and not (Path(wanted.lm).expanduser() / "report.json").exists():
-        raise WrongRequest(f"--lm {wanted.lm} holds no embedded world: make one with python -m micro_pythia.make --out {wanted.lm} --world_seed 1")
-    n_layers = check_lm_folder(Path(wanted.lm).expanduser()) if wanted.lm and lm_is_local(wanted.lm) else None if wanted.lm or name == "auto" else spec.n_layers
-    if spec.layer is None:
-        raise WrongRequest(f"--layer is missing: which layer of --lm {wanted.lm} ({f'0 to {n_layers - 1}' if n_layers else 'counted from 0'}); the middle is a good start")
-    if n_layers is not None:
-        check_layer(spec.layer, n_layers)
-    for option in ("forget_text", "retain_text"):
-        if not getattr(spec, option):
-            raise WrongRequest(f"--{option} is missing: {'--lm' if wanted.lm else f'--testbed {name}'} brings no text of its own; give files, a folder, a glob or a hub data set")
-    if not spec.questions and "unlearning" in evals:
-        raise WrongRequest("--questions is missing: unlearning needs some; give .json or .jsonl files, or --evals core corpus geometry")
     if not wanted.questions and wanted.forget_subject not in ("", base.forget_subject):
         raise WrongRequest(f"--forget_subject {wanted.forget_subject} is of no use without --questions of your own")
     if wanted.questions and all(parse_source("questions", q).local for q in wanted.questions):
@@ -174,7 +161,63 @@ def check(wanted: Wanted, evals: Iterable[str] = ()):
             read_text(option, getattr(wanted, option))
 
 
+def missing(wanted: Wanted, evals: Iterable[str] = ()) -> dict[str, tuple[str, str]]:
+    """Options that must be given and are not -> a value as an example, and what the option asks for.
+
+    Raises WrongRequest for an LM or a layer that cannot be, and for questions that cannot be read.
+    """
+    n_layers = check_lm(wanted)
+    spec = spec_of(wanted, "pythia-70m" if wanted.name == "auto" else wanted.name)
+    lacking = {}
+    if spec.layer is None:
+        which = f"0 to {n_layers - 1}" if n_layers else "counted from 0"
+        middle = str(n_layers // 2) if n_layers else "LAYER"
+        lacking["layer"] = middle, f"which layer of --lm {wanted.lm} ({which}), the middle is a good start"
+    elif n_layers:
+        check_layer(spec.layer, n_layers)
+    if not spec.forget_text:
+        lacking["forget_text"] = "FORGET.jsonl", "text to forget (files, a folder, a glob or a hub data set)"
+    if not spec.retain_text:
+        lacking["retain_text"] = "RETAIN.jsonl", "text to keep (likewise)"
+    if not spec.questions and "unlearning" in evals:
+        lacking["questions"] = "QUESTIONS.jsonl", "questions for unlearning (or --evals core corpus geometry)"
+    if not spec.forget_subject and (spec.questions or "questions" in lacking):
+        local = spec.questions and all(parse_source("questions", q).local for q in spec.questions)
+        subjects = list(read_questions(spec.questions)[0]) if local else ["SUBJECT"]
+        which = ", ".join(subjects)[:200] if local else "the questions' subjects"
+        lacking["forget_subject"] = subjects[0], f"which of {which} is to be forgotten"
+    return lacking
+
+
+def refuse_missing(lacking: dict[str, tuple[str, str]], said: Iterable[str] = ()):
+    """Raises WrongRequest with the names of all that is `missing`, and what was `said` with examples of it."""
+    if not lacking:
+        return
+    are = "is" if len(lacking) == 1 else "are"
+    added = (part for option, (example, _) in lacking.items() for part in (f"--{option}", example))
+    command = shlex.join(["python", "experiment.py", *said, *added])
+    what = "; ".join(what for _, what in lacking.values())
+    names = ", ".join(f"--{option}" for option in lacking)
+    raise WrongRequest(f"{names} {are} missing: {what}; for example: {command}")
+
+
 # ---------------------------------------------------------------------------------------------------- the LM's folder
+
+
+def check_lm(wanted: Wanted) -> int | None:
+    """How many layers the LM has, if known without the hub. Raises WrongRequest for what can be no LM."""
+    name = wanted.name
+    if wanted.lm and name not in ("custom", "micro"):
+        remedy = "leave --testbed out and give --forget_text and --retain_text"
+        raise WrongRequest(f"--lm {wanted.lm} cannot stand in for the LM of --testbed {name}: {remedy}")
+    if name == "smollm2-135m":
+        smollm2_file()
+    if name == "micro" and wanted.lm and not (Path(wanted.lm).expanduser() / "report.json").exists():
+        remedy = f"python -m micro_pythia.make --out {wanted.lm} --world_seed 1"
+        raise WrongRequest(f"--lm {wanted.lm} holds no embedded world: make one with {remedy}")
+    if wanted.lm:
+        return check_lm_folder(Path(wanted.lm).expanduser()) if lm_is_local(wanted.lm) else None
+    return None if name == "auto" else SPECS[name].n_layers
 
 
 def lm_is_local(lm: str) -> bool:
@@ -196,13 +239,15 @@ def check_lm_folder(folder: Path) -> int:
         raise WrongRequest(f"--lm {folder} holds no config.json: give the folder of an LM as transformers saves it") from None
     except (OSError, ValueError, AttributeError) as error:
         raise WrongRequest(f"--lm {folder}: its config.json cannot be read ({one_line(error)}); save the LM anew with transformers") from error
-    layers = next((config[k] for k in ("num_hidden_layers", "n_layer", "num_layers") if isinstance(config.get(k), int)), None)
+    layers = next((config[k] for k in LAYER_COUNTS if isinstance(config.get(k), int)), None)
     if config.get("is_encoder_decoder") or layers is None or not any(k.endswith(("ForCausalLM", "LMHeadModel")) for k in kinds):
         raise WrongRequest(f"--lm {folder} is {', '.join(map(str, kinds)) or 'of unknown kind'}, not a causal decoder-only LM: give one (GPT-NeoX, GPT-2, Llama, Gemma, Qwen, ...)")
     if config.get("auto_map"):
         raise WrongRequest(f"--lm {folder} needs code of its own, which is not run: give an LM that transformers knows")
     if not any(folder.glob("*.safetensors")):
         raise WrongRequest(f"--lm {folder} holds no .safetensors: pickled weights are not loaded; save it anew with transformers")
+    if not any(all((folder / file).exists() for file in files.split(" with ")) for files in VOCABULARIES):
+        raise WrongRequest(f"--lm {folder} holds no tokenizer ({', '.join(VOCABULARIES)}): save the LM's own there")
     return layers
 
 

@@ -277,7 +277,8 @@ class Campaign:
 
     def damage(self):
         alone, _ = self.undisturbed()
-        foreign = checkpoint.path_of(self.stopped(extra=(*GEOMETRY, "--alpha", 0.5)) / "run_1", 2 * STEPS // 3 + 1).read_bytes()
+        others = self.stopped(extra=(*GEOMETRY, "--arm", "fixed", "--alpha", 0.5))
+        foreign = checkpoint.path_of(others / "run_1", 2 * STEPS // 3 + 1).read_bytes()
 
         def flip(content: bytes) -> bytes:
             at = RNG.randrange(len(content))

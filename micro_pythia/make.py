@@ -233,6 +233,7 @@ def main():
     parser.add_argument("--lr", type=float, default=2e-3, help="AdamW's peak learning rate")
     parser.add_argument("--max_steps", type=int, default=5_000, help="optimiser steps of 4,096 tokens, at most")
     args = parser.parse_args()
+    args.out = args.out.expanduser()
 
     started = time.time()
     torch.manual_seed(args.world_seed)

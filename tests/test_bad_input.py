@@ -16,6 +16,7 @@ import experiment
 import sources
 from errors import WrongRequest
 
+OWN = ["--out_dir=run_0", "--lm=lm", "--layer=1", "--retain_text=good.jsonl", "--questions=good_q.jsonl", "--forget_subject=biology"]
 OPTIONS = {
     "no out_dir": ([], "--out_dir is missing"),
     "not in the plan, no arm": (["--out_dir=somewhere"], "give its --arm"),
@@ -59,8 +60,9 @@ OPTIONS = {
     "layer beyond pythia's": (["--out_dir=run_0", "--testbed=pythia-70m", "--layer=6"], "6 layers; give 0 to 5"),
     "layer beyond gemma's": (["--out_dir=run_0", "--testbed=gemma-2-2b", "--layer=26"], "26 layers"),
     "layer beyond the own LM's": (["--out_dir=run_0", "--lm=lm", "--layer=3"], "3 layers; give 0 to 2"),
-    "an LM without a layer": (["--out_dir=run_0", "--lm=lm"], "--layer is missing: which layer of --lm lm (0 to 2)"),
-    "an LM without text": (["--out_dir=run_0", "--lm=lm", "--layer=1"], "--forget_text is missing"),
+    "an LM without a layer": ([*OWN, "--forget_text=good.jsonl", "--layer"], "--layer is missing: which layer of --lm lm (0"),
+    "an LM without text": (OWN, "--forget_text is missing"),
+    "an LM without a tokenizer": (["--out_dir=run_0", "--lm=mute", "--layer=1"], "--lm mute holds no tokenizer"),
     "an LM that is not there": (["--out_dir=run_0", "--lm=nowhere", "--layer=1"], "neither a folder here nor a hub name"),
     "a path that is not there": (["--out_dir=run_0", "--lm=./no/where", "--layer=1"], "neither a folder here nor a hub name"),
     "an LM that is a file": (["--out_dir=run_0", "--lm=good.jsonl", "--layer=1"], "is a file"),
@@ -73,7 +75,6 @@ OPTIONS = {
     "a broken config": (["--out_dir=run_0", "--lm=cut", "--layer=1"], "its config.json cannot be read"),
     "a world that is none": (["--out_dir=run_0", "--testbed=micro", "--lm=lm"], "no embedded world"),
 }
-OWN = ["--out_dir=run_0", "--lm=lm", "--layer=1", "--retain_text=good.jsonl", "--questions=good_q.jsonl", "--forget_subject=biology"]
 TEXTS = {
     "no such file": ("nothing.jsonl", "does not exist here"),
     "neither file nor data set": ("wikitext", "no hub data set (owner/name:config@split)"),
@@ -134,11 +135,12 @@ def here(tmp_path, monkeypatch):
     tiny.save_jsonl(tmp_path / "good.jsonl", tiny.documents(20, 0))
     tiny.save_jsonl(tmp_path / "good_q.jsonl", tiny.questions("biology", 20) + tiny.questions("history", 20))
     (tmp_path / "empty_folder").mkdir()
-    kinds = {"lm": ("LlamaForCausalLM", {}), "t5": ("T5ForConditionalGeneration", {"is_encoder_decoder": True}), "bert": ("BertForMaskedLM", {}), "pickled": ("GPT2LMHeadModel", {}),
+    kinds = {"lm": ("LlamaForCausalLM", {}), "mute": ("LlamaForCausalLM", {}), "t5": ("T5ForConditionalGeneration", {"is_encoder_decoder": True}), "bert": ("BertForMaskedLM", {}), "pickled": ("GPT2LMHeadModel", {}),
              "remote": ("OwnForCausalLM", {"auto_map": {"AutoModelForCausalLM": "own.Own"}})}  # fmt: skip
     for name, (architecture, more) in kinds.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"architectures": [architecture], "num_hidden_layers": 3} | more))
+        (tmp_path / name / ("tokenizer_config.json" if name == "mute" else "tokenizer.json")).write_text("{}")
         (tmp_path / name / ("pytorch_model.bin" if name == "pickled" else "model.safetensors")).write_bytes(b"")
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "config.json").write_text('{"architectures"')
@@ -165,7 +167,7 @@ def bad_texts(folder: Path):
 def request(argv: list[str]):
     """What the script does before it imports anything heavy."""
     command, configs = experiment.unfinished(*experiment.parse_command(argv))
-    sources.check(command, command.evals)
+    experiment.check(command, configs)
 
 
 def refused(argv: list[str], said: str, folder: Path):

@@ -118,7 +118,7 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(short_runs):
     fewer, more = (run_script("experiment.py", *settings, "--seeds", *seeds) for seeds in ([1], [0, 1, 2]))
     assert fewer.returncode == 0 and "is complete" in fewer.stdout, "it holds the seed asked for"
     assert more.returncode == 2 and "seeds" in more.stderr.splitlines()[-1]
-    other = run_script("experiment.py", *settings, "--alpha=0.7")
+    other = run_script("experiment.py", *settings, "--arm=fixed", "--alpha=0.7")
     assert other.returncode == 2 and "alpha" in other.stderr.splitlines()[-1] and "--overwrite" in other.stderr.splitlines()[-1]
     assert (short_runs / "run_1" / "final_info.json").stat().st_mtime_ns == before
 
