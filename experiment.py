@@ -282,7 +282,8 @@ def parse_command(argv: list[str]) -> tuple[Command, list[Config]]:
             told.append(_of_the_plan(out_dir, plan, given, configs[-1]))
         if configs[-1] in configs[:-1]:
             twins = f"{command.out_dir[configs.index(configs[-1])]} {out_dir}"
-            raise WrongRequest(f"--out_dir {twins} are two runs with the same settings: leave one out")
+            remedy = "(options are for all runs): leave one out"
+            raise WrongRequest(f"--out_dir {twins} are two runs with the same settings {remedy}")
     for line in told:
         print(line)
     if idle := without_effect(given, command.out_dir, configs):
