@@ -80,7 +80,11 @@ class Evaluator:
         contexts = evaluation_contexts(testbed, context_size, n_contexts)
         self.select = {domain: self._with_resid(tokens) for (part, domain), tokens in contexts.items() if part == "train"}  # domain -> (contexts [n, pos], resid [n, pos, D])
         self.held_out = {domain: self._with_resid(tokens) for (part, domain), tokens in contexts.items() if part == "held_out"}
-        self.subjects = {("wmdp-bio" if s == testbed.forget_subject else s): q for s, q in testbed.questions.items()}
+        # SAEBench names files after subjects, so that two can share one, and some names mean something to it:
+        # there the forget subject is wmdp-bio, others are subject0, subject1, ...; names[alias] is the user's
+        forget, subjects = testbed.forget_subject, testbed.questions
+        self.names = {"wmdp-bio" if s == forget else f"subject{i}": s for i, s in enumerate(subjects)}
+        self.subjects = {alias: testbed.questions[s] for alias, s in self.names.items()}
 
     def _with_resid(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Contexts [n, pos] without a massive row, and their resid [n, pos, D]. Raises RunFailed when fewer than half are left."""
@@ -245,7 +249,7 @@ class Evaluator:
 
     @cached_property
     def n_known(self) -> dict[str, int]:
-        """How many questions of each subject the LM gets right under all 24 permutations."""
+        """How many questions of each subject (by alias) the LM gets right under all 24 permutations."""
         out = {}
         for subject in self.subjects:
             right = self.mcq_metrics(self.lm, None, None, subject, permutations=ALL_PERMUTATIONS)["is_correct"].reshape(-1, 24)
@@ -284,7 +288,8 @@ class Evaluator:
         metrics = known | dict(zip(("lm_forget_accuracy", "lm_retain_accuracy", "reconstruction_forget_accuracy", "reconstruction_retain_accuracy"), plain + through))
         metrics["n_features_selectable"] = int(((rates[0] > 0) & (rates[1] < max(self.settings["retain_thresholds"]))).sum())
         shown = lambda cell: {k: v for k, v in cell.items() if k not in ("forget", "retain")}  # noqa: E731
-        details = {"unlearning_score_bootstrap_95": bootstrap_interval(swept["clamp"][0], seed), "known": self.n_known, "best": {},
+        details = {"unlearning_score_bootstrap_95": bootstrap_interval(swept["clamp"][0], seed),
+                   "known": {self.names[alias]: n for alias, n in self.n_known.items()}, "best": {},
                    "sweep": [shown(c) for cells, _ in swept.values() for c in cells]}  # fmt: skip
         for how, (cells, score) in swept.items():
             best = best_allowed(cells)

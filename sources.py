@@ -7,8 +7,8 @@
 A source of text or questions is a file, a folder, a glob, or a data set of the hub,
 owner/name[:config][@split]; #column at its end names the column that holds the text. Local files of text are
 .txt and .md (blank lines part documents), .jsonl (.ndjson), .csv, .tsv and .parquet, all but the last also as
-.gz and .zst, in small letters or capitals. Folders are read with what links in them lead to. What exists here
-is taken from here.
+.gz and .zst, in small letters or capitals; of questions the same and .json, without .txt and .md. Folders are read
+with what links in them lead to. What exists here is taken from here.
 """
 
 import codecs
@@ -47,7 +47,7 @@ MOST_CHARACTERS = 10**9  # read of a text's local files
 MOST_DOCUMENT = 10**8  # characters of a document in them, or of the line that holds it
 LONGEST = 60  # characters of the user's own text in a message
 SUFFIXES = re.compile(r"\.(txt|md|jsonl|ndjson|csv|tsv|json|parquet(?!\.))(\.gz|\.zst)?$", re.IGNORECASE)
-QUESTION_KINDS = ("json", "jsonl")
+QUESTION_KINDS = ("json", "jsonl", "ndjson", "csv", "tsv", "parquet")
 ABOUT_A_FOLDER = re.compile(r"(readme|licen[cs]e)(?![a-z_]).*\.(txt|md)(\.gz|\.zst)?", re.IGNORECASE)
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # most LMs, GPT-2, GPT-Neo, MPT
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
@@ -125,7 +125,9 @@ class Wanted:
     retain_text: tuple[str, ...] = ()
     """text to keep, given in the same way"""
     questions: tuple[str, ...] = ()
-    """.json or .jsonl of question, four choices, answer (index or letter) and subject (else the file's name, or subject=file), or hub data sets"""
+    """.json, .jsonl, .ndjson, .csv, .tsv (or .gz, .zst), .parquet, folders, globs, or hub data sets, of
+    question, four choices, answer (index from 0, letter, label or the choice itself) and subject (else the
+    file's name, or subject=file), also in the forms of MMLU, WMDP and ARC"""
     forget_subject: str = ""
     """the subject of the questions that is to be forgotten"""
     scoring: Literal[SCORINGS] | None = simple_parsing.field(default=None, metavar=f"{{{','.join(SCORINGS)}}}")
@@ -297,10 +299,10 @@ class Source:
 def parse_source(option: str, said: str) -> Source:
     """Raises WrongRequest, naming the option, for what is no source or holds no readable file."""
     subject, name = "", said
-    if option == "questions" and "=" in said and not Path(said).expanduser().exists():
+    if option == "questions" and "=" in said and not is_here(said):
         subject, name = said.split("=", 1)
     path, column = name, "text"
-    if "#" in name and not Path(name).expanduser().exists():
+    if "#" in name and not is_here(name):
         path, column = name.rsplit("#", 1)
     expanded = os.path.expanduser(path)
     hub = HUB_SOURCE.fullmatch(name)
@@ -308,6 +310,12 @@ def parse_source(option: str, said: str) -> Source:
         files, notes = _files(option, path, expanded)
         return Source(said, files, column=column or "text", subject=subject, notes=notes)
     return Source(said, (), hub["repo"], hub["config"], hub["split"] or "train", hub["column"] or "text", subject)
+
+
+def is_here(path: str) -> bool:
+    """Whether a file or folder has this name, or the glob finds any."""
+    expanded = os.path.expanduser(path)
+    return os.path.exists(expanded) or next(glob.iglob(expanded, recursive=True), None) is not None
 
 
 def _files(option: str, path: str, expanded: str) -> tuple[tuple[Path, ...], tuple[str, ...]]:
@@ -822,88 +830,196 @@ class Question:
     answer: int
 
 
-def to_question(record, subject: str, place: str) -> Question:
-    """Raises WrongRequest, with place and remedy, for what is not a question with four choices and an answer among them."""
+def common_form(record: dict) -> dict:
+    """A record with question, choices (a list), labels (of the choices, or None), answer and subject under
+    these names, as far as it has them. Capitals do not matter in names. Read are the forms of
+
+    WMDP and MMLU: question, choices, answer; in tables question, A, B, C, D, answer
+    ARC: question and choices {"text": [...], "label": [...]}, or question.stem and question.choices, a list
+    of {text, label}; answerKey
+    others: options for choices, as a list or by letter.
+    """
+    record = {str(name).strip().lower(): value for name, value in record.items()} | {"labels": None}
+    if isinstance(record.get("question"), dict):
+        record |= {"question": record["question"].get("stem"), "choices": record["question"].get("choices")}
+    for name, other in (("choices", "options"), ("answer", "answerkey")):
+        if name not in record and other in record:
+            record[name] = record[other]
+    if "choices" not in record and set("abcd") <= set(record):
+        record["choices"] = [record[letter] for letter in "abcd"]
+    choices = record.get("choices")
+    if isinstance(choices, list) and choices and all(isinstance(c, dict) for c in choices):
+        choices = {"text": [c.get("text") for c in choices], "label": [c.get("label") for c in choices]}
+    if isinstance(choices, dict) and "text" in choices:
+        record |= {"choices": choices["text"], "labels": choices.get("label")}
+    elif isinstance(choices, dict):
+        record |= {"choices": list(choices.values()), "labels": list(choices)}
+    if isinstance(record["labels"], list | tuple):
+        record["labels"] = [str(label).strip().upper() for label in record["labels"]]
+    return record
+
+
+def named_choice(answer, labels: list[str] | None) -> int | None:
+    """The place of the choice that an answer names: by a label, where there are some, else a letter; or,
+    where labels are no digits, by an index from 0, also as a text. None if it names none."""
+    if isinstance(answer, bool) or not isinstance(answer, int | str):
+        return None
+    said = str(answer).strip().upper()
+    names = labels or ["A", "B", "C", "D"]
+    if said in names:
+        return names.index(said)
+    return int(said) if said in ("0", "1", "2", "3") and not any(name.isdigit() for name in names) else None
+
+
+def to_question(record: dict, subject: str, place: str, in_words: bool) -> Question:
+    """A question from its `common_form`, without white space around its texts; `in_words`: an answer is first
+    looked for among the choices' own texts. Raises WrongRequest, with place and remedy, for what is not a
+    question with four choices and an answer among them."""
 
     def refuse(what: str):
-        raise WrongRequest(f"{place}: {what}; a question is {{question, choices: four texts, answer: 0 to 3 or A to D, subject}}")
+        form = "{question, choices: four texts, answer: 0 to 3, A to D, a label or a choice's text, subject}"
+        raise WrongRequest(f"{place}: {what}; a question is {form}")
 
-    if not isinstance(record, dict):
-        refuse(f"{type(record).__name__} instead of a question")
+    def text(value, what: str) -> str:
+        if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
+            refuse(f"{what} is not a text")
+        return value.strip()
+
     missing = [k for k in ("question", "choices", "answer") if k not in record]
     if missing:
-        refuse(f"no field {missing[0]} but {', '.join(record)[:LONGEST] or 'none'}")
-    question, choices, answer = record["question"], record["choices"], record["answer"]
-    if not isinstance(question, str) or not question.strip():
-        refuse("the question is not a text")
+        fields = ", ".join(k for k in record if k != "labels")
+        refuse(f"no field {missing[0]} but {fields[:LONGEST] or 'none'}")
+    question, choices, labels, answer = (record[k] for k in ("question", "choices", "labels", "answer"))
+    question = text(question, "the question")
     if not isinstance(choices, list | tuple) or len(choices) != 4:
         refuse(f"{len(choices) if isinstance(choices, list | tuple) else 'no'} choices instead of 4")
-    if not all(isinstance(c, str) and c.strip() for c in choices):
-        refuse("a choice is not a text")
-    if isinstance(answer, str) and answer.strip().upper() in ("A", "B", "C", "D"):
-        answer = "ABCD".index(answer.strip().upper())
-    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < 4:
-        refuse(f"the answer is {str(answer)[:LONGEST]!r}, not an index from 0 to 3 nor a letter from A to D")
-    named = record.get("subject", subject)
-    if not isinstance(named, str) or not re.fullmatch(r"[\w() .,&'-]{1,80}", named):
-        refuse(f"the subject is {str(named)[:LONGEST]!r}, not a short name")
-    return Question(named, question, tuple(choices), answer)
+    choices = tuple(text(choice, "a choice") for choice in choices)
+    if labels is not None and (not isinstance(labels, list) or len(labels) != 4 or len(set(labels)) < 4):
+        refuse(f"the labels of its choices are {str(labels)[:LONGEST]}, not four different ones")
+    said = answer.strip() if in_words and isinstance(answer, str) else None
+    right = choices.index(said) if choices.count(said) == 1 else named_choice(answer, labels)
+    if right is None:
+        known = "an index from 0 to 3 (counted from 1 only where choices have labels), a letter from A to D"
+        known = f"a label ({', '.join(labels)})" if labels else known
+        refuse(f"the answer is {str(answer)[:LONGEST]!r}, not {known} or the text of one choice")
+    subject = record.get("subject", subject)
+    if not isinstance(subject, str) or not re.fullmatch(r"[\w() .,&'-]{1,80}", subject.strip()):
+        refuse(f"the subject is {str(subject)[:LONGEST]!r}, not a short name")
+    return Question(subject.strip(), question, choices, right)
 
 
-def _question_records(path: Path) -> Iterator[tuple[object, str]]:
-    """Records of a .json (a list) or .jsonl file, and their places."""
-    with reading("questions", path), _open(path) as file:
-        if SUFFIXES.search(path.name)[1] == "json":
-            records = json.load(file)
+def _csv_records(rows, file: str) -> Iterator[tuple[dict, str]]:
+    """Rows of a csv.reader under the names of a header; where there is none they are MMLU's."""
+    names = None
+    try:
+        for row in rows:
+            if not any(cell.strip() for cell in row):
+                continue
+            if names is None:
+                names = [cell.strip().lower() for cell in row]
+                if "question" in names and {"answer", "answerkey"} & set(names):
+                    continue
+                names = ["question", "a", "b", "c", "d", "answer"]
+            if len(row) != len(names):
+                told = f"{len(row)} columns instead of {len(names)} ({', '.join(names)[:LONGEST]})"
+                raise WrongRequest(f"{file} line {rows.line_num}: {told}; mend it")
+            yield dict(zip(names, row)), f"{file} line {rows.line_num}"
+    except csv.Error as error:
+        raise WrongRequest(f"{file} line {rows.line_num}: no CSV ({error}): mend it") from error
+
+
+def _question_records(path: Path, alone: bool) -> Iterator[tuple[object, str]]:
+    """Records of a file of questions, and their places; none of a .json of other things, if not `alone`."""
+    kind, file = kind_of(path), f"--questions {path}"
+    if kind == "parquet":
+        import pyarrow.parquet as pq
+
+        yield from ((row, f"{file} row {i}") for i, row in enumerate(pq.read_table(path).to_pylist(), 1))
+        return
+    with _open(path) as lines:
+        if kind in ("csv", "tsv"):
+            rows = csv.reader(lines, delimiter="\t" if kind == "tsv" else ",", strict=True)
+            yield from _csv_records(rows, file)
+        elif kind == "json":
+            records = json.load(lines)
+            if isinstance(records, dict) and "questions" in records:
+                records = records["questions"]
+            elif isinstance(records, dict) and "question" not in records and not alone:
+                records = []  # such as dataset_infos.json
             if not isinstance(records, list):
-                raise WrongRequest(f"--questions {path} holds {type(records).__name__}, not a list of questions")
-            for i, record in enumerate(records, 1):
-                yield record, f"--questions {path} entry {i}"
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line), f"--questions {path} line {number}"
-                except ValueError as error:
-                    raise WrongRequest(f"--questions {path} line {number}: no JSON ({one_line(error)}); write one question a line") from error
+                told = f'{type(records).__name__}, not a list of questions or {{"questions": a list}}'
+                raise WrongRequest(f"{file} holds {told}")
+            yield from ((record, f"{file} entry {i}") for i, record in enumerate(records, 1))
+        else:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    try:
+                        yield json.loads(line), f"{file} line {number}"
+                    except ValueError as error:
+                        told = f"no JSON ({one_line(error)}); write one question a line"
+                        raise WrongRequest(f"{file} line {number}: {told}") from error
+
+
+def _question_tables(source: Source) -> tuple[list[tuple[str, str, list[tuple[object, str]]]], dict]:
+    """Of each file, or of a hub data set: its name, the subject of records that name none, and the records
+    with their places. And the revision of a hub data set."""
+    if not source.local:
+        rows, revision = read_hub(source, float("inf"), None, "questions")
+        subject = source.config or source.repo.split("/")[1]
+        table = [(row, f"--questions {source.said} row {i}") for i, row in enumerate(rows, 1)]
+        return [(source.said, subject, table)], revision
+    tables = []
+    for path in source.files:
+        with reading("questions", path):
+            subject = path.name.split(".")[0]
+            if kind_of(path) in ("csv", "tsv"):  # MMLU's are named after subject and split
+                subject = re.sub("_(test|val|dev)$", "", subject)
+            tables.append((str(path), subject, list(_question_records(path, alone=len(source.files) == 1))))
+    return tables, {}
 
 
 @cache
 def read_questions(said: tuple[str, ...]) -> tuple[dict[str, list[Question]], list[dict], list[str]]:
     """Questions by subject, a record of each source for config.json, and notes on what was left out.
 
-    A record that is no question is refused. Questions that stand twice, or hold a choice twice, are left out and counted;
-    more than MOST_DOUBLE of a source is refused. Raises WrongRequest; RunFailed for what the hub does.
+    A record that is no question is refused. Questions that stand twice, or hold a choice twice, are left out
+    and counted; more than MOST_DOUBLE of a source is refused. A file in which any answer names no choice
+    holds the right choices' texts.
+    Raises WrongRequest; RunFailed for what the hub does.
     """
     subjects: dict[str, list[Question]] = {}
     records, notes, seen = [], [], {}
     for source in (parse_source("questions", s) for s in said):
-        revision, double, n, first = {}, 0, 0, ""
-        if source.local:
-            for path in source.files:
-                if SUFFIXES.search(path.name)[1] not in ("json", "jsonl"):
-                    raise WrongRequest(f"--questions {path}: files of this kind are not read; give .json or .jsonl")
-            found = ((r, source.subject or path.name.split(".")[0], place) for path in source.files for r, place in _question_records(path))
-        else:
-            rows, revision = read_hub(source, float("inf"), None, "questions")
-            found = ((r, source.subject or source.config or source.repo.split("/")[1], f"--questions {source.said} row {i}") for i, r in enumerate(rows, 1))
-        for record, subject, place in found:
-            if source.subject and isinstance(record, dict):
-                record = record | {"subject": source.subject}
-            question = to_question(record, subject, place)
-            n += 1
-            same = (question.question.strip(), tuple(sorted(c.strip() for c in question.choices)))
-            if same in seen or len(set(same[1])) < 4:
-                double += 1
-                first = first or f"{place} {'stands at ' + seen[same].removeprefix('--questions ') + ' too' if same in seen else 'holds a choice twice'}"
-                continue
-            seen[same] = place
-            subjects.setdefault(question.subject, []).append(question)
+        double, n, first, given = 0, 0, "", {"subject": source.subject} if source.subject else {}
+        tables, revision = _question_tables(source)
+        for file, subject, table in tables:
+            found = []
+            for record, place in table:
+                if not isinstance(record, dict):
+                    raise WrongRequest(f"{place}: {type(record).__name__} instead of a question; take it out")
+                found.append((common_form(record) | given, place))
+            notes += [] if found else [f"--questions {file} was passed over: no questions were found in it"]
+            answers = [(record.get("answer"), record["labels"]) for record, _ in found]
+            in_words = any(isinstance(a, str) and named_choice(a, labels) is None for a, labels in answers)
+            for record, place in found:
+                question = to_question(record, subject, place, in_words)
+                n += 1
+                same = (question.question, tuple(sorted(question.choices)))
+                if same in seen or len(set(same[1])) < 4:
+                    double += 1
+                    there = f"stands at {seen[same].removeprefix('--questions ')} too" if same in seen else ""
+                    first = first or f"{place} {there or 'holds a choice twice'}"
+                    continue
+                seen[same] = place
+                subjects.setdefault(question.subject, []).append(question)
         if double > MOST_DOUBLE * n:
-            raise WrongRequest(f"{first}; {double} of {n} questions are double, and more than {MOST_DOUBLE:.0%} is refused: take them out")
+            told = f"{double} of {n} questions are double, and more than {MOST_DOUBLE:.0%} is refused"
+            raise WrongRequest(f"{first}; {told}: take them out")
         if not n:
             raise WrongRequest(f"--questions {source.said} holds no question: give another file")
-        notes += [f"{double} of {n} questions of {source.said} were left out, first {first.removeprefix('--questions ')}"] if double else []
+        if double:
+            first = first.removeprefix("--questions ")
+            notes.append(f"{double} of {n} questions of {source.said} were left out, first {first}")
         records.append({"source": source.said, **revision, "questions": n, "left_out": double})
     return subjects, records, notes
 
@@ -917,6 +1033,3 @@ def check_subjects(questions: dict[str, list[Question]], forget_subject: str):
         raise WrongRequest(f"--forget_subject {forget_subject} is not among the questions' subjects: {listed}")
     if len(questions) < 2:
         raise WrongRequest(f"--questions are all about {forget_subject}: give some about subjects to keep, too")
-    reserved = [s for s in questions if s in ("wmdp-bio", "college_biology") and s != forget_subject]
-    if reserved:
-        raise WrongRequest(f"--questions: SAEBench does not count the subject {reserved[0]} among those to keep; give it another name (subject=file)")

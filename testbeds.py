@@ -319,9 +319,17 @@ def takes_shared_stems(lm, tokens: Tensor) -> bool:
 
 
 def check_questions(testbed: Testbed, config: dict):
-    """Raises WrongRequest for letters of more than one token, and for a question longer than the LM's positions."""
+    """Raises WrongRequest for letters of more than one token, for a choice that the tokenizer gives no token,
+    and for a question longer than the LM's positions."""
     most = next((config[k] for k in ("max_position_embeddings", "n_positions") if config.get(k)), math.inf)
     for subject, questions in testbed.questions.items():
+        choices = [(q, choice) for q in questions for choice in q.choices]
+        tokens = testbed.tokenizer([choice for _, choice in choices], add_special_tokens=False)["input_ids"]
+        if [] in tokens:
+            question, choice = choices[tokens.index([])]
+            of = f"{question.question[: sources.LONGEST]!r} ({subject})"
+            told = f"the choice {choice[: sources.LONGEST]!r} of {of} is no token of this LM's tokenizer"
+            raise WrongRequest(f"--questions: {told}: rewrite it or take the question out")
         exam = Exam(testbed.tokenizer, questions, testbed.scoring, prompt_format=testbed.prompt_format)
         longest = max(batch.tokens.shape[1] for batch in exam.batches)
         if longest > most:

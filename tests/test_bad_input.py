@@ -122,7 +122,6 @@ FILES = {
     "no questions": ([], "holds no question"),
     "one subject": (tiny.questions("biology", 20), "all about biology"),
     "another forget subject": (tiny.questions("physics", 20) + tiny.questions("history", 20), "--forget_subject biology is not among"),
-    "a name that SAEBench leaves out": (tiny.questions("biology", 20) + tiny.questions("college_biology", 20), "SAEBench does not count the subject college_biology"),
 }
 
 

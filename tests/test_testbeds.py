@@ -338,7 +338,7 @@ def test_gemma_is_asked_as_its_instructed_sibling_in_bfloat16_with_saebenchs_swe
     corpus, details = evaluator.corpus(sae)
     assert {row["multiplier"] for row in details["sweep"]} == {25, 50, 100, 200} and corpus["lm_forget_ce"] > 0
     monkeypatch.setattr(evaluation, "MIN_KNOWN", 0)
-    evaluator.examiner.n_known = {"wmdp-bio": 3, "history": 3}  # a random LM letters nothing right 24 times
+    evaluator.examiner.n_known = {"wmdp-bio": 3, "subject1": 3}  # a random LM letters nothing right 24 times
     monkeypatch.setattr(evaluation, "question_ids", lambda path: tuple(range(5)))
     metrics, details, _ = evaluator.examiner.unlearning(sae, 0, "tiny")
     assert {c["multiplier"] for c in details["sweep"]} == {25, 50, 100, 200}
