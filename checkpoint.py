@@ -1,7 +1,7 @@
 """What keeps a run's work whole: sealed JSON, checkpoints, one owner a folder, signals, and plain words for what fails.
 
     own(folder)                                      # one process a run folder (flock)
-    with signals: ... with signals.held(): ...       # SIGTERM and SIGINT end the process where the state is whole
+    with signals: ... with signals.held(): ...       # a signal that stops ends the process where the state is whole
     save(folder, step, tensors, facts)               # one safetensors file, whole or not at all; the last two stay
     newest_common({folder: made_by})                 # the newest state that all folders of a command hold
     write_result(folder, info)                       # final_info.json, and checksums of what a run left
@@ -23,17 +23,170 @@ import random
 import re
 import shutil
 import signal
+import stat
 import subprocess
+import sys
 import tempfile
 import time
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from errors import RunFailed, WrongRequest
+from errors import Interrupted, RunFailed, WrongRequest, stops
 
 FORMAT = "orthogonal-sae-checkpoint-1"
 KEPT = 2
+
+# ------------------------------------------------------------------------------------------------ what a run folder holds
+
+SECTIONS = {  # evaluation -> its name in the results
+    "core": "core", "unlearning": "unlearning", "corpus": "corpus_unlearning", "geometry": "geometry",
+}  # fmt: skip
+FILES = ("config.json", "final_info.json", "warnings.json", "checksums.json", "train_log.jsonl")
+SAE_FILES = ("cfg.json", "sae_weights.safetensors")
+WRITTEN = {  # part of a run folder -> names of what the program writes into it. It removes nothing else
+    ".": "|".join(map(re.escape, FILES)),
+    "checkpoints": r"step_(\d{8,})\.safetensors",
+    "eval": rf"seed(\d+)_(metrics|{'|'.join(SECTIONS.values())})\.json",
+    "sae_seed*": "|".join(map(re.escape, SAE_FILES)),
+}
+
+
+def sae_folder(folder: Path, seed: int | str) -> Path:
+    return folder / f"sae_seed{seed}"
+
+
+def record_of(folder: Path, seed: int | str) -> Path:
+    """What an SAE's files are and what was measured on them. It is there before the SAE is."""
+    return folder / "eval" / f"seed{seed}_metrics.json"
+
+
+def written(place: Path, part: str) -> list[Path]:
+    """What the program wrote into a part of a run folder, or was writing (.tmp), by name; links of such a name, too."""
+    name = re.compile(rf"({WRITTEN[part]})(\.tmp)?")
+    there = sorted(place.iterdir()) if place.is_dir() else []
+    return [path for path in there if name.fullmatch(path.name) and (path.is_symlink() or path.is_file())]
+
+
+def remove_part(place: Path, part: str):
+    """Remove what the program wrote into a part of a run folder. Of a link, the link: what it leads to stays."""
+    if place.is_symlink():
+        place.unlink()
+    for path in written(place, part):
+        path.unlink(missing_ok=True)
+
+
+def remove_folder(place: Path, part: str):
+    """`remove_part`, and the part's folder when nothing else is in it."""
+    remove_part(place, part)
+    with contextlib.suppress(OSError):  # there is something else in it, or it is gone
+        place.rmdir()
+
+
+def remove_half_written(folder: Path):
+    """Remove what a process was writing when it was killed."""
+    for part in (".", "checkpoints", "eval"):
+        for path in written(folder / part, part):
+            if path.name.endswith(".tmp"):
+                path.unlink(missing_ok=True)
+
+
+def start_anew(folder: Path):
+    """Remove what a run left in its folder, all but config.json, which is replaced.
+
+    The process may be killed at any point of it: the result goes first, and an SAE's record after the SAE.
+    """
+    (folder / "checkpoints").mkdir(exist_ok=True)  # where it is missing, checkpoints were lost (Run.tell_restart)
+    (folder / "final_info.json").unlink(missing_ok=True)
+    for record in written(folder / "eval", "eval"):
+        if seed := re.fullmatch(r"seed(\d+)_metrics\.json", record.name):
+            remove_folder(sae_folder(folder, seed[1]), "sae_seed*")
+    for part in ("eval", "checkpoints"):
+        remove_part(folder / part, part)
+    for path in written(folder, "."):
+        if path.name != "config.json":
+            path.unlink(missing_ok=True)
+
+
+def clear_complete(folder: Path):
+    """Remove what a complete run needs no more: its checkpoints, and what was half written. A run that cannot be
+    cleared is complete all the same."""
+    try:
+        remove_folder(folder / "checkpoints", "checkpoints")
+        remove_half_written(folder)
+    except OSError as error:
+        print(f"warning: {error.filename} is needed no more and cannot be removed: {error.strerror}", file=sys.stderr)
+
+
+def clear_left(folder: Path):
+    """`clear_complete`, for a process that was killed before it came to it; not while another process owns the folder."""
+    if (folder / "checkpoints").is_dir() or any(path.name.endswith(".tmp") for path in written(folder, ".")):
+        with contextlib.suppress(WrongRequest):  # another owner, or a folder that one may only read
+            own(folder)
+            if (folder / "final_info.json").exists():
+                clear_complete(folder)
+            disown(folder)
+
+
+def is_settings(value) -> bool:
+    """Whether an object is what this program, of any version, writes to config.json."""
+    parts = [value.get(part) for part in ("requested", "config")] if isinstance(value, dict) else [None]
+    return all(isinstance(part, dict) and {"arm", "seeds", "testbed"} <= set(part) for part in parts)
+
+
+def refuse_place(folder: Path):
+    """Raises WrongRequest where no run folder can be: a name that no folder can have, a file, a link that leads
+    nowhere, no permission to write. Nothing is made."""
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in str(folder)):
+        raise WrongRequest(f"--out_dir {str(folder)!r} holds a line break or another control character: give a name without")
+    if len(os.fsencode(folder.name)) > 200:
+        raise WrongRequest(f"--out_dir {folder}: the folder's name is longer than 200 bytes; give a shorter one")
+    try:
+        for place in (folder, *folder.absolute().parents):
+            if place.is_symlink() and not place.exists():
+                raise WrongRequest(f"--out_dir {folder}: {place} is a link that leads nowhere; name another folder")
+            if place.exists():
+                break
+    except OSError as error:
+        raise WrongRequest(f"--out_dir {folder}: {error.strerror}; name another folder") from error
+    if not place.is_dir():
+        raise WrongRequest(f"--out_dir {folder}: {place} is a file; name a folder")
+    if not os.access(place, os.W_OK | os.X_OK | (os.R_OK if place == folder else 0)):
+        raise WrongRequest(f"--out_dir {folder}: {place} is not writable; name another folder")
+
+
+def refuse_foreign(folder: Path, seeds: tuple[int, ...]):
+    """Raises WrongRequest for a folder that holds other files and no run of this program, and for a run folder in
+    which something else is where this program would write."""
+    if not folder.is_dir():
+        return
+    settings = folder / "config.json"
+    try:
+        ours = is_settings(json.loads(settings.read_bytes()))
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
+        ours = False
+    except OSError as error:
+        raise WrongRequest(f"{settings} cannot be read: {error.strerror}; name another folder") from error
+    if not ours:
+        begun = {".lock", "config.json.tmp"}  # what may be there before config.json is
+        begun |= {p for p in ("checkpoints", "eval") if (folder / p).is_dir() and not any((folder / p).iterdir())}
+        if foreign := sorted(p.name for p in folder.iterdir() if p.name not in begun or p.is_symlink()):
+            names = ", ".join(map(repr, foreign[:3])) + (", ..." if len(foreign) > 3 else "")
+            whose = "a config.json that is damaged or not of this program" if settings.exists() else "no config.json of this program"
+            raise WrongRequest(f"--out_dir {folder} holds {names} and {whose}: nothing is removed or written there, with "
+                               "--overwrite neither; name a new or an empty folder")  # fmt: skip
+    for path in (folder / name for name in FILES):
+        if path.is_dir():
+            raise WrongRequest(f"{path} is a folder, and this program would write a file there: move it")
+    for place in (folder / "checkpoints", folder / "eval", *(sae_folder(folder, seed) for seed in seeds)):
+        if (place.exists() or place.is_symlink()) and not place.is_dir():
+            raise WrongRequest(f"{place} is no folder, and this program would make one there: move it")
+    for seed in seeds:
+        sae = sae_folder(folder, seed)
+        if sae.is_dir() and any(sae.iterdir()) and not record_of(folder, seed).exists():
+            raise WrongRequest(f"{sae} holds files that are not known to be of this run ({record_of(folder, seed)} is not "
+                               "there), and this program would write there: move them")  # fmt: skip
+
 
 # ------------------------------------------------------------------------------------------------ files
 
@@ -80,7 +233,8 @@ def write_whole(path: Path, content: bytes):
     beside = path.with_name(path.name + ".tmp")
     with writing(path):
         try:
-            with beside.open("wb") as file:
+            beside.unlink(missing_ok=True)  # a link of that name is removed, and what it leads to stays
+            with beside.open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -108,17 +262,35 @@ def seal(value: dict) -> dict:
 
 
 def provenance() -> dict:
-    """Versions, hardware and the commit that made a run; "-dirty" where code differs from it (run folders are no code)."""
+    """Versions, hardware and the commit that made a run."""
     from importlib.metadata import version
 
     import torch
 
-    git = lambda *args: subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True)  # noqa: E731
-    commit = git("describe", "--always").stdout.strip()
-    changed = commit and git("diff", "--quiet", "HEAD", "--", "*.py", "requirements.txt", "micro_pythia").returncode
-    return {"versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "nnsight", "transformers", "datasets", "numpy", "sae-bench", "sae-lens")},
-            "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]},
-            "git": f"{commit}-dirty" if changed else commit or None}  # fmt: skip
+    packages = ("torch", "nnsight", "transformers", "datasets", "numpy", "sae-bench", "sae-lens")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+            "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpus": gpus},
+            "git": commit_of_code()}  # fmt: skip
+
+
+def commit_of_code() -> str:
+    """The commit; "-dirty" where code differs from it (run folders are no code); "unknown: " and the reason where git does not tell."""
+
+    def git(*args) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, errors="replace")
+
+    try:
+        described = git("describe", "--always")
+        changed = git("diff", "--quiet", "HEAD", "--", "*.py", "requirements.txt", "micro_pythia")
+    except FileNotFoundError:
+        return "unknown: git is not installed"
+    except OSError as error:
+        return f"unknown: git cannot be started ({error.strerror})"
+    for done in (described, changed):
+        if done.returncode > 1 or done.returncode < 0 or not described.stdout.strip():
+            return f"unknown: {(done.stderr.strip() or f'git ends with {done.returncode}').splitlines()[0]}"
+    return described.stdout.strip() + ("-dirty" if changed.returncode else "")
 
 
 def is_sealed(value: dict) -> bool:
@@ -149,14 +321,15 @@ def sha256_of(path: Path) -> str | None:
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    """sha256 of every file of an exported SAE."""
-    return {p.name: sha256_of(p) for p in sorted(folder.glob("*"))}
+    """sha256 of every file of an exported SAE that is there."""
+    return {name: sha256_of(folder / name) for name in SAE_FILES if (folder / name).exists()}
 
 
 def write_result(out_dir: Path, info: dict):
     """final_info.json, last; just before it, in checksums.json, its sha256 and that of every file behind it that is not sealed."""
     content = as_json(info)
-    behind = [out_dir / "warnings.json", out_dir / "train_log.jsonl", *(p for p in sorted(out_dir.glob("eval/*.json")) if not p.name.endswith("_metrics.json"))]
+    details = [path for path in written(out_dir / "eval", "eval") if not path.name.endswith(("_metrics.json", ".tmp"))]
+    behind = [out_dir / "warnings.json", out_dir / "train_log.jsonl", *details]
     files = {str(p.relative_to(out_dir)): sha256_of(p) for p in behind} | {"final_info.json": hashlib.sha256(content).hexdigest()}
     write_json(out_dir / "checksums.json", seal({"files": files}))
     write_whole(out_dir / "final_info.json", content)
@@ -197,7 +370,7 @@ def changed_files(out_dir: Path) -> list[str]:
         told.append(str(why))
     for path in sorted(out_dir.glob("eval/seed*_metrics.json")):
         try:
-            record, sae = read_sealed(path), out_dir / f"sae_{path.name.removesuffix('_metrics.json')}"
+            record, sae = read_sealed(path), sae_folder(out_dir, path.name.removesuffix("_metrics.json").removeprefix("seed"))
             if sae.is_dir() and files_of(sae) != record["files"]:
                 told.append(f"{sae} is not as it was written: the checksum of a file is wrong")
         except (Unusable, KeyError) as why:
@@ -242,7 +415,7 @@ def path_of(folder: Path, step: int) -> Path:
 
 def steps_in(folder: Path) -> list[int]:
     """Steps of the checkpoints in a run folder, usable or not, in order."""
-    found = (re.fullmatch(r"step_(\d{8,})\.safetensors", p.name) for p in folder.glob("checkpoints/*"))
+    found = (re.fullmatch(WRITTEN["checkpoints"], p.name) for p in written(folder / "checkpoints", "checkpoints"))
     return sorted(int(m[1]) for m in found if m)
 
 
@@ -321,37 +494,61 @@ _owned: dict[Path, int] = {}
 
 
 def own(folder: Path):
-    """Make this process the folder's owner until `disown` or its death. Raises WrongRequest, naming the present owner."""
+    """Make this process the folder's owner until `disown` or its death. Raises WrongRequest, naming the present owner, or
+    what stands in the lock's place."""
     path = (folder / ".lock").absolute()
     while path not in _owned:
-        with writing(path):
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            raise WrongRequest(f"{path}, by which one process owns a run folder, cannot be opened: {error.strerror}; "
+                               "remove it if it is not in use, or name another folder") from error  # fmt: skip
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_at(path, file):  # its last owner removed it just now
+                os.close(file)
+                continue
+            if not stat.S_ISREG(os.fstat(file).st_mode) or not OWNER.fullmatch(os.pread(file, 1000, 0)):
+                raise WrongRequest(f"{path} was not written by this program: remove it, or name another folder")
+            os.ftruncate(file, 0)
+            now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+            os.pwrite(file, f"process {os.getpid()} on {platform.node()} since {now}\n".encode(), 0)
         except BlockingIOError:
-            owner = os.read(file, 1000).decode(errors="replace").strip() or "another process"
+            owner = os.pread(file, 1000, 0).decode(errors="replace").strip() or "another process"
             os.close(file)
             raise WrongRequest(f"{folder} is being worked on by {owner}: wait for it, or name another folder") from None
-        if not path.exists() or os.fstat(file).st_ino != path.stat().st_ino:  # its last owner removed it just now
+        except BaseException:
             os.close(file)
-            continue
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n".encode(), 0)
+            raise
         _owned[path] = file
 
 
-def disown():
-    """Give up every folder."""
-    for path, file in _owned.items():
+OWNER = re.compile(rb"(process \d+ on .* since .*\n)?")  # of a process that was killed just after it made the file, nothing
+
+
+def _is_at(path: Path, file: int) -> bool:
+    """Whether the file that is open is the one at the path."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def disown(*folders: Path):
+    """Give up some folders, or every one."""
+    for path in [(folder / ".lock").absolute() for folder in folders] or list(_owned):
+        file = _owned.pop(path)
         with contextlib.suppress(OSError):
-            path.unlink()
+            if _is_at(path, file):
+                path.unlink()
         os.close(file)
-    _owned.clear()
 
 
 def remove_left(prefix: str):
     """Remove the private folders of processes that were killed."""
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}-of-*"):
+        if not re.fullmatch(rf"{prefix}-of-\d+-\w{{8}}", left.name):
+            continue
         with contextlib.suppress(OSError):  # locked, another user's, or just removed by another process
             file = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
@@ -385,28 +582,21 @@ def _remove(folder: Path, lock: int):
 # ------------------------------------------------------------------------------------------------ signals
 
 
-class Interrupted(BaseException):
-    """SIGTERM or SIGINT came. `told` says where the work stands."""
-
-    def __init__(self, number: int, told: str):
-        self.number, self.told = number, told
-
-
 class Signals:
-    """Inside, SIGTERM and SIGINT raise Interrupted; inside `held`, at its end."""
+    """Inside, SIGTERM, SIGINT and SIGHUP (`stops`) raise Interrupted; inside `held`, at its end."""
 
     def __init__(self):
         self.depth, self.pending, self.before = 0, None, {}
 
     def __enter__(self):
         self.told = "nothing was done yet; the same command starts"
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stops():
             self.before[number] = signal.signal(number, self._came)
 
     def __exit__(self, *_):
         self.pending = None
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for number in list(self.before):
+            signal.signal(number, self.before.pop(number))
 
     def _came(self, number, frame):
         self.pending = number
@@ -435,12 +625,6 @@ class Signals:
 
 
 signals = Signals()
-
-
-def leave_at_once(number, frame):
-    """A signal handler for the time before anything is begun."""
-    os.write(2, f"error: interrupted by {signal.Signals(number).name} before anything was begun\n".encode())
-    os._exit(128 + number)
 
 
 # ------------------------------------------------------------------------------------------------ global state, numbers, memory
@@ -533,8 +717,3 @@ def memory_left(device) -> float:
     with contextlib.suppress(OSError, ValueError):  # a container's own limit (cgroup 2)
         left.append(int(Path("/sys/fs/cgroup/memory.max").read_text()) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
     return min(left)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """A CUDA or CPU allocation that failed, in the forms torch and Python have for it."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error) or "out of memory" in str(error).lower()

@@ -13,6 +13,7 @@ F d_sae, G feature groups.
 
 import python_version  # noqa: F401, I001  (first: refuses a Python that this does not work with)
 import argparse
+import atexit
 import json
 import math
 import os
@@ -27,12 +28,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-import simple_parsing
+import errors
+from errors import Interrupted, RunFailed, WrongRequest
 
-import checkpoint
-import sources
-from checkpoint import write_json
-from errors import RunFailed, WrongRequest
+if __name__ == "__main__":  # from here on, whatever ends the command ends with its exit code and one line
+    errors.keep_output_open()
+    sys.excepthook = errors.tell_uncaught
+    for number in errors.stops():
+        signal.signal(number, errors.leave_at_once)
+
+import simple_parsing  # noqa: E402
+
+import checkpoint  # noqa: E402
+import sources  # noqa: E402
+from checkpoint import SECTIONS, write_json  # noqa: E402
 
 STARTED = time.monotonic()
 
@@ -337,11 +346,8 @@ def unfinished(command: Command, configs: list[Config]) -> tuple[Command, list[C
     """
     left = []
     for out_dir, config in zip(map(Path, command.out_dir), configs):
-        parent = next(p for p in (out_dir, *out_dir.absolute().parents) if p.exists())
-        if not parent.is_dir():
-            raise WrongRequest(f"--out_dir {out_dir}: {parent} is a file; name a folder")
-        if not os.access(parent, os.W_OK):
-            raise WrongRequest(f"--out_dir {out_dir}: {parent} is not writable; name another folder")
+        checkpoint.refuse_place(out_dir)
+        checkpoint.refuse_foreign(out_dir, config.seeds)
         if (out_dir / "config.json").exists() and not command.overwrite:
             made = checkpoint.read_run_json(out_dir / "config.json", {"requested", "config"})
             wanted = json.loads(json.dumps(asdict(config)))
@@ -355,6 +361,7 @@ def unfinished(command: Command, configs: list[Config]) -> tuple[Command, list[C
                 raise WrongRequest(f"--out_dir {out_dir} holds a run with other settings ({told}); name another folder, or --overwrite it")
             if complete:
                 print(f"{out_dir} is complete: {out_dir / 'final_info.json'} (--overwrite starts anew)")
+                checkpoint.clear_left(out_dir)
                 checkpoint.remove_left("saebench")
                 for changed in checkpoint.changed_files(out_dir):
                     print(f"warning: {changed}", file=sys.stderr)
@@ -366,21 +373,18 @@ def unfinished(command: Command, configs: list[Config]) -> tuple[Command, list[C
 
 
 if __name__ == "__main__":  # answer --help and wrong requests before anything heavy is imported
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, checkpoint.leave_at_once)
+    atexit.register(checkpoint.disown)
     try:
         COMMAND, CONFIGS = unfinished(*parse_command(sys.argv[1:]))
         if not CONFIGS:
             sys.exit(0)
         check(COMMAND, CONFIGS)
-    except WrongRequest as wrong:
-        checkpoint.disown()
-        sys.exit(print(f"error: {wrong}", file=sys.stderr) or 2)
+    except Exception as error:
+        sys.exit(errors.tell(error, began=False))
 
 import contextlib  # noqa: E402
 import gc  # noqa: E402
 import hashlib  # noqa: E402
-import shutil  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from functools import partial  # noqa: E402
 from itertools import islice  # noqa: E402
@@ -919,8 +923,6 @@ class Trainer:
 
 # ------------------------------------------------------------------------------------------------ run
 
-SECTIONS = {"core": "core", "unlearning": "unlearning", "corpus": "corpus_unlearning", "geometry": "geometry"}  # evaluation -> its name in the results
-
 
 class Run:
     """One run folder: its trainers, its log, its checkpoints, its results."""
@@ -936,12 +938,11 @@ class Run:
     def start(self, block: ActivationBlock, saved: tuple[dict, dict] | None):
         """Make the trainers and the log: anew from the stream's first block, or as a checkpoint holds them. Raises WrongRequest, RunFailed."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.refuse_foreign(self.folder, self.config.seeds)
         checkpoint.own(self.folder)
-        if not saved:  # what a run left that is done anew
-            for old in (self.folder / "final_info.json", *self.folder.glob("checkpoints/*"), *self.folder.glob("*.json"), *self.folder.glob("eval/*.json")):
-                old.unlink(missing_ok=True)
-        for beside in self.folder.rglob("*.tmp"):
-            beside.unlink()
+        checkpoint.remove_half_written(self.folder)
+        if not saved:
+            checkpoint.start_anew(self.folder)
         for part in ("checkpoints", "eval"):
             (self.folder / part).mkdir(exist_ok=True)
         self.trainers = [Trainer(self.config, seed, self.testbed.d_in, self.n_steps, block) for seed in self.config.seeds]
@@ -964,6 +965,13 @@ class Run:
         records = sorted((record for trainer in self.trainers for record in trainer.history), key=lambda record: record["step"])  # stable: seeds in order
         checkpoint.write_whole(self.folder / "train_log.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
         self.log = (self.folder / "train_log.jsonl").open("a")
+
+    def tell_restart(self):
+        """Say that an earlier start is lost, where there is no checkpoint of it; where they were removed, also as a warning."""
+        if (self.folder / "config.json").exists():
+            print(f"{self.folder} was begun before and holds no checkpoint: it starts again at step 0")
+            if not (self.folder / "checkpoints").is_dir():
+                self.warnings.append("begun before, and its checkpoints were gone: trained again from step 0")
 
     @property
     def training(self) -> list[Trainer]:
@@ -1031,11 +1039,11 @@ class Run:
         write_json(self.folder / "warnings.json", self.warnings)
         if not failed:
             checkpoint.write_result(self.folder, self.info)
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            checkpoint.clear_complete(self.folder)  # not before: without checkpoints and result a killed run would be lost
 
     def _evaluated(self, trainer: Trainer, evaluator: Evaluator, bar: tqdm) -> dict[str, dict]:
         """The metrics of every evaluation of one seed. Each is written when it is done (eval/seed*_metrics.json) and not done again."""
-        path = self.folder / "eval" / f"seed{trainer.seed}_metrics.json"
+        path = checkpoint.record_of(self.folder, trainer.seed)
         record, sae = self._exported(trainer, path), None
         for name, section in SECTIONS.items():
             if name not in self.config.evals:
@@ -1044,7 +1052,7 @@ class Run:
             bar.update()
             if section in record["sections"]:
                 continue
-            sae = load_exported(self.folder / f"sae_seed{trainer.seed}", self.testbed.lm.device) if sae is None else sae
+            sae = load_exported(checkpoint.sae_folder(self.folder, trainer.seed), self.testbed.lm.device) if sae is None else sae
             with checkpoint.global_state_kept(seed=trainer.seed):
                 args = (sae, trainer.seed, f"{self.folder.name}_seed{trainer.seed}") if name == "unlearning" else (sae,)
                 metrics, details, *notes = getattr(evaluator.examiner if name == "unlearning" else evaluator, name)(*args)
@@ -1058,25 +1066,29 @@ class Run:
 
     def _exported(self, trainer: Trainer, path: Path) -> dict:
         """Export the SAE, once: the record of its files' checksums and of what was measured on them."""
-        folder = self.folder / f"sae_seed{trainer.seed}"
+        folder = checkpoint.sae_folder(self.folder, trainer.seed)
         try:
             record = checkpoint.read_sealed(path)
         except checkpoint.Unusable as why:
             print(f"warning: {why}; evaluated anew")
             record = None
-        if record and checkpoint.files_of(folder) == record["files"]:
+        if record is None:
+            record = {"files": {}, "sections": {}, "notes": []}
+            write_json(path, checkpoint.seal(record))  # by which the SAE's folder is known to be this run's
+        if record["files"] and checkpoint.files_of(folder) == record["files"]:
             return record
-        if record:
+        if record["files"]:
             print(f"warning: {folder} is not as it was written: the checksum of a file is wrong; exported anew")
         trainer.sae.temperature.zero_()  # above 0 only where the time budget ended training, which is warned of
         with checkpoint.writing(folder):
+            checkpoint.remove_part(folder, "sae_seed*")
             folder.mkdir(exist_ok=True)
             export(trainer.sae, folder, {"model_name": self.testbed.name, "hook_name": self.testbed.hook_name, "hook_layer": self.testbed.layer,
                                          "context_size": self.config.context_size, "prepend_bos": True})  # fmt: skip
-            for file in (*folder.iterdir(), folder):
+            for file in (*checkpoint.written(folder, "sae_seed*"), folder):
                 checkpoint.sync(file)
         files = checkpoint.files_of(folder)
-        return record if record and record["files"] == files else {"files": files, "sections": {}, "notes": []}
+        return record if record["files"] == files else {"files": files, "sections": {}, "notes": []}
 
     def _training(self, trainer: Trainer, seconds: float) -> dict:
         if not trainer.history:
@@ -1182,7 +1194,7 @@ def train(runs: list[Run], stream: ActivationStream, at: checkpoint.Position, n_
                 train_on_block()
                 if going():
                     stream.next_block()
-        except checkpoint.Interrupted as stop:
+        except Interrupted as stop:
             checkpoint.signals.taken()
             with checkpoint.signals.held():
                 save()
@@ -1224,6 +1236,9 @@ def run_experiments(command: Command, configs: list[Config], started: float):
     refuse_what_does_not_fit(resolved, testbed)
     runs = [Run(out_dir, *pair, testbed, n_steps) for out_dir, *pair in zip(command.out_dir, configs, resolved)]
     saved = None if command.overwrite else checkpoint.newest_common({run.folder: run.made_by for run in runs})
+    if not saved and not command.overwrite:
+        for run in runs:
+            run.tell_restart()
     at = checkpoint.Position(**saved[0][1]["position"]) if saved else checkpoint.Position()
     if at.over:
         stream, block = None, ActivationBlock.blank(testbed.d_in, testbed.lm.device)
@@ -1278,28 +1293,20 @@ def main(command: Command, configs: list[Config], started: float | None = None) 
         with checkpoint.signals, checkpoint.global_state_kept():
             run_experiments(command, configs, time.monotonic() if started is None else started)
         return 0
-    except WrongRequest as wrong:
-        code, line = 2, str(wrong)
-    except RunFailed as failed:
-        code, line = 1, str(failed)
-    except checkpoint.Interrupted as stop:
-        code, line = 128 + stop.number, f"interrupted by {signal.Signals(stop.number).name}: {stop.told}"
-    except (OSError, MemoryError, RuntimeError) as failed:
-        code, line = 1, f"{type(failed).__name__}: {failed}; no result was written"
-        if checkpoint.is_out_of_memory(failed):
-            line = "out of memory: lower --batch_size, --d_sae, --buffer_tokens, or the number of --seeds or run folders; with more memory the same command goes on"
-        elif isinstance(failed, torch._dynamo.exc.TorchDynamoException):
-            line = f"torch.compile failed ({str(failed).splitlines()[0]}): leave out --compile, or mend what it needs"
-        elif not isinstance(failed, OSError):
-            raise
+    except (Exception, Interrupted) as error:
+        return errors.tell(error)
     finally:
         checkpoint.disown()
-    print(f"error: {line}", file=sys.stderr)
-    return code
+
+
+def leave(number, frame):
+    """A signal handler for the time when all is written and told: a signal only ends the process sooner."""
+    os._exit(CODE)
 
 
 if __name__ == "__main__":
     CODE = main(COMMAND, CONFIGS, STARTED)
-    for number in (signal.SIGTERM, signal.SIGINT):  # all is written and told, and a signal only ends the process sooner
-        signal.signal(number, lambda *_: os._exit(CODE))
+    sys.stdout.flush()
+    for number in errors.stops():
+        signal.signal(number, leave)
     sys.exit(CODE)

@@ -38,6 +38,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads, also torch's, do not 
 import torch  # noqa: E402
 
 import checkpoint  # noqa: E402
+import errors  # noqa: E402
 import evaluation  # noqa: E402
 import experiment  # noqa: E402
 import testbeds  # noqa: E402
@@ -65,17 +66,17 @@ class Trial:
         code = 99
         try:
             faulthandler.register(signal.SIGUSR1, all_threads=True)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, checkpoint.leave_at_once)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the campaign may run under nohup
+            for number in errors.stops():
+                signal.signal(number, errors.leave_at_once)
             output = os.open(self.told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
             prepare()
             command, configs = experiment.unfinished(*experiment.parse_command(argv))
             code = experiment.main(command, configs) if configs else 0
-        except experiment.WrongRequest as wrong:
-            print(f"error: {wrong}", file=sys.stderr)
-            code = 2
+        except Exception as error:
+            code = errors.tell(error, began=False)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -169,6 +170,30 @@ def left_by_others(trial: Trial) -> list:
     return [p for p in Path(tempfile.gettempdir()).glob("saebench-*") if not p.name.startswith(f"saebench-of-{trial.pid}-")]
 
 
+FOREIGN = ("notes.json", "mine.tmp", "deep/er/x.tmp", "deep/er/config.json", "step_00000001.safetensors", "checkpoints/mine.safetensors", "checkpoints/x.tmp",
+           "checkpoints/old/step_00000001.safetensors", "eval/notes.json", "eval/x.json.tmp", "eval/seed0_notes.json", "sae/cfg.json", "a link")  # fmt: skip
+
+
+def put(folder: Path):
+    """Other people's files: some bytes each, and a link to one of them."""
+    for name in FOREIGN:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if name == "a link":
+            (folder / name).symlink_to("notes.json")
+        else:
+            (folder / name).write_bytes(RNG.randbytes(1000))
+
+
+def bytes_below(folder: Path) -> dict[Path, bytes]:
+    """Every file below a folder; of a link, where it leads."""
+    return {p: os.readlink(p).encode() if p.is_symlink() else p.read_bytes() for p in folder.rglob("*") if p.is_symlink() or p.is_file()}
+
+
+def theirs(folder: Path) -> dict[Path, bytes]:
+    """What `put` put into the folders of a folder."""
+    return {p: content for p, content in bytes_below(folder).items() if str(Path(*p.relative_to(folder).parts[1:])) in FOREIGN}
+
+
 def tells_the_truth(trial: Trial, folder: Path) -> bool:
     """Whether what the last line of an interrupted command says of the work is so."""
     kept = [*folder.rglob("step_*.safetensors"), *folder.rglob("final_info.json")]
@@ -246,7 +271,7 @@ class Campaign:
     def signals(self):
         runs = ("run_1", "run_6")
         alone, cpu = self.undisturbed(runs, CORE)
-        for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
             good, tries = 0, 8
             for i in range(tries):
                 loads = i < tries // 4  # the LM, which the other trials find loaded
@@ -272,6 +297,46 @@ class Campaign:
             third = Trial(folder)
             good -= third.wait() != 0
         self.row("a second process on the same folder", 3, good, "exit 2, names the owner's process, host and start; the owner is not disturbed")
+
+    # ---- other people's files
+
+    def foreign(self):
+        """Beforehand in a folder; then put into a run folder while it runs, which is killed or left alone, and given again, also with --overwrite."""
+        good, tries = 0, 6
+        for i in range(tries):
+            put(place := (folder := self.folder()) / "run_1")
+            if i % 2:
+                (place / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "hidden_size": 8}))
+            before = bytes_below(folder)
+            trials = [Trial(folder, extra=(*GEOMETRY, *more)) for more in ((), ("--overwrite",))]
+            ok = all(trial.wait() == 2 and "nothing is removed or written there" in trial.last for trial in trials) and bytes_below(folder) == before
+            good += ok
+            if not ok:
+                print(*(trial.text for trial in trials))
+            shutil.rmtree(folder)
+        self.row("a folder of other people's files as --out_dir", tries, good, "exit 2, also with --overwrite; byte for byte as before")
+        alone, cpu = self.undisturbed()
+        good, tries = 0, 6
+        for i in range(tries):
+            trial = Trial(folder := self.folder())
+            while not list(folder.glob("run_1/config.json")) and trial.poll() is None:
+                time.sleep(0.01)
+            put(folder / "run_1")
+            put(folder / "beside")
+            put(folder / "run_1.eval")
+            before = theirs(folder)
+            if i % 3 and trial.runs_for(RNG.uniform(0.3, 1.0) * cpu):
+                trial.end(signal.SIGKILL if i % 2 else signal.SIGHUP)
+            ok = trial.wait() in (0, 129, -signal.SIGKILL) and theirs(folder) == before
+            for more in ((), (), ("--overwrite",)):  # it goes on, it is complete, it is made anew
+                again = Trial(folder, extra=(*GEOMETRY, *more))
+                ok = again.wait() == 0 and theirs(folder) == before and same(folder, alone) and not checkpoint.steps_in(folder / "run_1") and ok
+            good += ok
+            if not ok:
+                print(trial.text, again.text)
+            shutil.rmtree(folder)
+        self.row("other people's files put into and beside a run folder while it runs", tries, good,
+                 "killed, going on, complete, asked again and with --overwrite: theirs are byte for byte as before, and the run's are the same bytes as without")  # fmt: skip
 
     # ---- damage
 
@@ -521,7 +586,7 @@ INJECTED = [
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"kills": Campaign.kills_at_random, "signals": Campaign.signals, "owners": Campaign.owners, "damage": Campaign.damage, "numbers": Campaign.numbers,
+    parts = {"kills": Campaign.kills_at_random, "signals": Campaign.signals, "owners": Campaign.owners, "foreign": Campaign.foreign, "damage": Campaign.damage, "numbers": Campaign.numbers,
              "machine": Campaign.machine, "bounds": Campaign.bounds}  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--kills", type=int, default=60)
