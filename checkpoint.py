@@ -1,7 +1,8 @@
-"""What keeps a run's work whole: sealed JSON, checkpoints, one owner a folder, signals, and plain words for what fails.
+"""What keeps a run's work whole: what its folder holds, sealed JSON, checkpoints, one owner, signals.
 
+    refuse_foreign(folder, seeds)                    # nothing is removed but WRITTEN
     own(folder)                                      # one process a run folder (flock)
-    with signals: ... with signals.held(): ...       # a signal that stops ends the process where the state is whole
+    with signals: ... with signals.held(): ...       # a signal ends the process where the state is whole
     save(folder, step, tensors, facts)               # one safetensors file, whole or not at all; the last two stay
     newest_common({folder: made_by})                 # the newest state that all folders of a command hold
     write_result(folder, info)                       # final_info.json, and checksums of what a run left
@@ -37,7 +38,7 @@ from errors import Interrupted, RunFailed, WrongRequest, stops
 FORMAT = "orthogonal-sae-checkpoint-1"
 KEPT = 2
 
-# ------------------------------------------------------------------------------------------------ what a run folder holds
+# ------------------------------------------------------------------------------ what a run folder holds
 
 SECTIONS = {  # evaluation -> its name in the results
     "core": "core", "unlearning": "unlearning", "corpus": "corpus_unlearning", "geometry": "geometry",
@@ -62,14 +63,14 @@ def record_of(folder: Path, seed: int | str) -> Path:
 
 
 def written(place: Path, part: str) -> list[Path]:
-    """What the program wrote into a part of a run folder, or was writing (.tmp), by name; links of such a name, too."""
+    """What the program wrote into a part of a run folder, or was writing (.tmp), by name; links too."""
     name = re.compile(rf"({WRITTEN[part]})(\.tmp)?")
     there = sorted(place.iterdir()) if place.is_dir() else []
     return [path for path in there if name.fullmatch(path.name) and (path.is_symlink() or path.is_file())]
 
 
 def remove_part(place: Path, part: str):
-    """Remove what the program wrote into a part of a run folder. Of a link, the link: what it leads to stays."""
+    """Remove what the program wrote into a part of a run folder. Of a link, the link alone."""
     if place.is_symlink():
         place.unlink()
     for path in written(place, part):
@@ -96,7 +97,7 @@ def start_anew(folder: Path):
 
     The process may be killed at any point of it: the result goes first, and an SAE's record after the SAE.
     """
-    (folder / "checkpoints").mkdir(exist_ok=True)  # where it is missing, checkpoints were lost (Run.tell_restart)
+    (folder / "checkpoints").mkdir(exist_ok=True)  # without it, Run.tell_restart says that they were lost
     (folder / "final_info.json").unlink(missing_ok=True)
     for record in written(folder / "eval", "eval"):
         if seed := re.fullmatch(r"seed(\d+)_metrics\.json", record.name):
@@ -109,17 +110,18 @@ def start_anew(folder: Path):
 
 
 def clear_complete(folder: Path):
-    """Remove what a complete run needs no more: its checkpoints, and what was half written. A run that cannot be
-    cleared is complete all the same."""
+    """Remove what a complete run needs no more: its checkpoints, and what was half written. A run that
+    cannot be cleared is complete all the same."""
     try:
         remove_folder(folder / "checkpoints", "checkpoints")
         remove_half_written(folder)
     except OSError as error:
-        print(f"warning: {error.filename} is needed no more and cannot be removed: {error.strerror}", file=sys.stderr)
+        why = f"is needed no more and cannot be removed: {error.strerror}"
+        print(f"warning: {error.filename} {why}", file=sys.stderr)
 
 
 def clear_left(folder: Path):
-    """`clear_complete`, for a process that was killed before it came to it; not while another process owns the folder."""
+    """`clear_complete`, for a process that was killed before it; not while another one owns the folder."""
     if (folder / "checkpoints").is_dir() or any(path.name.endswith(".tmp") for path in written(folder, ".")):
         with contextlib.suppress(WrongRequest):  # another owner, or a folder that one may only read
             own(folder)
@@ -135,29 +137,30 @@ def is_settings(value) -> bool:
 
 
 def refuse_place(folder: Path):
-    """Raises WrongRequest where no run folder can be: a name that no folder can have, a file, a link that leads
-    nowhere, no permission to write. Nothing is made."""
+    """Raises WrongRequest where no run folder can be: a name that no folder can have, a file, a link that
+    leads nowhere, no permission to write. Nothing is made."""
+    said = f"--out_dir {folder}"
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in str(folder)):
-        raise WrongRequest(f"--out_dir {str(folder)!r} holds a line break or another control character: give a name without")
+        raise WrongRequest(f"--out_dir {str(folder)!r} holds a line break or another control character")
     if len(os.fsencode(folder.name)) > 200:
-        raise WrongRequest(f"--out_dir {folder}: the folder's name is longer than 200 bytes; give a shorter one")
+        raise WrongRequest(f"{said}: the folder's name is longer than 200 bytes; give a shorter one")
     try:
         for place in (folder, *folder.absolute().parents):
             if place.is_symlink() and not place.exists():
-                raise WrongRequest(f"--out_dir {folder}: {place} is a link that leads nowhere; name another folder")
+                raise WrongRequest(f"{said}: {place} is a link that leads nowhere; name another folder")
             if place.exists():
                 break
     except OSError as error:
-        raise WrongRequest(f"--out_dir {folder}: {error.strerror}; name another folder") from error
+        raise WrongRequest(f"{said}: {error.strerror}; name another folder") from error
     if not place.is_dir():
-        raise WrongRequest(f"--out_dir {folder}: {place} is a file; name a folder")
+        raise WrongRequest(f"{said}: {place} is a file; name a folder")
     if not os.access(place, os.W_OK | os.X_OK | (os.R_OK if place == folder else 0)):
-        raise WrongRequest(f"--out_dir {folder}: {place} is not writable; name another folder")
+        raise WrongRequest(f"{said}: {place} is not writable; name another folder")
 
 
 def refuse_foreign(folder: Path, seeds: tuple[int, ...]):
-    """Raises WrongRequest for a folder that holds other files and no run of this program, and for a run folder in
-    which something else is where this program would write."""
+    """Raises WrongRequest for a folder that holds other files and no run of this program, and for a run
+    folder in which something else is where this program would write."""
     if not folder.is_dir():
         return
     settings = folder / "config.json"
@@ -169,12 +172,14 @@ def refuse_foreign(folder: Path, seeds: tuple[int, ...]):
         raise WrongRequest(f"{settings} cannot be read: {error.strerror}; name another folder") from error
     if not ours:
         begun = {".lock", "config.json.tmp"}  # what may be there before config.json is
-        begun |= {p for p in ("checkpoints", "eval") if (folder / p).is_dir() and not any((folder / p).iterdir())}
+        for part in ("checkpoints", "eval"):
+            begun |= {part} if (folder / part).is_dir() and not any((folder / part).iterdir()) else set()
         if foreign := sorted(p.name for p in folder.iterdir() if p.name not in begun or p.is_symlink()):
             names = ", ".join(map(repr, foreign[:3])) + (", ..." if len(foreign) > 3 else "")
-            whose = "a config.json that is damaged or not of this program" if settings.exists() else "no config.json of this program"
-            raise WrongRequest(f"--out_dir {folder} holds {names} and {whose}: nothing is removed or written there, with "
-                               "--overwrite neither; name a new or an empty folder")  # fmt: skip
+            whose = "a config.json that is damaged or not" if settings.exists() else "no config.json"
+            told = f"--out_dir {folder} holds {names} and {whose} of this program"
+            rest = "nothing is removed or written there, with --overwrite neither; name a new or an empty folder"
+            raise WrongRequest(f"{told}: {rest}")
     for path in (folder / name for name in FILES):
         if path.is_dir():
             raise WrongRequest(f"{path} is a folder, and this program would write a file there: move it")
@@ -183,9 +188,11 @@ def refuse_foreign(folder: Path, seeds: tuple[int, ...]):
             raise WrongRequest(f"{place} is no folder, and this program would make one there: move it")
     for seed in seeds:
         sae = sae_folder(folder, seed)
-        if sae.is_dir() and any(sae.iterdir()) and not record_of(folder, seed).exists():
-            raise WrongRequest(f"{sae} holds files that are not known to be of this run ({record_of(folder, seed)} is not "
-                               "there), and this program would write there: move them")  # fmt: skip
+        there = [name for name in SAE_FILES if os.path.lexists(sae / name)]
+        if there and not record_of(folder, seed).exists():
+            told = f"{sae} holds {there[0]}, which is not known to be of this run"
+            why = f"{record_of(folder, seed)} is not there"
+            raise WrongRequest(f"{told} ({why}), and this program would write it: move that folder")
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -275,10 +282,12 @@ def provenance() -> dict:
 
 
 def commit_of_code() -> str:
-    """The commit; "-dirty" where code differs from it (run folders are no code); "unknown: " and the reason where git does not tell."""
+    """The commit; "-dirty" where code differs from it (run folders are no code); "unknown: " and the reason
+    where git does not tell."""
 
     def git(*args) -> subprocess.CompletedProcess:
-        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, errors="replace")
+        here = Path(__file__).parent
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, errors="replace")
 
     try:
         described = git("describe", "--always")
@@ -328,7 +337,8 @@ def files_of(folder: Path) -> dict[str, str]:
 def write_result(out_dir: Path, info: dict):
     """final_info.json, last; just before it, in checksums.json, its sha256 and that of every file behind it that is not sealed."""
     content = as_json(info)
-    details = [path for path in written(out_dir / "eval", "eval") if not path.name.endswith(("_metrics.json", ".tmp"))]
+    details = written(out_dir / "eval", "eval")
+    details = [path for path in details if not path.name.endswith(("_metrics.json", ".tmp"))]
     behind = [out_dir / "warnings.json", out_dir / "train_log.jsonl", *details]
     files = {str(p.relative_to(out_dir)): sha256_of(p) for p in behind} | {"final_info.json": hashlib.sha256(content).hexdigest()}
     write_json(out_dir / "checksums.json", seal({"files": files}))
@@ -370,7 +380,8 @@ def changed_files(out_dir: Path) -> list[str]:
         told.append(str(why))
     for path in sorted(out_dir.glob("eval/seed*_metrics.json")):
         try:
-            record, sae = read_sealed(path), sae_folder(out_dir, path.name.removesuffix("_metrics.json").removeprefix("seed"))
+            seed = path.name.removesuffix("_metrics.json").removeprefix("seed")
+            record, sae = read_sealed(path), sae_folder(out_dir, seed)
             if sae.is_dir() and files_of(sae) != record["files"]:
                 told.append(f"{sae} is not as it was written: the checksum of a file is wrong")
         except (Unusable, KeyError) as why:
@@ -415,7 +426,8 @@ def path_of(folder: Path, step: int) -> Path:
 
 def steps_in(folder: Path) -> list[int]:
     """Steps of the checkpoints in a run folder, usable or not, in order."""
-    found = (re.fullmatch(WRITTEN["checkpoints"], p.name) for p in written(folder / "checkpoints", "checkpoints"))
+    there = written(folder / "checkpoints", "checkpoints")
+    found = (re.fullmatch(WRITTEN["checkpoints"], path.name) for path in there)
     return sorted(int(m[1]) for m in found if m)
 
 
@@ -494,22 +506,23 @@ _owned: dict[Path, int] = {}
 
 
 def own(folder: Path):
-    """Make this process the folder's owner until `disown` or its death. Raises WrongRequest, naming the present owner, or
-    what stands in the lock's place."""
+    """Make this process the folder's owner until `disown` or its death. Raises WrongRequest, naming the
+    present owner, or what stands in the lock's place."""
     path = (folder / ".lock").absolute()
     while path not in _owned:
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         except OSError as error:
-            raise WrongRequest(f"{path}, by which one process owns a run folder, cannot be opened: {error.strerror}; "
-                               "remove it if it is not in use, or name another folder") from error  # fmt: skip
+            told = f"{path}, by which one process owns a run folder, cannot be opened: {error.strerror}"
+            raise WrongRequest(f"{told}; remove it if it is not in use, or name another folder") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not _is_at(path, file):  # its last owner removed it just now
                 os.close(file)
                 continue
             if not stat.S_ISREG(os.fstat(file).st_mode) or not OWNER.fullmatch(os.pread(file, 1000, 0)):
-                raise WrongRequest(f"{path} was not written by this program: remove it, or name another folder")
+                why = "was not written by this program"
+                raise WrongRequest(f"{path} {why}: remove it, or name another folder")
             os.ftruncate(file, 0)
             now = time.strftime("%Y-%m-%d %H:%M:%S %z")
             os.pwrite(file, f"process {os.getpid()} on {platform.node()} since {now}\n".encode(), 0)
@@ -523,7 +536,7 @@ def own(folder: Path):
         _owned[path] = file
 
 
-OWNER = re.compile(rb"(process \d+ on .* since .*\n)?")  # of a process that was killed just after it made the file, nothing
+OWNER = re.compile(rb"(process \d+ on .* since .*\n)?")  # nothing: of a process that was killed then
 
 
 def _is_at(path: Path, file: int) -> bool:

@@ -31,8 +31,8 @@ def address_space() -> int | None:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """An allocation that failed, on the CPU, on CUDA or where a library was loaded, in the forms that there are
-    for it; also as the cause of another error."""
+    """An allocation that failed, on the CPU, on CUDA or where a library was loaded, in the forms that there
+    are for it; also as the cause of another error."""
     if error is None or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return error is not None
     forms = ["allocate memory", "out of memory", "bad_alloc", "failed to map segment"]
@@ -42,15 +42,21 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def ending(error: BaseException, began: bool) -> tuple[int, str, bool]:
-    """Exit code and line of a command that ended in `error`, and whether nobody expected that; `began`: whether
-    everything was imported."""
+    """Exit code and line of a command that ended in `error`, and whether nobody expected that; `began`:
+    whether everything was imported."""
     if isinstance(error, Interrupted):
         return 128 + error.number, f"interrupted by {signal.Signals(error.number).name}: {error.told}", False
     if is_out_of_memory(error):
         limit = address_space()
-        limited = "" if limit is None else f" (ulimit -v allows {limit / 1e9:.1f} GB of address space: raise it)"
+        limited = (
+            "" if limit is None else f" (ulimit -v allows {limit / 1e9:.1f} GB of address space: raise it)"
+        )
         if not began:
-            return 1, f"out of memory{limited} before anything was begun: with more the same command starts", False
+            return (
+                1,
+                f"out of memory{limited} before anything was begun: with more the same command starts",
+                False,
+            )
         lower = "lower --batch_size, --d_sae, --buffer_tokens, or the number of --seeds or run folders"
         return 1, f"out of memory{limited}: {lower}; with more memory the same command goes on", False
     if isinstance(error, WrongRequest | RunFailed):
@@ -64,7 +70,8 @@ def ending(error: BaseException, began: bool) -> tuple[int, str, bool]:
 
 
 def tell(error: BaseException, began: bool = True) -> int:
-    """Write the one last line of a command that ended in `error` to stderr, after the traceback of what nobody expected; its exit code."""
+    """Write the last line of a command that ended in `error` to stderr, after the traceback of what nobody
+    expected; its exit code."""
     code, line, unexpected = ending(error, began)
     if unexpected:
         traceback.print_exception(error)
@@ -77,11 +84,11 @@ def tell_uncaught(kind: type, error: BaseException, trace):
     tell(error, began=False)
 
 
-# ------------------------------------------------------------------------------------------------ stdout and stderr
+# ------------------------------------------------------------------------------ stdout and stderr
 
 
 class Output:
-    """A text stream that a run does not depend on: what can no longer be written is dropped, and stderr told so once."""
+    """A text stream that a run does not depend on: what cannot be written is dropped, and stderr told once."""
 
     def __init__(self, stream, number: int):
         self._stream, self._number = stream, number
@@ -101,15 +108,18 @@ class Output:
             os.dup2(nowhere, self._number)  # also for what is in buffers still, and for what libraries write
             os.close(nowhere)
             if self._number == 1:
-                print(f"warning: stdout cannot be written to any more ({error.strerror}); the work goes on", file=sys.stderr)
+                print(
+                    f"warning: stdout cannot be written ({error.strerror}): the rest of it is left out",
+                    file=sys.stderr,
+                )
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
 
 
 def keep_output_open():
-    """From here on writing to stdout and stderr never fails: not when a reader (`| head`) or a terminal goes away, a disk is full, a stream was
-    closed from the start, or its encoding lacks a character."""
+    """From here on writing to stdout and stderr never fails: not when a reader (`| head`) or a terminal goes
+    away, a disk is full, a stream was closed from the start, or its encoding lacks a character."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -121,11 +131,11 @@ def keep_output_open():
         setattr(sys, name, Output(stream, number))
 
 
-# ------------------------------------------------------------------------------------------------ signals
+# ------------------------------------------------------------------------------ signals
 
 
 def stops() -> list[signal.Signals]:
-    """The signals that stop a command. Under nohup, which ignores it from the start, SIGHUP (a connection lost) is none."""
+    """The signals that stop a command. Under nohup, which ignores it, SIGHUP (a connection lost) is none."""
     kept = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [signal.SIGTERM, signal.SIGINT, *([] if kept else [signal.SIGHUP])]
 
@@ -133,5 +143,7 @@ def stops() -> list[signal.Signals]:
 def leave_at_once(number, frame):
     """A signal handler for the time before anything is begun."""
     with contextlib.suppress(OSError):
-        os.write(2, f"error: interrupted by {signal.Signals(number).name} before anything was begun\n".encode())
+        os.write(
+            2, f"error: interrupted by {signal.Signals(number).name} before anything was begun\n".encode()
+        )
     os._exit(128 + number)

@@ -967,7 +967,8 @@ class Run:
         self.log = (self.folder / "train_log.jsonl").open("a")
 
     def tell_restart(self):
-        """Say that an earlier start is lost, where there is no checkpoint of it; where they were removed, also as a warning."""
+        """Say that an earlier start is lost, where there is no checkpoint of it; as a warning where they were
+        removed."""
         if (self.folder / "config.json").exists():
             print(f"{self.folder} was begun before and holds no checkpoint: it starts again at step 0")
             if not (self.folder / "checkpoints").is_dir():
@@ -1039,7 +1040,7 @@ class Run:
         write_json(self.folder / "warnings.json", self.warnings)
         if not failed:
             checkpoint.write_result(self.folder, self.info)
-            checkpoint.clear_complete(self.folder)  # not before: without checkpoints and result a killed run would be lost
+            checkpoint.clear_complete(self.folder)  # not before: one killed in between would be lost
 
     def _evaluated(self, trainer: Trainer, evaluator: Evaluator, bar: tqdm) -> dict[str, dict]:
         """The metrics of every evaluation of one seed. Each is written when it is done (eval/seed*_metrics.json) and not done again."""
@@ -1052,7 +1053,8 @@ class Run:
             bar.update()
             if section in record["sections"]:
                 continue
-            sae = load_exported(checkpoint.sae_folder(self.folder, trainer.seed), self.testbed.lm.device) if sae is None else sae
+            if sae is None:
+                sae = load_exported(checkpoint.sae_folder(self.folder, trainer.seed), self.testbed.lm.device)
             with checkpoint.global_state_kept(seed=trainer.seed):
                 args = (sae, trainer.seed, f"{self.folder.name}_seed{trainer.seed}") if name == "unlearning" else (sae,)
                 metrics, details, *notes = getattr(evaluator.examiner if name == "unlearning" else evaluator, name)(*args)

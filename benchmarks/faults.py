@@ -170,15 +170,16 @@ def left_by_others(trial: Trial) -> list:
     return [p for p in Path(tempfile.gettempdir()).glob("saebench-*") if not p.name.startswith(f"saebench-of-{trial.pid}-")]
 
 
-FOREIGN = ("notes.json", "mine.tmp", "deep/er/x.tmp", "deep/er/config.json", "step_00000001.safetensors", "checkpoints/mine.safetensors", "checkpoints/x.tmp",
-           "checkpoints/old/step_00000001.safetensors", "eval/notes.json", "eval/x.json.tmp", "eval/seed0_notes.json", "sae/cfg.json", "a link")  # fmt: skip
+FOREIGN = """notes.json mine.tmp deep/er/x.tmp deep/er/config.json step_00000001.safetensors sae/cfg.json link
+checkpoints/mine.safetensors checkpoints/x.tmp checkpoints/old/step_00000001.safetensors
+eval/notes.json eval/x.json.tmp eval/seed0_notes.json""".split()
 
 
 def put(folder: Path):
     """Other people's files: some bytes each, and a link to one of them."""
     for name in FOREIGN:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if name == "a link":
+        if name == "link":
             (folder / name).symlink_to("notes.json")
         else:
             (folder / name).write_bytes(RNG.randbytes(1000))
@@ -186,12 +187,14 @@ def put(folder: Path):
 
 def bytes_below(folder: Path) -> dict[Path, bytes]:
     """Every file below a folder; of a link, where it leads."""
-    return {p: os.readlink(p).encode() if p.is_symlink() else p.read_bytes() for p in folder.rglob("*") if p.is_symlink() or p.is_file()}
+    below = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
+    return {path: os.readlink(path).encode() if path.is_symlink() else path.read_bytes() for path in below}
 
 
 def theirs(folder: Path) -> dict[Path, bytes]:
     """What `put` put into the folders of a folder."""
-    return {p: content for p, content in bytes_below(folder).items() if str(Path(*p.relative_to(folder).parts[1:])) in FOREIGN}
+    place = {path: str(Path(*path.relative_to(folder).parts[1:])) for path in bytes_below(folder)}
+    return {path: content for path, content in bytes_below(folder).items() if place[path] in FOREIGN}
 
 
 def tells_the_truth(trial: Trial, folder: Path) -> bool:
@@ -301,20 +304,23 @@ class Campaign:
     # ---- other people's files
 
     def foreign(self):
-        """Beforehand in a folder; then put into a run folder while it runs, which is killed or left alone, and given again, also with --overwrite."""
+        """Beforehand in a folder; then put into a run folder while it runs, which is killed or left alone,
+        and given again, also with --overwrite."""
         good, tries = 0, 6
         for i in range(tries):
             put(place := (folder := self.folder()) / "run_1")
             if i % 2:
-                (place / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "hidden_size": 8}))
+                (place / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
             before = bytes_below(folder)
             trials = [Trial(folder, extra=(*GEOMETRY, *more)) for more in ((), ("--overwrite",))]
-            ok = all(trial.wait() == 2 and "nothing is removed or written there" in trial.last for trial in trials) and bytes_below(folder) == before
+            ok = all(t.wait() == 2 and "nothing is removed or written there" in t.last for t in trials)
+            ok = ok and bytes_below(folder) == before
             good += ok
             if not ok:
                 print(*(trial.text for trial in trials))
             shutil.rmtree(folder)
-        self.row("a folder of other people's files as --out_dir", tries, good, "exit 2, also with --overwrite; byte for byte as before")
+        outcome = "exit 2, also with --overwrite; byte for byte as before"
+        self.row("a folder of other people's files as --out_dir", tries, good, outcome)
         alone, cpu = self.undisturbed()
         good, tries = 0, 6
         for i in range(tries):
@@ -330,13 +336,14 @@ class Campaign:
             ok = trial.wait() in (0, 129, -signal.SIGKILL) and theirs(folder) == before
             for more in ((), (), ("--overwrite",)):  # it goes on, it is complete, it is made anew
                 again = Trial(folder, extra=(*GEOMETRY, *more))
-                ok = again.wait() == 0 and theirs(folder) == before and same(folder, alone) and not checkpoint.steps_in(folder / "run_1") and ok
+                ok = again.wait() == 0 and theirs(folder) == before and same(folder, alone) and ok
+                ok = ok and not checkpoint.steps_in(folder / "run_1")
             good += ok
             if not ok:
                 print(trial.text, again.text)
             shutil.rmtree(folder)
-        self.row("other people's files put into and beside a run folder while it runs", tries, good,
-                 "killed, going on, complete, asked again and with --overwrite: theirs are byte for byte as before, and the run's are the same bytes as without")  # fmt: skip
+        outcome = "killed, gone on, asked again, with --overwrite: byte for byte as before; the run's own the same"
+        self.row("other people's files put into and beside a run folder while it runs", tries, good, outcome)
 
     # ---- damage
 
@@ -444,7 +451,7 @@ class Campaign:
                 print(code, trial.text, again.text)
             subprocess.run(["umount", folder], check=True)
         self.row("disk full", tried, good, "one line, exit 1; with space again the same command ends with the same bytes")
-        self.survived("memory runs out (address space limit)", alone, lambda: do_at(130, lambda *_: limit(resource.RLIMIT_AS, int(Path("/proc/self/statm").read_text().split()[0]) * 4096 + 2**20)), "out of memory: lower")
+        self.survived("memory runs out (address space limit)", alone, lambda: do_at(130, lambda *_: limit(resource.RLIMIT_AS, int(Path("/proc/self/statm").read_text().split()[0]) * 4096 + 2**20)), "out of memory (ulimit -v allows")
 
     def survived(self, fault: str, alone: Path, prepare, said: str):
         """Two checkpoints, the fault (at step 130, behind both) in the third process, one line, and the same command again."""
