@@ -46,7 +46,8 @@ def ending(error: BaseException, began: bool) -> tuple[int, str, bool]:
     whether everything was imported."""
     if isinstance(error, Interrupted):
         return 128 + error.number, f"interrupted by {signal.Signals(error.number).name}: {error.told}", False
-    if is_out_of_memory(error):
+    told_so = isinstance(error, WrongRequest | RunFailed) and "memory" in str(error)  # and where, and what to do
+    if is_out_of_memory(error) and not told_so:
         limit = address_space()
         limited = (
             "" if limit is None else f" (ulimit -v allows {limit / 1e9:.1f} GB of address space: raise it)"

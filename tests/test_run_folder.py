@@ -1,6 +1,6 @@
 """A run folder: what the program writes there is the program's; everything else stays as it is. And how it ends."""
 
-# ruff: noqa: F811  (`here` is a fixture)
+# ruff: noqa: F401, F811  (`here` is a fixture)
 import errno
 import io
 import json
@@ -441,6 +441,11 @@ def test_every_ending_is_an_exit_code_and_a_line(monkeypatch, capsys):
         (errors.Interrupted(signal.SIGHUP, "at step 3"), 129, "error: interrupted by SIGHUP: at step 3"),
         (MemoryError(), 1, "error: out of memory: lower --batch_size"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "error: out of memory: lower"),
+        (
+            because(WrongRequest("--x cannot be read (memory ran out)"), MemoryError()),
+            2,
+            "error: --x cannot be read",
+        ),
         (
             because(WrongRequest("--lm x cannot be loaded; save it anew"), no_memory),
             1,
