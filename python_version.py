@@ -1,4 +1,4 @@
-"""Which Pythons this works with; imported before anything else, so that any other one is refused in one line (exit code 2).
+"""Which Pythons this works with; imported first, so that another one is refused in one line (exit code 2).
 
 Any Python 3 must be able to read this file. The Makefile runs it before it makes an environment.
 """

@@ -1,4 +1,4 @@
-"""What is imported is declared, what is not needed is not installed, and a Python that does not work is refused."""
+"""What is imported is declared, runs install nothing that tests alone need, and some Pythons are refused."""
 
 import ast
 import os
@@ -16,7 +16,8 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-RUN = [*ROOT.glob("*.py"), *(ROOT / "micro_pythia").glob("*.py"), *(ROOT / "studies").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+FOLDERS = (".", "micro_pythia", "studies", "benchmarks")
+RUN = [file for folder in FOLDERS for file in (ROOT / folder).glob("*.py")]
 TESTS = [*(ROOT / "tests").glob("*.py")]
 OWN = {file.stem for file in RUN + TESTS} | {"micro_pythia", "benchmarks"}
 PEERS = {"dictionary_learning", "sparsify"}  # of benchmarks/requirements.txt, in an environment of their own
@@ -30,7 +31,7 @@ def imported(file: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(node.module)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "importorskip":
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip":
             names.add(node.args[0].value)
     return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - OWN
 
@@ -72,7 +73,10 @@ def test_what_tests_import_is_declared():
 
 def test_an_import_that_is_not_declared_is_found(tmp_path):
     file = tmp_path / "new.py"
-    file.write_text("import os\nimport yaml.nodes\nfrom PIL import Image\nimport no_such_module, numpy.linalg\nscipy = pytest.importorskip('scipy.stats')\n")
+    file.write_text(
+        "import os, yaml.nodes\nfrom PIL import Image\nimport no_such_module, numpy.linalg\n"
+        "stats = pytest.importorskip('scipy.stats')\n"
+    )  # one each of: the standard library's, brought by others, not installed, declared, for tests alone
     assert set(undeclared([file], declared("requirements.txt"))) == {"yaml", "PIL", "no_such_module", "scipy"}
 
 
@@ -122,7 +126,7 @@ def project(tmp_path) -> Path:
         f"#!/bin/sh\necho \"$@\" >> {tmp_path}/asked\n"
         '[ "$2" != venv ] || { mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; }\n'
         '[ "$1" != python_version.py ] || exit $(cat refusal)\n'
-    )  # fmt: skip
+    )
     python.chmod(0o755)
     (tmp_path / "refusal").write_text("0")
     (tmp_path / "reproduced").mkdir()
@@ -145,7 +149,8 @@ def installs(asked: list[str]) -> list[str]:
 def test_runs_install_what_they_need_and_tests_add_theirs_once(project):
     code, asked = make(project, "run")
     assert code == 0 and asked[0] == "python_version.py" and installs(asked) == ["requirements.txt"]
-    assert asked[-2].startswith("experiment.py --out_dir reproduced/run_0") and asked[-1] == "../plot.py run_0 run_1"
+    assert asked[-2].startswith("experiment.py --out_dir reproduced/run_0")
+    assert asked[-1] == "../plot.py run_0 run_1"
     code, asked = make(project, "test")
     assert code == 0 and installs(asked) == ["requirements-dev.txt"] and "-m pytest" in asked[-1]
     for target in ("run", "study", "test", "faults", "micro"):
