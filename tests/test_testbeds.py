@@ -252,7 +252,7 @@ BROKEN = {
     "weights cut off": "cannot be loaded",
     "weights missing": "lacks 9 weights, first model.layers.2",
     "weights not finite": "logits are not finite",
-    "no tokenizer": "its tokenizer cannot be loaded",
+    "no tokenizer": "holds no tokenizer",
     "another tokenizer": "they belong to different LMs",
     "architecture that transformers does not know": "cannot be loaded",
 }
