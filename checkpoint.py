@@ -37,6 +37,7 @@ from errors import Interrupted, RunFailed, WrongRequest, stops
 
 FORMAT = "orthogonal-sae-checkpoint-1"
 KEPT = 2
+LARGEST = 64 * 10**6  # bytes of a JSON file; what a run writes is far smaller
 
 # ------------------------------------------------------------------------------ what a run folder holds
 
@@ -307,22 +308,37 @@ def is_sealed(value: dict) -> bool:
     return value == seal({k: v for k, v in value.items() if k != "sha256"})
 
 
+def content_of(path: Path) -> bytes:
+    """Bytes of a JSON file. Raises OSError; and ValueError for a folder, a pipe or a device (which may keep a
+    reader waiting for ever) and for more than LARGEST bytes."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")
+    with path.open("rb") as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ValueError(f"larger than {LARGEST // 10**6} MB")
+    return content
+
+
 def read_sealed(path: Path) -> dict | None:
     """A sealed object; None if there is no such file. Raises Unusable when it is not as it was written."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(content_of(path))
+        whole = isinstance(value, dict) and is_sealed(value)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Unusable(f"{path} is damaged: {error}") from error
-    if not isinstance(value, dict) or not is_sealed(value):
+    if not whole:
         raise Unusable(f"{path} is not as it was written: its checksum is wrong")
     return value
 
 
 def sha256_of(path: Path) -> str | None:
-    """Of a file's bytes; None if it cannot be read."""
+    """Of a regular file's bytes; None if there is none or it cannot be read."""
     try:
+        if not path.is_file():
+            return None
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
@@ -347,7 +363,11 @@ def write_result(out_dir: Path, info: dict):
 
 def recorded_sums(out_dir: Path) -> dict[str, str]:
     """What checksums.json says: name of a file -> sha256; older run folders have none. Raises Unusable."""
-    return (read_sealed(out_dir / "checksums.json") or {"files": {}})["files"]
+    path = out_dir / "checksums.json"
+    files = (read_sealed(path) or {"files": {}}).get("files")
+    if not isinstance(files, dict) or any(Path(n).is_absolute() or ".." in Path(n).parts for n in files):
+        raise Unusable(f"{path} does not list files of its folder with their checksums")
+    return files
 
 
 def is_as_recorded(path: Path) -> bool:

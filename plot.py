@@ -1,34 +1,53 @@
 """Figures, tables and a report from run folders alone: python plot.py [run_0 run_1 ...]    (default: every run_* folder here)
 
 Needs numpy and matplotlib only. Folders that are not complete are skipped, and the reason is printed. Figures are written
-as PNGs and the report as report.html, one page that needs nothing else, into the current folder; the table goes to the
-screen. † marks a run whose warnings.json is not empty, or whose files are not as they were written. A figure whose data no run has is left out, and the reason is printed.
+as PNGs and the report as report.html, one page that needs nothing else, into the current folder, each whole
+or not at all; the table goes to the screen. † marks a run whose warnings.json is not empty, or whose files are
+not as they were written. A figure whose data no run has is left out, and the reason is printed. Exit code 2: a wrong
+request, 1: a file could not be written; one last line on stderr says what is wrong.
 """
 
 import argparse
 import base64
+import errno
 import hashlib
 import html
+import io
 import json
 import math
+import os
 import re
+import signal
 import string
 import struct
 import sys
+import tempfile
 import textwrap
+import traceback
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-matplotlib.rcParams |= {"savefig.dpi": 150, "axes.formatter.useoffset": False}
-import matplotlib.pyplot as plt
-import numpy as np
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
-
 import checkpoint
+from errors import RunFailed, WrongRequest
+
+if __name__ == "__main__":  # before what takes long to import
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, checkpoint.leave_at_once)
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+except (ImportError, OSError) as missing:  # an OSError where matplotlib has no room for its cache
+    if __name__ != "__main__":
+        raise
+    remedy = "free disk space" if isinstance(missing, OSError) else "pip install -r requirements.txt"
+    sys.exit(f"error: numpy and matplotlib cannot be imported: {missing}; {remedy}")
+matplotlib.rcParams |= {"savefig.dpi": 150, "axes.formatter.useoffset": False}
 
 labels = {
     "run_0": "vanilla",
@@ -65,37 +84,180 @@ TABLE = (
     ("geometry", "mean_max_cosine", "mean max cos"),
 )
 
+KINDS = ("means", "stderrs", "final_info_dict")
+# where a sweep stands, and its cells' cost and gain
+QUESTIONS = ("unlearning", "retain_accuracy", "forget_accuracy")
+TEXT = ("corpus_unlearning", "retain_ce_cost", "forget_ce_gain")
+MOST = float(np.finfo(np.float32).max)  # no number of a run is larger
+DEEPEST = 50  # lists in lists and objects in objects in a run's JSON
+
+# ------------------------------------------------------------------------------------------------ words
+
+
+def plain(text: str) -> str:
+    """One line: what is not printable (line ends, terminal escapes, lone surrogates) as Python writes it."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]} (and {len(text) - most:,} more characters)"
+
+
+def first(texts: list[str], most: int) -> list[str]:
+    """As many of a run's warnings as can be read, and how many more there are."""
+    more = [f"{len(texts) - most:,} more are in its warnings.json"] if len(texts) > most else []
+    return texts[:most] + more
+
+
+def say(text: str, stderr: bool = False):
+    """Lines for the user, in what the terminal can show. Where the reader has gone (| true) the work goes on.
+
+    Raises RunFailed when stdout cannot be written for another reason, as on a full disk."""
+    stream = sys.stderr if stderr else sys.stdout
+    if stream is None:  # closed from the start
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    text = "\n".join(plain(line) for line in text.split("\n"))
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is still buffered fails no more
+        if not stderr and not isinstance(error, BrokenPipeError):
+            raise RunFailed(f"stdout cannot be written: {error.strerror}; send it elsewhere") from error
+
+
 # ------------------------------------------------------------------------------------------------ run folders
+
+
+def need(holds: bool, otherwise: str):
+    if not holds:
+        raise ValueError(otherwise)
+
+
+def check(value):
+    """Raises ValueError for a number that float32 cannot hold, and for lists and objects nested too deep.
+
+    Level by level: Python's recursion may be what the file is after."""
+    levels, layer = 0, [value]
+    while layer:
+        need(levels <= DEEPEST, f"nested more than {DEEPEST} deep")
+        levels, level, layer = levels + 1, layer, []
+        for v in level:
+            if isinstance(v, list):
+                layer += v
+            elif isinstance(v, dict):
+                layer += v.values()
+            elif isinstance(v, int | float) and not abs(v) <= MOST:
+                raise ValueError(f"{cut(str(v), 20)} is not a number that a run writes")
+
+
+def undefined(text: str) -> None:
+    """NaN or infinity in a training log, which says so of what is undefined at a step."""
+
+
+def parsed(text: str, where: str, constant=float):
+    """JSON that a run may have written. Raises ValueError with the place and what is wrong there."""
+    try:
+        value = json.loads(text, parse_constant=constant)
+        check(value)
+        return value
+    except RecursionError:
+        raise ValueError(f"{where}: nested more than {DEEPEST} deep") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def text_of(path: Path) -> str:
+    """Raises ValueError with the file's name and why it cannot be read."""
+    try:
+        return checkpoint.content_of(path).decode()
+    except OSError as error:
+        raise ValueError(f"{path.name}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def read(path: Path):
+    return parsed(text_of(path), path.name)
 
 
 def finite(value) -> float:
     """The number, or nan for whatever is none."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def are_numbers(values) -> bool:
+    """A list of numbers; None where one is undefined."""
+    return isinstance(values, list) and all(v is None or isinstance(v, int | float) for v in values)
 
 
 class Run:
-    """One complete run folder. Raises ValueError with the reason when it is not complete or not readable."""
+    """One complete run folder. Raises ValueError with the reason when it is not complete or not a run's."""
 
     def __init__(self, folder: Path):
-        self.folder, self.name = folder, folder.resolve().name
-        if not (folder / "final_info.json").is_file():
-            raise ValueError("no final_info.json: the run is not complete")
-        try:
-            read = lambda path: json.loads(path.read_text(encoding="utf-8"))
-            self.info, self.config, self.warnings = (read(folder / f"{name}.json") for name in ("final_info", "config", "warnings"))
-            self.log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
-            self.settings, self.seeds = self.config["config"], self.config["config"]["seeds"]
-            self.evals = {s: [read(p) for seed in self.seeds if (p := folder / "eval" / f"seed{seed}_{s}.json").is_file()] for s in self.info}
-            if not self.info["training"]["means"] or {r["seed"] for r in self.log} != set(self.seeds):
-                raise ValueError("training results or logs of some seeds are missing")
-            if not all(isinstance(part, dict) for section in self.info.values() for part in (section["means"], section["stderrs"], section["final_info_dict"])):
-                raise ValueError("final_info.json is no table of metrics")
-            if not all(isinstance(w, str) for w in self.warnings) or not all(isinstance(d, dict) for details in self.evals.values() for d in details):
-                raise ValueError("warnings or evaluation details are not in their form")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a run's files ({type(error).__name__}: {error})") from error
-        self.warnings = [*self.warnings, *checkpoint.changed_files(folder)]
-        self.arm, self.alpha = str(self.settings.get("arm")), finite(self.settings.get("alpha"))
+        self.folder, self.name = folder, plain(os.path.basename(os.path.realpath(folder)))
+        need(os.path.isdir(folder), "a link to nothing" if os.path.islink(folder) else "not a folder")
+        need(os.path.lexists(folder / "final_info.json"), "no final_info.json: the run is not complete")
+        names = ("final_info", "config", "warnings")
+        self.info, self.config, warnings = (read(folder / f"{name}.json") for name in names)
+        self.settings = self.config.get("config") if isinstance(self.config, dict) else None
+        need(isinstance(self.settings, dict), "config.json: no settings under config")
+        self.seeds = self.settings.get("seeds")
+        whole = isinstance(self.seeds, list) and self.seeds and all(type(s) is int for s in self.seeds)
+        whole = whole and len(set(self.seeds)) == len(self.seeds)
+        need(whole, "config.json: seeds are not different whole numbers")
+        whole = isinstance(warnings, list) and all(isinstance(w, str) for w in warnings)
+        need(whole, "warnings.json: not a list of texts")
+        self._check_info()
+        self.log = self._read_log(folder / "train_log.jsonl")
+        paths = {s: [folder / "eval" / f"seed{seed}_{s}.json" for seed in self.seeds] for s in self.info}
+        self.evals = {s: [self._read_details(p) for p in paths[s] if os.path.lexists(p)] for s in self.info}
+        self.warnings = [cut(plain(w), 1000) for w in (*warnings, *checkpoint.changed_files(folder))]
+        self.arm = cut(plain(str(self.settings.get("arm"))), 60)
+        self.alpha = finite(self.settings.get("alpha"))
+
+    def _check_info(self):
+        need(isinstance(self.info, dict) and "training" in self.info, "final_info.json: no section training")
+        for section, parts in self.info.items():
+            where = f"final_info.json: {cut(section, 60)}"
+            need(re.fullmatch(r"\w{1,60}", section), f"{where} is not the name of a section")
+            whole = isinstance(parts, dict) and all(isinstance(parts.get(kind), dict) for kind in KINDS)
+            need(whole, f"{where} is not a table of metrics ({', '.join(KINDS)})")
+            for kind in KINDS:
+                for metric, value in parts[kind].items():
+                    place, by_seed = f"{where}.{kind}.{cut(metric, 60)}", kind == "final_info_dict"
+                    told = f"{place} is not a number{' for each seed' * by_seed}"
+                    need(are_numbers(value if by_seed else [value]), told)
+                    need(kind != "stderrs" or value is None or value >= 0, f"{place} is negative")
+        need(self.info["training"]["means"], "final_info.json: no training results")
+
+    def _read_log(self, path: Path) -> list[dict]:
+        lines = enumerate(text_of(path).splitlines(), 1)
+        rows = [parsed(line, f"{path.name}, line {n}", undefined) for n, line in lines]
+        for n, row in enumerate(rows, 1):
+            whole = isinstance(row, dict) and are_numbers(list(row.values()))
+            whole = whole and None not in (row.get("seed"), row.get("tokens"))
+            need(whole, f"{path.name}, line {n}: not numbers of a seed after so many tokens")
+        seeds = {row["seed"] for row in rows}
+        need(seeds == set(self.seeds), f"{path.name}: its seeds are not those of config.json")
+        return rows
+
+    @staticmethod
+    def _read_details(path: Path) -> dict:
+        details, where = read(path), f"eval/{path.name}"
+        need(isinstance(details, dict), f"{where}: not an object")
+        cells, spectra = details.get("sweep") or [], details.get("singular_values") or {}
+        whole = isinstance(cells, list) and all(isinstance(c, dict) for c in cells)
+        need(whole, f"{where}: sweep is not a list of cells")
+        costs_and_gains = [c.get(key) for c in cells for key in (*QUESTIONS[1:], *TEXT[1:])]
+        need(are_numbers(costs_and_gains), f"{where}: a cell of the sweep holds what is not a number")
+        need(isinstance(spectra, dict), f"{where}: singular_values are not those of groups")
+        rows = [details.get("principal_cosines_forget_retain"), *spectra.values()]
+        whole = all(row is None or are_numbers(row) for row in rows)
+        need(whole, f"{where}: singular values or cosines are not numbers")
+        return details
 
     def mean(self, section: str, metric: str) -> tuple[float, float]:
         """Mean and standard error over seeds; nan where the run has none."""
@@ -114,7 +276,7 @@ class Run:
     def notes(self) -> dict[str, int]:
         """The warnings without their seeds and how often each stands there; metrics that are merely undefined come last."""
         texts = sorted((re.sub(r"^seed \d+: ", "", w) for w in self.warnings), key=lambda text: "is undefined" in text)
-        return {t: texts.count(t) for t in texts}
+        return Counter(texts)
 
 
 def find_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
@@ -124,11 +286,11 @@ def find_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
         try:
             runs.append(Run(folder))
         except ValueError as reason:
-            skipped.append(f"{folder}: {reason}")
-            print(f"skipping {skipped[-1]}", file=sys.stderr)
+            skipped.append(plain(f"{folder}: {reason}"))
+            say(f"skipping {skipped[-1]}", stderr=True)
     names = [run.name for run in runs]
     for run in runs:
-        run.name = str(run.folder) if names.count(run.name) > 1 else run.name
+        run.name = plain(str(run.folder)) if names.count(run.name) > 1 else run.name
         run.label = labels.get(run.name, f"{run.name} ({run.arm})") + " †" * bool(run.warnings)
         run.mark = run.label.replace("$", r"\$").lstrip("_")  # as matplotlib takes a text literally
     others = [run.name for run in runs if run.name not in labels]
@@ -211,17 +373,18 @@ def explained_variance(runs: list[Run]):
 
 def within(sweep: np.ndarray, budgets: np.ndarray) -> np.ndarray:
     """The most gained by a cell of the sweep [cell, (cost, gain)] that costs no more than each budget; doing nothing gains 0."""
-    return np.array([max(0.0, *sweep[sweep[:, 0] <= b + 1e-9, 1], 0.0) for b in budgets])
+    costs, gains = sweep[np.argsort(sweep[:, 0])].T
+    return np.maximum.accumulate([0.0, *gains])[np.searchsorted(costs, budgets + 1e-9, side="right")]
 
 
 def unlearning_tradeoff(runs: list[Run]):
     figure, (questions, corpus) = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
     shares, nats = np.linspace(0, 0.25, 251), np.geomspace(1e-3, 3, 300)
     for run in runs:
-        exams = [1 - sweep for sweep in run.sweeps("unlearning", "retain_accuracy", "forget_accuracy")]
+        exams = [1 - sweep for sweep in run.sweeps(*QUESTIONS)]
         if exams:
             curve(questions, run, 1 - shares, 1 - np.array([within(e, shares) for e in exams]))
-        if texts := run.sweeps("corpus_unlearning", "retain_ce_cost", "forget_ce_gain"):
+        if texts := run.sweeps(*TEXT):
             curve(corpus, run, nats, np.array([within(t, nats) for t in texts]))
     if not questions.lines and not corpus.lines:
         plt.close(figure)
@@ -277,7 +440,8 @@ def geometry(runs: list[Run]):
     (condition, angles, ranks), offsets = axes[1], np.linspace(-0.3, 0.3, len(shown)) if len(shown) > 1 else [0.0]
     for run, offset in zip(shown, offsets):
         for place, (axis, group) in enumerate(zip(axes[0], GROUPS)):
-            values = shortest_mean([d.get("singular_values", {}).get(group) for d in run.evals["geometry"]])
+            spectra = [d.get("singular_values") or {} for d in run.evals["geometry"]]
+            values = shortest_mean([groups.get(group) for groups in spectra])
             axis.plot(1 + np.arange(len(values)), values, markevery=(run.order % 12, 12), linewidth=1.3, **run.style)
             point(condition, run, place + offset, run.mean("geometry", f"condition_number_{group}"), markersize=5)
             point(ranks, run, place + offset, run.mean("geometry", f"effective_rank_{group}"), markersize=5)
@@ -332,18 +496,40 @@ FIGURES = {  # drawer -> what it shows, in words; the PNG bears the drawer's nam
 BAND = " Bands run from the least to the most of the seeds."
 
 
+def write(name: str, content: bytes):
+    """A file in the current folder, whole or not at all: what stood there stays until the new one is there.
+
+    Raises RunFailed where that cannot be, or where what stands there is not a file or is write-protected."""
+    try:
+        target = Path(os.path.realpath(name))
+        if os.path.lexists(target) and not os.path.isfile(target):
+            raise RunFailed(f"{name} cannot be written: what stands there is not a file; move it away")
+        if os.path.lexists(target) and not os.access(target, os.W_OK):
+            raise RunFailed(f"{name} cannot be written: it is write-protected; move it away or permit it")
+        with tempfile.TemporaryDirectory(prefix=".plot_", dir=target.parent) as beside:
+            part = Path(beside, target.name)
+            part.write_bytes(content)
+            part.replace(target)
+    except OSError as error:
+        remedies = checkpoint.REMEDIES | {errno.ENOENT: "start this in a folder that can be written"}
+        remedy = remedies.get(error.errno, remedies[errno.ENOENT])
+        raise RunFailed(f"{name} cannot be written: {error.strerror}; {remedy}") from error
+    say(f"wrote {name}")
+
+
 def draw(runs: list[Run]) -> dict:
-    """Write the figures; those that were made."""
+    """Write the figures; the PNGs that were made, by drawer."""
     made = {}
     for drawer in FIGURES:
         name, figure = f"{drawer.__name__}.png", drawer(runs)
         if isinstance(figure, str):
-            print(f"no {name}: {figure}")
+            say(f"no {name}: {figure}")
             continue
-        figure.savefig(name)
+        png = io.BytesIO()
+        figure.savefig(png)
         plt.close(figure)
-        made[drawer] = Path(name)
-        print(f"wrote {name}")
+        write(name, png.getvalue())
+        made[drawer] = png.getvalue()
     return made
 
 
@@ -384,11 +570,16 @@ def shown(mean: float, stderr: float, digits=".3f") -> str:
     return "-" if np.isnan(mean) else f"{mean:{digits}}" if np.isnan(stderr) else f"{mean:{digits}} ± {stderr:{digits}}"
 
 
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    escaped = [[cell.replace("|", r"\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
+
+
 def summary_table(runs: list[Run]) -> str:
     """Markdown: mean ± standard error over seeds."""
     head = ["run", "arm", "seeds"] + [title for _, _, title in TABLE] + ["warnings"]
     rows = [[r.name, r.label, str(len(r.seeds))] + [shown(*r.mean(s, m)) for s, m, _ in TABLE] + [str(len(r.warnings))] for r in runs]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+    return markdown(head, rows)
 
 
 def against_table(reference: Run, runs: list[Run]) -> str:
@@ -399,7 +590,7 @@ def against_table(reference: Run, runs: list[Run]) -> str:
     p = lambda t, kind: f"{t[kind]:.2g}" if t and np.isfinite(t[kind]) else "-"
     rows = [[f"{run.name} {run.label}", difference(scores.get(run)), p(scores.get(run), "p"), p(scores.get(run), "holm"), difference(gains.get(run)), difference(explained.get(run))] for _, run in pairs]
     head = [f"{reference.name} less", "unlearning", "p", "p (Holm)", "forget CE gain", "expl. var."]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+    return markdown(head, rows)
 
 
 def cautions(runs: list[Run], skipped: list[str]) -> list[str]:
@@ -411,21 +602,25 @@ def cautions(runs: list[Run], skipped: list[str]) -> list[str]:
         low, high = min(l0, key=l0.get), max(l0, key=l0.get)
         said.append(f"The runs are not at matched L0: it goes from {l0[low]:.1f} ({low.name}, {low.label}) to {l0[high]:.1f} ({high.name}, {high.label}), more than {MATCHED_L0:g} apart. "
                     "Differences between them may be differences in sparsity.")  # fmt: skip
-    if missing := [f"{name} ({label})" for name, label in labels.items() if name not in {run.folder.resolve().name for run in runs}]:
+    there = {os.path.basename(os.path.realpath(run.folder)) for run in runs}
+    if missing := [f"{name} ({label})" for name, label in labels.items() if name not in there]:
         said.append(f"Runs of the plan that are missing here: {', '.join(missing)}.")
     said += [f"Skipped: {reason}." for reason in skipped]
     testbed = lambda run, key: run.config["testbed"].get(key) if isinstance(run.config.get("testbed"), dict) else None
     compared = {"seeds": lambda r: r.seeds, "testbed": lambda r: testbed(r, "name"), "hook": lambda r: testbed(r, "hook_name"), "tokens": lambda r: r.settings.get("tokens"), "d_sae": lambda r: r.settings.get("d_sae")}
     if differing := [key for key, value in compared.items() if len({json.dumps(value(run)) for run in runs}) > 1]:
         said.append(f"The runs do not share their {', '.join(differing)}; the settings of each stand below.")
-    return said + [f"† {run.name} ({run.label.removesuffix(' †')}): {text}{f' ({n} times)' if n > 1 else ''}." for run in runs for text, n in run.notes().items()]
+    for run in runs:
+        notes = [f"{text}{f' ({n} times)' if n > 1 else ''}" for text, n in run.notes().items()]
+        said += [f"† {run.name} ({run.label.removesuffix(' †')}): {note}." for note in first(notes, 10)]
+    return said
 
 
 # ------------------------------------------------------------------------------------------------ report
 
 
 def esc(value) -> str:
-    return html.escape(str(value))
+    return html.escape(plain(str(value)))
 
 
 def table(caption: str, head: list[str], rows: list[list], kind="sortable") -> str:
@@ -445,8 +640,11 @@ def table(caption: str, head: list[str], rows: list[list], kind="sortable") -> s
 
 def summary(runs: list[Run]) -> str:
     """What was run and what came out, in two or three sentences."""
-    first, tokens = runs[0], finite(runs[0].settings.get("tokens"))
-    setup = f"{len(runs)} run{'s' * (len(runs) > 1)} on testbed {first.settings.get('testbed')}, {len(first.seeds)} seed{'s' * (len(first.seeds) > 1)} each, {tokens:,.0f} training tokens a SAE."
+    settings, seeds = runs[0].settings, len(runs[0].seeds)
+    tokens, testbed = finite(settings.get("tokens")), cut(str(settings.get("testbed")), 60)
+    trained = "an unknown number of" if math.isnan(tokens) else f"{tokens:,.0f}"
+    setup = f"{len(runs)} run{'s' * (len(runs) > 1)} on testbed {testbed}, "
+    setup += f"{seeds} seed{'s' * (seeds > 1)} each, {trained} training tokens a SAE."
     scored = {run: run.mean(*SCORE) for run in runs if np.isfinite(run.mean(*SCORE)[0])}
     if not scored:
         return f"<p>{esc(setup)} No run has an unlearning score.</p>"
@@ -485,19 +683,25 @@ def tests(runs: list[Run], metric: tuple[str, str], name: str) -> str:
 def details(run: Run) -> str:
     """Warnings, settings and every metric of a run, folded away."""
     settings = [(f"{k}.{k2}", v2) for k, v in run.config.items() if isinstance(v, dict) and k != "requested" for k2, v2 in v.items()] + [(k, v) for k, v in run.config.items() if not isinstance(v, dict)]
-    metrics = [[f"{section}.{metric}", shown(*run.mean(section, metric), ".4g"), ", ".join(f"{v:.4g}" if np.isfinite(v) else "-" for v in run.by_seed(section, metric).values())]
-               for section, parts in run.info.items() for metric in parts["means"]]  # fmt: skip
-    warned = "<ul>" + "".join(f"<li>{esc(w)}</li>" for w in run.warnings) + "</ul>" if run.warnings else "<p>No warnings.</p>"
+    metrics = []
+    for section, metric in [(s, m) for s, parts in run.info.items() for m in parts["means"]]:
+        seeds = [f"{v:.4g}" if np.isfinite(v) else "-" for v in run.by_seed(section, metric).values()]
+        mean = shown(*run.mean(section, metric), ".4g")
+        metrics.append([f"{section}.{cut(metric, 60)}", mean, ", ".join(seeds)])
+    listed = "".join(f"<li>{esc(w)}</li>" for w in first(run.warnings, 50))
+    warned = f"<ul>{listed}</ul>" if run.warnings else "<p>No warnings.</p>"
+    values = [[cut(k, 100), cut(v if isinstance(v, str) else json.dumps(v), 2000)] for k, v in settings]
     return (f"<details><summary>{esc(run.name)}: {esc(run.label)}</summary>\n{warned}\n"
             + table(f"All metrics of {run.name}", ["metric", "mean ± standard error", f"seeds {', '.join(map(str, run.seeds))}"], metrics, kind="plain")
-            + table(f"Settings of {run.name}", ["setting", "value"], [[k, v if isinstance(v, str) else json.dumps(v)] for k, v in settings], kind="plain") + "</details>")  # fmt: skip
+            + table(f"Settings of {run.name}", ["setting", "value"], values, kind="plain")
+            + "</details>")  # fmt: skip
 
 
-def picture(png: Path, words: str) -> str:
-    data = png.read_bytes()
-    width, height = struct.unpack(">II", data[16:24])
-    return (f'<figure><img src="data:image/png;base64,{base64.b64encode(data).decode()}" width="{width}" height="{height}" alt="{esc(words)}">'
-            f"<figcaption>{esc(words)}</figcaption></figure>")  # fmt: skip
+def picture(png: bytes, words: str) -> str:
+    width, height = struct.unpack(">II", png[16:24])
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    image = f'<img src="{source}" width="{width}" height="{height}" alt="{esc(words)}">'
+    return f"<figure>{image}<figcaption>{esc(words)}</figcaption></figure>"
 
 
 def report(runs: list[Run], skipped: list[str], figures: dict) -> str:
@@ -517,36 +721,79 @@ cannot give less than 2/2<sup>n</sup> with n seeds (0.25 with 3, 0.0625 with 5),
     return string.Template(template).substitute(title="Knowledge separation in sparse autoencoders", script_hash=f"sha256-{digest}", body="\n".join(body))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+class Parser(argparse.ArgumentParser):
+    """Ends as every other wrong request does, and tells as everything else is told."""
+
+    def error(self, message):
+        raise WrongRequest(f"{message}; python plot.py --help lists the options")
+
+    def print_help(self, file=None):
+        say(self.format_help().rstrip())
+
+
+def named(folders: list[Path]) -> list[Path]:
+    """The folders of the command. Raises WrongRequest for one that is not there or is given twice."""
+    real = [os.path.realpath(folder) for folder in folders]
+    for i, folder in enumerate(folders):
+        if not os.path.lexists(folder):
+            raise WrongRequest(f"{folder}: there is no such folder; name folders that experiment.py wrote")
+        if real[i] in real[:i]:
+            raise WrongRequest(f"{folder} is given twice (as {folders[real.index(real[i])]}); leave one out")
+    return folders or [p for p in Path().glob("run_*") if os.path.isdir(p) or not os.path.exists(p)]
+
+
+def show():
+    """What the command asks for. Raises WrongRequest, and RunFailed for what cannot be written."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path, help="run folders (default: run_* here)")
     parser.add_argument("--table", action="store_true", help="print the table and draw nothing")
     parser.add_argument("--against", metavar="RUN", help="print paired t-tests of this run against each other one, and draw nothing")
     args = parser.parse_args()
-    runs, skipped = find_runs(args.folders or [p for p in Path().glob("run_*") if p.is_dir()])
+    runs, skipped = find_runs(named(args.folders))
     if not runs:
-        print("error: no complete run folder to plot; make one with python experiment.py --out_dir=run_0", file=sys.stderr)
-        return 2
-    if args.against:
-        reference = next((run for run in runs if run.name == args.against), None)
+        remedy = "make one with python experiment.py --out_dir=run_0"
+        raise WrongRequest(f"no complete run folder to plot; {remedy}")
+    if args.against is not None:
+        reference = next((run for run in runs if run.name == plain(args.against)), None)
         if reference is None:
-            print(f"error: --against {args.against}: no complete run of that name; there are {', '.join(run.name for run in runs)}", file=sys.stderr)
-            return 2
+            there = ", ".join(run.name for run in runs)
+            raise WrongRequest(f"--against {args.against}: no complete run of that name; there are {there}")
         if len(runs) == 1:
-            print(f"error: --against {args.against}: there is no other complete run to compare it with", file=sys.stderr)
-            return 2
-        print(against_table(reference, runs))
-        return 0
-    print(summary_table(runs))
+            raise WrongRequest(f"--against {args.against}: there is no other complete run to compare it with")
+        return say(against_table(reference, runs))
+    say(summary_table(runs))
     if args.table:
-        return 0
+        return
     for text in cautions(runs, []):
-        print(text)
-    page = report(runs, skipped, draw(runs))
-    Path("report.html").write_text(page, encoding="utf-8")
-    print("wrote report.html")
-    return 0
+        say(text)
+    write("report.html", report(runs, skipped, draw(runs)).encode())
+
+
+def main() -> int:
+    """Exit code of the command. But for 0, the last line on stderr says why."""
+    try:
+        with checkpoint.signals:
+            show()
+        return 0
+    except WrongRequest as wrong:
+        code, line = 2, str(wrong)
+    except RunFailed as failed:
+        code, line = 1, str(failed)
+    except (checkpoint.Interrupted, KeyboardInterrupt) as stop:
+        stopped_by = signal.Signals(getattr(stop, "number", signal.SIGINT))
+        code = 128 + stopped_by
+        line = f"interrupted by {stopped_by.name}; every file that was written is whole"
+    except MemoryError:
+        code, line = 1, "out of memory: give fewer run folders at once"
+    except Exception as failed:
+        say(traceback.format_exc().rstrip(), stderr=True)
+        code, line = 1, f"{type(failed).__name__}: {failed}"
+    say(f"error: {plain(line)}", stderr=True)
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    CODE = main()
+    for ending in (signal.SIGTERM, signal.SIGINT):  # all is written and told
+        signal.signal(ending, signal.SIG_IGN)
+    sys.exit(CODE)

@@ -1,9 +1,14 @@
 """plot.py on run folders: real ones, perturbed ones, broken ones; and its report in a real browser."""
 
+import errno
 import hashlib
+import io
 import json
+import math
+import os
 import random
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -386,3 +391,542 @@ def test_the_browser_notices_errors_requests_and_broken_images(tmp_path):
     assert set(seen["blocked"]) == {"https://example.invalid/x.png"} and seen["images"] == [["none", False]]
     assert "hello" in seen["messages"] and any("missing is not defined" in m for m in seen["messages"])
     assert seen["phone_widths"][0] > 390
+
+
+# -------------------------------------------------------------------------------- how it ends
+
+
+def ended(monkeypatch, capsys, where: Path, *args) -> tuple[int, str, str]:
+    """plot.py in this process, with one figure at low resolution: exit code, stdout, stderr."""
+    monkeypatch.chdir(where)
+    monkeypatch.setitem(plot.matplotlib.rcParams, "savefig.dpi", 20)
+    monkeypatch.setattr(plot, "FIGURES", {plot.explained_variance: "Explained variance."})
+    monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, args)])
+    capsys.readouterr()
+    return plot.main(), *capsys.readouterr()
+
+
+def disk_full(path: Path, content: bytes):
+    with path.open("wb") as file:
+        file.write(content[: len(content) // 2])
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def no_permission(*args, **kind):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+UNWRITABLE = {
+    "a full disk": (("plot.Path.write_bytes", disk_full), "No space left on device; free disk space"),
+    "a folder without permission": (
+        ("plot.tempfile.mkdtemp", no_permission),
+        "Permission denied; restore the permission to write",
+    ),
+    "a file without permission": (
+        ("plot.os.access", lambda *_: False),
+        "it is write-protected; move it away or permit it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["explained_variance.png", "report.html"])
+@pytest.mark.parametrize("case", UNWRITABLE)
+def test_what_cannot_be_written_is_one_line_and_what_stood_there_stays(
+    case, name, tmp_path, monkeypatch, capsys
+):
+    (patched, patch), reason = UNWRITABLE[case]
+    (tmp_path / name).write_text("good")
+    if name == "report.html":  # the figure was written
+        monkeypatch.setattr(plot, "draw", lambda runs: {})
+    monkeypatch.setattr(patched, patch)
+    code, _, err = ended(monkeypatch, capsys, tmp_path, ROOT / "run_0")
+    assert code == 1 and err == f"error: {name} cannot be written: {reason}\n"
+    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "good"
+
+
+@pytest.mark.parametrize("what", ["a folder", "a pipe", "a link to a device"])
+def test_what_is_not_a_file_in_place_of_a_figure_stays(what, tmp_path, monkeypatch, capsys):
+    place = tmp_path / "explained_variance.png"
+    make = {
+        "a folder": place.mkdir,
+        "a pipe": lambda: os.mkfifo(place),
+        "a link to a device": lambda: place.symlink_to("/dev/full"),
+    }
+    make[what]()
+    code, _, err = ended(monkeypatch, capsys, tmp_path, ROOT / "run_0")
+    assert (
+        code == 1
+        and err
+        == "error: explained_variance.png cannot be written: what stands there is not a file; move it away\n"
+    )
+    assert not place.is_file() and list(tmp_path.iterdir()) == [place] and Path("/dev/full").is_char_device()
+
+
+def test_a_figure_that_is_a_link_is_written_where_it_leads(tmp_path, monkeypatch, capsys):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "report.html").symlink_to("kept/report.html")
+    assert ended(monkeypatch, capsys, tmp_path, ROOT / "run_0")[0] == 0
+    assert (tmp_path / "report.html").is_symlink() and (tmp_path / "kept/report.html").read_text().startswith(
+        "<!DOCTYPE html>"
+    )
+    assert {p.name for p in tmp_path.iterdir()} == {"kept", "report.html", "explained_variance.png"}
+
+
+def test_a_reader_who_has_gone_keeps_nothing_from_being_written(tmp_path, monkeypatch, capsys):
+    for gone in ("stdout", "stderr"):
+        out, into = os.pipe()
+        os.close(out)
+        with monkeypatch.context() as patch, os.fdopen(into, "w") as stream:
+            patch.setattr(sys, gone, stream)
+            code, _, err = ended(
+                patch, capsys, tmp_path, ROOT / "run_0", tmp_path
+            )  # tmp_path is no run, and so named
+            assert code == 0 and "Traceback" not in err
+        assert {p.name for p in tmp_path.iterdir()} == {"report.html", "explained_variance.png"}, gone
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+
+def test_a_full_disk_behind_stdout_is_told_and_one_behind_stderr_changes_no_exit_code(
+    tmp_path, monkeypatch, capsys
+):
+    with Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        code, _, err = ended(patch, capsys, tmp_path, ROOT / "run_0", "--table")
+    assert (
+        code == 1 and err == "error: stdout cannot be written: No space left on device; send it elsewhere\n"
+    )
+    with Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", full)
+        assert ended(patch, capsys, tmp_path, "nothing")[0] == 2
+
+
+def test_the_command_in_a_pipe_that_nobody_reads_on_a_terminal_of_ascii(tmp_path):
+    command = f'"{sys.executable}" "{ROOT / "plot.py"}" --table "{ROOT / "run_0"}"'
+    ascii_only = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+    }
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; {command} | true; exit ${{PIPESTATUS[0]}}"],
+        check=False,
+        env=ascii_only,
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert rb"15.633 \xb1 0.010" in done.stdout and done.stdout.isascii()
+
+
+def test_an_ascii_terminal_is_shown_what_it_can_show(tmp_path, monkeypatch, capsys):
+    for args in (["--table", ROOT / "run_10"], [ROOT / "run_10"], ["--help"]):
+        with io.TextIOWrapper(io.BytesIO(), encoding="ascii") as terminal, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", terminal)
+            try:
+                assert ended(patch, capsys, tmp_path, *args)[0] == 0
+            except SystemExit as left:
+                assert left.code == 0
+            assert rb"\u2020" in terminal.buffer.getvalue(), "†"
+
+
+WRONG = {
+    "no run folder at all": (
+        [],
+        "no complete run folder to plot; make one with python experiment.py --out_dir=run_0",
+    ),
+    "an unknown folder": (
+        ["whole", "missing"],
+        "missing: there is no such folder; name folders that experiment.py wrote",
+    ),
+    "a folder twice": (["whole", "./whole/"], "whole is given twice (as whole); leave one out"),
+    "a folder and a link to it": (["whole", "link"], "link is given twice (as whole); leave one out"),
+    "an unknown option": (
+        ["--nothing"],
+        "unrecognized arguments: --nothing; python plot.py --help lists the options",
+    ),
+    "a name for a reader": (
+        ["whole", "--against=\x1b[31m"],
+        r"--against \x1b[31m: no complete run of that name; there are whole",
+    ),
+    "nothing to compare with": (
+        ["whole", "--against", "whole"],
+        "--against whole: there is no other complete run to compare it with",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_request_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch, capsys):
+    args, told = WRONG[case]
+    shutil.copytree(ROOT / "run_0", tmp_path / "whole")
+    (tmp_path / "link").symlink_to("whole")
+    assert ended(monkeypatch, capsys, tmp_path, *args) == (2, "", f"error: {told}\n")
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "told"),
+    [
+        (MemoryError(), 1, "out of memory: give fewer run folders at once"),
+        (KeyboardInterrupt(), 130, "interrupted by SIGINT; every file that was written is whole"),
+        (signal.SIGINT, 130, "interrupted by SIGINT; every file that was written is whole"),
+        (signal.SIGTERM, 143, "interrupted by SIGTERM; every file that was written is whole"),
+        (ZeroDivisionError("of\nnothing"), 1, r"ZeroDivisionError: of\nnothing"),
+    ],
+)
+def test_every_end_has_its_exit_code_and_one_last_line(raised, code, told, tmp_path, monkeypatch, capsys):
+    def comes(*_):
+        if isinstance(raised, BaseException):
+            raise raised
+        os.kill(os.getpid(), raised)
+
+    monkeypatch.setattr(plot, "report", comes)
+    ended_with, _, err = ended(monkeypatch, capsys, tmp_path, ROOT / "run_0")
+    assert ended_with == code and err.splitlines()[-1] == f"error: {told}"
+    assert err.count("error: ") == 1 and ("Traceback" in err) == isinstance(raised, ZeroDivisionError)
+    assert [p.name for p in tmp_path.iterdir()] == ["explained_variance.png"]
+
+
+# -------------------------------------------------------------------------------- hostile run folders
+
+
+def put(name: str, content: str | bytes):
+    """A damage: this file of the run holds that."""
+    return lambda run: (run / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def in_info(*place_and_value):
+    """A damage: this place of final_info.json holds that."""
+    *place, last, value = place_and_value
+
+    def change(info):
+        for key in place:
+            info = info[key]
+        info[last] = value
+
+    return lambda run: edit(run / "final_info.json", change)
+
+
+def in_settings(**values):
+    return lambda run: edit(run / "config.json", lambda config: config["config"].update(values))
+
+
+def pipe(name: str):
+    return lambda run: ((run / name).unlink(), os.mkfifo(run / name))
+
+
+def huge(name: str):
+    """A damage: a file of gigabytes, which take no room on the disk."""
+    return lambda run: os.truncate(run / name, 5 * 10**9)
+
+
+def folder(name: str):
+    return lambda run: ((run / name).unlink(), (run / name).mkdir())
+
+
+def log_line(line: str):
+    return lambda run: (run / "train_log.jsonl").write_text(
+        f"{line}\n" + (run / "train_log.jsonl").read_text()
+    )
+
+
+def link_to_nothing(run: Path):
+    shutil.rmtree(run)
+    run.symlink_to("nothing")
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+DAMAGES = {
+    "an integer of 401 digits": (
+        in_info("core", "means", "l0", 10**400),
+        "final_info.json: 10000000000000000000 (and 381 more characters) is not a number",
+    ),
+    "an integer of 10,000 digits": (
+        put("final_info.json", "1" * 10_000),
+        "final_info.json: Exceeds the limit",
+    ),
+    "a number too large for a float": (
+        lambda run: (run / "final_info.json").write_text(
+            (run / "final_info.json").read_text().replace("0.", "1e400, 0.", 1)
+        ),
+        "final_info.json: ",
+    ),
+    "a number too large for float32": (
+        in_info("core", "stderrs", "l0", 1e300),
+        "final_info.json: 1e+300 is not a number that a run writes",
+    ),
+    "NaN": (
+        in_info("core", "means", "l0", float("nan")),
+        "final_info.json: nan is not a number that a run writes",
+    ),
+    "NaN as a text": (
+        in_info("core", "means", "l0", "NaN"),
+        "final_info.json: core.means.l0 is not a number",
+    ),
+    "a text for the seeds' numbers": (
+        in_info("core", "final_info_dict", "l0", "12345"),
+        "final_info.json: core.final_info_dict.l0 is not a number for each seed",
+    ),
+    "a negative standard error": (
+        in_info("core", "stderrs", "l0", -1),
+        "final_info.json: core.stderrs.l0 is negative",
+    ),
+    "no means": (
+        in_info("core", "means", None),
+        "final_info.json: core is not a table of metrics (means, stderrs, final_info_dict)",
+    ),
+    "a list for a section": (in_info("core", []), "final_info.json: core is not a table of metrics"),
+    "a list for all sections": (put("final_info.json", "[]"), "final_info.json: no section training"),
+    "no training": (in_info("training", "means", {}), "final_info.json: no training results"),
+    "a section that leads elsewhere": (
+        in_info("../../x", {}),
+        "final_info.json: ../../x is not the name of a section",
+    ),
+    "JSON nested 100,000 deep": (put("final_info.json", DEEP), "final_info.json: nested more than 50 deep"),
+    "settings nested 100 deep": (
+        put("config.json", DEEP[99_900:100_100]),
+        "config.json: nested more than 50 deep",
+    ),
+    "a log line nested 100,000 deep": (log_line(DEEP), "train_log.jsonl, line 1: nested more than 50 deep"),
+    "a log line that is no JSON": (log_line("{"), "train_log.jsonl, line 1: Expecting property name"),
+    "a log line that is a list": (
+        log_line("[]"),
+        "train_log.jsonl, line 1: not numbers of a seed after so many tokens",
+    ),
+    "a log line of another seed": (
+        log_line('{"seed": 77, "tokens": 1}'),
+        "train_log.jsonl: its seeds are not those of config.json",
+    ),
+    "a text in the log": (
+        log_line('{"seed": 0, "tokens": 1, "fvu": "low"}'),
+        "train_log.jsonl, line 1: not numbers of a seed",
+    ),
+    "no tokens in the log": (
+        log_line('{"seed": 0, "tokens": NaN}'),
+        "train_log.jsonl, line 1: not numbers of a seed",
+    ),
+    "a pipe for warnings": (pipe("warnings.json"), "warnings.json: not a regular file"),
+    "a pipe for results": (pipe("final_info.json"), "final_info.json: not a regular file"),
+    "a pipe for details": (pipe("eval/seed0_geometry.json"), "seed0_geometry.json: not a regular file"),
+    "a folder for the log": (folder("train_log.jsonl"), "train_log.jsonl: not a regular file"),
+    "a device for settings": (
+        lambda run: ((run / "config.json").unlink(), (run / "config.json").symlink_to("/dev/zero")),
+        "config.json: not a regular file",
+    ),
+    "gigabytes of results": (huge("final_info.json"), "final_info.json: larger than 64 MB"),
+    "gigabytes of log": (huge("train_log.jsonl"), "train_log.jsonl: larger than 64 MB"),
+    "gigabytes of details": (huge("eval/seed0_unlearning.json"), "seed0_unlearning.json: larger than 64 MB"),
+    "no UTF-8": (put("warnings.json", b'["\xff"]'), "warnings.json: 'utf-8' codec can't decode byte 0xff"),
+    "an object of warnings": (put("warnings.json", '{"a": 1}'), "warnings.json: not a list of texts"),
+    "no settings": (put("config.json", '{"config": []}'), "config.json: no settings under config"),
+    "a number for the seeds": (in_settings(seeds=5), "config.json: seeds are not different whole numbers"),
+    "a seed twice": (in_settings(seeds=[0, 0]), "config.json: seeds are not different whole numbers"),
+    "seeds as texts": (in_settings(seeds=["0"]), "config.json: seeds are not different whole numbers"),
+    "a text for a sweep": (
+        put("eval/seed0_unlearning.json", '{"sweep": "x"}'),
+        "eval/seed0_unlearning.json: sweep is not a list of cells",
+    ),
+    "a text in a cell": (
+        put("eval/seed0_unlearning.json", '{"sweep": [{"retain_accuracy": "1"}]}'),
+        "eval/seed0_unlearning.json: a cell of the sweep holds what is not a number",
+    ),
+    "a list of spectra": (
+        put("eval/seed0_geometry.json", '{"singular_values": [1]}'),
+        "eval/seed0_geometry.json: singular_values are not those of groups",
+    ),
+    "a number for a spectrum": (
+        put("eval/seed0_geometry.json", '{"singular_values": {"forget": 1}}'),
+        "eval/seed0_geometry.json: singular values or cosines are not numbers",
+    ),
+    "a link to nothing": (link_to_nothing, "a link to nothing"),
+    "a file for the folder": (lambda run: (shutil.rmtree(run), run.write_text("")), "not a folder"),
+}
+
+
+def test_a_damaged_run_is_skipped_by_name_and_the_others_are_shown(tmp_path, monkeypatch, capsys):
+    source, expected = made_up(tmp_path, "source", "fixed"), {}
+    for i, (case, (damage, reason)) in enumerate(DAMAGES.items()):
+        run = shutil.copytree(source, tmp_path / f"broken_{i}")
+        damage(run)
+        expected[run] = (case, reason)
+    code, out, err = ended(monkeypatch, capsys, tmp_path, "--table", *expected, ROOT / "run_0")
+    assert code == 0 and out.count("\n| run_") == 1 and "broken" not in out
+    lines = err.splitlines()
+    assert len(lines) == len(expected)
+    for line, (run, (case, reason)) in zip(lines, expected.items()):
+        assert line.startswith(f"skipping {run}: {reason}") and len(line) < 400, (case, line)
+    code, out, err = ended(monkeypatch, capsys, tmp_path, "--table", *expected)
+    assert code == 2 and not out and err.splitlines()[-1].startswith("error: no complete run folder to plot")
+
+
+def test_a_link_to_nothing_is_named_where_no_folder_is_given(tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "run_0", tmp_path / "run_0")
+    (tmp_path / "run_1").symlink_to("gone")
+    (tmp_path / "run_notes.txt").write_text("mine")
+    code, out, err = ended(monkeypatch, capsys, tmp_path, "--table")
+    assert code == 0 and "| run_0 |" in out and err == "skipping run_1: a link to nothing\n"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pipe("checksums.json"),
+        huge("checksums.json"),
+        folder("checksums.json"),
+        put("checksums.json", DEEP),
+        put("checksums.json", "[]"),
+        put("checksums.json", json.dumps(plot.checkpoint.seal({"files": {"../run_0/config.json": ""}}))),
+        put("checksums.json", json.dumps(plot.checkpoint.seal({"files": ["config.json"]}))),
+    ],
+)
+def test_a_run_whose_checksums_are_damaged_is_marked(damage, tmp_path):
+    run = tmp_path / "run_0"
+    shutil.copytree(ROOT / "run_0", run)
+    damage(run)
+    (told,) = plot.Run(run).warnings
+    assert told.startswith(f"{run}/checksums.json ") and len(told) < 400
+
+
+def test_undefined_values_in_a_log_are_no_damage(tmp_path):
+    run = made_up(tmp_path, "run_0", "vanilla")
+    log_line('{"seed": 0, "tokens": 1, "sharing": NaN, "fvu": Infinity}')(run)
+    assert plot.Run(run).log[0] == {"seed": 0, "tokens": 1, "sharing": None, "fvu": None}
+
+
+def test_20_000_warnings_leave_table_and_page_usable(tmp_path, monkeypatch, capsys):
+    run = made_up(
+        tmp_path,
+        "run_0",
+        "vanilla",
+        [f"seed {i % 5}: batch {i} was lost" for i in range(20_000)] + ["x" * 10**6],
+    )
+    code, out, err = ended(monkeypatch, capsys, tmp_path, run)
+    told = [line for line in out.splitlines() if line.startswith("† run_0")]
+    assert code == 0 and not err and out.splitlines()[2].endswith("| 20001 |")
+    assert len(told) == 11 and told[0] == "† run_0 (vanilla): batch 0 was lost."
+    assert told[-1] == "† run_0 (vanilla): 19,991 more are in its warnings.json."
+    page = (tmp_path / "report.html").read_text()
+    assert (
+        page.count(" was lost") == 60 and "19,951 more are in its warnings.json" in page and len(page) < 10**6
+    )
+    edit(run / "warnings.json", lambda warned: warned.reverse())
+    assert plot.Run(run).warnings[0] == "x" * 1000 + " (and 999,000 more characters)"
+
+
+def test_control_characters_and_markup_are_shown_not_obeyed(tmp_path, monkeypatch, capsys):
+    bad = "\x1b[31m\x07\n|\u202e\ud800<b>\x00"
+    run = made_up(tmp_path, "x\x1b[31m\n|<b>", bad, [f"seed 0: {bad}"])
+    edit(
+        run / "config.json",
+        lambda config: (config.update({bad: bad}), config["config"].update({"testbed": bad, "note": [bad]})),
+    )
+    in_info("core", "means", bad, 1.0)(run)
+    broken = tmp_path / "broken\x1b[31m\n"
+    broken.mkdir()
+    code, out, err = ended(monkeypatch, capsys, tmp_path, run, broken)
+    page = (tmp_path / "report.html").read_text()
+    assert (
+        code == 0
+        and err == f"skipping {tmp_path}/broken\\x1b[31m\\n: no final_info.json: the run is not complete\n"
+    )
+    assert all(line.isprintable() for text in (out, page) for line in text.split("\n"))
+    head, _, row = out.splitlines()[:3]
+    assert head.count(" | ") == row.count(" | ") and row.startswith(
+        r"| x\x1b[31m\n\|<b> | x\x1b[31m\n\|<b> (\x1b[31m\x07\n\|\u202e\ud800<b>\x00) † |"
+    )
+    assert (
+        "b" not in {tag for tag, _ in Outline(page).tags}
+        and r"\x1b[31m\x07\n|\u202e\ud800<b>\x00" in Outline(page).text
+    )
+
+
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1e300,
+    3e38,
+    -3e38,
+    5e-324,
+    10**400,
+    math.nan,
+    math.inf,
+    "",
+    "NaN",
+    "\x1b[31m\n\ud800|$<b>",
+    [],
+    {},
+    [[]],
+    {"a": {}},
+    [1],
+    "y" * 5000,
+    2**63,
+]
+
+
+def mutated(value, rng: random.Random):
+    """The JSON value with one part, at any depth, replaced, removed or added."""
+    place, part = [], value
+    while isinstance(part, dict | list) and part and rng.random() < 0.85:
+        place.append((part, rng.choice(list(part)) if isinstance(part, dict) else rng.randrange(len(part))))
+        part = part[place[-1][1]]
+    new = (
+        part * rng.choice([-1, 1e10, 1e30])
+        if isinstance(part, float) and rng.random() < 0.5
+        else json.loads(json.dumps(rng.choice(ODD)))
+    )
+    if not place:
+        return new
+    parent, key = place[-1]
+    kind = rng.random()
+    if kind < 0.7:
+        parent[key] = new
+    elif kind < 0.85:
+        del parent[key]
+    elif isinstance(parent, dict):
+        parent[rng.choice(["", "core", "a\n|", "x" * 300, "means"])] = new
+    else:
+        parent.insert(key, new)
+    return value
+
+
+def test_whatever_stands_in_the_files_is_shown_or_skipped_with_one_line(tmp_path, capsys):
+    rng, runs = (
+        random.Random(0),
+        [made_up(tmp_path, "run_0", "vanilla"), made_up(tmp_path, "run_6", "adaptive")],
+    )
+    for run in runs:
+        one_seed(run)
+        for path in run.glob("eval/seed[!1]*"):
+            path.unlink()
+    files = [p for run in runs for p in run.rglob("*.json*")]
+    seen, skips = 0, 0
+    for _ in range(200):
+        path = rng.choice(files)
+        before = path.read_text()
+        values = (
+            [json.loads(line) for line in before.splitlines()]
+            if path.suffix == ".jsonl"
+            else json.loads(before)
+        )
+        for _ in range(rng.choice([1, 1, 3, 20])):
+            values = mutated(values, rng)
+        lines = path.suffix == ".jsonl" and isinstance(values, list)
+        path.write_text("\n".join(map(json.dumps, values)) if lines else json.dumps(values))
+        shown, skipped = plot.find_runs(runs)
+        page = plot.report(shown, skipped, {})
+        text = "\n".join(
+            [plot.summary_table(shown), *plot.cautions(shown, skipped), plot.against_table(shown[0], shown)]
+        )
+        plot.say(text)
+        assert (
+            len(shown) + len(skipped) == 2
+            and page.encode()
+            and capsys.readouterr().err.count("\n") == len(skipped)
+        )
+        seen, skips = seen + len(shown), skips + len(skipped)
+        path.write_text(before)
+    assert seen > 250 and skips > 50
