@@ -29,11 +29,12 @@ from itertools import combinations
 from pathlib import Path
 
 import checkpoint
-from errors import RunFailed, WrongRequest
+import errors
+from errors import Interrupted, RunFailed, WrongRequest
 
 if __name__ == "__main__":  # before what takes long to import
-    for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, checkpoint.leave_at_once)
+    for ending in errors.stops():
+        signal.signal(ending, errors.leave_at_once)
 try:
     import matplotlib
 
@@ -323,8 +324,8 @@ def curve(axis, run: Run, x: np.ndarray, ys: np.ndarray):
 def point(axis, run: Run, x, y, **kind):
     """(mean, standard error) on one axis or on both; a plain number has no error."""
     (x, xerr), (y, yerr) = (v if isinstance(v, tuple) else (v, math.nan) for v in (x, y))
-    errors = {k: v for k, v in (("xerr", xerr), ("yerr", yerr)) if np.isfinite(v)}
-    axis.errorbar(x, y, **errors, **(run.style | {"linestyle": "none", "markersize": 7, "capsize": 3} | kind))
+    bars = {k: v for k, v in (("xerr", xerr), ("yerr", yerr)) if np.isfinite(v)}
+    axis.errorbar(x, y, **bars, **(run.style | {"linestyle": "none", "markersize": 7, "capsize": 3} | kind))
 
 
 def finish(figure, runs: list[Run], **legend):
@@ -779,7 +780,7 @@ def main() -> int:
         code, line = 2, str(wrong)
     except RunFailed as failed:
         code, line = 1, str(failed)
-    except (checkpoint.Interrupted, KeyboardInterrupt) as stop:
+    except (Interrupted, KeyboardInterrupt) as stop:
         stopped_by = signal.Signals(getattr(stop, "number", signal.SIGINT))
         code = 128 + stopped_by
         line = f"interrupted by {stopped_by.name}; every file that was written is whole"
@@ -794,6 +795,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     CODE = main()
-    for ending in (signal.SIGTERM, signal.SIGINT):  # all is written and told
+    for ending in errors.stops():  # all is written and told
         signal.signal(ending, signal.SIG_IGN)
     sys.exit(CODE)
