@@ -33,10 +33,11 @@ benchmarks/.venv/ready: benchmarks/requirements.txt
 	benchmarks/.venv/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	touch $@
 
-$(VENV)/ready: requirements.txt
+$(VENV)/ready: requirements.txt requirements-no-deps.txt
 	$(PYTHON) python_version.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-no-deps.txt
 	touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt

@@ -20,6 +20,7 @@ FOLDERS = (".", "micro_pythia", "studies", "benchmarks")
 RUN = [file for folder in FOLDERS for file in (ROOT / folder).glob("*.py")]
 TESTS = [*(ROOT / "tests").glob("*.py")]
 OWN = {file.stem for file in RUN + TESTS} | {"micro_pythia", "benchmarks"}
+REQUIREMENTS = ["requirements.txt", "requirements-no-deps.txt"]  # of a run
 PEERS = {"dictionary_learning", "sparsify"}  # of benchmarks/requirements.txt, in an environment of their own
 
 
@@ -39,7 +40,7 @@ def imported(file: Path) -> set[str]:
 def requirements(name: str) -> list[Requirement]:
     """Of a requirements file alone, without the files that it names."""
     lines = (line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
-    return [Requirement(line) for line in lines if line and not line.startswith("-r")]
+    return [Requirement(line) for line in lines if line and not line.startswith("-")]
 
 
 def declared(*names: str) -> set[str]:
@@ -88,9 +89,22 @@ def test_what_only_tests_need_is_not_installed_for_runs():
 
 
 def test_every_requirement_has_bounds():
-    for requirement in requirements("requirements.txt") + requirements("requirements-dev.txt"):
-        operators = {specifier.operator for specifier in requirement.specifier}
-        assert operators & {">=", "=="}, requirement
+    files = [*REQUIREMENTS, "requirements-dev.txt"]
+    bounded = set()
+    for requirement in (r for file in files for r in requirements(file)):
+        if {specifier.operator for specifier in requirement.specifier} & {">=", "=="}:
+            bounded.add(canonicalize_name(requirement.name))
+    assert bounded == declared(*files)
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_every_python_gets_one_numpy_and_saebench_of_one_release(python):
+    environment = {"python_version": python}
+    asked = [r for r in requirements("requirements.txt") if not r.marker or r.marker.evaluate(environment)]
+    numpy = [r.specifier for r in asked if r.name == "numpy"]
+    assert len(numpy) == 1 and numpy[0].contains("1.26.4") == (python != "3.13")
+    assert ("sae-bench" in {r.name for r in asked}) == (python != "3.13"), "it asks pip for numpy under 2"
+    assert "-c requirements-no-deps.txt" in (ROOT / "requirements.txt").read_text().splitlines()
 
 
 @pytest.mark.parametrize("version", [(3, 8), (3, 10), (3, 14)])
@@ -119,7 +133,7 @@ def test_python_is_looked_at_before_anything_is_imported():
 @pytest.fixture
 def project(tmp_path) -> Path:
     """The Makefile with a Python that only writes down what it is asked."""
-    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+    for name in ("Makefile", *REQUIREMENTS, "requirements-dev.txt"):
         shutil.copy(ROOT / name, tmp_path)
     python = tmp_path / "python"
     python.write_text(
@@ -148,7 +162,8 @@ def installs(asked: list[str]) -> list[str]:
 
 def test_runs_install_what_they_need_and_tests_add_theirs_once(project):
     code, asked = make(project, "run")
-    assert code == 0 and asked[0] == "python_version.py" and installs(asked) == ["requirements.txt"]
+    assert code == 0 and asked[0] == "python_version.py" and installs(asked) == REQUIREMENTS
+    assert [line for line in asked if "requirements-no-deps.txt" in line and "--no-deps" in line]
     assert asked[-2].startswith("experiment.py --out_dir reproduced/run_0")
     assert asked[-1] == "../plot.py run_0 run_1"
     code, asked = make(project, "test")
@@ -159,13 +174,13 @@ def test_runs_install_what_they_need_and_tests_add_theirs_once(project):
 
 
 def test_tests_alone_install_all_and_a_new_requirement_of_theirs_leaves_runs_alone(project):
-    assert installs(make(project, "test")[1]) == ["requirements.txt", "requirements-dev.txt"]
+    assert installs(make(project, "test")[1]) == [*REQUIREMENTS, "requirements-dev.txt"]
     ready = (project / ".venv/ready").stat().st_mtime
     os.utime(project / "requirements-dev.txt", (ready + 10, ready + 10))
     assert installs(make(project, "run")[1]) == []
     assert installs(make(project, "test")[1]) == ["requirements-dev.txt"]
     os.utime(project / "requirements.txt", (ready + 20, ready + 20))
-    assert installs(make(project, "test")[1]) == ["requirements.txt", "requirements-dev.txt"]
+    assert installs(make(project, "test")[1]) == [*REQUIREMENTS, "requirements-dev.txt"]
 
 
 def test_make_refuses_a_python_that_does_not_work_before_it_makes_an_environment(project):
