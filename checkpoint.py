@@ -179,7 +179,7 @@ def refuse_foreign(folder: Path, seeds: tuple[int, ...]):
             names = ", ".join(map(repr, foreign[:3])) + (", ..." if len(foreign) > 3 else "")
             whose = "a config.json that is damaged or not" if settings.exists() else "no config.json"
             told = f"--out_dir {folder} holds {names} and {whose} of this program"
-            rest = "nothing is removed or written there, with --overwrite neither; name a new or an empty folder"
+            rest = "nothing is removed or written there, nor with --overwrite; name a new or an empty folder"
             raise WrongRequest(f"{told}: {rest}")
     for path in (folder / name for name in FILES):
         if path.is_dir():

@@ -89,7 +89,7 @@ def tell_uncaught(kind: type, error: BaseException, trace):
 
 
 class Output:
-    """A text stream that a run does not depend on: what cannot be written is dropped, and stderr told once."""
+    """A text stream that a run does not depend on: what cannot be written is dropped, stderr told once."""
 
     def __init__(self, stream, number: int):
         self._stream, self._number = stream, number

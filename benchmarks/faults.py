@@ -342,7 +342,7 @@ class Campaign:
             if not ok:
                 print(trial.text, again.text)
             shutil.rmtree(folder)
-        outcome = "killed, gone on, asked again, with --overwrite: byte for byte as before; the run's own the same"
+        outcome = "killed, gone on, asked again, --overwrite: byte for byte as before; the run's own, too"
         self.row("other people's files put into and beside a run folder while it runs", tries, good, outcome)
 
     # ---- damage
@@ -451,7 +451,7 @@ class Campaign:
                 print(code, trial.text, again.text)
             subprocess.run(["umount", folder], check=True)
         self.row("disk full", tried, good, "one line, exit 1; with space again the same command ends with the same bytes")
-        self.survived("memory runs out (address space limit)", alone, lambda: do_at(130, lambda *_: limit(resource.RLIMIT_AS, int(Path("/proc/self/statm").read_text().split()[0]) * 4096 + 2**20)), "out of memory (ulimit -v allows")
+        self.survived("memory runs out (address space limit)", alone, lambda: do_at(130, no_more_memory), "out of memory (")
 
     def survived(self, fault: str, alone: Path, prepare, said: str):
         """Two checkpoints, the fault (at step 130, behind both) in the third process, one line, and the same command again."""
@@ -539,6 +539,11 @@ def limit(which: int, size: int):
     resource.setrlimit(which, (size, resource.getrlimit(which)[1]))
 
 
+def no_more_memory(*_):
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit(resource.RLIMIT_AS, pages * resource.getpagesize() + 2**20)
+
+
 def time_saves():
     save, train, seconds = checkpoint.save, experiment.train, []
 
@@ -593,7 +598,8 @@ INJECTED = [
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"kills": Campaign.kills_at_random, "signals": Campaign.signals, "owners": Campaign.owners, "foreign": Campaign.foreign, "damage": Campaign.damage, "numbers": Campaign.numbers,
+    parts = {"kills": Campaign.kills_at_random, "signals": Campaign.signals, "owners": Campaign.owners, "damage": Campaign.damage,
+             "foreign": Campaign.foreign, "numbers": Campaign.numbers,
              "machine": Campaign.machine, "bounds": Campaign.bounds}  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--kills", type=int, default=60)

@@ -1,4 +1,4 @@
-"""A run folder: what the program writes there is the program's; everything else stays as it is. And how it ends."""
+"""A run folder: what the program writes there is the program's; everything else stays. And how it ends."""
 
 # ruff: noqa: F401, F811  (`here` is a fixture)
 import errno
