@@ -87,11 +87,13 @@ class Evaluator:
         self.subjects = {alias: testbed.questions[s] for alias, s in self.names.items()}
 
     def _with_resid(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Contexts [n, pos] without a massive row, and their resid [n, pos, D]. Raises RunFailed when fewer than half are left."""
+        """Contexts [n, pos] without a massive row, and their resid [n, pos, D]. Raises WrongRequest when
+        fewer than half are left."""
         resid = torch.cat([self.lm.resid(t) for t in tokens.split(64)])
         tame = ~testbeds.massive(resid, testbeds.trained_on(tokens, self.special)).any(1)
         if 2 * tame.sum() < len(tame):
-            raise RunFailed(f"{int((~tame).sum())} of {len(tame)} contexts hold activations of over 10 times the median norm at layer {self.testbed.layer}: choose another --layer")
+            told = f"{int((~tame).sum())} of {len(tame)} contexts hold activations of over 10 times the"
+            raise WrongRequest(f"{told} median norm at layer {self.testbed.layer}: choose another --layer")
         return tokens[tame], resid[tame]
 
     @property
@@ -175,7 +177,8 @@ class Evaluator:
             questions = self.subjects[dataset_name]
             questions = questions if chosen is None else [questions[i] for i in chosen]
             self.exams[key] = testbeds.Exam(self.testbed.tokenizer, questions, self.testbed.scoring, permutations, self.testbed.prompt_format,
-                                            without_question, self.testbed.lm.device, self.testbed.shared_stems)  # fmt: skip
+                                            without_question, self.testbed.lm.device,
+                                            self.testbed.shared_stems, self.testbed.mixed_lengths)  # fmt: skip
         exam = self.exams[key]
         probs = exam.plain if model.hook is None else None  # asked once
         if probs is None:

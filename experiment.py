@@ -449,6 +449,7 @@ class ActivationStream:
         self.passes = {"forget": 0, "retain": 0}  # over the text, begun so far
         self.texts = [testbeds.packed_contexts(getattr(testbed, d).train, testbed.tokenizer, context_size, seed, on_pass=partial(self.passes.__setitem__, d)) for d in self.passes]
         self.seed, self.block_index, self.block = seed, 0, None
+        self.with_massive = 0.0  # share of the block's contexts that hold a massive row
         checkpoint.make_collections_short()
 
     @torch.no_grad()
@@ -457,7 +458,7 @@ class ActivationStream:
         with testbeds.parameters_as(self.low_precision), self.traced.trace(tokens, use_cache=False) as tracer:
             resid = self.hook.output.save()
             tracer.stop()
-        return resid[0] if isinstance(resid, tuple) else resid
+        return testbeds.hidden_of(resid)
 
     def next_block(self) -> ActivationBlock:
         """The LM's output goes straight to its shuffled place: one buffer, one LM batch, no copy of the buffer. The stream lets go of the block before."""
@@ -466,7 +467,7 @@ class ActivationStream:
         half = self.n_contexts // 2
         batches = [torch.tensor([c for text in self.texts for c in islice(text, half)], device=self.device) for _ in range(self.n_lm_batches)]
         kept = [(~torch.isin(tokens, self.special)).flatten().nonzero()[:, 0] for tokens in batches]
-        n, first, sinks = sum(map(len, kept)), 0, []
+        n, first, sinks, with_sinks = sum(map(len, kept)), 0, [], 0
         order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.block_index))
         self.block_index += 1
         places = torch.empty_like(order).scatter_(0, order, torch.arange(n)).to(self.device)
@@ -478,9 +479,12 @@ class ActivationStream:
             gc.collect()  # a trace leaves its frames, and they the LM's activations, in cycles: hundreds of megabytes until Python comes by itself
             x.index_copy_(0, place, resid)
             forget.index_copy_(0, place, rows < half * tokens.shape[1])
-            sinks.append(place[testbeds.massive(resid, torch.ones_like(rows, dtype=torch.bool))])
+            massive = testbeds.massive(resid, torch.ones_like(rows, dtype=torch.bool))
+            sinks.append(place[massive])
+            with_sinks += len((rows[massive] // tokens.shape[1]).unique())
             first += len(rows)
         self.block = ActivationBlock(x, forget).without(torch.cat(sinks))
+        self.with_massive = with_sinks / sum(map(len, batches))
         checkpoint.return_freed_memory()
         return self.block
 
@@ -1248,6 +1252,8 @@ def run_experiments(command: Command, configs: list[Config], started: float):
         stream = ActivationStream(testbed, shared.context_size, shared.buffer_tokens)
         stream.skip_blocks(at.block)
         block = stream.next_block()
+        if evals and not saved and stream.with_massive > 1 / 8:
+            Evaluator(testbed, shared.context_size)  # refuses an LM that it would refuse after training
     for run, state in zip(runs, saved or [None] * len(runs)):
         run.start(block, state)
     del saved, state, block
@@ -1278,7 +1284,7 @@ def run_experiments(command: Command, configs: list[Config], started: float):
 def resolve(config: Config, testbed: testbeds.Testbed) -> Config:
     """Fill what the command and the plan leave open from the testbed, and check it against the LM."""
     config = replace(config, testbed=testbed.name, **{k: v for k, v in testbed.defaults.items() if getattr(config, k) in (None, "", ())})
-    longest = getattr(testbed.lm.config, "max_position_embeddings", math.inf)
+    longest = testbeds.most_positions(testbed.lm.config.to_dict())
     if config.context_size > longest:
         raise WrongRequest(f"--context_size {config.context_size} is more than the {longest} positions of the LM")
     if config.target_l0 >= config.d_sae:

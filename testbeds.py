@@ -40,9 +40,10 @@ class Testbed:
     `scoring` is "letter" (SAEBench's) or "cloze"; `prompt_format` is SAEBench's name of a chat format, or None.
     `clamp_scale` is "feature" when SAEBench's multipliers count in units of a feature's own mean active value, or
     "absolute" when they are activation units as in SAEBench; `sweep` changes the sweep's settings, and core is measured on
-    `n_held_out` contexts of each domain. `exam_lm`, if there is one,
-    is asked the questions in place of `lm`; `shared_stems` says whether a question's choices can share a row (Exam). `defaults` are config fields that depend on the LM, `published` core metrics of others
-    to print beside ours; `describe` goes into config.json and `notes` into warnings.json.
+    `n_held_out` contexts of each domain. `exam_lm`, if there is one, is asked the questions in place of `lm`;
+    `shared_stems` and `mixed_lengths` say how its rows can be laid out (Exam). `defaults` are config fields
+    that depend on the LM, `published` core metrics of others to print beside ours; `describe` goes into
+    config.json and `notes` into warnings.json.
     """
 
     name: str
@@ -60,7 +61,8 @@ class Testbed:
     describe: dict = field(default_factory=dict)
     sweep: dict = field(default_factory=dict)
     exam_lm: torch.nn.Module | None = None
-    shared_stems: bool = True
+    shared_stems: bool = False
+    mixed_lengths: bool = True
     n_held_out: int = 128
     published: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -135,12 +137,13 @@ def load(wanted: Wanted | str = "auto", tokens: int | None = None, least_tokens:
         check_questions(testbed, json.loads((folder / "config.json").read_text()))
     device = "cuda" if torch.cuda.is_available() and name != "micro" else "cpu"  # micro is too small to gain by it
     testbed.lm = load_lm(folder, device)
-    if len(tokenizer) > testbed.lm.get_input_embeddings().num_embeddings:
-        raise WrongRequest(f"--lm {spec.lm}: its tokenizer has {len(tokenizer)} tokens, its weights {testbed.lm.get_input_embeddings().num_embeddings}: they belong to different LMs")
+    check_ids(testbed)
     check_lm(testbed)
     if spec.exam_lm and examined:
         exam_folder, described["exam_lm"] = lm_folder(name, spec.exam_lm)
         testbed.exam_lm = load_lm(exam_folder, device)
+    if examined and questions:
+        lay_out(testbed)
     return testbed
 
 
@@ -278,13 +281,33 @@ def load_lm(folder: Path, device: str) -> torch.nn.Module:
     return lm.eval().requires_grad_(False).to(device)
 
 
+def check_ids(testbed: Testbed):
+    """Raises WrongRequest for a tokenizer that can give a text ids of which the LM has no embedding.
+
+    Nothing is padded: a pad token with no other role counts only where the text or a question spells it out.
+    """
+    tokenizer, n = testbed.tokenizer, testbed.lm.get_input_embeddings().num_embeddings
+    beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= n}
+    for pad in pad_alone(tokenizer) & beyond.keys():
+        read = [part["text"] for t in (testbed.forget, testbed.retain) for part in (t.train, t.held_out)]
+        asked = [" ".join((q.question, *q.choices)) for qs in testbed.questions.values() for q in qs]
+        if not any(beyond[pad] in text for part in (*read, asked) for text in part):
+            del beyond[pad]
+    if beyond:
+        most = max(beyond)
+        told = f"its tokenizer gives ids up to {most} ({beyond[most]!r}), its weights have {n} rows"
+        told += ": they belong to different LMs; save the right tokenizer beside the LM"
+        raise WrongRequest(f"--lm {testbed.defaults['lm']}: {told}")
+
+
 @torch.no_grad()
 def check_lm(testbed: Testbed):
     """Raises WrongRequest for an LM that looks ahead, or whose layers cannot be resumed as InterventionLM resumes them."""
     lm, asked = testbed.lm, InterventionLM(testbed)
-    tokens = torch.randint(0, len(testbed.tokenizer), (2, 8), generator=torch.Generator().manual_seed(0)).to(lm.device)
+    n = min(len(testbed.tokenizer), lm.get_input_embeddings().num_embeddings)
+    tokens = torch.randint(0, n, (2, 8), generator=torch.Generator().manual_seed(0)).to(lm.device)
     other = tokens.clone()
-    other[:, -1] = (other[:, -1] + 1) % len(testbed.tokenizer)
+    other[:, -1] = (other[:, -1] + 1) % n
     every = torch.arange(7, device=lm.device).expand(2, -1)
     try:
         plain, ahead = logits_at(lm, tokens, every), logits_at(lm, other, every)
@@ -299,29 +322,62 @@ def check_lm(testbed: Testbed):
         raise WrongRequest(f"--lm {testbed.defaults['lm']}: its logits are not finite; its weights are damaged, or too large for {lm.dtype}")
     if not near(ahead):
         raise WrongRequest(f"--lm {testbed.defaults['lm']}: {type(lm).__name__} looks ahead: it is not causal; give a decoder-only LM")
-    testbed.shared_stems = takes_shared_stems(lm, tokens)
     if not near(resumed):
         raise WrongRequest(f"--lm {testbed.defaults['lm']}: {type(lm).__name__} gives other answers when it is resumed at layer {testbed.layer}; give another LM")
 
 
-def takes_shared_stems(lm, tokens: Tensor) -> bool:
-    """Whether the LM answers two ends of one stem in one row as in two (tokens [2, 8]): it takes a mask and places for its tokens."""
-    stem, ends = tokens[0].tolist(), tokens[1].view(2, 4).tolist()
-    special = tokens.new_empty(0)  # no intervention here
-    (together,) = _batches([(stem, ends)], 64, lm.device, special)
-    apart = _batches([(stem, [end]) for end in ends], 8, lm.device, special)
-    apart = torch.cat([logits_at(lm, batch.tokens, batch.positions) for batch in apart], 1)
-    try:
-        at_once = logits_at(lm, together.tokens, together.positions, **together.seen(lm))
-    except (TypeError, ValueError, RuntimeError):  # it takes no such mask: each choice then has a row of its own
-        return False
-    return bool((at_once - apart).float().abs().max() <= 0.02 * apart.float().std())
+WINDOWS = (  # as configs name how many tokens some of an LM's layers see
+    "sliding_window",
+    "sliding_window_size",
+    "window_size",
+    "attention_window_size",
+    "attention_chunk_size",
+    "local_attention",
+)
+
+
+@torch.no_grad()
+def lay_out(testbed: Testbed):
+    """Find out how rows can be laid out for the LM that is asked (`shared_stems`, `mixed_lengths`), so that
+    no answer depends on it.
+
+    A shared row brings a mask and places of its own. The mask takes the place of a layer's window or chunk,
+    so no row may be longer than one; for the rest, the longest question is asked in both ways. Padding behind
+    a row is seen by none of its tokens, but some LMs (dynamic and long RoPE) place a token by the batch's
+    length: the shortest question is asked alone and beside the longest.
+    """
+    lm, questions = testbed.exam_lm or testbed.lm, [q for some in testbed.questions.values() for q in some]
+    same = 1e-4 if lm.dtype == torch.float32 else 0.1  # in probability; other batches round otherwise
+
+    def ask(questions: list[Question], shared_stems: bool) -> Tensor:
+        how = dict(prompt_format=testbed.prompt_format, device=lm.device, shared_stems=shared_stems)
+        exam = Exam(testbed.tokenizer, questions, testbed.scoring, **how)
+        return exam.probs(lambda batch: logits_at(lm, batch.tokens, batch.positions, **batch.seen(lm)))
+
+    exam = Exam(testbed.tokenizer, questions, testbed.scoring, prompt_format=testbed.prompt_format)
+    shortest, longest = (questions[exam.batches[end].rows[end]] for end in (0, -1))
+    alone = ask([shortest], False)
+    testbed.mixed_lengths = bool((ask([shortest, longest], False)[:1] - alone).abs().max() <= same)
+    config = lm.config.get_text_config()
+    window = min(getattr(config, name, None) or math.inf for name in WINDOWS)
+    if testbed.scoring == "cloze" and testbed.mixed_lengths and exam.batches[-1].tokens.shape[1] <= window:
+        try:
+            shared = ask([longest], True)
+        except (TypeError, ValueError, RuntimeError):  # it takes no such mask
+            return
+        testbed.shared_stems = bool((shared - ask([longest], False)).abs().max() <= same)
+
+
+def most_positions(config: dict) -> float:
+    """How many tokens a row of an LM can hold by its config; infinite where it names no bound."""
+    named = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    return next((config[k] for k in named if config.get(k)), math.inf)
 
 
 def check_questions(testbed: Testbed, config: dict):
     """Raises WrongRequest for letters of more than one token, for a choice that the tokenizer gives no token,
     and for a question longer than the LM's positions."""
-    most = next((config[k] for k in ("max_position_embeddings", "n_positions") if config.get(k)), math.inf)
+    most = most_positions(config)
     for subject, questions in testbed.questions.items():
         choices = [(q, choice) for q in questions for choice in q.choices]
         tokens = testbed.tokenizer([choice for _, choice in choices], add_special_tokens=False)["input_ids"]
@@ -343,8 +399,13 @@ def special_ids(tokenizer) -> Tensor:
     word of it.
     """
     marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+    return torch.tensor(sorted(marked - pad_alone(tokenizer)), dtype=torch.long)
+
+
+def pad_alone(tokenizer) -> set[int]:
+    """The id of the pad token, if there is one and it has no other role."""
     roles = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
-    return torch.tensor(sorted(marked - ({tokenizer.pad_token_id} - roles)), dtype=torch.long)
+    return {tokenizer.pad_token_id} - roles - {None}
 
 
 def trained_on(tokens: Tensor, special: Tensor) -> Tensor:
@@ -503,29 +564,42 @@ class Exam:
     cloze: `Question: ... Answer:` continued by each choice, answered by the highest mean log-likelihood of the choice's
     tokens; permuting the choices permutes the answer, so one pass serves all permutations. With `shared_stems` a row holds the
     question once and its four choices, none of which sees another; without, a row holds the question and one choice.
+    Question and choice are tokenised together: the choice's tokens are those behind what all four have in
+    common with the question alone. Without `mixed_lengths` the rows of a batch are of one length, unpadded.
 
-    Raises WrongRequest when letters are asked for and one of them is more than one token.
+    Raises WrongRequest when letters are asked for and one of them is more than one token, and for a choice
+    without a token.
     """
 
     def __init__(self, tokenizer, questions: list[Question], scoring="letter", permutations=((0, 1, 2, 3),), prompt_format=None,
-                 without_question=False, device="cpu", shared_stems=True, tokens_per_batch=8192):  # fmt: skip
+                 without_question=False, device="cpu", shared_stems=True, mixed_lengths=True,
+                 tokens_per_batch=8192):  # fmt: skip
         self.scoring, self.permutations = scoring, torch.tensor([list(p) for p in permutations])
         self.answers = torch.tensor([list(p).index(q.answer) for q in questions for p in permutations])
-        bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and prompt_format is None else []
+        in_chat = scoring == "letter" and prompt_format is not None  # where the prompt spells its BOS out
+        bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and not in_chat else []
         encode = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]  # noqa: E731
         if scoring == "letter":
             self.letters = letter_tokens(tokenizer, prompt_format).to(device)
             prompts = [letter_prompt(q, p, prompt_format, without_question) for q in questions for p in permutations]
             rows = [(bos + ids, []) for ids in encode(prompts)]
         else:
-            asked = encode(["Answer:" if without_question else f"Question: {q.question}\nAnswer:" for q in questions])
-            ends = encode([f" {choice}" for q in questions for choice in q.choices])
-            n = 4 if shared_stems else 1
-            rows = [(bos + asked[i // 4], ends[i : i + n]) for i in range(0, len(ends), n)]
+            asked = ["Answer:" if without_question else f"Question: {q.question}\nAnswer:" for q in questions]
+            whole = encode([f"{stem} {choice}" for stem, q in zip(asked, questions) for choice in q.choices])
+            rows = []
+            for i, (question, stem) in enumerate(zip(questions, encode(asked))):
+                four = whole[4 * i : 4 * i + 4]
+                n = len(os.path.commonprefix([stem, *four]))
+                rows.append((bos + stem[:n], [ids[n:] for ids in four]))
+                if [] in rows[-1][1]:
+                    asked = f"{question.question[: sources.LONGEST]!r} ({question.subject})"
+                    raise WrongRequest(f"--questions: {asked} has a choice without a token: take it out")
+            if not shared_stems:
+                rows = [(stem, [end]) for stem, ends in rows for end in ends]
         self.n_rows = len(rows)
         self.width = 4 if scoring == "letter" or shared_stems else 1  # numbers a row
         self.plain: Tensor | None = None  # room for the probabilities without an intervention
-        self.batches = list(_batches(rows, tokens_per_batch, device, special_ids(tokenizer)))
+        self.batches = list(_batches(rows, tokens_per_batch, device, special_ids(tokenizer), mixed_lengths))
 
     def read(self, batch: Batch, logits: Tensor) -> Tensor:
         """What the exam takes from logits [row, n, vocab]: the letters' probabilities [row, 4], or the ends' mean log-likelihoods [row, ends]."""
@@ -557,15 +631,21 @@ class Exam:
 
 
 def _batches(
-    rows: list[tuple[list[int], list[list[int]]]], tokens_per_batch: int, device, special: Tensor
+    rows: list[tuple[list[int], list[list[int]]]],
+    tokens_per_batch: int,
+    device,
+    special: Tensor,
+    mixed_lengths: bool,
 ) -> Iterator[Batch]:
-    """Batches of rows (stem, ends) of like length: read where the ends' tokens, or without an end the next, are predicted.
+    """Batches of rows (stem, ends) of like length, or without `mixed_lengths` of the same: read where the
+    ends' tokens, or without an end the next, are predicted. No end is empty.
     `special` ids are as in `special_ids`."""
     length = [len(stem) + sum(map(len, ends)) for stem, ends in rows]
     order = sorted(range(len(rows)), key=length.__getitem__)
     while order:
         n = 1
-        while n < len(order) and (n + 1) * length[order[n]] <= tokens_per_batch:
+        longest = math.inf if mixed_lengths else length[order[0]]
+        while n < len(order) and length[order[n]] <= min(longest, tokens_per_batch // (n + 1)):
             n += 1
         some, order = order[:n], order[n:]
         shape, reads = (n, max(length[i] for i in some)), (n, max(1, *(sum(map(len, rows[i][1])) for i in some)))
@@ -587,6 +667,11 @@ def _batches(
             seen = ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])).tril()
             batch.places, batch.mask = places, torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(torch.float32).min)[:, None]
         yield replace(batch.to(device), rows=some)
+
+
+def hidden_of(put_out) -> Tensor:
+    """The hidden state [row, pos, D] in what a decoder layer puts out: that, or a tuple or list around it."""
+    return put_out[0] if isinstance(put_out, tuple | list) else put_out
 
 
 class InterventionLM:
@@ -619,12 +704,13 @@ class InterventionLM:
     @contextlib.contextmanager
     def resumed_from(self, resid: Tensor):
         """Inside, the layers below the hook pass their input on, and the hook layer puts out `resid`."""
+        as_put_out = self.as_put_out
+        as_lm = as_put_out(resid.to(self.lm.dtype))
         replaced = self.layers[: self.layer + 1]
         before = [vars(layer).get("forward") for layer in replaced]  # nnsight puts one of its own on each layer
         for layer in replaced[:-1]:
-            layer.forward = lambda hidden, *args, **kwargs: hidden
-        as_lm = resid.to(self.lm.dtype)
-        replaced[-1].forward = lambda hidden, *args, **kwargs: as_lm
+            layer.forward = lambda hidden_states, *args, **kwargs: as_put_out(hidden_states)
+        replaced[-1].forward = lambda hidden_states, *args, **kwargs: as_lm
         try:
             yield
         finally:
@@ -633,13 +719,27 @@ class InterventionLM:
                 if forward is not None:
                     layer.forward = forward
 
-    @torch.no_grad()
+    @cached_property
+    def as_put_out(self) -> Callable:
+        """Gives a hidden state the form in which the layers put it out: by itself, or before None in a tuple
+        or list."""
+        put_out = self._put_out(torch.zeros(1, 1, dtype=torch.long, device=self.lm.device))
+        if isinstance(put_out, Tensor):
+            return lambda hidden: hidden
+        form, beside = type(put_out), [None] * (len(put_out) - 1)
+        return lambda hidden: form([hidden, *beside])
+
     def resid(self, tokens: Tensor, **seen) -> Tensor:
         """resid_post [row, pos, D] (fp32) of the hook layer, the LM stopped there."""
+        return hidden_of(self._put_out(tokens, **seen)).float()
+
+    @torch.no_grad()
+    def _put_out(self, tokens: Tensor, **seen):
+        """What the hook layer puts out, the LM stopped there."""
         kept, stop = [], StopIteration()
 
         def keep(module, args, output):
-            kept.append(output[0] if isinstance(output, tuple) else output)
+            kept.append(output)
             raise stop
 
         handle = self.layers[self.layer].register_forward_hook(keep)
@@ -651,7 +751,7 @@ class InterventionLM:
         finally:
             handle.remove()
             stop.__traceback__ = None  # its frames hold the caller's batch, and they it: a cycle
-        return kept[0].float()
+        return kept[0]
 
     def _resumed(self, batch: Batch, resid: Tensor, read: Callable) -> Tensor:
         with self.resumed_from(resid):
@@ -816,7 +916,12 @@ def shared_proxy(lm: InterventionLM, testbed: Testbed, most_bytes: int = 2**29):
             run = lambda: super(SharedProxy, self).forward(tokens, **kwargs)  # noqa: E731
             return run() if any(point.fwd_hooks for point in self.hook_dict.values()) else once("clean", tokens, run)
 
+    testbed.layers[testbed.layer].register_forward_hook(list_as_tuple)  # sae_lens' hook ignores lists
     return SharedProxy(testbed.lm, testbed.tokenizer, hook_names=[testbed.hook_name])
+
+
+def list_as_tuple(module, args, output):
+    return tuple(output) if isinstance(output, list) else output
 
 
 def letter_prompt(question: Question, permutation, prompt_format=None, without_question=False) -> str:
@@ -829,9 +934,14 @@ def letter_prompt(question: Question, permutation, prompt_format=None, without_q
 
 
 def letter_tokens(tokenizer, prompt_format=None) -> Tensor:
-    """Token ids [spelling, 4] of the letters: with a leading space and, in chat formats, also without (as SAEBench)."""
-    spellings = ["", " "] if prompt_format else [" "]
-    ids = [[tokenizer(s + letter, add_special_tokens=False)["input_ids"] for letter in "ABCD"] for s in spellings]
-    if any(len(i) != 1 for row in ids for i in row):
-        raise WrongRequest("--scoring letter: an answer letter is more than one token of this LM's tokenizer; give --scoring cloze")
-    return torch.tensor(ids).squeeze(-1)
+    """Token ids [spelling, 4] of the letters: after a space, as they stand behind a prompt's "Answer:"; in
+    chat formats by themselves, with and without the space (as SAEBench). Raises WrongRequest for a letter of
+    more than one token."""
+    before, spellings = ("", ["", " "]) if prompt_format else ("Answer:", [" "])
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    ids = [[encode(before + space + letter) for letter in "ABCD"] for space in spellings]
+    stem = encode(before)
+    if any(i[:-1] != stem for row in ids for i in row):
+        told = "an answer letter is more than one token of this LM's tokenizer"
+        raise WrongRequest(f"--scoring letter: {told}; give --scoring cloze")
+    return torch.tensor([[i[-1] for i in row] for row in ids])

@@ -15,6 +15,37 @@ KINDS = {
     "gemma": ("Gemma2Config", GROUPED | dict(query_pre_attn_scalar=8, sliding_window=512)),
     "qwen": ("Qwen3Config", GROUPED),
 }
+SPREAD = dict(initializer_range=0.3)
+OWN_SIZES = dict(hidden_size=D_IN) | SPREAD
+GPT_NEO = dict(num_layers=N_LAYERS, num_heads=4, attention_types=[[["global"], 1], [["local"], 2]])
+FURTHER_KINDS = {  # layers that put out tuples or lists, ALiBi or a table of places, other names of sizes
+    "gpt_neo": ("GPTNeoConfig", OWN_SIZES | GPT_NEO),
+    "mpt": ("MptConfig", dict(d_model=D_IN, n_heads=4, n_layers=N_LAYERS, max_seq_len=1024) | SPREAD),
+    "falcon": ("FalconConfig", SIZES | dict(alibi=True)),
+    "bloom": ("BloomConfig", OWN_SIZES | dict(n_layer=N_LAYERS, n_head=4)),
+    "stablelm": ("StableLmConfig", SIZES | dict(num_key_value_heads=2)),
+    "openai": ("OpenAIGPTConfig", dict(n_layer=N_LAYERS, n_embd=D_IN, n_head=4, n_positions=1024) | SPREAD),
+}
+WINDOW = dict(sliding_window=16)
+CHUNKS = dict(attention_chunk_size=16, intermediate_size_mlp=64, no_rope_layers=[1, 0, 1])
+MOE = dict(num_local_experts=4, num_experts_per_tok=2)
+QWEN_WINDOW = WINDOW | dict(use_sliding_window=True, max_window_layers=1)
+LONG = dict(original_max_position_embeddings=48)
+FACTORS = dict(short_factor=[1.0] * 4, long_factor=[4.0] * 4, factor=20.0)
+LONG_ROPE = LONG | FACTORS | dict(rope_type="longrope", rope_theta=1e4)
+WINDOWED_KINDS = {  # layers that see the last 16 tokens alone; or other places in batches of over 48 tokens
+    "mistral": ("MistralConfig", GROUPED | WINDOW),
+    "phi3": ("Phi3Config", SIZES | dict(num_key_value_heads=2) | WINDOW),
+    "cohere2": ("Cohere2Config", GROUPED | WINDOW | dict(logit_scale=1.0)),
+    "gpt_oss": ("GptOssConfig", GROUPED | MOE | WINDOW),
+    "gemma2": ("Gemma2Config", GROUPED | WINDOW | dict(query_pre_attn_scalar=8)),
+    "gemma3": ("Gemma3TextConfig", GROUPED | WINDOW | dict(query_pre_attn_scalar=8)),
+    "qwen2": ("Qwen2Config", SIZES | QWEN_WINDOW | dict(num_key_value_heads=2, vocab_size=300)),
+    "qwen3": ("Qwen3Config", GROUPED | QWEN_WINDOW),
+    "llama4": ("Llama4TextConfig", GROUPED | MOE | CHUNKS),
+    "phi3_long": ("Phi3Config", SIZES | LONG | dict(num_key_value_heads=2, rope_parameters=LONG_ROPE)),
+    "gpt_neo_window": ("GPTNeoConfig", FURTHER_KINDS["gpt_neo"][1] | dict(window_size=16)),
+}
 
 
 def save_tokenizer(folder: Path, letters: bool = True):
@@ -35,17 +66,34 @@ def save_tokenizer(folder: Path, letters: bool = True):
     return len(vocab)
 
 
+def save_prefix_space_tokenizer(folder: Path):
+    """As Llama-2's: a text gets a space in front, and spaces belong to words behind them: "▁A", "▁the"."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [*SPECIAL, "▁", *sorted(set(map(chr, range(33, 127)))), "\n"]
+    merges = [*(("▁", letter) for letter in "ABCDt"), ("h", "e"), ("▁t", "he")]
+    vocab = {piece: i for i, piece in enumerate([*pieces, *map("".join, merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Replace("▁", " ")
+    tokenizer.add_special_tokens(SPECIAL)
+    roles = dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles).save_pretrained(folder)
+
+
 def save_lm(folder: Path, kind: str = "llama", letters: bool = True, seed: int = 0) -> Path:
     """A random LM of D_IN and N_LAYERS, and its tokenizer."""
     import torch
     import transformers
 
     folder.mkdir(parents=True, exist_ok=True)
-    config, sizes = KINDS[kind]
+    config, sizes = (KINDS | FURTHER_KINDS | WINDOWED_KINDS)[kind]
     size = save_tokenizer(folder, letters)
     state = torch.get_rng_state()
     torch.manual_seed(seed)
-    made = getattr(transformers, config)(**sizes, vocab_size=size, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    ids = dict(vocab_size=size, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    made = getattr(transformers, config)(**ids | sizes)
     transformers.AutoModelForCausalLM.from_config(made).save_pretrained(folder)
     torch.set_rng_state(state)
     return folder
