@@ -427,7 +427,7 @@ def packed_contexts(dataset, tokenizer, context_size: int, seed: int, repeat=Tru
     rest, epoch, made = [], 0, 0
     while epoch == 0 or repeat:
         on_pass(epoch + 1)
-        for documents in dataset.shuffle(seed=seed + epoch).iter(batch_size=1000):
+        for documents in dataset.shuffle(seed=seed + epoch).iter(batch_size=16):  # books: 200 MB of ids
             for ids in tokenizer(documents["text"], add_special_tokens=False)["input_ids"]:
                 rest += ids + [eos] if ids else []
             size = context_size - 1

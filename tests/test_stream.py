@@ -15,7 +15,10 @@ class Letters:
 
     bos_token_id, eos_token_id = 0, 1
 
+    most = 0  # texts at once
+
     def __call__(self, texts, add_special_tokens):
+        self.most = max(self.most, len(texts))
         return {"input_ids": [[ord(c) - 95 for c in t] for t in texts]}
 
 
@@ -39,6 +42,12 @@ def test_short_text_repeats_in_a_new_order_and_text_under_one_context_is_refused
     assert all(sorted(c[1::2]) == list(range(2, 10)) for c in contexts) and len({tuple(c) for c in contexts}) > 1
     with pytest.raises(RunFailed, match="3 tokens, fewer than one context of 128"):
         next(packed_contexts(corpus("ab"), Letters(), 128, seed=0))
+
+
+def test_few_documents_are_tokenised_at_once_for_they_may_be_books():
+    tokenizer = Letters()
+    contexts = list(packed_contexts(corpus(*("abc" for _ in range(100))), tokenizer, 5, seed=0, repeat=False))
+    assert len(contexts) == 100 and tokenizer.most == 16
 
 
 def test_rows_are_resid_post_of_the_hook_layer_without_special_tokens(micro):
