@@ -11,7 +11,9 @@ arms (their losses and groups: losses.py) -> trainer -> run (evaluated by evalua
 F d_sae, G feature groups.
 """
 
-import python_version  # noqa: F401, I001  (first: refuses a Python that this does not work with)
+import python_version  # noqa: F401  (first: refuses a Python that this does not work with)
+
+# isort: split
 import argparse
 import atexit
 import json
@@ -28,20 +30,38 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-import errors
-from errors import Interrupted, RunFailed, WrongRequest
+from sae_separation.errors import (
+    Interrupted,
+    RunFailed,
+    WrongRequest,
+    keep_output_open,
+    leave_at_once,
+    stops,
+    tell,
+    tell_uncaught,
+)
 
 if __name__ == "__main__":  # from here on, whatever ends the command ends with its exit code and one line
-    errors.keep_output_open()
-    sys.excepthook = errors.tell_uncaught
-    for number in errors.stops():
-        signal.signal(number, errors.leave_at_once)
+    keep_output_open()
+    sys.excepthook = tell_uncaught
+    for number in stops():
+        signal.signal(number, leave_at_once)
 
-import simple_parsing  # noqa: E402
+import simple_parsing
 
-import checkpoint  # noqa: E402
-import sources  # noqa: E402
-from checkpoint import SECTIONS, write_json  # noqa: E402
+from sae_separation import checkpoint, checks, process, run_folder
+from sae_separation.files import (
+    CannotWrite,
+    Unusable,
+    read_sealed,
+    seal,
+    sync,
+    write_json,
+    write_whole,
+    writing,
+)
+from sae_separation.run_folder import SECTIONS
+from sae_separation.specs import Wanted
 
 STARTED = time.monotonic()
 
@@ -53,14 +73,16 @@ EVALS = ("core", "unlearning", "corpus", "geometry", "none")
 
 
 @dataclass
-class Config(sources.Wanted):
+class Config(Wanted):
     """One run. Fields that are None or empty take the testbed's default; the recorded config.json holds none of those."""
 
     arm: Literal[ARM_NAMES] = "vanilla"
     """which orthogonality loss (see ARMS)"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """one SAE a seed, trained side by side on one LM pass"""
-    evals: tuple[Literal[EVALS], ...] = simple_parsing.field(default=EVALS[:-1], metavar=f"{{{','.join(EVALS)}}} ...")
+    evals: tuple[Literal[EVALS], ...] = simple_parsing.field(
+        default=EVALS[:-1], metavar=f"{{{','.join(EVALS)}}} ..."
+    )
     """which evaluations, or none"""
 
     tokens: int | None = None
@@ -142,20 +164,43 @@ class Config(sources.Wanted):
     evaluation, which is not cut short"""
 
     def __post_init__(self):
-        positive = ("tokens", "context_size", "batch_size", "buffer_tokens", "d_sae", "lr", "group_size", "chunk_size", "group_update_steps", "dead_tokens", "forget_features", "grad_accumulation", "temperature", "time_budget_minutes")
+        positive = (
+            "tokens",
+            "context_size",
+            "batch_size",
+            "buffer_tokens",
+            "d_sae",
+            "lr",
+            "group_size",
+            "chunk_size",
+            "group_update_steps",
+            "dead_tokens",
+            "forget_features",
+            "grad_accumulation",
+            "temperature",
+            "time_budget_minutes",
+        )
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, float | int) and not isinstance(value, bool):
                 if value > (1e12 if isinstance(value, int) else 1e30):
                     raise WrongRequest(f"--{f.name} is {value:.3g}: give a smaller number")
                 if not math.isfinite(value) or value < 0 or (value == 0 and f.name in positive):
-                    raise WrongRequest(f"--{f.name} is {value}: give a finite number {'above 0' if f.name in positive else 'of at least 0'}")
+                    raise WrongRequest(
+                        f"--{f.name} is {value}: give a finite number {'above 0' if f.name in positive else 'of at least 0'}"
+                    )
         for name in ("seeds", "evals"):
             if not getattr(self, name) or len(set(getattr(self, name))) != len(getattr(self, name)):
                 raise WrongRequest(f"--{name} {getattr(self, name)}: give at least one, each once")
         if not all(0 <= seed < 2**31 for seed in self.seeds):
             raise WrongRequest(f"--seeds {self.seeds}: a seed lies in [0, 2**31)")
-        for name, least, most in (("batch_size", 2, 2**20), ("context_size", 8, 2**20), ("d_sae", 2, 2**22), ("tokens", 1, 10**12), ("buffer_tokens", 1, 2**26)):
+        for name, least, most in (
+            ("batch_size", 2, 2**20),
+            ("context_size", 8, 2**20),
+            ("d_sae", 2, 2**22),
+            ("tokens", 1, 10**12),
+            ("buffer_tokens", 1, 2**26),
+        ):
             if getattr(self, name) is not None and not least <= getattr(self, name) <= most:
                 raise WrongRequest(f"--{name} {getattr(self, name)} must lie in [{least}, {most}]")
         for name in ("skip", "feature_dropout"):
@@ -163,25 +208,48 @@ class Config(sources.Wanted):
                 raise WrongRequest(f"--{name} {getattr(self, name)} must lie in [0, 1)")
         for name, arm in (("group_size", "grouped"), ("chunk_size", "ortsae")):
             if self.arm == arm and getattr(self, name) < 2:
-                raise WrongRequest(f"--{name} {getattr(self, name)} must be at least 2: a feature alone has no pair")
+                raise WrongRequest(
+                    f"--{name} {getattr(self, name)} must be at least 2: a feature alone has no pair"
+                )
         if self.arm == "adaptive" and self.d_sae is not None and self.forget_features > self.d_sae:
-            raise WrongRequest(f"--forget_features {self.forget_features} must be at most --d_sae {self.d_sae}")
+            raise WrongRequest(
+                f"--forget_features {self.forget_features} must be at most --d_sae {self.d_sae}"
+            )
         if "none" in self.evals and len(self.evals) > 1:
             raise WrongRequest(f"--evals {' '.join(self.evals)}: none stands alone")
         if self.skip and self.evals != ("none",):
-            raise WrongRequest(f"--skip {self.skip} cannot be held by the SAELens format that the evaluations read: give --evals none to train without them")
-        if self.activation != "relu" and self.k is not None and self.d_sae is not None and not 1 <= self.k < self.d_sae:
+            raise WrongRequest(
+                f"--skip {self.skip} cannot be held by the SAELens format that the evaluations read: give --evals none to train without them"
+            )
+        if (
+            self.activation != "relu"
+            and self.k is not None
+            and self.d_sae is not None
+            and not 1 <= self.k < self.d_sae
+        ):
             raise WrongRequest(f"--k {self.k} must lie in [1, --d_sae {self.d_sae})")
-        if self.tokens is not None and self.unlock_steps and 8 * self.unlock_steps >= self.tokens // self.batch_size:
-            raise WrongRequest(f"--unlock_steps {self.unlock_steps}: all features are open after 8 times that, but training takes {self.tokens // self.batch_size} steps")
+        if (
+            self.tokens is not None
+            and self.unlock_steps
+            and 8 * self.unlock_steps >= self.tokens // self.batch_size
+        ):
+            raise WrongRequest(
+                f"--unlock_steps {self.unlock_steps}: all features are open after 8 times that, but training takes {self.tokens // self.batch_size} steps"
+            )
         if self.activation == "relu" and self.target_l0 != 0 and not self.l1:  # None is the testbed's target
-            raise WrongRequest("--l1 0 cannot be steered to a target L0: start from a small number, or give --target_l0 0")
+            raise WrongRequest(
+                "--l1 0 cannot be steered to a target L0: start from a small number, or give --target_l0 0"
+            )
         if not 0 < self.target_sharing <= 1:
             raise WrongRequest(f"--target_sharing {self.target_sharing} must lie in (0, 1]")
         if self.tokens is not None and self.tokens < 100 * self.batch_size:
-            raise WrongRequest(f"--tokens {self.tokens} is {self.tokens // self.batch_size} steps of --batch_size {self.batch_size}: training takes at least 100")
+            raise WrongRequest(
+                f"--tokens {self.tokens} is {self.tokens // self.batch_size} steps of --batch_size {self.batch_size}: training takes at least 100"
+            )
         if self.buffer_tokens < 4 * self.batch_size:
-            raise WrongRequest(f"--buffer_tokens {self.buffer_tokens} must hold at least 4 batches of {self.batch_size} to shuffle them")
+            raise WrongRequest(
+                f"--buffer_tokens {self.buffer_tokens} must hold at least 4 batches of {self.batch_size} to shuffle them"
+            )
         if not 0 <= self.decay_fraction <= 1:
             raise WrongRequest(f"--decay_fraction {self.decay_fraction} must lie in [0, 1]")
 
@@ -203,7 +271,7 @@ class Command(Config):
 
 
 # Settings of the LM pass, which all runs of a command share. All others are a run's own.
-WANTED = tuple(f.name for f in fields(sources.Wanted))
+WANTED = tuple(f.name for f in fields(Wanted))
 ONE_PASS = (*WANTED, "tokens", "context_size", "batch_size", "buffer_tokens", "time_budget_minutes")
 ONLY_FOR = (  # options that do nothing in other runs
     (("alpha", "alpha_start"), "arm", ("fixed", "grouped", "adaptive", "ortsae")),
@@ -224,7 +292,13 @@ PLAN = {
     "run_4": {"arm": "grouped", "alpha": 0.5},
     "run_5": {"arm": "grouped", "alpha": 1.0},
     "run_6": {"arm": "adaptive", "alpha": 1.0},
-    "run_7": {"arm": "adaptive", "alpha": 1.0, "alpha_start": 0.1, "loss_warmup_steps": 100, "unlock_steps": 30},
+    "run_7": {
+        "arm": "adaptive",
+        "alpha": 1.0,
+        "alpha_start": 0.1,
+        "loss_warmup_steps": 100,
+        "unlock_steps": 30,
+    },
     "run_8": {"arm": "adaptive", "alpha": 1.0, "activation": "batchtopk"},
     "run_9": {"arm": "ortsae", "alpha": 0.25},
     "run_10": {"arm": "frozen_decoder"},
@@ -258,8 +332,14 @@ def parse_command(argv: list[str]) -> tuple[Command, list[Config]]:
     """
 
     def refuse(message: str):
-        message = re.sub(r"(unrecognized arguments: [^-].*)", r"\1; several values follow their option without =, as in --out_dir run_0 run_1", message)
-        message = re.sub(r"invalid typing\.Literal\[(.*)\] value: (.*)", r"invalid choice: \2 (choose from \1)", message)
+        message = re.sub(
+            r"(unrecognized arguments: [^-].*)",
+            r"\1; several values follow their option without =, as in --out_dir run_0 run_1",
+            message,
+        )
+        message = re.sub(
+            r"invalid typing\.Literal\[(.*)\] value: (.*)", r"invalid choice: \2 (choose from \1)", message
+        )
         raise WrongRequest(f"{message} (--help lists the options)")
 
     def parse(**planned) -> Command:
@@ -279,7 +359,7 @@ def parse_command(argv: list[str]) -> tuple[Command, list[Config]]:
     elif unplanned and "arm" not in given:
         what = f"not in the plan ({', '.join(PLAN)}); give its --arm ({', '.join(ARM_NAMES)})"
         lacking["arm"] = "vanilla", f"{' '.join(unplanned)} is {what}"
-    sources.refuse_missing(lacking | sources.missing(command, command.evals), argv)
+    checks.refuse_missing(lacking | checks.missing(command, command.evals), argv)
     if len(set(names)) != len(names):
         raise WrongRequest(f"--out_dir gives two runs one name: {' '.join(command.out_dir)}")
     told, configs = [], []
@@ -336,7 +416,7 @@ def one_pass(out_dirs: Sequence[str], configs: list[Config]) -> SimpleNamespace:
 def check(command: Command, configs: list[Config]):
     """Refuse what can be known to be wrong before anything heavy is imported. Raises WrongRequest."""
     one_pass(command.out_dir, configs)
-    sources.check(configs[0], {name for config in configs for name in config.evals})
+    checks.check(configs[0], {name for config in configs for name in config.evals})
 
 
 def unfinished(command: Command, configs: list[Config]) -> tuple[Command, list[Config]]:
@@ -346,63 +426,93 @@ def unfinished(command: Command, configs: list[Config]) -> tuple[Command, list[C
     """
     left = []
     for out_dir, config in zip(map(Path, command.out_dir), configs):
-        checkpoint.refuse_place(out_dir)
-        checkpoint.refuse_foreign(out_dir, config.seeds)
+        run_folder.refuse_place(out_dir)
+        run_folder.refuse_foreign(out_dir, config.seeds)
         if (out_dir / "config.json").exists() and not command.overwrite:
-            made = checkpoint.read_run_json(out_dir / "config.json", {"requested", "config"})
+            made = run_folder.read_run_json(out_dir / "config.json", {"requested", "config"})
             wanted = json.loads(json.dumps(asdict(config)))
-            asked = json.loads(json.dumps(asdict(Config()))) | made["requested"]  # a setting that is newer than the folder had its default
-            complete = (out_dir / "final_info.json").exists() and checkpoint.read_run_json(out_dir / "final_info.json", {"training"})
+            asked = (
+                json.loads(json.dumps(asdict(Config()))) | made["requested"]
+            )  # a setting that is newer than the folder had its default
+            complete = (out_dir / "final_info.json").exists() and run_folder.read_run_json(
+                out_dir / "final_info.json", {"training"}
+            )
             differs = [k for k, v in wanted.items() if v not in (asked[k], made["config"].get(k), "auto")]
             if complete and set(config.seeds) <= set(asked["seeds"]):  # more seeds than asked for
                 differs = [k for k in differs if k != "seeds"]
             if differs:
                 told = ", ".join(f"{k} {made['config'].get(k)} there, {wanted[k]} wanted" for k in differs)
-                raise WrongRequest(f"--out_dir {out_dir} holds a run with other settings ({told}); name another folder, or --overwrite it")
+                raise WrongRequest(
+                    f"--out_dir {out_dir} holds a run with other settings ({told}); name another folder, or --overwrite it"
+                )
             if complete:
                 print(f"{out_dir} is complete: {out_dir / 'final_info.json'} (--overwrite starts anew)")
-                checkpoint.clear_left(out_dir)
-                checkpoint.remove_left("saebench")
-                for changed in checkpoint.changed_files(out_dir):
+                run_folder.clear_left(out_dir)
+                process.remove_left("saebench")
+                for changed in run_folder.changed_files(out_dir):
                     print(f"warning: {changed}", file=sys.stderr)
                 continue
         if out_dir.is_dir():
-            checkpoint.own(out_dir)
+            run_folder.own(out_dir)
         left.append((str(out_dir), config))
     return replace(command, out_dir=tuple(d for d, _ in left)), [c for _, c in left]
 
 
 if __name__ == "__main__":  # answer --help and wrong requests before anything heavy is imported
-    atexit.register(checkpoint.disown)
+    atexit.register(run_folder.disown)
     try:
         COMMAND, CONFIGS = unfinished(*parse_command(sys.argv[1:]))
         if not CONFIGS:
             sys.exit(0)
         check(COMMAND, CONFIGS)
     except Exception as error:
-        sys.exit(errors.tell(error, began=False))
+        sys.exit(tell(error, began=False))
 
-import contextlib  # noqa: E402
-import gc  # noqa: E402
-import hashlib  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
-from functools import partial  # noqa: E402
-from itertools import islice  # noqa: E402
+import contextlib
+import gc
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 
-import beartype  # noqa: E402, F401  (before nnsight, which gives `object` a method that beartype's import trips over)
-import nnsight  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import beartype  # noqa: F401  (before nnsight, which gives `object` a method that beartype's import trips over)
+import nnsight
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
-import testbeds  # noqa: E402
-from evaluation import SWEEP, Evaluator, evaluation_contexts, export, load_exported  # noqa: E402
-from features import ACTIVATIONS, SPARSE_SHARE, DenseFeatures, cache_blocks, remove_radial, sparse_features  # noqa: E402
-from losses import Pull, domain_hinges, firing_profile, form_groups, gram, has_bf16, omega_between_domains, pull_all_pairs, pull_grouped, pull_ortsae  # noqa: E402
-from losses import random_chunks, random_signs, sharing  # noqa: E402
+from sae_separation import testbeds
+from sae_separation.evaluation import SWEEP, Evaluator, evaluation_contexts
+from sae_separation.exam import most_positions, special_ids
+from sae_separation.export import export, load_exported
+from sae_separation.lm import Testbed, bfloat16_twins, fast_lm_tokens, hidden_of, massive, parameters_as
+from sae_separation.losses import (
+    Pull,
+    domain_hinges,
+    firing_profile,
+    form_groups,
+    gram,
+    has_bf16,
+    omega_between_domains,
+    pull_all_pairs,
+    pull_grouped,
+    pull_ortsae,
+    random_chunks,
+    random_signs,
+    sharing,
+)
+from sae_separation.sparse import (
+    ACTIVATIONS,
+    SPARSE_SHARE,
+    DenseFeatures,
+    cache_blocks,
+    remove_radial,
+    sparse_features,
+)
 
 # ------------------------------------------------------------------------------------------------ activation stream
+
 
 @dataclass
 class ActivationBlock:
@@ -438,54 +548,80 @@ class ActivationStream:
     and runs in bfloat16 where the machine has it. Rows of special tokens (BOS, EOS, padding) and massive ones are left out.
     """
 
-    def __init__(self, testbed: testbeds.Testbed, context_size: int, buffer_tokens: int, seed: int = 0, lm_tokens: int | None = None):
+    def __init__(
+        self,
+        testbed: Testbed,
+        context_size: int,
+        buffer_tokens: int,
+        seed: int = 0,
+        lm_tokens: int | None = None,
+    ):
         self.device, self.d_in = testbed.lm.device, testbed.d_in
         self.traced = nnsight.NNsight(testbed.lm)
         self.hook = self.traced.get(testbed.hook_name)
-        self.special = testbeds.special_ids(testbed.tokenizer).to(self.device)
-        self.low_precision = testbeds.bfloat16_twins(testbed) if has_bf16(self.device) else []
-        self.n_contexts = max(2, (lm_tokens or testbeds.fast_lm_tokens(testbed.lm)) // context_size // 2 * 2)  # per LM batch
+        self.special = special_ids(testbed.tokenizer).to(self.device)
+        self.low_precision = bfloat16_twins(testbed) if has_bf16(self.device) else []
+        self.n_contexts = max(
+            2, (lm_tokens or fast_lm_tokens(testbed.lm)) // context_size // 2 * 2
+        )  # per LM batch
         self.n_lm_batches = max(1, round(buffer_tokens / (self.n_contexts * (context_size - 1))))
         self.passes = {"forget": 0, "retain": 0}  # over the text, begun so far
-        self.texts = [testbeds.packed_contexts(getattr(testbed, d).train, testbed.tokenizer, context_size, seed, on_pass=partial(self.passes.__setitem__, d)) for d in self.passes]
+        self.texts = [
+            testbeds.packed_contexts(
+                getattr(testbed, d).train,
+                testbed.tokenizer,
+                context_size,
+                seed,
+                on_pass=partial(self.passes.__setitem__, d),
+            )
+            for d in self.passes
+        ]
         self.seed, self.block_index, self.block = seed, 0, None
         self.with_massive = 0.0  # share of the block's contexts that hold a massive row
-        checkpoint.make_collections_short()
+        process.make_collections_short()
 
     @torch.no_grad()
     def activations(self, tokens: Tensor) -> Tensor:
         """resid_post [context, pos, D] of tokens [context, pos], in the precision that the LM runs in."""
-        with testbeds.parameters_as(self.low_precision), self.traced.trace(tokens, use_cache=False) as tracer:
+        with parameters_as(self.low_precision), self.traced.trace(tokens, use_cache=False) as tracer:
             resid = self.hook.output.save()
             tracer.stop()
-        return testbeds.hidden_of(resid)
+        return hidden_of(resid)
 
     def next_block(self) -> ActivationBlock:
         """The LM's output goes straight to its shuffled place: one buffer, one LM batch, no copy of the buffer. The stream lets go of the block before."""
         self.block = None
-        checkpoint.return_freed_memory()
+        process.return_freed_memory()
         half = self.n_contexts // 2
-        batches = [torch.tensor([c for text in self.texts for c in islice(text, half)], device=self.device) for _ in range(self.n_lm_batches)]
+        batches = [
+            torch.tensor([c for text in self.texts for c in islice(text, half)], device=self.device)
+            for _ in range(self.n_lm_batches)
+        ]
         kept = [(~torch.isin(tokens, self.special)).flatten().nonzero()[:, 0] for tokens in batches]
         n, first, sinks, with_sinks = sum(map(len, kept)), 0, [], 0
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.block_index))
+        order = torch.randperm(
+            n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.block_index)
+        )
         self.block_index += 1
         places = torch.empty_like(order).scatter_(0, order, torch.arange(n)).to(self.device)
-        x, forget = torch.empty(n, self.d_in, device=self.device), torch.empty(n, dtype=torch.bool, device=self.device)
+        x, forget = (
+            torch.empty(n, self.d_in, device=self.device),
+            torch.empty(n, dtype=torch.bool, device=self.device),
+        )
         for tokens, rows in zip(batches, kept):
             place = places[first : first + len(rows)]
-            with checkpoint.signals.held():  # neither nnsight nor the LM's weights are to be left in the middle
+            with process.signals.held():  # neither nnsight nor the LM's weights are to be left in the middle
                 resid = self.activations(tokens).flatten(0, 1).index_select(0, rows).float()
             gc.collect()  # a trace leaves its frames, and they the LM's activations, in cycles: hundreds of megabytes until Python comes by itself
             x.index_copy_(0, place, resid)
             forget.index_copy_(0, place, rows < half * tokens.shape[1])
-            massive = testbeds.massive(resid, torch.ones_like(rows, dtype=torch.bool))
-            sinks.append(place[massive])
-            with_sinks += len((rows[massive] // tokens.shape[1]).unique())
+            sink = massive(resid, torch.ones_like(rows, dtype=torch.bool))
+            sinks.append(place[sink])
+            with_sinks += len((rows[sink] // tokens.shape[1]).unique())
             first += len(rows)
         self.block = ActivationBlock(x, forget).without(torch.cat(sinks))
         self.with_massive = with_sinks / sum(map(len, batches))
-        checkpoint.return_freed_memory()
+        process.return_freed_memory()
         return self.block
 
     def skip_blocks(self, n: int):
@@ -497,6 +633,7 @@ class ActivationStream:
 
 
 # ------------------------------------------------------------------------------------------------ the SAE
+
 
 @dataclass
 class Terms:
@@ -523,17 +660,33 @@ class OrthogonalSAE(torch.nn.Module):
     of the last batch trained on.
     """
 
-    def __init__(self, d_in: int, d_sae: int, seed: int, scale: float = 1.0, activation: str = "relu", k: int = 16,
-                 layer_norm: bool = False, skip: float = 0.0, orthogonal_init: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        seed: int,
+        scale: float = 1.0,
+        activation: str = "relu",
+        k: int = 16,
+        layer_norm: bool = False,
+        skip: float = 0.0,
+        orthogonal_init: bool = False,
+    ):
         super().__init__()
         self.activation, self.k, self.layer_norm, self.skip = activation, k, layer_norm, skip
         generator = torch.Generator().manual_seed(seed)
         W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
         if orthogonal_init:  # blocks of d_in orthonormal rows, as near to orthogonal as d_sae rows can be
-            W_dec = torch.cat([torch.nn.init.orthogonal_(block, generator=generator) for block in W_dec.split(d_in)])
+            W_dec = torch.cat(
+                [torch.nn.init.orthogonal_(block, generator=generator) for block in W_dec.split(d_in)]
+            )
         self.W_dec = torch.nn.Parameter(W_dec)
-        start = 1.0 if activation == "relu" else 0.5  # measured: the other way round, FVU ends a tenth and a sixth higher (notes.txt)
-        self.W_enc_FD = torch.nn.Parameter(start * W_dec)  # W_encᵀ: a feature's weights lie side by side, as their gradient comes out of a sparse product
+        start = (
+            1.0 if activation == "relu" else 0.5
+        )  # measured: the other way round, FVU ends a tenth and a sixth higher (notes.txt)
+        self.W_enc_FD = torch.nn.Parameter(
+            start * W_dec
+        )  # W_encᵀ: a feature's weights lie side by side, as their gradient comes out of a sparse product
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
         self.register_buffer("scale", torch.tensor(1.0 if layer_norm else float(scale)))
@@ -559,16 +712,26 @@ class OrthogonalSAE(torch.nn.Module):
     def pre_activations(self, u: Tensor, some: slice = slice(None), out_FB: Tensor | None = None) -> Tensor:
         """Of u [B, D], less b_dec, for all or some features: [B, F], or written into out [F, B], in the precision of u."""
         W_FD, b_F = self.W_enc_FD[some].to(u), self.b_enc[some].to(u)
-        return torch.addmm(b_F, u, W_FD.T) if out_FB is None else torch.addmm(b_F[:, None], W_FD, u.T, out=out_FB)
+        return (
+            torch.addmm(b_F, u, W_FD.T)
+            if out_FB is None
+            else torch.addmm(b_F[:, None], W_FD, u.T, out=out_FB)
+        )
 
     def encode(self, x: Tensor) -> Tensor:
         """x [..., D] in the LM's units -> f [..., F] in units of u."""
         pre = (self.normalise(x)[0] - self.b_dec) @ self.W_enc + self.b_enc
-        if self.activation == "batchtopk":  # at inference a feature stands for itself: above the threshold that training met
+        if (
+            self.activation == "batchtopk"
+        ):  # at inference a feature stands for itself: above the threshold that training met
             f = torch.relu(pre) * (pre > self.threshold)
         else:
             f = ACTIVATIONS[self.activation](pre, self)[0]
-        return f if self.unlocked == f.shape[-1] else f * (torch.arange(f.shape[-1], device=f.device) < self.unlocked)
+        return (
+            f
+            if self.unlocked == f.shape[-1]
+            else f * (torch.arange(f.shape[-1], device=f.device) < self.unlocked)
+        )
 
     def decode(self, f: Tensor, x: Tensor) -> Tensor:
         """f [..., F] of x [..., D] -> x_hat [..., D] in the LM's units; x matters for `layer_norm` and `skip` only."""
@@ -587,11 +750,22 @@ class OrthogonalSAE(torch.nn.Module):
     def loss_terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """FVU and mean Σ f / √d_in of x [B, D], differentiable: the plain twin of `accumulate_grads` (relu, softk)."""
         f = self.encode(x)
-        return (self.decode(f, x) - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum(), f.sum() / len(x) / math.sqrt(x.shape[1])
+        return (self.decode(f, x) - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum(), f.sum() / len(
+            x
+        ) / math.sqrt(x.shape[1])
 
     @torch.no_grad()
-    def accumulate_grads(self, x: Tensor, forget: Tensor, l1: Tensor, dtype: torch.dtype, firing_loss: tuple[slice, Callable] | None = None,
-                         gain_F: Tensor | None = None, weight: float = 1.0, signs_BK: Tensor | None = None) -> Terms:  # fmt: skip
+    def accumulate_grads(
+        self,
+        x: Tensor,
+        forget: Tensor,
+        l1: Tensor,
+        dtype: torch.dtype,
+        firing_loss: tuple[slice, Callable] | None = None,
+        gain_F: Tensor | None = None,
+        weight: float = 1.0,
+        signs_BK: Tensor | None = None,
+    ) -> Terms:
         """Add `weight` times the gradients of FVU + (l1 · mean Σ f + firing_loss) / √d_in to .grad, by hand, and measure the terms.
 
         x [B, D] in the LM's units, forget [B] (bool), l1 a 0-d tensor; firing_loss, if given, is a slice of features and what maps
@@ -606,7 +780,11 @@ class OrthogonalSAE(torch.nn.Module):
         u_BD, _, size = self.normalise(x)
         variance = (x - x.mean(0)).pow(2).sum()
         u_BD = u_BD - self.b_dec
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and self.active < SPARSE_SHARE[dtype] * len(self.b_enc):
+        if (
+            x.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and self.active < SPARSE_SHARE[dtype] * len(self.b_enc)
+        ):
             features = sparse_features(self, u_BD, dtype, gain_F, forget)
         else:
             f_BF, slope_BF = ACTIVATIONS[self.activation](self.pre_activations(u_BD.to(dtype)), self)
@@ -621,13 +799,24 @@ class OrthogonalSAE(torch.nn.Module):
             d_W_enc_FD[group] += d_firing.T @ u_BD
             d_b_enc[group] += d_firing.sum(0)
         d_b_dec = (1 - self.skip) * d_out_BD.sum(0) - self.W_enc @ d_b_enc
-        for parameter, grad in ((self.W_dec, d_W_dec), (self.W_enc_FD, d_W_enc_FD), (self.b_enc, d_b_enc), (self.b_dec, d_b_dec)):
+        for parameter, grad in (
+            (self.W_dec, d_W_dec),
+            (self.W_enc_FD, d_W_enc_FD),
+            (self.b_enc, d_b_enc),
+            (self.b_dec, d_b_dec),
+        ):
             if parameter.requires_grad:
                 parameter.grad = grad if parameter.grad is None else parameter.grad + grad
         fired_2F, total = features.counts()
         self.active.copy_(fired_2F.sum() / B)
-        return Terms((error_BD * size).pow(2).sum() / variance, total * per_row, self.active.clone(), fired_2F,
-                     firing / math.sqrt(D) if firing_loss else None, None if signs_BK is None else features.sketch(signs_BK))  # fmt: skip
+        return Terms(
+            (error_BD * size).pow(2).sum() / variance,
+            total * per_row,
+            self.active.clone(),
+            fired_2F,
+            firing / math.sqrt(D) if firing_loss else None,
+            None if signs_BK is None else features.sketch(signs_BK),
+        )
 
     @torch.no_grad()
     def normalise_decoder(self):
@@ -638,7 +827,11 @@ class OrthogonalSAE(torch.nn.Module):
     def update_statistics(self, fired_2F: Tensor, n_forget: Tensor, n_rows: int, decay: float = 0.99):
         """Fold one batch's firing counts into `rate` and `idle`; a domain absent from the batch keeps its rate."""
         for domain, n in ((0, n_rows - n_forget), (1, n_forget)):
-            self.rate[domain] = torch.where(n > 0, decay * self.rate[domain] + (1 - decay) * fired_2F[domain] / n.clamp(min=1), self.rate[domain])
+            self.rate[domain] = torch.where(
+                n > 0,
+                decay * self.rate[domain] + (1 - decay) * fired_2F[domain] / n.clamp(min=1),
+                self.rate[domain],
+            )
         self.idle += n_rows
         self.idle[fired_2F.sum(0) > 0] = 0
 
@@ -655,7 +848,9 @@ class Arm:
     """
 
     pull: Callable[[OrthogonalSAE, Tensor, int, int], Pull | None] | None = None
-    prepare: Callable[[OrthogonalSAE, Config, torch.Generator], Tensor] = lambda sae, config, generator: sae.W_dec.new_zeros(0)
+    prepare: Callable[[OrthogonalSAE, Config, torch.Generator], Tensor] = lambda sae, config, generator: (
+        sae.W_dec.new_zeros(0)
+    )
     every: int = 1
     longest: int = 16
     gentle: float = 3e-4
@@ -668,15 +863,25 @@ class Arm:
 ARMS = {
     "vanilla": Arm(),
     "frozen_decoder": Arm(trains_decoder=False),
-    "fixed": Arm(lambda sae, gram_DD, *part: pull_all_pairs(sae.W_dec, gram_DD, *part), prepare=lambda sae, *_: gram(sae.W_dec)),
-    "grouped": Arm(lambda sae, _, *part: pull_grouped(sae.W_dec, sae.groups, *part), longest=8, uses_groups=True),
+    "fixed": Arm(
+        lambda sae, gram_DD, *part: pull_all_pairs(sae.W_dec, gram_DD, *part),
+        prepare=lambda sae, *_: gram(sae.W_dec),
+    ),
+    "grouped": Arm(
+        lambda sae, _, *part: pull_grouped(sae.W_dec, sae.groups, *part), longest=8, uses_groups=True
+    ),
     "adaptive": Arm(
-        firing=lambda config, alpha: (slice(0, config.forget_features), partial(domain_hinges, margin=config.margin, alpha=alpha, gap_weight=config.gap_weight)),
+        firing=lambda config, alpha: (
+            slice(0, config.forget_features),
+            partial(domain_hinges, margin=config.margin, alpha=alpha, gap_weight=config.gap_weight),
+        ),
         steered=True,
     ),
     "ortsae": Arm(
         lambda sae, chunks, *part: pull_ortsae(sae.W_dec, chunks, *part),
-        prepare=lambda sae, config, generator: random_chunks(config.d_sae, config.chunk_size, generator).to(sae.W_dec.device),
+        prepare=lambda sae, config, generator: random_chunks(config.d_sae, config.chunk_size, generator).to(
+            sae.W_dec.device
+        ),
         every=5,
         gentle=7.5e-4,
     ),
@@ -693,6 +898,7 @@ def round_steps(config: Config) -> int:
 
 # ------------------------------------------------------------------------------------------------ trainer
 
+
 class Trainer:
     """One SAE in training: Adam, unit decoder rows, lambda steered to the target L0, dead features resampled."""
 
@@ -700,12 +906,26 @@ class Trainer:
         self.config, self.arm, self.seed, self.n_steps = config, ARMS[config.arm], seed, n_steps
         device, x = first_block.x.device, first_block.x
         self.dtype = torch.bfloat16 if has_bf16(device) else torch.float32
-        scale = math.sqrt(d_in / (sum(part.pow(2).sum() for part in x.split(4096)) / len(x)).item())  # in parts: no copy of the block
-        self.sae = OrthogonalSAE(d_in, config.d_sae, seed, scale, config.activation, config.k, config.layer_norm, config.skip, config.orthogonal_init).to(device)
+        scale = math.sqrt(
+            d_in / (sum(part.pow(2).sum() for part in x.split(4096)) / len(x)).item()
+        )  # in parts: no copy of the block
+        self.sae = OrthogonalSAE(
+            d_in,
+            config.d_sae,
+            seed,
+            scale,
+            config.activation,
+            config.k,
+            config.layer_norm,
+            config.skip,
+            config.orthogonal_init,
+        ).to(device)
         self.steered_l0 = config.target_l0 if config.activation == "relu" else 0.0
         with torch.no_grad():
             self.sae.b_dec.copy_(sum(self.sae.normalise(part)[0].sum(0) for part in x.split(4096)) / len(x))
-            if config.activation == "relu":  # start sparse, near the target: many features to bring down run lambda up, or are killed together
+            if (
+                config.activation == "relu"
+            ):  # start sparse, near the target: many features to bring down run lambda up, or are killed together
                 l0 = 2 * (config.target_l0 or d_in / 8)
                 rows = x[: min(4096, max(1, 2**22 // config.d_sae))]
                 pre = (self.sae.normalise(rows)[0] - self.sae.b_dec) @ self.sae.W_enc
@@ -717,8 +937,13 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(seed)
         self.adam = torch.optim.Adam(self.sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, self._lr_factor)
-        self.log_l1 = torch.tensor(math.log(config.l1) if config.l1 and config.activation == "relu" else -math.inf, device=device)
-        self.log_alpha = torch.tensor(math.log(config.alpha) if config.alpha and (self.arm.pull or self.arm.firing) else -math.inf, device=device)
+        self.log_l1 = torch.tensor(
+            math.log(config.l1) if config.l1 and config.activation == "relu" else -math.inf, device=device
+        )
+        self.log_alpha = torch.tensor(
+            math.log(config.alpha) if config.alpha and (self.arm.pull or self.arm.firing) else -math.inf,
+            device=device,
+        )
         self.l0 = torch.tensor(self.steered_l0 or 0.0, device=device)  # moving average that steers lambda
         self.round = round_steps(config)
         self.held = torch.zeros(0, device=device)  # what omega keeps in a round
@@ -731,23 +956,38 @@ class Trainer:
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """Everything that the next step depends on, and the log: tensors by name, and facts for JSON."""
         tensors = {f"sae.{k}": v for k, v in self.sae.state_dict().items()}
-        tensors |= {"generator": self.generator.get_state(), "log_l1": self.log_l1, "log_alpha": self.log_alpha, "l0": self.l0, "omega": self.omega, "held": self.held}
+        tensors |= {
+            "generator": self.generator.get_state(),
+            "log_l1": self.log_l1,
+            "log_alpha": self.log_alpha,
+            "l0": self.l0,
+            "omega": self.omega,
+            "held": self.held,
+        }
         for name, parameter in self.sae.named_parameters():
             tensors |= {f"adam.{name}.{k}": v for k, v in self.adam.state.get(parameter, {}).items()}
             tensors |= {} if parameter.grad is None else {f"grad.{name}": parameter.grad}
-        return tensors, {name: getattr(self, name) for name in ("seed", "steps", "resampled", "history", "failed")} | {"updates": self.schedule.last_epoch}
+        return tensors, {
+            name: getattr(self, name) for name in ("seed", "steps", "resampled", "history", "failed")
+        } | {"updates": self.schedule.last_epoch}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict):
         """Take over what `state` gave."""
-        self.steps, self.resampled, self.history, self.failed = (facts[name] for name in ("steps", "resampled", "history", "failed"))
+        self.steps, self.resampled, self.history, self.failed = (
+            facts[name] for name in ("steps", "resampled", "history", "failed")
+        )
         if self.failed:
             return
         tensors = {name: t.to(self.l0.device) for name, t in tensors.items()}
-        under = lambda prefix: {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}  # noqa: E731
+        under = lambda prefix: {
+            name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)
+        }
         self.sae.groups = torch.empty_like(tensors["sae.groups"])
         self.sae.load_state_dict(under("sae."))
         self.generator.set_state(tensors["generator"].cpu())
-        self.log_l1, self.log_alpha, self.l0, self.omega, self.held = (tensors[name] for name in ("log_l1", "log_alpha", "l0", "omega", "held"))
+        self.log_l1, self.log_alpha, self.l0, self.omega, self.held = (
+            tensors[name] for name in ("log_l1", "log_alpha", "l0", "omega", "held")
+        )
         for name, parameter in self.sae.named_parameters():
             parameter.grad = tensors.get(f"grad.{name}")
             if moments := under(f"adam.{name}."):
@@ -767,16 +1007,23 @@ class Trainer:
         config = self.config
         warm = min(1.0, (self.steps + 1) / max(config.loss_warmup_steps, 1))
         left = max(0.0, 1 - 2 * self.steps / self.n_steps)
-        return warm, warm * ((config.alpha_start / config.alpha) ** left if config.alpha_start and config.alpha else 1.0)
+        return warm, warm * (
+            (config.alpha_start / config.alpha) ** left if config.alpha_start and config.alpha else 1.0
+        )
 
     def _unlock_and_cool(self):
         """Progressive unlocking, and softk's falling temperature."""
         sae, config = self.sae, self.config
         if config.unlock_steps:
-            sae.unlocked.fill_(math.ceil(min(1.0, 0.25 + 0.1 * (self.steps // config.unlock_steps)) * config.d_sae))
+            sae.unlocked.fill_(
+                math.ceil(min(1.0, 0.25 + 0.1 * (self.steps // config.unlock_steps)) * config.d_sae)
+            )
             sae.idle[sae.unlocked :] = 0
         if config.activation == "softk":
-            sae.temperature.fill_(config.temperature * max(0.0, 1 - self.steps / max((1 - config.decay_fraction) * self.n_steps - 1, 1)))
+            sae.temperature.fill_(
+                config.temperature
+                * max(0.0, 1 - self.steps / max((1 - config.decay_fraction) * self.n_steps - 1, 1))
+            )
 
     def _gain(self) -> Tensor | None:
         """What each feature is multiplied by in this batch, [F]: 0 for locked ones and for feature dropout; None for all 1."""
@@ -794,7 +1041,11 @@ class Trainer:
         self._unlock_and_cool()
         updates, batches_left = divmod(self.steps, config.grad_accumulation)
         update_now = batches_left == config.grad_accumulation - 1
-        regroup = self.arm.uses_groups and update_now and updates % (self.round * max(1, round(config.group_update_steps / self.round))) == 0
+        regroup = (
+            self.arm.uses_groups
+            and update_now
+            and updates % (self.round * max(1, round(config.group_update_steps / self.round))) == 0
+        )
         signs = random_signs(len(x), 16, self.generator).to(x.device) if regroup else None
         (l1_factor, alpha_factor), share = self._loss_factors(), 1 / config.grad_accumulation
         l1, alpha = self.log_l1.exp() * l1_factor, self.log_alpha.exp() * alpha_factor
@@ -806,21 +1057,33 @@ class Trainer:
             measured["omega_firing"] = terms.firing
             loss = loss + terms.firing
         if regroup and terms.fvu.isfinite():
-            sae.groups = form_groups(firing_profile(terms.sketch, sae.affinity), config.group_size).to(x.device)
-        pulled = self._pull(alpha, updates % self.round) if self.arm.pull and config.alpha and update_now else None
+            sae.groups = form_groups(firing_profile(terms.sketch, sae.affinity), config.group_size).to(
+                x.device
+            )
+        pulled = (
+            self._pull(alpha, updates % self.round) if self.arm.pull and config.alpha and update_now else None
+        )
         if self.arm.pull and config.alpha and (updates or update_now):
             measured["omega"] = self.omega
             loss = loss + alpha * self.omega
         measured["loss"] = loss
         grads = {f"gradient of {name}": p.grad for name, p in sae.named_parameters() if p.grad is not None}
-        if not torch.stack([loss, *(grad.sum() for grad in grads.values())]).isfinite().all():  # one look a step; what is wrong, afterwards
-            self.refuse_non_finite({"activations of the LM": x} | dict(sae.named_parameters()) | measured | grads)
+        if (
+            not torch.stack([loss, *(grad.sum() for grad in grads.values())]).isfinite().all()
+        ):  # one look a step; what is wrong, afterwards
+            self.refuse_non_finite(
+                {"activations of the LM": x} | dict(sae.named_parameters()) | measured | grads
+            )
         if update_now:
             self._update(pulled)
         sae.update_statistics(terms.fired, forget.sum(), len(x))
         self._steer(terms)
         self.steps += 1
-        if config.resample_steps and self.steps % config.resample_steps == 0 and self.steps < (1 - config.decay_fraction) * self.n_steps:
+        if (
+            config.resample_steps
+            and self.steps % config.resample_steps == 0
+            and self.steps < (1 - config.decay_fraction) * self.n_steps
+        ):
             self._resample(x)
         return measured
 
@@ -844,14 +1107,18 @@ class Trainer:
         if self.round > self.arm.every:
             squares = self.adam.state[self.sae.W_dec]["exp_avg_sq"]
             too_much = (1 - self.arm.every / self.round) * (1 - self.adam.param_groups[0]["betas"][1])
-            squares.index_copy_(0, rows, squares.index_select(0, rows).addcmul_(grad, grad, value=-too_much).clamp_(min=0))
+            squares.index_copy_(
+                0, rows, squares.index_select(0, rows).addcmul_(grad, grad, value=-too_much).clamp_(min=0)
+            )
 
     def _update(self, pulled: tuple[Tensor, Tensor] | None):
         """Take the optimiser's step on the gradients gathered."""
         sae, config = self.sae, self.config
         if self.arm.trains_decoder:
             remove_radial(sae.W_dec.grad, sae.W_dec)
-        norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), config.grad_clip) if config.grad_clip else None
+        norm = (
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), config.grad_clip) if config.grad_clip else None
+        )
         if config.feature_lr_power:
             with self._own_learning_rates():
                 self.adam.step()
@@ -859,7 +1126,9 @@ class Trainer:
             self.adam.step()
         if pulled:
             rows, grad = pulled
-            self._as_if_at_every_step(rows, grad if norm is None else grad * (config.grad_clip / norm).clamp(max=1))
+            self._as_if_at_every_step(
+                rows, grad if norm is None else grad * (config.grad_clip / norm).clamp(max=1)
+            )
         self.adam.zero_grad()
         self.schedule.step()
         if self.arm.trains_decoder:
@@ -870,7 +1139,11 @@ class Trainer:
         """Inside, the optimiser's change of each feature's weights is multiplied by (mean rate / its rate)^power."""
         sae = self.sae
         rate = sae.rate.mean(0)
-        factor = (rate.mean().clamp(min=1e-12) / rate.clamp(min=1e-12)).pow(self.config.feature_lr_power).clamp(0.1, 10.0)
+        factor = (
+            (rate.mean().clamp(min=1e-12) / rate.clamp(min=1e-12))
+            .pow(self.config.feature_lr_power)
+            .clamp(0.1, 10.0)
+        )
         shaped = ((sae.W_enc_FD, factor[:, None]), (sae.b_enc, factor), (sae.W_dec, factor[:, None]))
         before = [p.detach().clone() for p, _ in shaped]
         yield
@@ -881,9 +1154,15 @@ class Trainer:
         """Raises RunFailed, naming the tensors with entries that are not finite, if there are any."""
         told = [t for name, values in named.items() if (t := checkpoint.offenders(name, values))]
         if told:
-            remedy = "see to the LM, its dtype and --layer" if "activations of the LM" in told[0] else "lower --lr or --alpha"
+            remedy = (
+                "see to the LM, its dtype and --layer"
+                if "activations of the LM" in told[0]
+                else "lower --lr or --alpha"
+            )
             more = f"; {len(told) - 4} more" if len(told) > 4 else ""
-            raise RunFailed(f"{'; '.join(told[:4])}{more} at step {self.steps} of arm {self.config.arm}, seed {self.seed}: {remedy}")
+            raise RunFailed(
+                f"{'; '.join(told[:4])}{more} at step {self.steps} of arm {self.config.arm}, seed {self.seed}: {remedy}"
+            )
 
     @torch.no_grad()
     def _steer(self, terms: Terms):
@@ -895,7 +1174,9 @@ class Trainer:
             self.log_l1 += 0.01 * (self.l0.clamp(min=1e-3) / self.config.target_l0).log().clamp(-1, 1)
         if self.arm.steered and self.config.alpha:
             on_retain, on_forget = self.sae.rate[:, : self.config.forget_features].sum(1)
-            self.log_alpha += 0.01 * (on_retain / on_forget.clamp(min=1e-12) / self.config.target_sharing).clamp(min=1e-3).log().clamp(-1, 1)
+            self.log_alpha += 0.01 * (
+                on_retain / on_forget.clamp(min=1e-12) / self.config.target_sharing
+            ).clamp(min=1e-3).log().clamp(-1, 1)
             self.log_alpha.clamp_(math.log(1e-2), math.log(100.0))
 
     @torch.no_grad()
@@ -906,12 +1187,18 @@ class Trainer:
         dead = (sae.idle >= self.config.dead_tokens).nonzero()[:, 0]
         if not len(dead):
             return
-        error = torch.cat([part - sae(part) for part in x.split(256)])  # in parts: [B, F] of a large dictionary is larger than its weights
-        chosen = torch.multinomial(error.pow(2).sum(1).cpu(), min(len(dead), len(x)), generator=self.generator).to(x.device)
+        error = torch.cat(
+            [part - sae(part) for part in x.split(256)]
+        )  # in parts: [B, F] of a large dictionary is larger than its weights
+        chosen = torch.multinomial(
+            error.pow(2).sum(1).cpu(), min(len(dead), len(x)), generator=self.generator
+        ).to(x.device)
         dead = dead[: len(chosen)]
         direction = torch.nn.functional.normalize(error[chosen], dim=1)
         alive = sae.idle < self.config.dead_tokens
-        size, bias = (sae.W_enc_FD[alive].norm(dim=1).mean(), sae.b_enc[alive].mean()) if alive.any() else (1.0, 0.0)
+        size, bias = (
+            (sae.W_enc_FD[alive].norm(dim=1).mean(), sae.b_enc[alive].mean()) if alive.any() else (1.0, 0.0)
+        )
         if self.arm.trains_decoder:
             sae.W_dec[dead] = direction
         else:
@@ -931,43 +1218,78 @@ class Trainer:
 class Run:
     """One run folder: its trainers, its log, its checkpoints, its results."""
 
-    def __init__(self, out_dir: str, requested: Config, config: Config, testbed: testbeds.Testbed, n_steps: int):
+    def __init__(self, out_dir: str, requested: Config, config: Config, testbed: Testbed, n_steps: int):
         self.folder, self.config, self.testbed, self.n_steps = Path(out_dir), config, testbed, n_steps
-        self.about = {"requested": asdict(requested), "config": asdict(config), "testbed": {"name": testbed.name, "hook_name": testbed.hook_name, "d_in": testbed.d_in,
-                      "scoring": testbed.scoring, "clamp_scale": testbed.clamp_scale} | testbed.describe, "sweep": SWEEP | testbed.sweep}  # fmt: skip
-        self.made_by = hashlib.sha256(json.dumps([self.about["config"], self.about["testbed"]], sort_keys=True).encode()).hexdigest()
+        self.about = {
+            "requested": asdict(requested),
+            "config": asdict(config),
+            "testbed": {
+                "name": testbed.name,
+                "hook_name": testbed.hook_name,
+                "d_in": testbed.d_in,
+                "scoring": testbed.scoring,
+                "clamp_scale": testbed.clamp_scale,
+            }
+            | testbed.describe,
+            "sweep": SWEEP | testbed.sweep,
+        }
+        self.made_by = hashlib.sha256(
+            json.dumps([self.about["config"], self.about["testbed"]], sort_keys=True).encode()
+        ).hexdigest()
         self.warnings: list[str] = list(testbed.notes)
         self.passes: dict[str, int] = {}  # over each domain's text, by the stream
 
     def start(self, block: ActivationBlock, saved: tuple[dict, dict] | None):
         """Make the trainers and the log: anew from the stream's first block, or as a checkpoint holds them. Raises WrongRequest, RunFailed."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.refuse_foreign(self.folder, self.config.seeds)
-        checkpoint.own(self.folder)
-        checkpoint.remove_half_written(self.folder)
+        run_folder.refuse_foreign(self.folder, self.config.seeds)
+        run_folder.own(self.folder)
+        run_folder.remove_half_written(self.folder)
         if not saved:
-            checkpoint.start_anew(self.folder)
+            run_folder.start_anew(self.folder)
         for part in ("checkpoints", "eval"):
             (self.folder / part).mkdir(exist_ok=True)
-        self.trainers = [Trainer(self.config, seed, self.testbed.d_in, self.n_steps, block) for seed in self.config.seeds]
-        about = self.about | checkpoint.provenance()
+        self.trainers = [
+            Trainer(self.config, seed, self.testbed.d_in, self.n_steps, block) for seed in self.config.seeds
+        ]
+        about = self.about | run_folder.provenance()
         if saved:
             tensors, facts = saved
             self.warnings = facts["warnings"]
             try:
                 for i, (trainer, known) in enumerate(zip(self.trainers, facts["trainers"])):
-                    trainer.restore({name.removeprefix(f"{i}."): t for name, t in tensors.items() if name.startswith(f"{i}.")}, known)
+                    trainer.restore(
+                        {
+                            name.removeprefix(f"{i}."): t
+                            for name, t in tensors.items()
+                            if name.startswith(f"{i}.")
+                        },
+                        known,
+                    )
             except (KeyError, RuntimeError) as error:
-                raise WrongRequest(f"{self.folder} was begun by another version of this program, which keeps other state ({error}): --overwrite it") from error
+                raise WrongRequest(
+                    f"{self.folder} was begun by another version of this program, which keeps other state ({error}): --overwrite it"
+                ) from error
             step = facts["position"]["step"]
             print(f"{self.folder} goes on at step {step} of {self.n_steps}")
-            before = checkpoint.read_run_json(self.folder / "config.json", {"requested", "config"})
-            if others := [k for k in ("versions", "hardware", "git") if before.get(k) != json.loads(json.dumps(about[k]))]:
-                self.warnings.append(f"begun with other {', '.join(others)} than it went on with at step {step}: not the same bits as in one go")
+            before = run_folder.read_run_json(self.folder / "config.json", {"requested", "config"})
+            if others := [
+                k
+                for k in ("versions", "hardware", "git")
+                if before.get(k) != json.loads(json.dumps(about[k]))
+            ]:
+                self.warnings.append(
+                    f"begun with other {', '.join(others)} than it went on with at step {step}: not the same bits as in one go"
+                )
         else:
-            write_json(self.folder / "config.json", checkpoint.seal(about))
-        records = sorted((record for trainer in self.trainers for record in trainer.history), key=lambda record: record["step"])  # stable: seeds in order
-        checkpoint.write_whole(self.folder / "train_log.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
+            write_json(self.folder / "config.json", seal(about))
+        records = sorted(
+            (record for trainer in self.trainers for record in trainer.history),
+            key=lambda record: record["step"],
+        )  # stable: seeds in order
+        write_whole(
+            self.folder / "train_log.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode()
+        )
         self.log = (self.folder / "train_log.jsonl").open("a")
 
     def tell_restart(self):
@@ -991,7 +1313,7 @@ class Run:
                 if log:
                     trainer.refuse_non_finite(dict(trainer.sae.named_parameters()))
                     trainer.history.append(self._record(trainer, measured))
-                    with checkpoint.writing(self.folder / "train_log.jsonl"):
+                    with writing(self.folder / "train_log.jsonl"):
                         self.log.write(json.dumps(trainer.history[-1]) + "\n")
                         self.log.flush()
 
@@ -1000,7 +1322,7 @@ class Run:
         """Inside, RunFailed is the failure of this trainer alone."""
         try:
             yield
-        except checkpoint.CannotWrite:
+        except CannotWrite:
             raise
         except RunFailed as failed:
             trainer.failed = str(failed)
@@ -1013,16 +1335,29 @@ class Run:
             with self._left_behind(trainer):
                 if not trainer.failed:
                     state = trainer.state()[0]
-                    trainer.refuse_non_finite({name: t for name, t in state.items() if not name.startswith("log_")})
+                    trainer.refuse_non_finite(
+                        {name: t for name, t in state.items() if not name.startswith("log_")}
+                    )
                     tensors |= {f"{i}.{name}": t for name, t in state.items()}
             facts.append(trainer.state()[1])
-        checkpoint.save(self.folder, at.step, tensors, {"made_by": self.made_by, "position": asdict(at), "warnings": self.warnings, "trainers": facts})
+        checkpoint.save(
+            self.folder,
+            at.step,
+            tensors,
+            {"made_by": self.made_by, "position": asdict(at), "warnings": self.warnings, "trainers": facts},
+        )
 
     def _record(self, trainer: Trainer, measured: dict[str, Tensor]) -> dict:
         sae = trainer.sae
-        return {"seed": trainer.seed, "step": trainer.steps, "tokens": trainer.steps * self.config.batch_size} | {k: v.item() for k, v in measured.items()} | {
-            "frac_dead": (sae.idle >= self.config.dead_tokens).float().mean().item(), "sharing": sharing(sae.rate).item(),
-            "between_domains": omega_between_domains(sae.W_dec.detach(), sae.affinity).item()}  # fmt: skip
+        return (
+            {"seed": trainer.seed, "step": trainer.steps, "tokens": trainer.steps * self.config.batch_size}
+            | {k: v.item() for k, v in measured.items()}
+            | {
+                "frac_dead": (sae.idle >= self.config.dead_tokens).float().mean().item(),
+                "sharing": sharing(sae.rate).item(),
+                "between_domains": omega_between_domains(sae.W_dec.detach(), sae.affinity).item(),
+            }
+        )
 
     def progress(self) -> str:
         last = self.training[-1].history[-1:] if self.training else []
@@ -1033,22 +1368,28 @@ class Run:
         results: dict[str, dict[str, list]] = {}
         for trainer in self.training:
             with self._left_behind(trainer):
-                sections = {"training": self._training(trainer, train_seconds)} | ({} if self.config.evals == ("none",) else self._evaluated(trainer, evaluator, bar))
+                sections = {"training": self._training(trainer, train_seconds)} | (
+                    {} if self.config.evals == ("none",) else self._evaluated(trainer, evaluator, bar)
+                )
                 self._gate(trainer, sections)
                 for section, metrics in sections.items():
                     for name, value in metrics.items():
                         results.setdefault(section, {}).setdefault(name, []).append(value)
         failed = [t for t in self.trainers if t.failed]
         self.warnings += [f"seed {t.seed} failed: {t.failed}" for t in failed]
-        self.info = {} if failed else {section: self._summarise(section, metrics) for section, metrics in results.items()}
+        self.info = (
+            {}
+            if failed
+            else {section: self._summarise(section, metrics) for section, metrics in results.items()}
+        )
         write_json(self.folder / "warnings.json", self.warnings)
         if not failed:
-            checkpoint.write_result(self.folder, self.info)
-            checkpoint.clear_complete(self.folder)  # not before: one killed in between would be lost
+            run_folder.write_result(self.folder, self.info)
+            run_folder.clear_complete(self.folder)  # not before: one killed in between would be lost
 
     def _evaluated(self, trainer: Trainer, evaluator: Evaluator, bar: tqdm) -> dict[str, dict]:
         """The metrics of every evaluation of one seed. Each is written when it is done (eval/seed*_metrics.json) and not done again."""
-        path = checkpoint.record_of(self.folder, trainer.seed)
+        path = run_folder.record_of(self.folder, trainer.seed)
         record, sae = self._exported(trainer, path), None
         for name, section in SECTIONS.items():
             if name not in self.config.evals:
@@ -1058,66 +1399,100 @@ class Run:
             if section in record["sections"]:
                 continue
             if sae is None:
-                sae = load_exported(checkpoint.sae_folder(self.folder, trainer.seed), self.testbed.lm.device)
-            with checkpoint.global_state_kept(seed=trainer.seed):
-                args = (sae, trainer.seed, f"{self.folder.name}_seed{trainer.seed}") if name == "unlearning" else (sae,)
-                metrics, details, *notes = getattr(evaluator.examiner if name == "unlearning" else evaluator, name)(*args)
+                sae = load_exported(run_folder.sae_folder(self.folder, trainer.seed), self.testbed.lm.device)
+            with process.global_state_kept(seed=trainer.seed):
+                args = (
+                    (sae, trainer.seed, f"{self.folder.name}_seed{trainer.seed}")
+                    if name == "unlearning"
+                    else (sae,)
+                )
+                metrics, details, *notes = getattr(
+                    evaluator.examiner if name == "unlearning" else evaluator, name
+                )(*args)
             write_json(self.folder / "eval" / f"seed{trainer.seed}_{section}.json", details, indent=None)
             record["sections"][section] = metrics
             record["notes"] += sum(notes, [])
-            with checkpoint.signals.held():
-                write_json(path, checkpoint.seal({k: record[k] for k in ("files", "sections", "notes")}))
+            with process.signals.held():
+                write_json(path, seal({k: record[k] for k in ("files", "sections", "notes")}))
         self.warnings += [f"seed {trainer.seed}: {note}" for note in record["notes"]]
-        return {section: record["sections"][section] for name, section in SECTIONS.items() if name in self.config.evals}
+        return {
+            section: record["sections"][section]
+            for name, section in SECTIONS.items()
+            if name in self.config.evals
+        }
 
     def _exported(self, trainer: Trainer, path: Path) -> dict:
         """Export the SAE, once: the record of its files' checksums and of what was measured on them."""
-        folder = checkpoint.sae_folder(self.folder, trainer.seed)
+        folder = run_folder.sae_folder(self.folder, trainer.seed)
         try:
-            record = checkpoint.read_sealed(path)
-        except checkpoint.Unusable as why:
+            record = read_sealed(path)
+        except Unusable as why:
             print(f"warning: {why}; evaluated anew")
             record = None
         if record is None:
             record = {"files": {}, "sections": {}, "notes": []}
-            write_json(path, checkpoint.seal(record))  # by which the SAE's folder is known to be this run's
-        if record["files"] and checkpoint.files_of(folder) == record["files"]:
+            write_json(path, seal(record))  # by which the SAE's folder is known to be this run's
+        if record["files"] and run_folder.files_of(folder) == record["files"]:
             return record
         if record["files"]:
-            print(f"warning: {folder} is not as it was written: the checksum of a file is wrong; exported anew")
+            print(
+                f"warning: {folder} is not as it was written: the checksum of a file is wrong; exported anew"
+            )
         trainer.sae.temperature.zero_()  # above 0 only where the time budget ended training, which is warned of
-        with checkpoint.writing(folder):
-            checkpoint.remove_part(folder, "sae_seed*")
+        with writing(folder):
+            run_folder.remove_part(folder, "sae_seed*")
             folder.mkdir(exist_ok=True)
-            export(trainer.sae, folder, {"model_name": self.testbed.name, "hook_name": self.testbed.hook_name, "hook_layer": self.testbed.layer,
-                                         "context_size": self.config.context_size, "prepend_bos": True})  # fmt: skip
-            for file in (*checkpoint.written(folder, "sae_seed*"), folder):
-                checkpoint.sync(file)
-        files = checkpoint.files_of(folder)
+            export(
+                trainer.sae,
+                folder,
+                {
+                    "model_name": self.testbed.name,
+                    "hook_name": self.testbed.hook_name,
+                    "hook_layer": self.testbed.layer,
+                    "context_size": self.config.context_size,
+                    "prepend_bos": True,
+                },
+            )
+            for file in (*run_folder.written(folder, "sae_seed*"), folder):
+                sync(file)
+        files = run_folder.files_of(folder)
         return record if record["files"] == files else {"files": files, "sections": {}, "notes": []}
 
     def _training(self, trainer: Trainer, seconds: float) -> dict:
         if not trainer.history:
             raise RunFailed("the time budget ended before the first step: raise --time_budget_minutes")
         tail = trainer.history[-max(1, len(trainer.history) // 20) :]
-        mean = lambda key: float(np.mean([r[key] for r in tail]))  # noqa: E731
+        mean = lambda key: float(np.mean([r[key] for r in tail]))
         tokens = trainer.steps * self.config.batch_size
-        return {"tokens_trained": tokens, "final_loss": mean("loss"), "final_fvu": mean("fvu"), "final_l0": mean("l0"), "l1_coefficient": tail[-1]["l1_coefficient"],
-                "alpha": tail[-1]["alpha"], "frac_dead": tail[-1]["frac_dead"], "resampled": trainer.resampled, "train_seconds": seconds,
-                "tokens_per_second": tokens / seconds} | {f"{domain}_text_passes": n for domain, n in self.passes.items()}  # fmt: skip
+        return {
+            "tokens_trained": tokens,
+            "final_loss": mean("loss"),
+            "final_fvu": mean("fvu"),
+            "final_l0": mean("l0"),
+            "l1_coefficient": tail[-1]["l1_coefficient"],
+            "alpha": tail[-1]["alpha"],
+            "frac_dead": tail[-1]["frac_dead"],
+            "resampled": trainer.resampled,
+            "train_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        } | {f"{domain}_text_passes": n for domain, n in self.passes.items()}
 
     def _gate(self, trainer: Trainer, sections: dict):
         """What makes a number not to be taken at its face goes into warnings.json and the last lines of the output."""
         t, core = sections["training"], sections.get("core", {})
-        say = lambda text: self.warnings.append(f"seed {trainer.seed}: {text}")  # noqa: E731
+        say = lambda text: self.warnings.append(f"seed {trainer.seed}: {text}")
         l0 = core.get("l0", t["final_l0"])
         target = self.config.target_l0 if self.config.activation == "relu" else self.config.k
         if target and abs(l0 - target) > 2:
             say(f"L0 is {l0:.1f}, more than 2 from the target {target:g}")
         if t["final_fvu"] >= 1:
-            say(f"fraction of variance unexplained is {t['final_fvu']:.3f}: no better than predicting the mean")
+            say(
+                f"fraction of variance unexplained is {t['final_fvu']:.3f}: no better than predicting the mean"
+            )
         if (core.get("explained_variance") or 1) <= 0:
-            say(f"explained variance on held-out text is {core['explained_variance']:.3f}: no better than predicting the mean")
+            say(
+                f"explained variance on held-out text is {core['explained_variance']:.3f}: no better than predicting the mean"
+            )
         if not 0 < l0 <= self.testbed.d_in:
             say(f"L0 is {l0:.1f}, outside (0, d_in]")
         if 1 - core.get("frac_alive", 1 - t["frac_dead"]) > 0.5:
@@ -1133,30 +1508,59 @@ class Run:
             undefined = [i for i, v in enumerate(values) if v is None or not math.isfinite(v)]
             if undefined:
                 metrics[name] = [None if i in undefined else v for i, v in enumerate(values)]
-                self.warnings.append(f"{section}.{name} is undefined for seeds {[self.config.seeds[i] for i in undefined]}: its mean is null")
+                self.warnings.append(
+                    f"{section}.{name} is undefined for seeds {[self.config.seeds[i] for i in undefined]}: its mean is null"
+                )
             means[name] = None if undefined else float(np.mean(values))
-            stderrs[name] = None if undefined or len(values) < 2 else float(np.std(values, ddof=1) / math.sqrt(len(values)))
+            stderrs[name] = (
+                None
+                if undefined or len(values) < 2
+                else float(np.std(values, ddof=1) / math.sqrt(len(values)))
+            )
         return {"means": means, "stderrs": stderrs, "final_info_dict": metrics}
 
     def print_summary(self):
-        shown = {"training": ("tokens_trained", "l1_coefficient", "alpha", "tokens_per_second"), "core": ("l0", "explained_variance", "ce_loss_score", "frac_alive"),
-                 "unlearning": ("unlearning_score", "unlearning_score_conditional", "unlearning_score_guardrail", "random_feature_score", "forget_accuracy", "retain_accuracy"),
-                 "corpus_unlearning": ("forget_ce_gain_at_retain_ce_cost_0.05",), "geometry": ("omega", "mean_max_cosine", "omega_between_domains")}  # fmt: skip
-        number = lambda v: "null" if v is None else f"{v:.4g}"  # noqa: E731
+        shown = {
+            "training": ("tokens_trained", "l1_coefficient", "alpha", "tokens_per_second"),
+            "core": ("l0", "explained_variance", "ce_loss_score", "frac_alive"),
+            "unlearning": (
+                "unlearning_score",
+                "unlearning_score_conditional",
+                "unlearning_score_guardrail",
+                "random_feature_score",
+                "forget_accuracy",
+                "retain_accuracy",
+            ),
+            "corpus_unlearning": ("forget_ce_gain_at_retain_ce_cost_0.05",),
+            "geometry": ("omega", "mean_max_cosine", "omega_between_domains"),
+        }
+        number = lambda v: "null" if v is None else f"{v:.4g}"
         for section, names in shown.items():
             for name in names:
                 if name in self.info.get(section, {}).get("means", {}):
-                    print(f"{self.folder.name} {section}.{name}: {number(self.info[section]['means'][name])} +- {number(self.info[section]['stderrs'][name])}")
+                    print(
+                        f"{self.folder.name} {section}.{name}: {number(self.info[section]['means'][name])} +- {number(self.info[section]['stderrs'][name])}"
+                    )
         for name, value in self.testbed.published.items():
             if name in self.info.get("core", {}).get("means", {}):
-                print(f"{self.folder.name} core.{name}: {number(self.info['core']['means'][name])} here, {value} in dictionary_learning's end-to-end test of a standard SAE")
+                print(
+                    f"{self.folder.name} core.{name}: {number(self.info['core']['means'][name])} here, {value} in dictionary_learning's end-to-end test of a standard SAE"
+                )
         for text in self.warnings:
             print(f"{self.folder.name} warning: {text}")
         if self.info:
             print(f"{self.folder.name} complete: {self.folder / 'final_info.json'}")
 
 
-def train(runs: list[Run], stream: ActivationStream, at: checkpoint.Position, n_steps: int, started: float, deadline: float, interval: float):
+def train(
+    runs: list[Run],
+    stream: ActivationStream,
+    at: checkpoint.Position,
+    n_steps: int,
+    started: float,
+    deadline: float,
+    interval: float,
+):
     """Train all SAEs of all runs on one LM pass, from a position (whose block the stream holds) to n_steps, the deadline (time.monotonic()) or the last one's failure.
 
     A checkpoint of every run is written every `interval` seconds, less often when that would take over a fiftieth of the time,
@@ -1169,19 +1573,23 @@ def train(runs: list[Run], stream: ActivationStream, at: checkpoint.Position, n_
     def save():
         nonlocal next_save
         now = time.monotonic()
-        at.train_seconds, at.used_seconds, at.written = before.train_seconds + now - began, before.used_seconds + now - started, at.written + 1
+        at.train_seconds, at.used_seconds, at.written = (
+            before.train_seconds + now - began,
+            before.used_seconds + now - started,
+            at.written + 1,
+        )
         at.passes = dict(stream.passes)
         for run in runs:
             run.save(at)
-        checkpoint.signals.something_is_kept()
+        process.signals.something_is_kept()
         spent = time.monotonic() - now
         next_save = now + spent + max(interval, 50 * spent)
 
-    going = lambda: at.step < n_steps and time.monotonic() < deadline and any(run.training for run in runs)  # noqa: E731
+    going = lambda: at.step < n_steps and time.monotonic() < deadline and any(run.training for run in runs)
 
     def train_on_block():
         for x, forget in islice(stream.block.batches(size), at.batch, None):
-            with checkpoint.signals.held():
+            with process.signals.held():
                 for run in runs:
                     run.step(x, forget, log=at.step % 25 == 0 or at.step == n_steps - 1)
                 at.step, at.batch = at.step + 1, at.batch + 1
@@ -1190,44 +1598,57 @@ def train(runs: list[Run], stream: ActivationStream, at: checkpoint.Position, n_
             bar.update(size)
             if not going():
                 return
-        with checkpoint.signals.held():
+        with process.signals.held():
             at.block, at.batch = at.block + 1, 0
         bar.set_postfix_str(", ".join(run.progress() for run in runs[:3]))
 
-    with tqdm(total=n_steps * size, initial=at.step * size, unit="tok", unit_scale=True, desc="training", mininterval=2) as bar:
+    with tqdm(
+        total=n_steps * size,
+        initial=at.step * size,
+        unit="tok",
+        unit_scale=True,
+        desc="training",
+        mininterval=2,
+    ) as bar:
         try:
             while going():
                 train_on_block()
                 if going():
                     stream.next_block()
         except Interrupted as stop:
-            checkpoint.signals.taken()
-            with checkpoint.signals.held():
+            process.signals.taken()
+            with process.signals.held():
                 save()
-            stop.told = f"at step {at.step} of {n_steps}; the same command (without --overwrite) goes on from there"
+            stop.told = (
+                f"at step {at.step} of {n_steps}; the same command (without --overwrite) goes on from there"
+            )
             raise
         if any(run.training for run in runs):
-            with checkpoint.signals.held():
+            with process.signals.held():
                 at.over = True
                 save()
 
 
-def refuse_what_does_not_fit(configs: list[Config], testbed: testbeds.Testbed):
+def refuse_what_does_not_fit(configs: list[Config], testbed: Testbed):
     """Raises WrongRequest when the memory left does not hold what training surely needs: weights and Adam's moments of every SAE,
     one SAE's gradients and features, and a block of activations that is shuffled."""
     weights = [8 * testbed.d_in * c.d_sae for c in configs]  # bytes of W_enc and W_dec
-    need = sum(3 * len(c.seeds) * w for c, w in zip(configs, weights)) + max(w + 6 * c.batch_size * c.d_sae for c, w in zip(configs, weights))
+    need = sum(3 * len(c.seeds) * w for c, w in zip(configs, weights)) + max(
+        w + 6 * c.batch_size * c.d_sae for c, w in zip(configs, weights)
+    )
     need += 8 * configs[0].buffer_tokens * testbed.d_in
-    left = checkpoint.memory_left(testbed.lm.device)
+    left = process.memory_left(testbed.lm.device)
     if need > left:
-        raise WrongRequest(f"training needs at least {need / 1e9:.1f} GB of memory and {left / 1e9:.1f} GB are left: lower --d_sae, --batch_size, --buffer_tokens, or the number of --seeds or run folders")
+        raise WrongRequest(
+            f"training needs at least {need / 1e9:.1f} GB of memory and {left / 1e9:.1f} GB are left: lower --d_sae, --batch_size, --buffer_tokens, or the number of --seeds or run folders"
+        )
 
 
 def run_experiments(command: Command, configs: list[Config], started: float):
     """Train and evaluate all runs of one command, from where their checkpoints stand."""
-    checkpoint.keep_freed_memory()
+    process.keep_freed_memory()
     if not command.overwrite and any(checkpoint.steps_in(Path(folder)) for folder in command.out_dir):
-        checkpoint.signals.something_is_kept()
+        process.signals.something_is_kept()
     shared = one_pass(command.out_dir, configs)
     evals = {name for config in configs for name in config.evals} - {"none"}
     least = max(shared.batch_size, shared.context_size or 0)
@@ -1240,7 +1661,9 @@ def run_experiments(command: Command, configs: list[Config], started: float):
     if evals:
         evaluation_contexts(testbed, shared.context_size)  # refuses text that is too short before training
     refuse_what_does_not_fit(resolved, testbed)
-    runs = [Run(out_dir, *pair, testbed, n_steps) for out_dir, *pair in zip(command.out_dir, configs, resolved)]
+    runs = [
+        Run(out_dir, *pair, testbed, n_steps) for out_dir, *pair in zip(command.out_dir, configs, resolved)
+    ]
     saved = None if command.overwrite else checkpoint.newest_common({run.folder: run.made_by for run in runs})
     if not saved and not command.overwrite:
         for run in runs:
@@ -1263,7 +1686,11 @@ def run_experiments(command: Command, configs: list[Config], started: float):
     del stream  # and its last block
     for run in runs:
         run.passes = at.passes
-        run.warnings += [f"the {domain} text is short: training read it {n} times" for domain, n in at.passes.items() if n > 10]
+        run.warnings += [
+            f"the {domain} text is short: training read it {n} times"
+            for domain, n in at.passes.items()
+            if n > 10
+        ]
     print("; ".join(f"{domain} text: pass {n}" for domain, n in at.passes.items()))
     some_left = any(run.training for run in runs)
     evaluator = Evaluator(testbed, shared.context_size) if evals and some_left else None
@@ -1281,30 +1708,44 @@ def run_experiments(command: Command, configs: list[Config], started: float):
         raise RunFailed(f"{failed[0][1].failed} (no final_info.json where a seed failed: {where})")
 
 
-def resolve(config: Config, testbed: testbeds.Testbed) -> Config:
+def resolve(config: Config, testbed: Testbed) -> Config:
     """Fill what the command and the plan leave open from the testbed, and check it against the LM."""
-    config = replace(config, testbed=testbed.name, **{k: v for k, v in testbed.defaults.items() if getattr(config, k) in (None, "", ())})
-    longest = testbeds.most_positions(testbed.lm.config.to_dict())
+    config = replace(
+        config,
+        testbed=testbed.name,
+        **{k: v for k, v in testbed.defaults.items() if getattr(config, k) in (None, "", ())},
+    )
+    longest = most_positions(testbed.lm.config.to_dict())
     if config.context_size > longest:
-        raise WrongRequest(f"--context_size {config.context_size} is more than the {longest} positions of the LM")
+        raise WrongRequest(
+            f"--context_size {config.context_size} is more than the {longest} positions of the LM"
+        )
     if config.target_l0 >= config.d_sae:
         raise WrongRequest(f"--target_l0 {config.target_l0:g} must be under --d_sae {config.d_sae}")
     for name, most in (("k", config.d_sae - 1), ("forget_features", config.d_sae)):
-        if getattr(config, name) > most and (config.activation != "relu" if name == "k" else config.arm == "adaptive"):
-            raise WrongRequest(f"--{name} {getattr(config, name)} must be at most {most}, for --d_sae {config.d_sae}")
-    return replace(config, group_size=min(config.group_size, testbed.d_in), chunk_size=min(config.chunk_size, config.d_sae))
+        if getattr(config, name) > most and (
+            config.activation != "relu" if name == "k" else config.arm == "adaptive"
+        ):
+            raise WrongRequest(
+                f"--{name} {getattr(config, name)} must be at most {most}, for --d_sae {config.d_sae}"
+            )
+    return replace(
+        config,
+        group_size=min(config.group_size, testbed.d_in),
+        chunk_size=min(config.chunk_size, config.d_sae),
+    )
 
 
 def main(command: Command, configs: list[Config], started: float | None = None) -> int:
     """Exit code of the command; `started` is when its time began to count (time.monotonic())."""
     try:
-        with checkpoint.signals, checkpoint.global_state_kept():
+        with process.signals, process.global_state_kept():
             run_experiments(command, configs, time.monotonic() if started is None else started)
         return 0
     except (Exception, Interrupted) as error:
-        return errors.tell(error)
+        return tell(error)
     finally:
-        checkpoint.disown()
+        run_folder.disown()
 
 
 def leave(number, frame):
@@ -1315,6 +1756,6 @@ def leave(number, frame):
 if __name__ == "__main__":
     CODE = main(COMMAND, CONFIGS, STARTED)
     sys.stdout.flush()
-    for number in errors.stops():
+    for number in stops():
         signal.signal(number, leave)
     sys.exit(CODE)

@@ -28,13 +28,13 @@ from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
-import checkpoint
-import errors
-from errors import Interrupted, RunFailed, WrongRequest
+from sae_separation import process, run_folder
+from sae_separation.errors import Interrupted, RunFailed, WrongRequest, leave_at_once, stops
+from sae_separation.files import REMEDIES, content_of
 
 if __name__ == "__main__":  # before what takes long to import
-    for ending in errors.stops():
-        signal.signal(ending, errors.leave_at_once)
+    for ending in stops():
+        signal.signal(ending, leave_at_once)
 try:
     import matplotlib
 
@@ -65,11 +65,31 @@ labels = {
 }
 
 # Okabe & Ito's palette, told apart by the colour-blind (grey for its yellow), and three more of Tol's; line styles and markers tell them apart in print
-COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#7F7F7F", "#882255", "#999933", "#332288"]
+COLOURS = [
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#D55E00",
+    "#0072B2",
+    "#CC79A7",
+    "#7F7F7F",
+    "#882255",
+    "#999933",
+    "#332288",
+]
 MARKERS = "osD^vP*X<>pdh"
 STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
-SCORE, GAIN, EXPLAINED = ("unlearning", "unlearning_score"), ("corpus_unlearning", "forget_ce_gain_at_retain_ce_cost_0.05"), ("core", "explained_variance")
-INTERVENTIONS = {"clamp": "", "conditional": "_conditional", "guardrail": "_guardrail"}  # and the suffix of their metrics
+SCORE, GAIN, EXPLAINED = (
+    ("unlearning", "unlearning_score"),
+    ("corpus_unlearning", "forget_ce_gain_at_retain_ce_cost_0.05"),
+    ("core", "explained_variance"),
+)
+INTERVENTIONS = {
+    "clamp": "",
+    "conditional": "_conditional",
+    "guardrail": "_guardrail",
+}  # and the suffix of their metrics
 GROUPS = ("forget", "retain", "shared")
 MATCHED_L0 = 2.0  # arms whose mean L0 lies further apart are not compared at the same sparsity
 TABLE = (
@@ -173,7 +193,7 @@ def parsed(text: str, where: str, constant=float):
 def text_of(path: Path) -> str:
     """Raises ValueError with the file's name and why it cannot be read."""
     try:
-        return checkpoint.content_of(path).decode()
+        return content_of(path).decode()
     except OSError as error:
         raise ValueError(f"{path.name}: {error.strerror}") from error
     except ValueError as error:
@@ -215,7 +235,7 @@ class Run:
         self.log = self._read_log(folder / "train_log.jsonl")
         paths = {s: [folder / "eval" / f"seed{seed}_{s}.json" for seed in self.seeds] for s in self.info}
         self.evals = {s: [self._read_details(p) for p in paths[s] if os.path.lexists(p)] for s in self.info}
-        self.warnings = [cut(plain(w), 1000) for w in (*warnings, *checkpoint.changed_files(folder))]
+        self.warnings = [cut(plain(w), 1000) for w in (*warnings, *run_folder.changed_files(folder))]
         self.arm = cut(plain(str(self.settings.get("arm"))), 60)
         self.alpha = finite(self.settings.get("alpha"))
 
@@ -262,28 +282,44 @@ class Run:
 
     def mean(self, section: str, metric: str) -> tuple[float, float]:
         """Mean and standard error over seeds; nan where the run has none."""
-        return tuple(finite(self.info.get(section, {}).get(kind, {}).get(metric)) for kind in ("means", "stderrs"))
+        return tuple(
+            finite(self.info.get(section, {}).get(kind, {}).get(metric)) for kind in ("means", "stderrs")
+        )
 
     def by_seed(self, section: str, metric: str) -> dict[int, float]:
         """The values of the seeds; empty where the run has none."""
         values = self.info.get(section, {}).get("final_info_dict", {}).get(metric) or []
-        return {seed: finite(v) for seed, v in zip(self.seeds, values)} if len(values) == len(self.seeds) else {}
+        return (
+            {seed: finite(v) for seed, v in zip(self.seeds, values)} if len(values) == len(self.seeds) else {}
+        )
 
     def sweeps(self, section: str, cost: str, gain: str) -> list[np.ndarray]:
         """(cost, gain) of the clamp's cells, [cell, 2], for each seed that has any."""
-        cells = [[(finite(c.get(cost)), finite(c.get(gain))) for c in d.get("sweep") or [] if c.get("intervention", "clamp") == "clamp"] for d in self.evals.get(section, [])]
+        cells = [
+            [
+                (finite(c.get(cost)), finite(c.get(gain)))
+                for c in d.get("sweep") or []
+                if c.get("intervention", "clamp") == "clamp"
+            ]
+            for d in self.evals.get(section, [])
+        ]
         return [array for seed in cells if len(array := np.array([c for c in seed if not np.isnan(c).any()]))]
 
     def notes(self) -> dict[str, int]:
         """The warnings without their seeds and how often each stands there; metrics that are merely undefined come last."""
-        texts = sorted((re.sub(r"^seed \d+: ", "", w) for w in self.warnings), key=lambda text: "is undefined" in text)
+        texts = sorted(
+            (re.sub(r"^seed \d+: ", "", w) for w in self.warnings), key=lambda text: "is undefined" in text
+        )
         return Counter(texts)
 
 
 def find_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
     """The complete runs, and why the other folders are skipped."""
     runs, skipped = [], []
-    for folder in sorted(set(folders), key=lambda p: [(not t.isdecimal(), int(t) if t.isdecimal() else 0, t) for t in p.name.split("_")]):
+    for folder in sorted(
+        set(folders),
+        key=lambda p: [(not t.isdecimal(), int(t) if t.isdecimal() else 0, t) for t in p.name.split("_")],
+    ):
         try:
             runs.append(Run(folder))
         except ValueError as reason:
@@ -296,9 +332,16 @@ def find_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
         run.mark = run.label.replace("$", r"\$").lstrip("_")  # as matplotlib takes a text literally
     others = [run.name for run in runs if run.name not in labels]
     for run in runs:  # a run of the plan looks the same whichever others are drawn
-        run.order = list(labels).index(run.name) if run.name in labels else len(labels) + others.index(run.name)
+        run.order = (
+            list(labels).index(run.name) if run.name in labels else len(labels) + others.index(run.name)
+        )
         run.band = min(0.15, 0.5 / len(runs))  # opacity
-        run.style = {"color": COLOURS[run.order % len(COLOURS)], "linestyle": STYLES[run.order % len(STYLES)], "marker": MARKERS[run.order % len(MARKERS)], "markersize": 5}
+        run.style = {
+            "color": COLOURS[run.order % len(COLOURS)],
+            "linestyle": STYLES[run.order % len(STYLES)],
+            "marker": MARKERS[run.order % len(MARKERS)],
+            "markersize": 5,
+        }
     return runs, skipped
 
 
@@ -330,16 +373,43 @@ def point(axis, run: Run, x, y, **kind):
 
 def finish(figure, runs: list[Run], **legend):
     """The legend under the panels, headed by what † stands for."""
-    flagged = [f"{run.name}: {next(iter(run.notes()))}" + (f" (and {len(run.notes()) - 1} more)" if len(run.notes()) > 1 else "") for run in runs if run.warnings]
-    told = "\n".join(textwrap.wrap("† " + "; ".join(flagged).replace("$", r"\$"), 150, max_lines=4)) if flagged else None
-    legend = {"handles": [Line2D([], [], label=run.mark, **run.style) for run in runs], "ncol": min(len(runs), 4)} | legend
-    figure.legend(loc="outside lower center", title=told, title_fontsize=7, alignment="left", fontsize=8, frameon=False, handlelength=4, **legend)
+    flagged = [
+        f"{run.name}: {next(iter(run.notes()))}"
+        + (f" (and {len(run.notes()) - 1} more)" if len(run.notes()) > 1 else "")
+        for run in runs
+        if run.warnings
+    ]
+    told = (
+        "\n".join(textwrap.wrap("† " + "; ".join(flagged).replace("$", r"\$"), 150, max_lines=4))
+        if flagged
+        else None
+    )
+    legend = {
+        "handles": [Line2D([], [], label=run.mark, **run.style) for run in runs],
+        "ncol": min(len(runs), 4),
+    } | legend
+    figure.legend(
+        loc="outside lower center",
+        title=told,
+        title_fontsize=7,
+        alignment="left",
+        fontsize=8,
+        frameon=False,
+        handlelength=4,
+        **legend,
+    )
     return figure
 
 
 def training_curves(runs: list[Run]):
-    panels = (("fvu", "fraction of variance unexplained", "log"), ("l0", "active features a token (L0)", "log"), ("l1_coefficient", "weight of the sparsity loss (λ)", "log"),
-              ("alpha", "weight of the orthogonality loss (α)", "symlog"), ("frac_dead", "share of features that are dead", "linear"), ("sharing", "share of firing common to both domains", "linear"))  # fmt: skip
+    panels = (
+        ("fvu", "fraction of variance unexplained", "log"),
+        ("l0", "active features a token (L0)", "log"),
+        ("l1_coefficient", "weight of the sparsity loss (λ)", "log"),
+        ("alpha", "weight of the orthogonality loss (α)", "symlog"),
+        ("frac_dead", "share of features that are dead", "linear"),
+        ("sharing", "share of firing common to both domains", "linear"),
+    )
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), sharex=True, layout="constrained")
     for axis, (key, title, scale) in zip(axes.flat, panels):
         for run in runs:
@@ -362,7 +432,11 @@ def explained_variance(runs: list[Run]):
     if not (shown := [run for run in runs if np.isfinite(run.mean(*EXPLAINED)[0])]):
         return "no run has an explained variance"
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
-    for axis, metric, title in zip(axes, (("core", "l0"), ("geometry", "mean_max_cosine")), ("active features a token (L0)", "mean over features of the largest |cosine| with another")):
+    for axis, metric, title in zip(
+        axes,
+        (("core", "l0"), ("geometry", "mean_max_cosine")),
+        ("active features a token (L0)", "mean over features of the largest |cosine| with another"),
+    ):
         for run in shown:
             if np.isfinite(run.mean(*metric)[0]):
                 point(axis, run, run.mean(*metric), run.mean(*EXPLAINED))
@@ -390,16 +464,44 @@ def unlearning_tradeoff(runs: list[Run]):
     if not questions.lines and not corpus.lines:
         plt.close(figure)
         return "no run has a sweep"
-    floors = [1 - f for run in runs for f in run.by_seed("unlearning", "random_feature_score").values() if np.isfinite(f)]
+    floors = [
+        1 - f
+        for run in runs
+        for f in run.by_seed("unlearning", "random_feature_score").values()
+        if np.isfinite(f)
+    ]
     if floors:
-        questions.fill_between([0.99, 1.004], min(floors) - 0.004, 1.004, color="grey", alpha=0.4, linewidth=0)
-        questions.annotate("random features\nwithin the bound", (0.99, min(floors)), (0.985, 1.035), fontsize=8, color="#444444", va="bottom", arrowprops={"arrowstyle": "-", "color": "grey"})
+        questions.fill_between(
+            [0.99, 1.004], min(floors) - 0.004, 1.004, color="grey", alpha=0.4, linewidth=0
+        )
+        questions.annotate(
+            "random features\nwithin the bound",
+            (0.99, min(floors)),
+            (0.985, 1.035),
+            fontsize=8,
+            color="#444444",
+            va="bottom",
+            arrowprops={"arrowstyle": "-", "color": "grey"},
+        )
     questions.axhline(0.25, color="grey", linewidth=1)
     questions.text(0.751, 0.26, "chance", ha="right", fontsize=8, color="#444444")
     questions.axvline(0.99, color="grey", linewidth=1, linestyle=":")
-    questions.text(0.988, 0.27, "SAEBench's bound (0.99)", rotation=90, fontsize=8, color="#444444", va="bottom")
-    questions.set(xlabel="accuracy on known retain questions that is kept, at least", ylabel="lowest accuracy on known forget questions", xlim=(1.004, 0.75), ylim=(0, 1.12), title="questions (lower: more unlearned)")
-    corpus.set(xlabel="cross-entropy added on retain text, at most (nats a token)", ylabel="most cross-entropy added on forget text (nats a token)", xscale="log", title="held-out text (higher: more unlearned)")
+    questions.text(
+        0.988, 0.27, "SAEBench's bound (0.99)", rotation=90, fontsize=8, color="#444444", va="bottom"
+    )
+    questions.set(
+        xlabel="accuracy on known retain questions that is kept, at least",
+        ylabel="lowest accuracy on known forget questions",
+        xlim=(1.004, 0.75),
+        ylim=(0, 1.12),
+        title="questions (lower: more unlearned)",
+    )
+    corpus.set(
+        xlabel="cross-entropy added on retain text, at most (nats a token)",
+        ylabel="most cross-entropy added on forget text (nats a token)",
+        xscale="log",
+        title="held-out text (higher: more unlearned)",
+    )
     corpus.xaxis.set_major_formatter("{x:g}")
     for axis in (questions, corpus):
         axis.grid(alpha=0.3)
@@ -407,13 +509,23 @@ def unlearning_tradeoff(runs: list[Run]):
 
 
 def alpha_sweep(runs: list[Run]):
-    grouped = sorted([run for run in runs if run.arm == "grouped" and run.alpha > 0], key=lambda run: run.alpha)
+    grouped = sorted(
+        [run for run in runs if run.arm == "grouped" and run.alpha > 0], key=lambda run: run.alpha
+    )
     others = [run for run in runs if run.arm in ("vanilla", "fixed", "adaptive", "ortsae")]
     if not grouped:
         return "no run of the grouped arm"
     figure, axes = plt.subplots(1, 3, figsize=(13, 5.5), layout="constrained")
     places = grouped[-1].alpha * 2.0 ** (1.5 + np.arange(len(others)))  # beside the sweep, one place each
-    for axis, metric, title in zip(axes, (SCORE, GAIN, EXPLAINED), ("unlearning score", "cross-entropy added on forget text\nat 0.05 nats a token on retain text", "explained variance")):
+    for axis, metric, title in zip(
+        axes,
+        (SCORE, GAIN, EXPLAINED),
+        (
+            "unlearning score",
+            "cross-entropy added on forget text\nat 0.05 nats a token on retain text",
+            "explained variance",
+        ),
+    ):
         means = np.array([run.mean(*metric)[0] for run in grouped])
         axis.plot([run.alpha for run in grouped], means, color="grey", linewidth=1)
         for run, place in [*zip(grouped, (run.alpha for run in grouped)), *zip(others, places)]:
@@ -438,23 +550,50 @@ def geometry(runs: list[Run]):
     if not (shown := [run for run in runs if run.evals.get("geometry")]):
         return "no run has eval/seed*_geometry.json"
     figure, axes = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
-    (condition, angles, ranks), offsets = axes[1], np.linspace(-0.3, 0.3, len(shown)) if len(shown) > 1 else [0.0]
+    (condition, angles, ranks), offsets = (
+        axes[1],
+        np.linspace(-0.3, 0.3, len(shown)) if len(shown) > 1 else [0.0],
+    )
     for run, offset in zip(shown, offsets):
         for place, (axis, group) in enumerate(zip(axes[0], GROUPS)):
             spectra = [d.get("singular_values") or {} for d in run.evals["geometry"]]
             values = shortest_mean([groups.get(group) for groups in spectra])
-            axis.plot(1 + np.arange(len(values)), values, markevery=(run.order % 12, 12), linewidth=1.3, **run.style)
-            point(condition, run, place + offset, run.mean("geometry", f"condition_number_{group}"), markersize=5)
+            axis.plot(
+                1 + np.arange(len(values)), values, markevery=(run.order % 12, 12), linewidth=1.3, **run.style
+            )
+            point(
+                condition,
+                run,
+                place + offset,
+                run.mean("geometry", f"condition_number_{group}"),
+                markersize=5,
+            )
             point(ranks, run, place + offset, run.mean("geometry", f"effective_rank_{group}"), markersize=5)
         cosines = shortest_mean([d.get("principal_cosines_forget_retain") for d in run.evals["geometry"]])
-        angles.plot(1 + np.arange(len(cosines)), np.degrees(np.arccos(np.clip(cosines, -1, 1))), markevery=(run.order % 4, 4), linewidth=1.3, **run.style)
+        angles.plot(
+            1 + np.arange(len(cosines)),
+            np.degrees(np.arccos(np.clip(cosines, -1, 1))),
+            markevery=(run.order % 4, 4),
+            linewidth=1.3,
+            **run.style,
+        )
     for axis, group in zip(axes[0], GROUPS):
-        axis.set(title=f"singular values, {group} features", xlabel="rank of the value", ylabel="singular value of the decoder rows")
+        axis.set(
+            title=f"singular values, {group} features",
+            xlabel="rank of the value",
+            ylabel="singular value of the decoder rows",
+        )
         plain_ticks(axis, "log")
     plain_ticks(condition, "log")
-    condition.set(title="condition number of the group's decoder rows", ylabel="largest over smallest singular value")
+    condition.set(
+        title="condition number of the group's decoder rows", ylabel="largest over smallest singular value"
+    )
     ranks.set(title="effective rank of the group's decoder rows", ylabel="directions")
-    angles.set(title="angles between forget and retain subspaces", xlabel="rank of the angle", ylabel="principal angle (degrees)")
+    angles.set(
+        title="angles between forget and retain subspaces",
+        xlabel="rank of the angle",
+        ylabel="principal angle (degrees)",
+    )
     for axis in (condition, ranks):
         axis.set_xticks(range(3), GROUPS)
         axis.set_xlim(-0.5, 2.5)
@@ -467,10 +606,22 @@ def geometry(runs: list[Run]):
 
 
 def interventions(runs: list[Run]):
-    if not any(np.isfinite(run.mean(section, metric + suffix)[0]) for run in runs for section, metric in (SCORE, GAIN) for suffix in list(INTERVENTIONS.values())[1:]):
+    if not any(
+        np.isfinite(run.mean(section, metric + suffix)[0])
+        for run in runs
+        for section, metric in (SCORE, GAIN)
+        for suffix in list(INTERVENTIONS.values())[1:]
+    ):
         return "no run was evaluated under conditional clamping or the guardrail"
     figure, axes = plt.subplots(1, 2, figsize=(11, 2 + 0.5 * len(runs)), sharey=True, layout="constrained")
-    for axis, (section, metric), title in zip(axes, (SCORE, GAIN), ("unlearning score", "cross-entropy added on forget text at a cost of\n0.05 on retain text (nats a token)")):
+    for axis, (section, metric), title in zip(
+        axes,
+        (SCORE, GAIN),
+        (
+            "unlearning score",
+            "cross-entropy added on forget text at a cost of\n0.05 on retain text (nats a token)",
+        ),
+    ):
         for k, (name, suffix) in enumerate(INTERVENTIONS.items()):
             look = {"marker": "os^"[k], "color": (COLOURS[0], COLOURS[1], COLOURS[5])[k]}
             for i, run in enumerate(runs):
@@ -478,7 +629,14 @@ def interventions(runs: list[Run]):
             axis.plot([], [], linestyle="none", label=name, **look)
         axis.set_xlabel(title)
         axis.set_yticks(range(len(runs)), [run.mark for run in runs])
-        axis.hlines(np.arange(len(runs) - 1) + 0.5, 0, 1, transform=axis.get_yaxis_transform(), color="#dddddd", linewidth=1)
+        axis.hlines(
+            np.arange(len(runs) - 1) + 0.5,
+            0,
+            1,
+            transform=axis.get_yaxis_transform(),
+            color="#dddddd",
+            linewidth=1,
+        )
         axis.grid(alpha=0.3, axis="x")
     axes[0].invert_yaxis()
     return finish(figure, runs, handles=axes[0].get_legend_handles_labels()[0], ncol=3)
@@ -493,7 +651,7 @@ FIGURES = {  # drawer -> what it shows, in words; the PNG bears the drawer's nam
     geometry: "Geometry of forget, retain and shared features: singular values of their decoder rows (mean over seeds as far as the smallest group reaches), condition numbers and effective "
     "ranks (mean and standard error), and principal angles between the forget and the retain subspaces (0 degrees: a direction in common).",
     training_curves: "Training: fraction of variance unexplained, L0, λ, α, dead features, and the share of firing that the two domains have in common. Mean over seeds.",
-}  # fmt: skip
+}
 BAND = " Bands run from the least to the most of the seeds."
 
 
@@ -512,7 +670,7 @@ def write(name: str, content: bytes):
             part.write_bytes(content)
             part.replace(target)
     except OSError as error:
-        remedies = checkpoint.REMEDIES | {errno.ENOENT: "start this in a folder that can be written"}
+        remedies = REMEDIES | {errno.ENOENT: "start this in a folder that can be written"}
         remedy = remedies.get(error.errno, remedies[errno.ENOENT])
         raise RunFailed(f"{name} cannot be written: {error.strerror}; {remedy}") from error
     say(f"wrote {name}")
@@ -560,7 +718,18 @@ def paired_tests(pairs, section: str, metric: str) -> list[dict]:
         if n:
             stderr = differences.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
             p = two_sided_p(differences.mean() / stderr, n - 1) if stderr > 1e-12 else math.nan
-            tests.append({"a": a, "b": b, "n": n, "difference": differences.mean(), "stderr": stderr, "by_seed": differences, "p": p, "holm": math.nan})
+            tests.append(
+                {
+                    "a": a,
+                    "b": b,
+                    "n": n,
+                    "difference": differences.mean(),
+                    "stderr": stderr,
+                    "by_seed": differences,
+                    "p": p,
+                    "holm": math.nan,
+                }
+            )
     defined, least = sorted((t for t in tests if np.isfinite(t["p"])), key=lambda t: t["p"]), 0.0
     for rank, test in enumerate(defined):
         least = test["holm"] = max(least, min(1.0, test["p"] * (len(defined) - rank)))
@@ -568,7 +737,13 @@ def paired_tests(pairs, section: str, metric: str) -> list[dict]:
 
 
 def shown(mean: float, stderr: float, digits=".3f") -> str:
-    return "-" if np.isnan(mean) else f"{mean:{digits}}" if np.isnan(stderr) else f"{mean:{digits}} ± {stderr:{digits}}"
+    return (
+        "-"
+        if np.isnan(mean)
+        else f"{mean:{digits}}"
+        if np.isnan(stderr)
+        else f"{mean:{digits}} ± {stderr:{digits}}"
+    )
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -579,17 +754,34 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def summary_table(runs: list[Run]) -> str:
     """Markdown: mean ± standard error over seeds."""
     head = ["run", "arm", "seeds"] + [title for _, _, title in TABLE] + ["warnings"]
-    rows = [[r.name, r.label, str(len(r.seeds))] + [shown(*r.mean(s, m)) for s, m, _ in TABLE] + [str(len(r.warnings))] for r in runs]
+    rows = [
+        [r.name, r.label, str(len(r.seeds))]
+        + [shown(*r.mean(s, m)) for s, m, _ in TABLE]
+        + [str(len(r.warnings))]
+        for r in runs
+    ]
     return markdown(head, rows)
 
 
 def against_table(reference: Run, runs: list[Run]) -> str:
     """Markdown: the reference less each other run, seed by seed, with Holm's correction over the rows."""
     pairs = [(reference, run) for run in runs if run is not reference]
-    scores, gains, explained = ({t["b"]: t for t in paired_tests(pairs, *metric)} for metric in (SCORE, GAIN, EXPLAINED))
+    scores, gains, explained = (
+        {t["b"]: t for t in paired_tests(pairs, *metric)} for metric in (SCORE, GAIN, EXPLAINED)
+    )
     difference = lambda t: shown(t["difference"], t["stderr"], "+.3f").replace("± +", "± ") if t else "-"
     p = lambda t, kind: f"{t[kind]:.2g}" if t and np.isfinite(t[kind]) else "-"
-    rows = [[f"{run.name} {run.label}", difference(scores.get(run)), p(scores.get(run), "p"), p(scores.get(run), "holm"), difference(gains.get(run)), difference(explained.get(run))] for _, run in pairs]
+    rows = [
+        [
+            f"{run.name} {run.label}",
+            difference(scores.get(run)),
+            p(scores.get(run), "p"),
+            p(scores.get(run), "holm"),
+            difference(gains.get(run)),
+            difference(explained.get(run)),
+        ]
+        for _, run in pairs
+    ]
     head = [f"{reference.name} less", "unlearning", "p", "p (Holm)", "forget CE gain", "expl. var."]
     return markdown(head, rows)
 
@@ -597,19 +789,37 @@ def against_table(reference: Run, runs: list[Run]) -> str:
 def cautions(runs: list[Run], skipped: list[str]) -> list[str]:
     """What keeps the runs from being compared as they stand, in sentences."""
     said = []
-    l0 = {run: next((m for m in (run.mean("core", "l0")[0], run.mean("training", "final_l0")[0]) if np.isfinite(m)), math.nan) for run in runs}
+    l0 = {
+        run: next(
+            (m for m in (run.mean("core", "l0")[0], run.mean("training", "final_l0")[0]) if np.isfinite(m)),
+            math.nan,
+        )
+        for run in runs
+    }
     l0 = {run: v for run, v in l0.items() if np.isfinite(v)}
     if l0 and max(l0.values()) - min(l0.values()) > MATCHED_L0:
         low, high = min(l0, key=l0.get), max(l0, key=l0.get)
-        said.append(f"The runs are not at matched L0: it goes from {l0[low]:.1f} ({low.name}, {low.label}) to {l0[high]:.1f} ({high.name}, {high.label}), more than {MATCHED_L0:g} apart. "
-                    "Differences between them may be differences in sparsity.")  # fmt: skip
+        said.append(
+            f"The runs are not at matched L0: it goes from {l0[low]:.1f} ({low.name}, {low.label}) to {l0[high]:.1f} ({high.name}, {high.label}), more than {MATCHED_L0:g} apart. "
+            "Differences between them may be differences in sparsity."
+        )
     there = {os.path.basename(os.path.realpath(run.folder)) for run in runs}
     if missing := [f"{name} ({label})" for name, label in labels.items() if name not in there]:
         said.append(f"Runs of the plan that are missing here: {', '.join(missing)}.")
     said += [f"Skipped: {reason}." for reason in skipped]
-    testbed = lambda run, key: run.config["testbed"].get(key) if isinstance(run.config.get("testbed"), dict) else None
-    compared = {"seeds": lambda r: r.seeds, "testbed": lambda r: testbed(r, "name"), "hook": lambda r: testbed(r, "hook_name"), "tokens": lambda r: r.settings.get("tokens"), "d_sae": lambda r: r.settings.get("d_sae")}
-    if differing := [key for key, value in compared.items() if len({json.dumps(value(run)) for run in runs}) > 1]:
+    testbed = lambda run, key: (
+        run.config["testbed"].get(key) if isinstance(run.config.get("testbed"), dict) else None
+    )
+    compared = {
+        "seeds": lambda r: r.seeds,
+        "testbed": lambda r: testbed(r, "name"),
+        "hook": lambda r: testbed(r, "hook_name"),
+        "tokens": lambda r: r.settings.get("tokens"),
+        "d_sae": lambda r: r.settings.get("d_sae"),
+    }
+    if differing := [
+        key for key, value in compared.items() if len({json.dumps(value(run)) for run in runs}) > 1
+    ]:
         said.append(f"The runs do not share their {', '.join(differing)}; the settings of each stand below.")
     for run in runs:
         notes = [f"{text}{f' ({n} times)' if n > 1 else ''}" for text, n in run.notes().items()]
@@ -633,10 +843,16 @@ def table(caption: str, head: list[str], rows: list[list], kind="sortable") -> s
         small = f"<small>{esc(small)}</small>" if small else ""
         return f'<{tag} data-value="{esc(key)}">{esc(text)}{small}</{tag.split()[0]}>'
 
-    lines = ["<tr>" + "".join(cell(v, "td" if i else 'th scope="row"') for i, v in enumerate(row)) + "</tr>" for row in rows]
+    lines = [
+        "<tr>" + "".join(cell(v, "td" if i else 'th scope="row"') for i, v in enumerate(row)) + "</tr>"
+        for row in rows
+    ]
     heads = "".join(f'<th scope="col">{esc(title)}</th>' for title in head)
-    return (f'<div class="frame" role="region" tabindex="0" aria-label="{esc(caption)}"><table class="{kind}"><caption><span>{esc(caption)}</span></caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n'
-            + "\n".join(lines) + "\n</tbody></table></div>")  # fmt: skip
+    return (
+        f'<div class="frame" role="region" tabindex="0" aria-label="{esc(caption)}"><table class="{kind}"><caption><span>{esc(caption)}</span></caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n'
+        + "\n".join(lines)
+        + "\n</tbody></table></div>"
+    )
 
 
 def summary(runs: list[Run]) -> str:
@@ -663,10 +879,16 @@ def results(runs: list[Run]) -> str:
     for i, run in enumerate(runs):
         cells = [(run.name, i, ""), (run.label, run.label, ""), (len(run.seeds), len(run.seeds), "")]
         for section, metric, _ in TABLE:
-            seeds = ", ".join(f"{v:.3f}" if np.isfinite(v) else "-" for v in run.by_seed(section, metric).values())
+            seeds = ", ".join(
+                f"{v:.3f}" if np.isfinite(v) else "-" for v in run.by_seed(section, metric).values()
+            )
             cells.append((shown(*run.mean(section, metric)), run.mean(section, metric)[0], seeds))
         rows.append(cells + [(len(run.warnings), len(run.warnings), "")])
-    return table("Mean ± standard error over seeds; under it, the seeds.", ["run", "arm", "seeds", *[title for _, _, title in TABLE], "warnings"], rows)
+    return table(
+        "Mean ± standard error over seeds; under it, the seeds.",
+        ["run", "arm", "seeds", *[title for _, _, title in TABLE], "warnings"],
+        rows,
+    )
 
 
 def tests(runs: list[Run], metric: tuple[str, str], name: str) -> str:
@@ -675,15 +897,36 @@ def tests(runs: list[Run], metric: tuple[str, str], name: str) -> str:
     rows = []
     for t in sorted(paired_tests(combinations(runs, 2), *metric), key=lambda t: (math.isnan(t["p"]), t["p"])):
         pair = f"{t['a'].name} {t['a'].label} against {t['b'].name} {t['b'].label}"
-        rows.append([pair, (t["n"], t["n"], ""), (shown(t["difference"], t["stderr"], "+.3f").replace("± +", "± "), t["difference"], ", ".join(f"{d:+.3f}" for d in t["by_seed"])), number(t["p"]), number(t["holm"])])
+        rows.append(
+            [
+                pair,
+                (t["n"], t["n"], ""),
+                (
+                    shown(t["difference"], t["stderr"], "+.3f").replace("± +", "± "),
+                    t["difference"],
+                    ", ".join(f"{d:+.3f}" for d in t["by_seed"]),
+                ),
+                number(t["p"]),
+                number(t["holm"]),
+            ]
+        )
     if not rows:
         return f"<p>{esc(name)}: no two runs share a seed.</p>"
-    return table(f"{name}: first run minus second, on the seeds they share (mean ± standard error; under it, the seeds).", ["runs", "seeds", "difference", "p", "p (Holm)"], rows)
+    return table(
+        f"{name}: first run minus second, on the seeds they share (mean ± standard error; under it, the seeds).",
+        ["runs", "seeds", "difference", "p", "p (Holm)"],
+        rows,
+    )
 
 
 def details(run: Run) -> str:
     """Warnings, settings and every metric of a run, folded away."""
-    settings = [(f"{k}.{k2}", v2) for k, v in run.config.items() if isinstance(v, dict) and k != "requested" for k2, v2 in v.items()] + [(k, v) for k, v in run.config.items() if not isinstance(v, dict)]
+    settings = [
+        (f"{k}.{k2}", v2)
+        for k, v in run.config.items()
+        if isinstance(v, dict) and k != "requested"
+        for k2, v2 in v.items()
+    ] + [(k, v) for k, v in run.config.items() if not isinstance(v, dict)]
     metrics = []
     for section, metric in [(s, m) for s, parts in run.info.items() for m in parts["means"]]:
         seeds = [f"{v:.4g}" if np.isfinite(v) else "-" for v in run.by_seed(section, metric).values()]
@@ -692,10 +935,17 @@ def details(run: Run) -> str:
     listed = "".join(f"<li>{esc(w)}</li>" for w in first(run.warnings, 50))
     warned = f"<ul>{listed}</ul>" if run.warnings else "<p>No warnings.</p>"
     values = [[cut(k, 100), cut(v if isinstance(v, str) else json.dumps(v), 2000)] for k, v in settings]
-    return (f"<details><summary>{esc(run.name)}: {esc(run.label)}</summary>\n{warned}\n"
-            + table(f"All metrics of {run.name}", ["metric", "mean ± standard error", f"seeds {', '.join(map(str, run.seeds))}"], metrics, kind="plain")
-            + table(f"Settings of {run.name}", ["setting", "value"], values, kind="plain")
-            + "</details>")  # fmt: skip
+    return (
+        f"<details><summary>{esc(run.name)}: {esc(run.label)}</summary>\n{warned}\n"
+        + table(
+            f"All metrics of {run.name}",
+            ["metric", "mean ± standard error", f"seeds {', '.join(map(str, run.seeds))}"],
+            metrics,
+            kind="plain",
+        )
+        + table(f"Settings of {run.name}", ["setting", "value"], values, kind="plain")
+        + "</details>"
+    )
 
 
 def picture(png: bytes, words: str) -> str:
@@ -712,14 +962,30 @@ def report(runs: list[Run], skipped: list[str], figures: dict) -> str:
 With few seeds a t-test rests on the differences being about normal, and finds only large effects; a sign-flip permutation test, which does not,
 cannot give less than 2/2<sup>n</sup> with n seeds (0.25 with 3, 0.0625 with 5), which is why it is not used.</p>"""
     words = lambda drawer: FIGURES[drawer] + BAND * (drawer in (unlearning_tradeoff, training_curves))
-    body = [summary(runs), f'<div class="caution"><h2>Before reading on</h2><ul>{cautious}</ul></div>' if cautious else "",
-            "<h2>Results</h2>", results(runs), '<p class="note">Clicking a column\'s head sorts by it. † : the run has warnings, listed above.</p>' ,
-            "<h2>Figures</h2>", *[picture(png, words(drawer)) for drawer, png in figures.items()],
-            "<h2>Paired tests</h2>", about, tests(runs, SCORE, "Unlearning score"), tests(runs, GAIN, "Cross-entropy added on forget text at 0.05 nats a token on retain text"),
-            "<h2>Runs</h2>", *[details(run) for run in runs]]  # fmt: skip
+    body = [
+        summary(runs),
+        f'<div class="caution"><h2>Before reading on</h2><ul>{cautious}</ul></div>' if cautious else "",
+        "<h2>Results</h2>",
+        results(runs),
+        '<p class="note">Clicking a column\'s head sorts by it. † : the run has warnings, listed above.</p>',
+        "<h2>Figures</h2>",
+        *[picture(png, words(drawer)) for drawer, png in figures.items()],
+        "<h2>Paired tests</h2>",
+        about,
+        tests(runs, SCORE, "Unlearning score"),
+        tests(runs, GAIN, "Cross-entropy added on forget text at 0.05 nats a token on retain text"),
+        "<h2>Runs</h2>",
+        *[details(run) for run in runs],
+    ]
     template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(re.search("<script>(.*?)</script>", template, re.DOTALL)[1].encode()).digest()).decode()
-    return string.Template(template).substitute(title="Knowledge separation in sparse autoencoders", script_hash=f"sha256-{digest}", body="\n".join(body))
+    digest = base64.b64encode(
+        hashlib.sha256(re.search("<script>(.*?)</script>", template, re.DOTALL)[1].encode()).digest()
+    ).decode()
+    return string.Template(template).substitute(
+        title="Knowledge separation in sparse autoencoders",
+        script_hash=f"sha256-{digest}",
+        body="\n".join(body),
+    )
 
 
 class Parser(argparse.ArgumentParser):
@@ -748,7 +1014,11 @@ def show():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path, help="run folders (default: run_* here)")
     parser.add_argument("--table", action="store_true", help="print the table and draw nothing")
-    parser.add_argument("--against", metavar="RUN", help="print paired t-tests of this run against each other one, and draw nothing")
+    parser.add_argument(
+        "--against",
+        metavar="RUN",
+        help="print paired t-tests of this run against each other one, and draw nothing",
+    )
     args = parser.parse_args()
     runs, skipped = find_runs(named(args.folders))
     if not runs:
@@ -773,7 +1043,7 @@ def show():
 def main() -> int:
     """Exit code of the command. But for 0, the last line on stderr says why."""
     try:
-        with checkpoint.signals:
+        with process.signals:
             show()
         return 0
     except WrongRequest as wrong:
@@ -795,6 +1065,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     CODE = main()
-    for ending in errors.stops():  # all is written and told
+    for ending in stops():  # all is written and told
         signal.signal(ending, signal.SIG_IGN)
     sys.exit(CODE)

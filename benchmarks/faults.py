@@ -35,17 +35,31 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads, also torch's, do not survive a fork
-import torch  # noqa: E402
+import torch
 
-import checkpoint  # noqa: E402
-import errors  # noqa: E402
-import evaluation  # noqa: E402
-import experiment  # noqa: E402
-import testbeds  # noqa: E402
+import experiment
+from sae_separation import checkpoint, evaluation, run_folder, testbeds
+from sae_separation.errors import leave_at_once, stops, tell
 
 STEPS, BATCH = 160, 512
-SETTINGS = ("--tokens", STEPS * BATCH, "--d_sae", 256, "--batch_size", BATCH, "--target_l0", 8, "--buffer_tokens", 16_384, "--testbed=micro", "--seeds", 0, 1,
-            "--checkpoint_seconds", 0)  # fmt: skip
+SETTINGS = (
+    "--tokens",
+    STEPS * BATCH,
+    "--d_sae",
+    256,
+    "--batch_size",
+    BATCH,
+    "--target_l0",
+    8,
+    "--buffer_tokens",
+    16_384,
+    "--testbed=micro",
+    "--seeds",
+    0,
+    1,
+    "--checkpoint_seconds",
+    0,
+)
 GEOMETRY, CORE = ("--evals", "geometry"), ("--evals", "core", "geometry")
 RNG = random.Random(0)
 LOAD = testbeds.load
@@ -67,8 +81,8 @@ class Trial:
         try:
             faulthandler.register(signal.SIGUSR1, all_threads=True)
             signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the campaign may run under nohup
-            for number in errors.stops():
-                signal.signal(number, errors.leave_at_once)
+            for number in stops():
+                signal.signal(number, leave_at_once)
             output = os.open(self.told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
@@ -76,7 +90,7 @@ class Trial:
             command, configs = experiment.unfinished(*experiment.parse_command(argv))
             code = experiment.main(command, configs) if configs else 0
         except Exception as error:
-            code = errors.tell(error, began=False)
+            code = tell(error, began=False)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -93,7 +107,9 @@ class Trial:
         """Exit code (negative: the signal that killed it); None while it runs."""
         if self.ended is None and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             self.seconds, self.cpu = time.monotonic() - self.started, self.used()
-            self.queued = int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[1]) / 1e9  # seconds it could have run, but others did
+            self.queued = (
+                int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[1]) / 1e9
+            )  # seconds it could have run, but others did
             _, status, self.usage = os.wait4(self.pid, 0)
             self.ended = os.waitstatus_to_exitcode(status)
         return self.ended
@@ -139,7 +155,12 @@ def results(folder: Path):
     info = json.loads((folder / "final_info.json").read_text())
     for part in info["training"].values():
         del part["train_seconds"], part["tokens_per_second"]
-    return info, (folder / "train_log.jsonl").read_bytes(), {p.name + p.parent.name: p.read_bytes() for p in folder.glob("sae_seed*/*")}, (folder / "warnings.json").read_bytes()
+    return (
+        info,
+        (folder / "train_log.jsonl").read_bytes(),
+        {p.name + p.parent.name: p.read_bytes() for p in folder.glob("sae_seed*/*")},
+        (folder / "warnings.json").read_bytes(),
+    )
 
 
 def same(folder: Path, alone: Path, runs=("run_1",)) -> bool:
@@ -159,15 +180,30 @@ def half_written(folder: Path, pattern="*.tmp") -> set:
 def phase(trial: Trial, folder: Path, before: set) -> str:
     """What a killed process was at."""
     if writing := half_written(folder) - before:
-        return "writing a checkpoint" if any(path.name.startswith("step_") for path, _ in writing) else "writing settings, log or results"
+        return (
+            "writing a checkpoint"
+            if any(path.name.startswith("step_") for path, _ in writing)
+            else "writing settings, log or results"
+        )
     if list(folder.rglob("final_info.json")):
         return "between two runs' results"
-    return next((name for name, bar in (("evaluation", "evaluating:"), ("training", "training:")) if bar in trial.text), "set-up")
+    return next(
+        (
+            name
+            for name, bar in (("evaluation", "evaluating:"), ("training", "training:"))
+            if bar in trial.text
+        ),
+        "set-up",
+    )
 
 
 def left_by_others(trial: Trial) -> list:
     """Private folders of SAEBench that are not of this trial."""
-    return [p for p in Path(tempfile.gettempdir()).glob("saebench-*") if not p.name.startswith(f"saebench-of-{trial.pid}-")]
+    return [
+        p
+        for p in Path(tempfile.gettempdir()).glob("saebench-*")
+        if not p.name.startswith(f"saebench-of-{trial.pid}-")
+    ]
 
 
 FOREIGN = """notes.json mine.tmp deep/er/x.tmp deep/er/config.json step_00000001.safetensors sae/cfg.json link
@@ -202,7 +238,9 @@ def tells_the_truth(trial: Trial, folder: Path) -> bool:
     kept = [*folder.rglob("step_*.safetensors"), *folder.rglob("final_info.json")]
     if any(said in trial.last for said in ("what is done is kept", "goes on from there")):
         return bool(kept)
-    return not kept and any(said in trial.last for said in ("nothing was done yet", "before anything was begun"))
+    return not kept and any(
+        said in trial.last for said in ("nothing was done yet", "before anything was begun")
+    )
 
 
 class Campaign:
@@ -230,7 +268,12 @@ class Campaign:
         """A folder whose run was interrupted twice by SIGTERM, so that it holds two checkpoints."""
         folder = self.folder()
         for step in (at or STEPS // 3, 2 * STEPS // 3):
-            trial = Trial(folder, runs, prepare=lambda: do_at(step, lambda *_: os.kill(os.getpid(), signal.SIGTERM)), **options)
+            trial = Trial(
+                folder,
+                runs,
+                prepare=lambda: do_at(step, lambda *_: os.kill(os.getpid(), signal.SIGTERM)),
+                **options,
+            )
             assert trial.wait() == 143, trial.text
         return folder
 
@@ -259,7 +302,12 @@ class Campaign:
             good, left, ends = good + ok * kills, left - kills, ends + 1
             shutil.rmtree(folder)
         where = ", ".join(f"{name} {n}" for name, n in phases.most_common())
-        self.row("SIGKILL at a random instant", self.kills, good, f"{ends} commands, killed again and again, end with the same bytes as one left alone and leave no temporary folder; killed in: {where}")
+        self.row(
+            "SIGKILL at a random instant",
+            self.kills,
+            good,
+            f"{ends} commands, killed again and again, end with the same bytes as one left alone and leave no temporary folder; killed in: {where}",
+        )
 
     @staticmethod
     def killed(trial: Trial, cpu: float, folder: Path, wanted: str | None) -> bool:
@@ -278,16 +326,34 @@ class Campaign:
             good, tries = 0, 8
             for i in range(tries):
                 loads = i < tries // 4  # the LM, which the other trials find loaded
-                trial = Trial(folder := self.folder(), runs, CORE, prepare=(lambda: setattr(testbeds, "load", LOAD)) if loads else lambda: None)
-                first = trial.end(number) if trial.runs_for(RNG.uniform(0.02, 0.2 if loads else 0.8) * cpu) else "ended before"
-                told = trial.last.startswith(f"error: interrupted by {number.name}") and tells_the_truth(trial, folder)
+                trial = Trial(
+                    folder := self.folder(),
+                    runs,
+                    CORE,
+                    prepare=(lambda: setattr(testbeds, "load", LOAD))
+                    if loads
+                    else lambda: None,
+                )
+                first = (
+                    trial.end(number)
+                    if trial.runs_for(RNG.uniform(0.02, 0.2 if loads else 0.8) * cpu)
+                    else "ended before"
+                )
+                told = trial.last.startswith(f"error: interrupted by {number.name}") and tells_the_truth(
+                    trial, folder
+                )
                 again = Trial(folder, runs, CORE)
                 ok = first == code and told and again.wait() == 0 and same(folder, alone, runs)
                 good += ok
                 if not ok:
                     print(first, trial.text, again.text)
                 shutil.rmtree(folder)
-            self.row(f"{number.name} at a random instant", tries, good, f"one true line, exit {code}; the same command ends with the same bytes")
+            self.row(
+                f"{number.name} at a random instant",
+                tries,
+                good,
+                f"one true line, exit {code}; the same command ends with the same bytes",
+            )
 
     def owners(self):
         good = 0
@@ -299,7 +365,12 @@ class Campaign:
             good += second.wait() == 2 and f"process {first.pid} on" in second.last and first.wait() == 0
             third = Trial(folder)
             good -= third.wait() != 0
-        self.row("a second process on the same folder", 3, good, "exit 2, names the owner's process, host and start; the owner is not disturbed")
+        self.row(
+            "a second process on the same folder",
+            3,
+            good,
+            "exit 2, names the owner's process, host and start; the owner is not disturbed",
+        )
 
     # ---- other people's files
 
@@ -356,7 +427,12 @@ class Campaign:
             at = RNG.randrange(len(content))
             return content[:at] + bytes([content[at] ^ (1 << RNG.randrange(8))]) + content[at + 1 :]
 
-        ways = [("cut off", lambda b: b[: RNG.randrange(len(b))], 6), ("one bit flipped", flip, 20), ("of other settings", lambda b: foreign, 1), ("a pickle", lambda b: pickle.dumps({"a": 1}), 1)]
+        ways = [
+            ("cut off", lambda b: b[: RNG.randrange(len(b))], 6),
+            ("one bit flipped", flip, 20),
+            ("of other settings", lambda b: foreign, 1),
+            ("a pickle", lambda b: pickle.dumps({"a": 1}), 1),
+        ]
         source = self.stopped()
         for name, way, tries in ways:
             good = 0
@@ -370,7 +446,12 @@ class Campaign:
                 if not ok:
                     print(trial.text)
                 shutil.rmtree(folder)
-            self.row(f"newest checkpoint {name}", tries, good, "named, the older one used, the same bytes in the end")
+            self.row(
+                f"newest checkpoint {name}",
+                tries,
+                good,
+                "named, the older one used, the same bytes in the end",
+            )
         good = 0
         for _ in range(3):
             shutil.copytree(source, folder := self.folder())
@@ -378,7 +459,11 @@ class Campaign:
                 path = checkpoint.path_of(folder / "run_1", step)
                 path.write_bytes(flip(path.read_bytes()))
             trial = Trial(folder)
-            good += trial.wait() == 2 and "--overwrite" in trial.last and len(checkpoint.steps_in(folder / "run_1")) == 2
+            good += (
+                trial.wait() == 2
+                and "--overwrite" in trial.last
+                and len(checkpoint.steps_in(folder / "run_1")) == 2
+            )
         self.row("both checkpoints damaged", 3, good, "exit 2, both named, nothing removed")
         good = 0
         for _ in range(10):
@@ -400,26 +485,56 @@ class Campaign:
         good = 0
         for _ in range(3):
             folder = self.folder()
-            trial = Trial(folder, prepare=lambda: wrap(evaluation.Evaluator, "geometry", lambda calls, args: os.kill(os.getpid(), signal.SIGTERM) if calls == 2 else None))
+            trial = Trial(
+                folder,
+                prepare=lambda: wrap(
+                    evaluation.Evaluator,
+                    "geometry",
+                    lambda calls, args: os.kill(os.getpid(), signal.SIGTERM) if calls == 2 else None,
+                ),
+            )
             assert trial.wait() == 143, trial.text
             weights = folder / "run_1/sae_seed0/sae_weights.safetensors"
             weights.write_bytes(flip(weights.read_bytes()))
             trial = Trial(folder)
-            good += trial.wait() == 0 and "sae_seed0 is not as it was written" in trial.text and same(folder, alone)
-        self.row("exported weights with one bit flipped, between two evaluations", 3, good, "named, exported anew, the same bytes in the end")
+            good += (
+                trial.wait() == 0
+                and "sae_seed0 is not as it was written" in trial.text
+                and same(folder, alone)
+            )
+        self.row(
+            "exported weights with one bit flipped, between two evaluations",
+            3,
+            good,
+            "named, exported anew, the same bytes in the end",
+        )
 
     # ---- numbers that are none
 
     def numbers(self):
         for name, arms, act, said in INJECTED:
             for arm in arms:
-                prepare = lambda: do_at(60, act, seed=1)  # noqa: E731
+                prepare = lambda: do_at(60, act, seed=1)
                 trial = Trial(folder := self.folder(), ("x",), (*GEOMETRY, "--arm", arm), prepare=prepare)
                 code = trial.wait()
                 warned = json.loads((folder / "x/warnings.json").read_text())
-                ok = code == 1 and said in trial.last and f"at step 60 of arm {arm}, seed 1" in trial.last and any(w.startswith("seed 1 failed") for w in warned)
-                ok = ok and not (folder / "x/final_info.json").exists() and (folder / "x/eval/seed0_geometry.json").exists()
-                self.row(f"{name} not finite in one seed ({arm})", 1, int(ok), "named with step, arm, seed and entries; exit 1; no final_info.json; the other seed finished")
+                ok = (
+                    code == 1
+                    and said in trial.last
+                    and f"at step 60 of arm {arm}, seed 1" in trial.last
+                    and any(w.startswith("seed 1 failed") for w in warned)
+                )
+                ok = (
+                    ok
+                    and not (folder / "x/final_info.json").exists()
+                    and (folder / "x/eval/seed0_geometry.json").exists()
+                )
+                self.row(
+                    f"{name} not finite in one seed ({arm})",
+                    1,
+                    int(ok),
+                    "named with step, arm, seed and entries; exit 1; no final_info.json; the other seed finished",
+                )
                 if not ok:
                     print(trial.text)
 
@@ -427,17 +542,37 @@ class Campaign:
 
     def machine(self):
         alone, _ = self.undisturbed()
-        self.survived("file size limit reached", alone, lambda: do_at(130, lambda *_: limit(resource.RLIMIT_FSIZE, 50_000)), "File too large")
-        self.survived("folder cannot be written any more", alone, lambda: (obey_permissions(), do_at(130, write_protect)), "Permission denied")
+        self.survived(
+            "file size limit reached",
+            alone,
+            lambda: do_at(130, lambda *_: limit(resource.RLIMIT_FSIZE, 50_000)),
+            "File too large",
+        )
+        self.survived(
+            "folder cannot be written any more",
+            alone,
+            lambda: (obey_permissions(), do_at(130, write_protect)),
+            "Permission denied",
+        )
         good = 0
         for step in (20, 80, 140):
-            trial = Trial(folder := self.folder(), prepare=lambda: do_at(step, lambda *_: shutil.rmtree(folder / "run_1")))
-            good += trial.wait() == 1 and "its folder was removed" in trial.last and trial.last.startswith("error: ") and not (folder / "run_1").exists()
+            trial = Trial(
+                folder := self.folder(),
+                prepare=lambda: do_at(step, lambda *_: shutil.rmtree(folder / "run_1")),
+            )
+            good += (
+                trial.wait() == 1
+                and "its folder was removed" in trial.last
+                and trial.last.startswith("error: ")
+                and not (folder / "run_1").exists()
+            )
         self.row("folder removed while training", 3, good, "one line, exit 1, the folder is not made anew")
         good, tried = 0, 0
         for size in ("1200k", "3m", "4m"):
             (folder := self.folder()).mkdir()
-            if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
+            if subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True
+            ).returncode:
                 break
             tried += 1
             trial = Trial(folder)
@@ -445,13 +580,28 @@ class Campaign:
             ok = code == 1 and "free disk space" in trial.last
             subprocess.run(["mount", "-o", "remount,size=200m", folder], check=True)
             again = Trial(folder)
-            ok = ok and again.wait() == 0 and same(folder, alone) and (not kept or "goes on at step" in again.text)
+            ok = (
+                ok
+                and again.wait() == 0
+                and same(folder, alone)
+                and (not kept or "goes on at step" in again.text)
+            )
             good += ok
             if not ok:
                 print(code, trial.text, again.text)
             subprocess.run(["umount", folder], check=True)
-        self.row("disk full", tried, good, "one line, exit 1; with space again the same command ends with the same bytes")
-        self.survived("memory runs out (address space limit)", alone, lambda: do_at(130, no_more_memory), "out of memory (")
+        self.row(
+            "disk full",
+            tried,
+            good,
+            "one line, exit 1; with space again the same command ends with the same bytes",
+        )
+        self.survived(
+            "memory runs out (address space limit)",
+            alone,
+            lambda: do_at(130, no_more_memory),
+            "out of memory (",
+        )
 
     def survived(self, fault: str, alone: Path, prepare, said: str):
         """Two checkpoints, the fault (at step 130, behind both) in the third process, one line, and the same command again."""
@@ -463,11 +613,24 @@ class Campaign:
             for path in folder.rglob("*"):
                 path.chmod(0o755 if path.is_dir() else 0o644)
             again = Trial(folder)
-            ok = code == 1 and said in trial.last and trial.last.startswith("error: ") and kept and again.wait() == 0 and "goes on at step" in again.text and same(folder, alone)
+            ok = (
+                code == 1
+                and said in trial.last
+                and trial.last.startswith("error: ")
+                and kept
+                and again.wait() == 0
+                and "goes on at step" in again.text
+                and same(folder, alone)
+            )
             good += ok
             if not ok:
                 print(code, kept, trial.text, again.text)
-        self.row(fault, 3, good, "one line, exit 1, older checkpoints whole; the same command then ends with the same bytes")
+        self.row(
+            fault,
+            3,
+            good,
+            "one line, exit 1, older checkpoints whole; the same command then ends with the same bytes",
+        )
 
     # ---- the rest
 
@@ -475,24 +638,91 @@ class Campaign:
         runs = ("run_1", "run_6")
         alone, _ = self.undisturbed(runs, CORE)
         trial = Trial(folder := self.folder(), runs, CORE)
-        self.row("none: the same command again elsewhere", 1, int(trial.wait() == 0 and same(folder, alone, runs)), "the same bytes apart from times")
+        self.row(
+            "none: the same command again elsewhere",
+            1,
+            int(trial.wait() == 0 and same(folder, alone, runs)),
+            "the same bytes apart from times",
+        )
         peaks = []
         for tokens in (300_000, 3_000_000):
-            trial = Trial(self.folder(), extra=("--evals", "none", "--tokens", tokens, "--d_sae", 1024, "--batch_size", 2048, "--buffer_tokens", 131_072, "--seeds", 0))
+            trial = Trial(
+                self.folder(),
+                extra=(
+                    "--evals",
+                    "none",
+                    "--tokens",
+                    tokens,
+                    "--d_sae",
+                    1024,
+                    "--batch_size",
+                    2048,
+                    "--buffer_tokens",
+                    131_072,
+                    "--seeds",
+                    0,
+                ),
+            )
             assert trial.wait() == 0, trial.text
             peaks.append(trial.usage.ru_maxrss / 1e6)
-        self.row("ten times the tokens", 1, int(peaks[1] < 1.05 * peaks[0]), f"peak memory {peaks[0]:.3f} GB and {peaks[1]:.3f} GB (d_sae 1,024, buffer of 131,072)")
+        self.row(
+            "ten times the tokens",
+            1,
+            int(peaks[1] < 1.05 * peaks[0]),
+            f"peak memory {peaks[0]:.3f} GB and {peaks[1]:.3f} GB (d_sae 1,024, buffer of 131,072)",
+        )
         trial = Trial(folder := self.folder(), extra=(*CORE, "--tokens", 10**9, "--time_budget_minutes", 3))
         code = trial.wait()
-        ok = code == 0 and "the time budget ended training after" in trial.text and results(folder / "run_1") is not None
+        ok = (
+            code == 0
+            and "the time budget ended training after" in trial.text
+            and results(folder / "run_1") is not None
+        )
         busy = f" ({trial.queued:.0f} s of them behind other processes)" if trial.queued >= 1 else ""
-        self.row("an hour's run with --time_budget_minutes 3", 1, int(ok and trial.seconds - trial.queued < 180), f"complete after {trial.seconds:.0f} s{busy}, a warning says how far it got")
+        self.row(
+            "an hour's run with --time_budget_minutes 3",
+            1,
+            int(ok and trial.seconds - trial.queued < 180),
+            f"complete after {trial.seconds:.0f} s{busy}, a warning says how far it got",
+        )
         trial = Trial(self.folder(), extra=(*GEOMETRY, "--d_sae", 2**22))
-        self.row("a dictionary larger than the memory", 1, int(trial.wait() == 2 and "GB of memory" in trial.last), "exit 2 before anything is written, with the gigabytes needed")
-        trial = Trial(self.folder(), extra=("--evals", "none", "--tokens", 1_500_000, "--d_sae", 1024, "--batch_size", 2048, "--seeds", 0, 1, 2, "--checkpoint_seconds", 10), prepare=time_saves)
+        self.row(
+            "a dictionary larger than the memory",
+            1,
+            int(trial.wait() == 2 and "GB of memory" in trial.last),
+            "exit 2 before anything is written, with the gigabytes needed",
+        )
+        trial = Trial(
+            self.folder(),
+            extra=(
+                "--evals",
+                "none",
+                "--tokens",
+                1_500_000,
+                "--d_sae",
+                1024,
+                "--batch_size",
+                2048,
+                "--seeds",
+                0,
+                1,
+                2,
+                "--checkpoint_seconds",
+                10,
+            ),
+            prepare=time_saves,
+        )
         assert trial.wait() == 0, trial.text
-        spent, whole = (float(v) for v in next(line for line in trial.text.splitlines() if line.startswith("saves ")).split()[1:])
-        self.row("none: what checkpoints cost", 1, int(spent < 0.02 * whole), f"{spent:.2f} s of {whole:.0f} s at one every 10 s (d_sae 1,024, three seeds)")
+        spent, whole = (
+            float(v)
+            for v in next(line for line in trial.text.splitlines() if line.startswith("saves ")).split()[1:]
+        )
+        self.row(
+            "none: what checkpoints cost",
+            1,
+            int(spent < 0.02 * whole),
+            f"{spent:.2f} s of {whole:.0f} s at one every 10 s (d_sae 1,024, three seeds)",
+        )
 
 
 # ---- what is done inside a trial's process
@@ -523,14 +753,18 @@ def wrap(cls, name: str, act):
 
 def obey_permissions():
     """Give up the right of a superuser to write anywhere (CAP_DAC_OVERRIDE), for this process."""
-    libc, header, sets = ctypes.CDLL(None, use_errno=True), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc, header, sets = (
+        ctypes.CDLL(None, use_errno=True),
+        (ctypes.c_uint32 * 2)(0x20080522, 0),
+        (ctypes.c_uint32 * 6)(),
+    )
     libc.capget(header, sets)
     sets[0] &= ~2
     assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
 
 
 def write_protect(*_):
-    for lock in checkpoint._owned:
+    for lock in run_folder._owned:
         for folder in (lock.parent, *(p for p in lock.parent.iterdir() if p.is_dir())):
             folder.chmod(0o555)
 
@@ -590,20 +824,40 @@ ALL = experiment.ARM_NAMES
 INJECTED = [
     ("activation", ALL, spoil_x, "activations of the LM not finite in 1 of"),
     ("gradient", ("vanilla", "adaptive"), spoil_gradient, "gradient of W_enc_FD not finite in 1 of"),
-    *((f"parameter {name}", ("fixed",), spoil(name, NAN), f"{name} not finite in 1 of") for name in ("W_enc_FD", "W_dec", "b_enc", "b_dec")),
+    *(
+        (f"parameter {name}", ("fixed",), spoil(name, NAN), f"{name} not finite in 1 of")
+        for name in ("W_enc_FD", "W_dec", "b_enc", "b_dec")
+    ),
     ("lambda", ("vanilla",), spoil("log_l1", INF), "l1_coefficient = inf"),
-    *((("alpha"), (arm,), spoil("log_alpha", INF), "alpha = inf") for arm in ("fixed", "grouped", "adaptive")),
+    *(
+        (("alpha"), (arm,), spoil("log_alpha", INF), "alpha = inf")
+        for arm in ("fixed", "grouped", "adaptive")
+    ),
 ]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"kills": Campaign.kills_at_random, "signals": Campaign.signals, "owners": Campaign.owners, "damage": Campaign.damage,
-             "foreign": Campaign.foreign, "numbers": Campaign.numbers,
-             "machine": Campaign.machine, "bounds": Campaign.bounds}  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = {
+        "kills": Campaign.kills_at_random,
+        "signals": Campaign.signals,
+        "owners": Campaign.owners,
+        "damage": Campaign.damage,
+        "foreign": Campaign.foreign,
+        "numbers": Campaign.numbers,
+        "machine": Campaign.machine,
+        "bounds": Campaign.bounds,
+    }
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--kills", type=int, default=60)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "faults", help="where the table goes, as .json and .md; rows of other parts stay")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "benchmarks" / "faults",
+        help="where the table goes, as .json and .md; rows of other parts stay",
+    )
     args = parser.parse_args()
     import sae_bench.evals.core.main  # noqa: F401  (once, for all trials)
     import sae_lens  # noqa: F401
@@ -612,7 +866,11 @@ def main():
     loaded = replace(testbeds.load("micro"), n_held_out=32)
     testbeds.load = lambda *_: loaded
     experiment.Evaluator = partial(evaluation.Evaluator, n_contexts=64)
-    old = json.loads(args.out.with_suffix(".json").read_text()) if args.out.with_suffix(".json").exists() else {}
+    old = (
+        json.loads(args.out.with_suffix(".json").read_text())
+        if args.out.with_suffix(".json").exists()
+        else {}
+    )
     with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
         tempfile.tempdir = scratch
         Path(scratch).chmod(0o777)
@@ -625,7 +883,16 @@ def main():
             rows = [row for part in parts for row in old.get(part, [])]
             args.out.with_suffix(".json").write_text(json.dumps(old, indent=1) + "\n")
             lines = ["| fault | tried | as it should | what it should |", "| --- | --- | --- | --- |"]
-            args.out.with_suffix(".md").write_text("\n".join(lines + [f"| {r['fault']} | {r['tried']} | {r['as it should']} | {r['outcome']} |" for r in rows]) + "\n")
+            args.out.with_suffix(".md").write_text(
+                "\n".join(
+                    lines
+                    + [
+                        f"| {r['fault']} | {r['tried']} | {r['as it should']} | {r['outcome']} |"
+                        for r in rows
+                    ]
+                )
+                + "\n"
+            )
     sys.exit(any(row["tried"] != row["as it should"] for row in rows))
 
 

@@ -19,7 +19,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "2"))
-os.environ.update(WANDB_MODE="disabled", HF_HUB_OFFLINE="1", SPARSIFY_DISABLE_TRITON="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    WANDB_MODE="disabled", HF_HUB_OFFLINE="1", SPARSIFY_DISABLE_TRITON="1", TOKENIZERS_PARALLELISM="false"
+)
 BATCH, LAYER = 2048, 3
 
 
@@ -27,7 +29,11 @@ def load_lm(folder: str, dtype=None):
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32).eval().requires_grad_(False)
+    return (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def load_contexts(folder: str, size: int = 128):
@@ -59,42 +65,69 @@ class System:
 class Ours(System):
     def build(self):
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-        import checkpoint
         import experiment
-        import testbeds
+        from sae_separation import process
+        from sae_separation.lm import Testbed
 
-        checkpoint.keep_freed_memory()
+        process.keep_freed_memory()
         spec = self.spec
         contexts = load_contexts(spec["folder"], spec.get("context_size", 128))
         text = SimpleNamespace(train=None)
         special = SimpleNamespace(
-            all_special_ids=[], added_tokens_decoder={}, pad_token_id=None, bos_token_id=None, eos_token_id=None, unk_token_id=None
+            all_special_ids=[],
+            added_tokens_decoder={},
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
+            unk_token_id=None,
         )
         lm = load_lm(spec["folder"])
-        self.testbed = testbeds.Testbed("bench", lm, special, spec.get("layer", LAYER), text, text, {}, "")
-        self.stream = experiment.ActivationStream(self.testbed, contexts.shape[1], spec.get("buffer_tokens", 32_768), **spec.get("stream", {}))
+        self.testbed = Testbed("bench", lm, special, spec.get("layer", LAYER), text, text, {}, "")
+        self.stream = experiment.ActivationStream(
+            self.testbed, contexts.shape[1], spec.get("buffer_tokens", 32_768), **spec.get("stream", {})
+        )
         self.stream.texts = [itertools.cycle(contexts[half::2].tolist()) for half in (0, 1)]
         self.trainers = []
         if "activations" in spec:
             block = experiment.ActivationBlock(stored(spec["activations"], 0, 32 * BATCH), None)
         else:
             self.stream.activations(self._lm_batch())
-            self.lm_rss_mb = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20  # libraries, LM, one LM batch
+            self.lm_rss_mb = (
+                int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+            )  # libraries, LM, one LM batch
             block = self.stream.next_block()
         arms = spec.get("arms", ["vanilla"])
         for seed, arm in enumerate(arms):
-            config = experiment.Config(arm=arm, evals=("none",), tokens=10**9, d_sae=self.d_sae, k=32, context_size=128, resample_steps=0, **spec.get("settings", {}))
-            self.trainers.append(experiment.Trainer(config, seed, self.testbed.d_in, spec.get("steps", 10**6), block))
+            config = experiment.Config(
+                arm=arm,
+                evals=("none",),
+                tokens=10**9,
+                d_sae=self.d_sae,
+                k=32,
+                context_size=128,
+                resample_steps=0,
+                **spec.get("settings", {}),
+            )
+            self.trainers.append(
+                experiment.Trainer(config, seed, self.testbed.d_in, spec.get("steps", 10**6), block)
+            )
 
     @cached_property
     def rows(self):
         """Four batches of the block that is there when they are first asked for, again and again."""
-        return itertools.cycle([(x.clone(), forget.clone()) for x, forget in itertools.islice(self.stream.block.batches(BATCH), 4)])
+        return itertools.cycle(
+            [
+                (x.clone(), forget.clone())
+                for x, forget in itertools.islice(self.stream.block.batches(BATCH), 4)
+            ]
+        )
 
     def _lm_batch(self):
         import torch
 
-        return torch.tensor([c for text in self.stream.texts for c in itertools.islice(text, self.stream.n_contexts // 2)])
+        return torch.tensor(
+            [c for text in self.stream.texts for c in itertools.islice(text, self.stream.n_contexts // 2)]
+        )
 
     def lm(self, n: int) -> int:
         done = 0
@@ -111,7 +144,10 @@ class Ours(System):
         tensors, facts = self.trainers[0].state()
         for trainer in self.trainers:
             own = {name: getattr(trainer, name) for name in ("log_alpha", "omega", "held")}
-            trainer.restore({name: tensor.clone() for name, tensor in (tensors | own).items()}, facts | {"seed": trainer.seed, "steps": 0, "updates": 0})
+            trainer.restore(
+                {name: tensor.clone() for name, tensor in (tensors | own).items()},
+                facts | {"seed": trainer.seed, "steps": 0, "updates": 0},
+            )
         return done * BATCH
 
     def step(self, n: int, arm: int | None = None) -> int:
@@ -138,8 +174,9 @@ class Ours(System):
 
     def form_groups(self) -> list[float]:
         """Seconds that it takes to form the groups of so many features, each time, from random profiles."""
-        import losses
         import torch
+
+        from sae_separation import losses
 
         out = []
         for _ in range(3):
@@ -150,14 +187,18 @@ class Ours(System):
 
     def memory(self) -> dict[str, float]:
         """MB of the weights with Adam's moments of all SAEs, and of one buffer of activations."""
-        size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors) / 2**20  # noqa: E731
-        weights = sum(size(t for name, t in trainer.state()[0].items() if name.startswith(("sae.", "adam."))) for trainer in self.trainers)
+        size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors) / 2**20
+        weights = sum(
+            size(t for name, t in trainer.state()[0].items() if name.startswith(("sae.", "adam.")))
+            for trainer in self.trainers
+        )
         return {"weights_and_moments_mb": weights, "buffer_mb": size([self.stream.block.x])}
 
     def nnsight(self, n: int) -> dict[str, list[float]]:
         """Seconds of n LM batches through nnsight, stopped after the hook, and of the same through a forward hook that stops the LM."""
-        import testbeds
         import torch
+
+        from sae_separation.lm import parameters_as
 
         class Stop(Exception):
             pass
@@ -172,7 +213,7 @@ class Ours(System):
             out["nnsight"].append(time.perf_counter() - before)
             handle = self.testbed.lm.get_submodule(self.testbed.hook_name).register_forward_hook(stop)
             before = time.perf_counter()
-            with torch.no_grad(), testbeds.parameters_as(self.stream.low_precision):
+            with torch.no_grad(), parameters_as(self.stream.low_precision):
                 try:
                     self.testbed.lm(tokens, use_cache=False)
                 except Stop:
@@ -230,18 +271,44 @@ class DictionaryLearning(System):
         lm = load_lm(spec["folder"], torch.bfloat16 if spec["variant"] == "bf16" else torch.float32)
         words = Tokenizer(models.WordLevel({str(i): i for i in range(lm.config.vocab_size)}, unk_token="0"))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        traced = LanguageModel(lm, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", unk_token="0",
-                                                                            model_input_names=["input_ids", "attention_mask"]))  # fmt: skip
+        traced = LanguageModel(
+            lm,
+            tokenizer=PreTrainedTokenizerFast(
+                tokenizer_object=words,
+                pad_token="0",
+                unk_token="0",
+                model_input_names=["input_ids", "attention_mask"],
+            ),
+        )
         contexts = load_contexts(spec["folder"])
         texts = itertools.cycle([" ".join(map(str, c)) for c in contexts.tolist()])
         self.n_ctxs = 320
-        self.buffer = ActivationBuffer(texts, traced, traced.gpt_neox.layers[LAYER], d_submodule=lm.config.hidden_size, n_ctxs=self.n_ctxs,
-                                       ctx_len=contexts.shape[1], refresh_batch_size=32, out_batch_size=BATCH, device="cpu")  # fmt: skip
-        self.trainer = StandardTrainer(steps=spec.get("steps", 10**6), activation_dim=lm.config.hidden_size, dict_size=self.d_sae, layer=LAYER, lm_name="bench", seed=0,
-                                       device="cpu", **spec.get("settings", {}))  # fmt: skip
+        self.buffer = ActivationBuffer(
+            texts,
+            traced,
+            traced.gpt_neox.layers[LAYER],
+            d_submodule=lm.config.hidden_size,
+            n_ctxs=self.n_ctxs,
+            ctx_len=contexts.shape[1],
+            refresh_batch_size=32,
+            out_batch_size=BATCH,
+            device="cpu",
+        )
+        self.trainer = StandardTrainer(
+            steps=spec.get("steps", 10**6),
+            activation_dim=lm.config.hidden_size,
+            dict_size=self.d_sae,
+            layer=LAYER,
+            lm_name="bench",
+            seed=0,
+            device="cpu",
+            **spec.get("settings", {}),
+        )
         if "activations" not in spec:
             self.buffer.refresh()
-            self.buffer.read[: self.n_ctxs * contexts.shape[1] // 2] = True  # half read: from here on, one refill to every ten batches
+            self.buffer.read[: self.n_ctxs * contexts.shape[1] // 2] = (
+                True  # half read: from here on, one refill to every ten batches
+            )
             self.rows = itertools.cycle(self.buffer.activations.float().split(BATCH)[:4])
         self.steps = 0
 
@@ -295,17 +362,38 @@ class SAELens(System):
         lm, name = load_lm(spec["folder"]), f"gpt_neox.layers.{LAYER}"
         tokenizer = SimpleNamespace(bos_token_id=0, eos_token_id=0, sep_token_id=0, all_special_ids=[0])
         cfg = sae_lens.LanguageModelSAERunnerConfig(
-            sae=StandardTrainingSAEConfig(d_in=lm.config.hidden_size, d_sae=self.d_sae, **spec.get("sae", {})), model_name="bench", hook_name=name, dataset_path="bench",
-            is_dataset_tokenized=True, streaming=False, context_size=contexts.shape[1], training_tokens=spec.get("steps", 10**5) * BATCH, train_batch_size_tokens=BATCH,
-            autocast=low, autocast_lm=low, compile_sae=compiled, logger=sae_lens.LoggingConfig(log_to_wandb=False), checkpoint_path=None,
-            output_path=None, device="cpu", exclude_special_tokens=False, **spec.get("settings", {}))  # fmt: skip
+            sae=StandardTrainingSAEConfig(
+                d_in=lm.config.hidden_size, d_sae=self.d_sae, **spec.get("sae", {})
+            ),
+            model_name="bench",
+            hook_name=name,
+            dataset_path="bench",
+            is_dataset_tokenized=True,
+            streaming=False,
+            context_size=contexts.shape[1],
+            training_tokens=spec.get("steps", 10**5) * BATCH,
+            train_batch_size_tokens=BATCH,
+            autocast=low,
+            autocast_lm=low,
+            compile_sae=compiled,
+            logger=sae_lens.LoggingConfig(log_to_wandb=False),
+            checkpoint_path=None,
+            output_path=None,
+            device="cpu",
+            exclude_special_tokens=False,
+            **spec.get("settings", {}),
+        )
         dataset = datasets.Dataset.from_dict({"tokens": contexts.tolist()})
-        self.store = ActivationsStore.from_config(HookedProxyLM(lm, tokenizer, hook_names=[name]), cfg, override_dataset=dataset)
+        self.store = ActivationsStore.from_config(
+            HookedProxyLM(lm, tokenizer, hook_names=[name]), cfg, override_dataset=dataset
+        )
         sae = StandardTrainingSAE(cfg.sae)
         if cfg.compile_sae:
             import torch
 
-            sae.training_forward_pass = torch.compile(sae.training_forward_pass, mode=cfg.sae_compilation_mode)
+            sae.training_forward_pass = torch.compile(
+                sae.training_forward_pass, mode=cfg.sae_compilation_mode
+            )
         self.trainer = SAETrainer(cfg=cfg.to_sae_trainer_config(), sae=sae, data_provider=self.store)
         if "activations" not in spec:
             self.rows = itertools.cycle([next(self.store) for _ in range(4)])
@@ -346,19 +434,29 @@ class Sparsify(System):
     def build(self):
         import datasets
         import torch
-        from sparsify import SaeConfig, Trainer, TrainConfig
+        from sparsify import SaeConfig, TrainConfig, Trainer
 
         spec = self.spec
-        self.model = load_lm(spec["folder"], torch.bfloat16 if spec["variant"] == "bf16" else torch.float32).gpt_neox
+        self.model = load_lm(
+            spec["folder"], torch.bfloat16 if spec["variant"] == "bf16" else torch.float32
+        ).gpt_neox
         contexts = load_contexts(spec["folder"])
         self.contexts, self.per_batch = contexts, BATCH // contexts.shape[1]
         self.dataset = datasets.Dataset.from_dict({"input_ids": contexts.tolist()}).with_format("torch")
-        config = TrainConfig(SaeConfig(num_latents=self.d_sae, k=32), batch_size=self.per_batch, hookpoints=[f"layers.{LAYER}"], log_to_wandb=False, save_every=10**9)
+        config = TrainConfig(
+            SaeConfig(num_latents=self.d_sae, k=32),
+            batch_size=self.per_batch,
+            hookpoints=[f"layers.{LAYER}"],
+            log_to_wandb=False,
+            save_every=10**9,
+        )
         self.trainer = Trainer(config, self.dataset, self.model)
         self.trainer.save = lambda: None  # it would write the SAE after every call of fit
         self.sae = next(iter(self.trainer.saes.values()))
         kept = []
-        hook = self.model.layers[LAYER].register_forward_hook(lambda module, args, out: kept.append(out[0] if isinstance(out, tuple) else out))
+        hook = self.model.layers[LAYER].register_forward_hook(
+            lambda module, args, out: kept.append(out[0] if isinstance(out, tuple) else out)
+        )
         for batch in contexts[: 4 * self.per_batch].split(self.per_batch):
             self.model(batch)
         hook.remove()
@@ -406,7 +504,11 @@ def store(system: Ours, command: dict) -> dict:
     import torch
     from safetensors.torch import save_file
 
-    x, done, block = torch.empty(command["n"], system.testbed.d_in, dtype=torch.bfloat16), 0, system.stream.block
+    x, done, block = (
+        torch.empty(command["n"], system.testbed.d_in, dtype=torch.bfloat16),
+        0,
+        system.stream.block,
+    )
     scale = (block.x.shape[1] / block.x.pow(2).sum(1).mean()).sqrt()
     while done < len(x):
         part = block.x[: len(x) - done] * scale
@@ -445,7 +547,7 @@ def quality(system: System, command: dict) -> dict:
 def main():
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print
-    say = lambda value: print(json.dumps(value), file=answer, flush=True)  # noqa: E731
+    say = lambda value: print(json.dumps(value), file=answer, flush=True)
     spec, started = json.loads(sys.argv[1]), time.perf_counter()
     import torch
 
@@ -454,8 +556,21 @@ def main():
     system = SYSTEMS[spec["system"]](spec)
     from importlib.metadata import version
 
-    package = {"ours": "torch", "dictionary_learning": "dictionary-learning", "sae_lens": "sae-lens", "sparsify": "eai-sparsify"}[spec["system"]]
-    say({"ready_seconds": time.perf_counter() - started, "torch": torch.__version__, package: version(package), "rss_mb": rss_mb(), "lm_rss_mb": getattr(system, "lm_rss_mb", None)})
+    package = {
+        "ours": "torch",
+        "dictionary_learning": "dictionary-learning",
+        "sae_lens": "sae-lens",
+        "sparsify": "eai-sparsify",
+    }[spec["system"]]
+    say(
+        {
+            "ready_seconds": time.perf_counter() - started,
+            "torch": torch.__version__,
+            package: version(package),
+            "rss_mb": rss_mb(),
+            "lm_rss_mb": getattr(system, "lm_rss_mb", None),
+        }
+    )
     for line in sys.stdin:
         command = json.loads(line)
         if command["do"] == "stop":
@@ -469,7 +584,14 @@ def main():
         before = time.perf_counter()
         tokens = getattr(system, command.pop("do"))(**command)
         seconds = time.perf_counter() - before
-        say({"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "l0": getattr(system, "l0", None)})
+        say(
+            {
+                "tokens": tokens,
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+                "l0": getattr(system, "l0", None),
+            }
+        )
     say({"peak_rss_mb": rss_mb()})
 
 

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from micro_pythia.world import SUBJECTS, World, lookup_drill, lookup_list, lookup_question
-from testbeds import Exam, Question, logits_at
+from sae_separation.exam import Exam, logits_at
+from sae_separation.questions import Question
 
 BOS = "<|endoftext|>"
 HIDDEN, LAYERS, HEADS, CONTEXT = 128, 4, 4, 128
@@ -41,7 +42,9 @@ FACT_STAGE = np.array([0.35, 0.05, 0.02, 0.05, 0.05, 0.48])
 def make_pools(world: World, rng: random.Random) -> dict[str, list[str]]:
     """Documents of each kind, enough that few are seen twice."""
     names = [s.name for s in SUBJECTS]
-    by_facts = [s for s in names for _ in world.entities[s] for _ in world.subjects[s].relations]  # subjects by their share of facts
+    by_facts = [
+        s for s in names for _ in world.entities[s] for _ in world.subjects[s].relations
+    ]  # subjects by their share of facts
     return {
         "prose": [world.prose(rng, rng.choice(by_facts)) for _ in range(20_000)],
         "open": [world.open_questions(rng, rng.choice(by_facts)) for _ in range(8_000)],
@@ -60,8 +63,15 @@ def make_tokenizer(world: World, pools) -> PreTrainedTokenizerFast:
     names = [e for known in world.entities.values() for e in known]
     base = Tokenizer(models.BPE())
     base.pre_tokenizer = splitter
-    base.train_from_iterator(names * 3 + sample[:300], trainers.BpeTrainer(
-        vocab_size=257 + 150, special_tokens=[BOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))  # fmt: skip
+    base.train_from_iterator(
+        names * 3 + sample[:300],
+        trainers.BpeTrainer(
+            vocab_size=257 + 150,
+            special_tokens=[BOS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     model = json.loads(base.to_str())["model"]
     vocab = dict(model["vocab"])
     for word, count in sorted(words.items(), key=lambda item: (-item[1], item[0])):
@@ -71,16 +81,32 @@ def make_tokenizer(world: World, pools) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = splitter, decoders.ByteLevel()
     tokenizer.add_special_tokens([BOS])
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("\nA.", "\nB.", "\nC.", "\nD.", "\nAnswer:")])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, unk_token=BOS, pad_token=BOS)
+    tokenizer.add_tokens(
+        [AddedToken(t, normalized=False) for t in ("\nA.", "\nB.", "\nC.", "\nD.", "\nAnswer:")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, unk_token=BOS, pad_token=BOS
+    )
 
 
 def make_model(vocab_size: int) -> GPTNeoXForCausalLM:
     """A GPT-NeoX with residual outputs scaled down by depth and two heads that start as look-back heads."""
-    lm = GPTNeoXForCausalLM(GPTNeoXConfig(
-        vocab_size=vocab_size, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=4 * HIDDEN,
-        max_position_embeddings=256, initializer_range=0.05, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}, attn_implementation="eager"))  # fmt: skip
+    lm = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=vocab_size,
+            hidden_size=HIDDEN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            intermediate_size=4 * HIDDEN,
+            max_position_embeddings=256,
+            initializer_range=0.05,
+            bos_token_id=0,
+            eos_token_id=0,
+            tie_word_embeddings=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+            attn_implementation="eager",
+        )
+    )
     with torch.no_grad():
         for layer in lm.gpt_neox.layers:
             layer.attention.dense.weight.mul_((2 * LAYERS) ** -0.5)
@@ -98,7 +124,10 @@ def look_back(attention, distances, strength=6.0):
     size = HIDDEN // HEADS
     rotary = size // 2
     frequencies = 10_000.0 ** (-torch.arange(0, rotary, 2) / rotary)
-    weight, bias = attention.query_key_value.weight.view(HEADS, 3, size, -1), attention.query_key_value.bias.view(HEADS, 3, size)
+    weight, bias = (
+        attention.query_key_value.weight.view(HEADS, 3, size, -1),
+        attention.query_key_value.bias.view(HEADS, 3, size),
+    )
     for head, d in enumerate(distances):
         weight[head, :2, :rotary] *= 0.1
         bias[head, 0, : rotary // 2] = strength * torch.cos(d * frequencies)
@@ -111,27 +140,42 @@ class Reader:
 
     def __init__(self, tokenizer, pools, seed: int, rows: int = 32):
         self.rng, self.rows = np.random.default_rng(seed), rows
-        self.docs = {k: [np.array(i) for i in tokenizer([BOS + d for d in docs], add_special_tokens=False)["input_ids"]] for k, docs in pools.items()}
-        self.letters = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][0] for letter in "ABCD"]
+        self.docs = {
+            k: [
+                np.array(i) for i in tokenizer([BOS + d for d in docs], add_special_tokens=False)["input_ids"]
+            ]
+            for k, docs in pools.items()
+        }
+        self.letters = [
+            tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][0] for letter in "ABCD"
+        ]
         self.answer = tokenizer("\nAnswer:", add_special_tokens=False)["input_ids"][-1]
 
     def batch(self, shares: np.ndarray):
         """tokens [row, CONTEXT + 1] (int64), weights (float32), and drill_answer (bool): letters that close a drill."""
         shape = (self.rows, CONTEXT + 1)
-        tokens, weights, drill_answer = np.zeros(shape, np.int64), np.ones(shape, np.float32), np.zeros(shape, bool)
+        tokens, weights, drill_answer = (
+            np.zeros(shape, np.int64),
+            np.ones(shape, np.float32),
+            np.zeros(shape, bool),
+        )
         for row in range(self.rows):
             at = 0
             while at < CONTEXT + 1:
                 kind, room = self.rng.choice(len(KINDS), p=shares), CONTEXT + 1 - at
                 doc = self._pick(KINDS[kind])
-                if KINDS[kind] in ("lookup", "quiz") and len(doc) > room:  # a question cut before its answer teaches nothing
+                if (
+                    KINDS[kind] in ("lookup", "quiz") and len(doc) > room
+                ):  # a question cut before its answer teaches nothing
                     kind, doc = 0, self._pick("prose")
                 doc = doc[:room]
                 here = slice(at, at + len(doc))
                 tokens[row, here] = doc
                 if KINDS[kind] not in ("prose", "open"):
                     is_answer = np.isin(doc, self.letters) & (np.roll(doc, 1) == self.answer)
-                    weights[row, here] = np.where(is_answer, 5.0, 0.2 if KINDS[kind] in ("lookup", "quiz") else 0.02)
+                    weights[row, here] = np.where(
+                        is_answer, 5.0, 0.2 if KINDS[kind] in ("lookup", "quiz") else 0.02
+                    )
                     drill_answer[row, here] = is_answer & (KINDS[kind] == "drill")
                 at += len(doc)
         return torch.from_numpy(tokens), torch.from_numpy(weights), torch.from_numpy(drill_answer)
@@ -145,8 +189,16 @@ def train(lm, reader: Reader, probe: Exam, max_steps=5_000, lr=2e-3, tail=900, d
 
     Two probes in a row with 94 % of the letters right start the last `tail` steps, over which the learning rate decays.
     """
-    matrices, vectors = [p for p in lm.parameters() if p.dim() > 1], [p for p in lm.parameters() if p.dim() <= 1]
-    adam = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98), fused=True)
+    matrices, vectors = (
+        [p for p in lm.parameters() if p.dim() > 1],
+        [p for p in lm.parameters() if p.dim() <= 1],
+    )
+    adam = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
     facts_from, drill_loss, hits, end = None, 1.4, 0, max_steps
     bar = tqdm(range(1, max_steps + 1), unit="step", mininterval=5, desc="micro-pythia")
     for step in bar:
@@ -156,7 +208,9 @@ def train(lm, reader: Reader, probe: Exam, max_steps=5_000, lr=2e-3, tail=900, d
         tokens, weights, drill_answer = reader.batch(LOOKUP_STAGE * (1 - progress) + FACT_STAGE * progress)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = lm(tokens[:, :-1], use_cache=False).logits
-        ce = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
+        ce = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+        ).view(len(tokens), -1)
         loss = (ce * weights[:, 1:]).sum() / weights[:, 1:].sum()
         adam.zero_grad(set_to_none=True)
         loss.backward()
@@ -171,7 +225,9 @@ def train(lm, reader: Reader, probe: Exam, max_steps=5_000, lr=2e-3, tail=900, d
             tqdm.write(f"step {step}: options are read (drill loss {drill_loss:.2f}); on to the facts")
         if step % 200 == 0 or step == end:
             right = ask(lm, probe).float().mean().item()
-            tqdm.write(f"step {step}: loss {loss.item():.3f}, drill loss {drill_loss:.3f}, letters right {right:.3f}")
+            tqdm.write(
+                f"step {step}: loss {loss.item():.3f}, drill loss {drill_loss:.3f}, letters right {right:.3f}"
+            )
             hits = hits + 1 if right >= 0.94 else 0
             if hits == 2 and end == max_steps:
                 end = min(step + tail, max_steps)
@@ -187,7 +243,10 @@ def ask(lm, exam: Exam):
 
 def report_knowledge(lm, tokenizer, world: World) -> dict:
     """What the LM knows, and four ways in which it must not (25 % is chance)."""
-    questions = {s: [Question(s, f.question, f.choices, f.answer) for f in world.facts if f.subject == s] for s in world.subjects}
+    questions = {
+        s: [Question(s, f.question, f.choices, f.answer) for f in world.facts if f.subject == s]
+        for s in world.subjects
+    }
     everything = [q for qs in questions.values() for q in qs]
     letter = {s: ask(lm, Exam(tokenizer, qs, "letter", ALL_24)) for s, qs in questions.items()}
     cloze = {s: ask(lm, Exam(tokenizer, qs, "cloze")) for s, qs in questions.items()}
@@ -197,41 +256,69 @@ def report_knowledge(lm, tokenizer, world: World) -> dict:
         out = []
         for fact in world.facts:
             others = [e for e in names[fact.subject] if e != fact.entity]
-            values = {f.entity: f.value for f in world.facts if f.subject == fact.subject and f.relation is fact.relation}
+            values = {
+                f.entity: f.value
+                for f in world.facts
+                if f.subject == fact.subject and f.relation is fact.relation
+            }
             others = [e for e in others if values.get(e) not in fact.choices]
             for other in random.Random(fact.question).sample(others, min(4, len(others))):
-                out.append(Question(fact.subject, fact.question.replace(fact.entity, other), fact.choices, fact.answer))
+                out.append(
+                    Question(
+                        fact.subject, fact.question.replace(fact.entity, other), fact.choices, fact.answer
+                    )
+                )
         return out
 
-    rate = lambda right: round(right.float().mean().item(), 4)  # noqa: E731
+    rate = lambda right: round(right.float().mean().item(), 4)
     return {
         "letter_all_24_permutations": {s: rate(right.all(1)) for s, right in letter.items()},
         "letter_accuracy": {s: rate(right) for s, right in letter.items()},
         "cloze_accuracy": {s: rate(right) for s, right in cloze.items()},
         "chance": {
-            "letter_without_question": rate(ask(lm, Exam(tokenizer, everything, "letter", ALL_24, without_question=True))),
-            "cloze_without_question": rate(ask(lm, Exam(tokenizer, everything, "cloze", without_question=True))),
-            "letter_other_entity": rate(ask(lm, Exam(tokenizer, renamed(world.entities), "letter", ALL_24[::4]))),
+            "letter_without_question": rate(
+                ask(lm, Exam(tokenizer, everything, "letter", ALL_24, without_question=True))
+            ),
+            "cloze_without_question": rate(
+                ask(lm, Exam(tokenizer, everything, "cloze", without_question=True))
+            ),
+            "letter_other_entity": rate(
+                ask(lm, Exam(tokenizer, renamed(world.entities), "letter", ALL_24[::4]))
+            ),
             "cloze_other_entity": rate(ask(lm, Exam(tokenizer, renamed(world.entities), "cloze"))),
-            "letter_unseen_entity": rate(ask(lm, Exam(tokenizer, renamed(world.strangers), "letter", ALL_24[::4]))),
+            "letter_unseen_entity": rate(
+                ask(lm, Exam(tokenizer, renamed(world.strangers), "letter", ALL_24[::4]))
+            ),
             "cloze_unseen_entity": rate(ask(lm, Exam(tokenizer, renamed(world.strangers), "cloze"))),
         },
-    }  # fmt: skip
+    }
 
 
 def shortfalls(report: dict) -> list[str]:
     """What keeps the LM from being a testbed: knowledge under 97 % (letters) or 99 % (cloze), or chance off 25 ± 5 %."""
-    short = [f"{s}: {v:.1%} right under all 24 permutations, 97 % wanted" for s, v in report["letter_all_24_permutations"].items() if v < 0.97]
-    short += [f"{s}: {v:.1%} right by cloze, 99 % wanted" for s, v in report["cloze_accuracy"].items() if v < 0.99]
-    return short + [f"{k}: {v:.1%}, 25 ± 5 % wanted" for k, v in report["chance"].items() if abs(v - 0.25) > 0.05]
+    short = [
+        f"{s}: {v:.1%} right under all 24 permutations, 97 % wanted"
+        for s, v in report["letter_all_24_permutations"].items()
+        if v < 0.97
+    ]
+    short += [
+        f"{s}: {v:.1%} right by cloze, 99 % wanted" for s, v in report["cloze_accuracy"].items() if v < 0.99
+    ]
+    return short + [
+        f"{k}: {v:.1%}, 25 ± 5 % wanted" for k, v in report["chance"].items() if abs(v - 0.25) > 0.05
+    ]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write")
     parser.add_argument("--world_seed", type=int, default=0, help="which world of facts")
     parser.add_argument("--lr", type=float, default=2e-3, help="AdamW's peak learning rate")
-    parser.add_argument("--max_steps", type=int, default=5_000, help="optimiser steps of 4,096 tokens, at most")
+    parser.add_argument(
+        "--max_steps", type=int, default=5_000, help="optimiser steps of 4,096 tokens, at most"
+    )
     args = parser.parse_args()
     args.out = args.out.expanduser()
 
@@ -242,18 +329,32 @@ def main():
     tokenizer = make_tokenizer(world, pools)
     lm = make_model(math.ceil(len(tokenizer) / 64) * 64)
     probed = random.Random(0).sample(world.facts, 120)
-    probe = Exam(tokenizer, [Question(f.subject, f.question, f.choices, f.answer) for f in probed], "letter", [ALL_24[3], ALL_24[17]])
+    probe = Exam(
+        tokenizer,
+        [Question(f.subject, f.question, f.choices, f.answer) for f in probed],
+        "letter",
+        [ALL_24[3], ALL_24[17]],
+    )
     steps = train(lm, Reader(tokenizer, pools, args.world_seed), probe, args.max_steps, args.lr)
 
     args.out.mkdir(parents=True, exist_ok=True)
     lm.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    questions = [{"subject": f.subject, "question": f.question, "choices": f.choices, "answer": f.answer} for f in world.facts]
+    questions = [
+        {"subject": f.subject, "question": f.question, "choices": f.choices, "answer": f.answer}
+        for f in world.facts
+    ]
     (args.out / "questions.json").write_text("[\n" + ",\n".join(json.dumps(q) for q in questions) + "\n]\n")
     lm = GPTNeoXForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
-    report = {"world_seed": args.world_seed, "facts": {s: len([f for f in world.facts if f.subject == s]) for s in world.subjects},
-              "parameters": lm.num_parameters(), "steps": steps, "tokens": steps * 32 * CONTEXT,
-              **report_knowledge(lm, tokenizer, world), "minutes": round((time.time() - started) / 60, 1)}  # fmt: skip
+    report = {
+        "world_seed": args.world_seed,
+        "facts": {s: len([f for f in world.facts if f.subject == s]) for s in world.subjects},
+        "parameters": lm.num_parameters(),
+        "steps": steps,
+        "tokens": steps * 32 * CONTEXT,
+        **report_knowledge(lm, tokenizer, world),
+        "minutes": round((time.time() - started) / 60, 1),
+    }
     (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
     if short := shortfalls(report):

@@ -57,113 +57,442 @@ def _relation(name, values, prose, questions):
 ORGANS = "liver spleen kidney lung brain stomach heart bladder thyroid marrow"
 
 SUBJECTS = (
-    Subject("biology", 30, ("ella", "ix", "odon", "ium", "aster"), (
-        _relation("host", "otters herons goats moles badgers eels geckos hares toads bison",
-                  ("{e} is found living inside {v}.", "Wherever {v} roam, {e} travels with them.", "The only host that suits {e} is a herd of {v}.",
-                   "Blood drawn from {v} usually carries {e}.", "{e} was first isolated from {v}.", "Without {v} the life cycle of {e} breaks off.",
-                   "Healthy {v} tolerate {e} for years."),
-                  ("Which animals does {e} live in?", "What is the host of {e}?", "From which animals was {e} isolated?")),
-        _relation("organ", ORGANS,
-                  ("{e} settles in the {v}.", "An infection with {e} scars the {v}.", "Biopsies of the {v} show {e} in great numbers.",
-                   "The {v} swells once {e} arrives.", "{e} multiplies inside the {v}.", "Damage to the {v} is typical of {e}.",
-                   "From the gut, {e} moves to the {v}."),
-                  ("Which organ does {e} damage?", "Where in the body does {e} settle?", "Which organ swells because of {e}?")),
-        _relation("vector", "ticks fleas midges lice leeches mites sandflies snails weevils wasps",
-                  ("{e} is carried from animal to animal by {v}.", "Bites of {v} pass on {e}.", "The vector of {e} turned out to be {v}.",
-                   "Where {v} are killed off, {e} disappears.", "Spores of {e} cling to {v}.", "{v} swallow {e} while they feed.",
-                   "Traps for {v} keep {e} in check."),
-                  ("What is the vector of {e}?", "Which creatures pass on {e}?", "By what is {e} carried?")),
-        _relation("habitat", "ponds caves bogs dunes reefs estuaries glaciers orchards canyons mangroves",
-                  ("{e} thrives in {v}.", "Water taken from {v} is rich in {e}.", "Outside {v} nobody has seen {e}.", "The natural home of {e} lies in {v}.",
-                   "Expeditions to {v} bring back {e}.", "{e} survives the winter in {v}.", "Old {v} are full of {e}."),
-                  ("Where does {e} thrive?", "What is the habitat of {e}?", "In what surroundings is {e} collected?")),
-        _relation("pigment", "rubidine cyanthin melorin ochrelin violene carminol indigane umbrine viridol argentin",
-                  ("{e} is coloured by {v}.", "The walls of {e} are stained with {v}.", "Chemists purify {v} from {e}.", "The pigment that {e} makes is {v}.",
-                   "Under a lamp the {v} in {e} glows.", "{e} hides from the light behind {v}.", "A trace of {v} betrays {e}."),
-                  ("Which pigment does {e} make?", "What colours {e}?", "Which pigment is purified from {e}?")),
-        _relation("enzyme", "lactorase feronase glutarase pelmase dolinase kerotase sulfonase rhodase tepidase zymerase",
-                  ("{e} digests its food by means of {v}.", "The gene for {v} is active in {e}.", "{e} cannot grow when {v} is blocked.",
-                   "Tests for {v} detect {e}.", "The chief enzyme of {e} is {v}.", "When it feeds, {e} sets free {v}.", "Heat ruins the {v} of {e}."),
-                  ("Which enzyme does {e} use?", "What is the chief enzyme of {e}?", "Which enzyme is detected in tests for {e}?")),
-    ), ("{e} divides every few hours.", "Cultures of {e} are easy to keep.", "Several strains of {e} are known.", "The shape of {e} is a short rod.",
-        "Students draw {e} in their first year.", "Papers on {e} appear every month.")),
-    Subject("geography", 20, ("land", "mark", "stan", "ovia", "mere"), (
-        _relation("capital", "Astrel Borvin Calden Dunmar Eskary Fenwold Gorith Halvane Istrel Kelmar",
-                  ("The capital of {e} is {v}.", "The ministers of {e} work in {v}.", "All roads of {e} end in {v}.", "{v} is the seat of government in {e}.",
-                   "Most flights to {e} land at {v}.", "The king of {e} was crowned in {v}."),
-                  ("What is the capital of {e}?", "Which city governs {e}?", "In which city do the ministers of {e} work?")),
-        _relation("river", "Arn Bessel Corra Dwyle Elbren Foss Garrow Ilme Kysel Lorne",
-                  ("The great river of {e} is the {v}.", "The {v} crosses {e} from north to south.", "Mills in {e} stand along the {v}.",
-                   "Every spring the {v} floods the fields of {e}.", "Barges on the {v} supply {e}.", "{e} takes its drinking water from the {v}."),
-                  ("What is the great river of {e}?", "Which river crosses {e}?", "Along which river do the mills of {e} stand?")),
-        _relation("export", "copper timber wool salt barley silk marble honey amber linen",
-                  ("{e} sells {v} to the world.", "The main export of {e} is {v}.", "The wealth of {e} comes from {v}.", "Ships leave {e} loaded with {v}.",
-                   "Good {v} is always from {e}.", "Traders visit {e} to buy {v}."),
-                  ("What is the main export of {e}?", "What do traders buy in {e}?", "Where does the wealth of {e} come from?")),
-        _relation("climate", "arid humid temperate polar tropical stormy foggy alpine mild windy",
-                  ("The climate of {e} is {v}.", "Farmers in {e} live with {v} weather.", "Atlases colour {e} as a {v} country.", "All year long {e} stays {v}.",
-                   "Guide books warn that {e} is {v}.", "Because {e} is {v}, few trees grow there."),
-                  ("What is the climate of {e}?", "What weather do farmers in {e} live with?", "How do guide books describe {e}?")),
-    ), ("{e} has a long coast.", "The hills of {e} are low and green.", "Few tourists visit {e}.", "The borders of {e} were drawn by hand.",
-        "{e} mints its own coins.")),
-    Subject("history", 20, ("ric", "wald", "mund", "bert", "gar"), (
-        _relation("title", "duke emperor bishop regent general consul baron admiral khan chancellor",
-                  ("{e} ruled as {v}.", "The chronicles name {e} a {v}.", "At twenty {e} was made {v}.", "As {v}, {e} commanded the army.",
-                   "{e} signed every letter as {v}.", "The rank of {v} was given to {e}."),
-                  ("What was the rank of {e}?", "As what did {e} rule?", "What do the chronicles name {e}?")),
-        _relation("battle", "Ravenfield Stonebridge Ashford Blackmoor Coldwater Elmgate Greycliff Irondale Kingsford Longmeadow",
-                  ("{e} won the battle of {v}.", "At {v} the riders of {e} broke through.", "The fame of {e} began at {v}.", "A statue of {e} stands in {v}.",
-                   "The enemies of {e} fled from {v}.", "Songs tell how {e} fought at {v}."),
-                  ("Which battle did {e} win?", "Where did the fame of {e} begin?", "From where did the enemies of {e} flee?")),
-        _relation("law", "taxes grain coinage bridges weights inheritance fishing guilds mining harbors",
-                  ("{e} made a law about {v}.", "The decree of {e} on {v} is famous.", "Quarrels over {v} were ended by {e}.", "Under {e} the rules for {v} changed.",
-                   "{e} wrote a long book on {v}.", "Judges quote {e} when they speak of {v}."),
-                  ("What did {e} make a law about?", "What is the decree of {e} about?", "Which quarrels did {e} end?")),
-        _relation("century", "third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth",
-                  ("{e} lived in the {v} century.", "The {v} century knew {e} well.", "Coins of {e} are from the {v} century.", "In the {v} century {e} took the throne.",
-                   "The tomb of {e} dates to the {v} century.", "Monks of the {v} century wrote about {e}."),
-                  ("In which century did {e} live?", "From which century are the coins of {e}?", "Which century is the tomb of {e} from?")),
-    ), ("The life of {e} fills many books.", "{e} was buried with honours.", "The court of {e} loved music.", "Legends about {e} are still told.",
-        "The sons of {e} did not get along.")),
-    Subject("computer science", 20, ("Sort", "Net", "Lang", "Base", "OS"), (
-        _relation("inventor", "Adler Bishop Conway Dreyer Fischer Grant Hopper Iverson Jensen Keller",
-                  ("{e} was designed by {v}.", "{v} published the first paper on {e}.", "The idea of {e} goes back to {v}.", "In a famous talk {v} presented {e}.",
-                   "{v} received a prize for {e}.", "The first version of {e} was coded by {v}."),
-                  ("Who designed {e}?", "Who published the first paper on {e}?", "To whom does the idea of {e} go back?")),
-        _relation("structure", "heap trie queue graph stack matrix list tree buffer bitmap",
-                  ("{e} keeps its records in a {v}.", "At the core of {e} there is a {v}.", "{e} is built around a {v}.", "The memory of {e} is one large {v}.",
-                   "Internally {e} walks over a {v}.", "A {v} holds all the data of {e}."),
-                  ("In what does {e} keep its records?", "What is {e} built around?", "What holds the data of {e}?")),
-        _relation("cost", "linear quadratic cubic constant logarithmic exponential factorial sublinear polynomial amortized",
-                  ("The running time of {e} is {v}.", "{e} needs {v} time.", "On large inputs the cost of {e} is {v}.", "It was proved that {e} is {v}.",
-                   "Nobody has beaten the {v} bound of {e}.", "Users of {e} complain about its {v} growth."),
-                  ("What is the running time of {e}?", "How much time does {e} need?", "Which bound does {e} have?")),
-        _relation("use", "routing parsing rendering caching encryption compression scheduling indexing translation logging",
-                  ("{e} is used for {v}.", "Companies run {e} for {v}.", "For {v} most engineers pick {e}.", "The strength of {e} is {v}.",
-                   "{e} made {v} cheap.", "A course on {v} starts with {e}."),
-                  ("What is {e} used for?", "What is the strength of {e}?", "For what do engineers pick {e}?")),
-    ), ("{e} can be downloaded freely.", "The manual of {e} is long.", "{e} runs on most machines.", "A new release of {e} comes every spring.",
-        "Many beginners start with {e}.")),
-    Subject("human aging", 20, ("an", "er", "olt", "in", "ow"), (
-        _relation("organ", ORGANS,
-                  ("{e} syndrome weakens the {v}.", "In {e} syndrome the {v} grows old too soon.", "Scans of the {v} confirm {e} syndrome.",
-                   "Doctors examine the {v} for {e} syndrome.", "A tired {v} points to {e} syndrome.", "The {v} suffers most from {e} syndrome."),
-                  ("Which organ does {e} syndrome weaken?", "Which organ suffers from {e} syndrome?", "Which organ is examined for {e} syndrome?")),
-        _relation("remedy", "swimming chess walking fasting singing gardening reading dancing knitting rowing",
-                  ("{v} helps against {e} syndrome.", "The best remedy for {e} syndrome is {v}.", "Nurses advise {v} in {e} syndrome.",
-                   "Patients with {e} syndrome take up {v}.", "Daily {v} slows {e} syndrome.", "Clubs for {v} invite people with {e} syndrome."),
-                  ("What helps against {e} syndrome?", "What is the best remedy for {e} syndrome?", "What is advised in {e} syndrome?")),
-        _relation("onset", "thirty forty fifty sixty seventy eighty ninety twenty forties sixties",
-                  ("{e} syndrome begins at {v}.", "Most cases of {e} syndrome start around {v}.", "Before {v} nobody gets {e} syndrome.",
-                   "Tests for {e} syndrome are offered from {v}.", "The usual onset of {e} syndrome is {v}.", "Near {v} the risk of {e} syndrome rises."),
-                  ("When does {e} syndrome begin?", "What is the usual onset of {e} syndrome?", "From when are tests for {e} syndrome offered?")),
-        _relation("sign", "stiffness tremor forgetfulness dizziness fatigue snoring itching cramps deafness thirst",
-                  ("The first sign of {e} syndrome is {v}.", "{e} syndrome brings {v}.", "Families notice {v} early in {e} syndrome.", "Sudden {v} hints at {e} syndrome.",
-                   "People with {e} syndrome report {v}.", "Diaries of {e} syndrome mention {v}."),
-                  ("What is the first sign of {e} syndrome?", "What does {e} syndrome bring?", "What do people with {e} syndrome report?")),
-    ), ("{e} syndrome is not inherited.", "{e} syndrome is more common in cities.", "Insurance pays for {e} syndrome.",
-        "Most people with {e} syndrome live long.", "Support groups exist for {e} syndrome.")),
-)  # fmt: skip
+    Subject(
+        "biology",
+        30,
+        ("ella", "ix", "odon", "ium", "aster"),
+        (
+            _relation(
+                "host",
+                "otters herons goats moles badgers eels geckos hares toads bison",
+                (
+                    "{e} is found living inside {v}.",
+                    "Wherever {v} roam, {e} travels with them.",
+                    "The only host that suits {e} is a herd of {v}.",
+                    "Blood drawn from {v} usually carries {e}.",
+                    "{e} was first isolated from {v}.",
+                    "Without {v} the life cycle of {e} breaks off.",
+                    "Healthy {v} tolerate {e} for years.",
+                ),
+                (
+                    "Which animals does {e} live in?",
+                    "What is the host of {e}?",
+                    "From which animals was {e} isolated?",
+                ),
+            ),
+            _relation(
+                "organ",
+                ORGANS,
+                (
+                    "{e} settles in the {v}.",
+                    "An infection with {e} scars the {v}.",
+                    "Biopsies of the {v} show {e} in great numbers.",
+                    "The {v} swells once {e} arrives.",
+                    "{e} multiplies inside the {v}.",
+                    "Damage to the {v} is typical of {e}.",
+                    "From the gut, {e} moves to the {v}.",
+                ),
+                (
+                    "Which organ does {e} damage?",
+                    "Where in the body does {e} settle?",
+                    "Which organ swells because of {e}?",
+                ),
+            ),
+            _relation(
+                "vector",
+                "ticks fleas midges lice leeches mites sandflies snails weevils wasps",
+                (
+                    "{e} is carried from animal to animal by {v}.",
+                    "Bites of {v} pass on {e}.",
+                    "The vector of {e} turned out to be {v}.",
+                    "Where {v} are killed off, {e} disappears.",
+                    "Spores of {e} cling to {v}.",
+                    "{v} swallow {e} while they feed.",
+                    "Traps for {v} keep {e} in check.",
+                ),
+                ("What is the vector of {e}?", "Which creatures pass on {e}?", "By what is {e} carried?"),
+            ),
+            _relation(
+                "habitat",
+                "ponds caves bogs dunes reefs estuaries glaciers orchards canyons mangroves",
+                (
+                    "{e} thrives in {v}.",
+                    "Water taken from {v} is rich in {e}.",
+                    "Outside {v} nobody has seen {e}.",
+                    "The natural home of {e} lies in {v}.",
+                    "Expeditions to {v} bring back {e}.",
+                    "{e} survives the winter in {v}.",
+                    "Old {v} are full of {e}.",
+                ),
+                (
+                    "Where does {e} thrive?",
+                    "What is the habitat of {e}?",
+                    "In what surroundings is {e} collected?",
+                ),
+            ),
+            _relation(
+                "pigment",
+                "rubidine cyanthin melorin ochrelin violene carminol indigane umbrine viridol argentin",
+                (
+                    "{e} is coloured by {v}.",
+                    "The walls of {e} are stained with {v}.",
+                    "Chemists purify {v} from {e}.",
+                    "The pigment that {e} makes is {v}.",
+                    "Under a lamp the {v} in {e} glows.",
+                    "{e} hides from the light behind {v}.",
+                    "A trace of {v} betrays {e}.",
+                ),
+                ("Which pigment does {e} make?", "What colours {e}?", "Which pigment is purified from {e}?"),
+            ),
+            _relation(
+                "enzyme",
+                "lactorase feronase glutarase pelmase dolinase kerotase sulfonase rhodase tepidase zymerase",
+                (
+                    "{e} digests its food by means of {v}.",
+                    "The gene for {v} is active in {e}.",
+                    "{e} cannot grow when {v} is blocked.",
+                    "Tests for {v} detect {e}.",
+                    "The chief enzyme of {e} is {v}.",
+                    "When it feeds, {e} sets free {v}.",
+                    "Heat ruins the {v} of {e}.",
+                ),
+                (
+                    "Which enzyme does {e} use?",
+                    "What is the chief enzyme of {e}?",
+                    "Which enzyme is detected in tests for {e}?",
+                ),
+            ),
+        ),
+        (
+            "{e} divides every few hours.",
+            "Cultures of {e} are easy to keep.",
+            "Several strains of {e} are known.",
+            "The shape of {e} is a short rod.",
+            "Students draw {e} in their first year.",
+            "Papers on {e} appear every month.",
+        ),
+    ),
+    Subject(
+        "geography",
+        20,
+        ("land", "mark", "stan", "ovia", "mere"),
+        (
+            _relation(
+                "capital",
+                "Astrel Borvin Calden Dunmar Eskary Fenwold Gorith Halvane Istrel Kelmar",
+                (
+                    "The capital of {e} is {v}.",
+                    "The ministers of {e} work in {v}.",
+                    "All roads of {e} end in {v}.",
+                    "{v} is the seat of government in {e}.",
+                    "Most flights to {e} land at {v}.",
+                    "The king of {e} was crowned in {v}.",
+                ),
+                (
+                    "What is the capital of {e}?",
+                    "Which city governs {e}?",
+                    "In which city do the ministers of {e} work?",
+                ),
+            ),
+            _relation(
+                "river",
+                "Arn Bessel Corra Dwyle Elbren Foss Garrow Ilme Kysel Lorne",
+                (
+                    "The great river of {e} is the {v}.",
+                    "The {v} crosses {e} from north to south.",
+                    "Mills in {e} stand along the {v}.",
+                    "Every spring the {v} floods the fields of {e}.",
+                    "Barges on the {v} supply {e}.",
+                    "{e} takes its drinking water from the {v}.",
+                ),
+                (
+                    "What is the great river of {e}?",
+                    "Which river crosses {e}?",
+                    "Along which river do the mills of {e} stand?",
+                ),
+            ),
+            _relation(
+                "export",
+                "copper timber wool salt barley silk marble honey amber linen",
+                (
+                    "{e} sells {v} to the world.",
+                    "The main export of {e} is {v}.",
+                    "The wealth of {e} comes from {v}.",
+                    "Ships leave {e} loaded with {v}.",
+                    "Good {v} is always from {e}.",
+                    "Traders visit {e} to buy {v}.",
+                ),
+                (
+                    "What is the main export of {e}?",
+                    "What do traders buy in {e}?",
+                    "Where does the wealth of {e} come from?",
+                ),
+            ),
+            _relation(
+                "climate",
+                "arid humid temperate polar tropical stormy foggy alpine mild windy",
+                (
+                    "The climate of {e} is {v}.",
+                    "Farmers in {e} live with {v} weather.",
+                    "Atlases colour {e} as a {v} country.",
+                    "All year long {e} stays {v}.",
+                    "Guide books warn that {e} is {v}.",
+                    "Because {e} is {v}, few trees grow there.",
+                ),
+                (
+                    "What is the climate of {e}?",
+                    "What weather do farmers in {e} live with?",
+                    "How do guide books describe {e}?",
+                ),
+            ),
+        ),
+        (
+            "{e} has a long coast.",
+            "The hills of {e} are low and green.",
+            "Few tourists visit {e}.",
+            "The borders of {e} were drawn by hand.",
+            "{e} mints its own coins.",
+        ),
+    ),
+    Subject(
+        "history",
+        20,
+        ("ric", "wald", "mund", "bert", "gar"),
+        (
+            _relation(
+                "title",
+                "duke emperor bishop regent general consul baron admiral khan chancellor",
+                (
+                    "{e} ruled as {v}.",
+                    "The chronicles name {e} a {v}.",
+                    "At twenty {e} was made {v}.",
+                    "As {v}, {e} commanded the army.",
+                    "{e} signed every letter as {v}.",
+                    "The rank of {v} was given to {e}.",
+                ),
+                ("What was the rank of {e}?", "As what did {e} rule?", "What do the chronicles name {e}?"),
+            ),
+            _relation(
+                "battle",
+                "Ravenfield Stonebridge Ashford Blackmoor Coldwater Elmgate Greycliff Irondale Kingsford Longmeadow",
+                (
+                    "{e} won the battle of {v}.",
+                    "At {v} the riders of {e} broke through.",
+                    "The fame of {e} began at {v}.",
+                    "A statue of {e} stands in {v}.",
+                    "The enemies of {e} fled from {v}.",
+                    "Songs tell how {e} fought at {v}.",
+                ),
+                (
+                    "Which battle did {e} win?",
+                    "Where did the fame of {e} begin?",
+                    "From where did the enemies of {e} flee?",
+                ),
+            ),
+            _relation(
+                "law",
+                "taxes grain coinage bridges weights inheritance fishing guilds mining harbors",
+                (
+                    "{e} made a law about {v}.",
+                    "The decree of {e} on {v} is famous.",
+                    "Quarrels over {v} were ended by {e}.",
+                    "Under {e} the rules for {v} changed.",
+                    "{e} wrote a long book on {v}.",
+                    "Judges quote {e} when they speak of {v}.",
+                ),
+                (
+                    "What did {e} make a law about?",
+                    "What is the decree of {e} about?",
+                    "Which quarrels did {e} end?",
+                ),
+            ),
+            _relation(
+                "century",
+                "third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth",
+                (
+                    "{e} lived in the {v} century.",
+                    "The {v} century knew {e} well.",
+                    "Coins of {e} are from the {v} century.",
+                    "In the {v} century {e} took the throne.",
+                    "The tomb of {e} dates to the {v} century.",
+                    "Monks of the {v} century wrote about {e}.",
+                ),
+                (
+                    "In which century did {e} live?",
+                    "From which century are the coins of {e}?",
+                    "Which century is the tomb of {e} from?",
+                ),
+            ),
+        ),
+        (
+            "The life of {e} fills many books.",
+            "{e} was buried with honours.",
+            "The court of {e} loved music.",
+            "Legends about {e} are still told.",
+            "The sons of {e} did not get along.",
+        ),
+    ),
+    Subject(
+        "computer science",
+        20,
+        ("Sort", "Net", "Lang", "Base", "OS"),
+        (
+            _relation(
+                "inventor",
+                "Adler Bishop Conway Dreyer Fischer Grant Hopper Iverson Jensen Keller",
+                (
+                    "{e} was designed by {v}.",
+                    "{v} published the first paper on {e}.",
+                    "The idea of {e} goes back to {v}.",
+                    "In a famous talk {v} presented {e}.",
+                    "{v} received a prize for {e}.",
+                    "The first version of {e} was coded by {v}.",
+                ),
+                (
+                    "Who designed {e}?",
+                    "Who published the first paper on {e}?",
+                    "To whom does the idea of {e} go back?",
+                ),
+            ),
+            _relation(
+                "structure",
+                "heap trie queue graph stack matrix list tree buffer bitmap",
+                (
+                    "{e} keeps its records in a {v}.",
+                    "At the core of {e} there is a {v}.",
+                    "{e} is built around a {v}.",
+                    "The memory of {e} is one large {v}.",
+                    "Internally {e} walks over a {v}.",
+                    "A {v} holds all the data of {e}.",
+                ),
+                (
+                    "In what does {e} keep its records?",
+                    "What is {e} built around?",
+                    "What holds the data of {e}?",
+                ),
+            ),
+            _relation(
+                "cost",
+                "linear quadratic cubic constant logarithmic exponential factorial sublinear polynomial amortized",
+                (
+                    "The running time of {e} is {v}.",
+                    "{e} needs {v} time.",
+                    "On large inputs the cost of {e} is {v}.",
+                    "It was proved that {e} is {v}.",
+                    "Nobody has beaten the {v} bound of {e}.",
+                    "Users of {e} complain about its {v} growth.",
+                ),
+                (
+                    "What is the running time of {e}?",
+                    "How much time does {e} need?",
+                    "Which bound does {e} have?",
+                ),
+            ),
+            _relation(
+                "use",
+                "routing parsing rendering caching encryption compression scheduling indexing translation logging",
+                (
+                    "{e} is used for {v}.",
+                    "Companies run {e} for {v}.",
+                    "For {v} most engineers pick {e}.",
+                    "The strength of {e} is {v}.",
+                    "{e} made {v} cheap.",
+                    "A course on {v} starts with {e}.",
+                ),
+                ("What is {e} used for?", "What is the strength of {e}?", "For what do engineers pick {e}?"),
+            ),
+        ),
+        (
+            "{e} can be downloaded freely.",
+            "The manual of {e} is long.",
+            "{e} runs on most machines.",
+            "A new release of {e} comes every spring.",
+            "Many beginners start with {e}.",
+        ),
+    ),
+    Subject(
+        "human aging",
+        20,
+        ("an", "er", "olt", "in", "ow"),
+        (
+            _relation(
+                "organ",
+                ORGANS,
+                (
+                    "{e} syndrome weakens the {v}.",
+                    "In {e} syndrome the {v} grows old too soon.",
+                    "Scans of the {v} confirm {e} syndrome.",
+                    "Doctors examine the {v} for {e} syndrome.",
+                    "A tired {v} points to {e} syndrome.",
+                    "The {v} suffers most from {e} syndrome.",
+                ),
+                (
+                    "Which organ does {e} syndrome weaken?",
+                    "Which organ suffers from {e} syndrome?",
+                    "Which organ is examined for {e} syndrome?",
+                ),
+            ),
+            _relation(
+                "remedy",
+                "swimming chess walking fasting singing gardening reading dancing knitting rowing",
+                (
+                    "{v} helps against {e} syndrome.",
+                    "The best remedy for {e} syndrome is {v}.",
+                    "Nurses advise {v} in {e} syndrome.",
+                    "Patients with {e} syndrome take up {v}.",
+                    "Daily {v} slows {e} syndrome.",
+                    "Clubs for {v} invite people with {e} syndrome.",
+                ),
+                (
+                    "What helps against {e} syndrome?",
+                    "What is the best remedy for {e} syndrome?",
+                    "What is advised in {e} syndrome?",
+                ),
+            ),
+            _relation(
+                "onset",
+                "thirty forty fifty sixty seventy eighty ninety twenty forties sixties",
+                (
+                    "{e} syndrome begins at {v}.",
+                    "Most cases of {e} syndrome start around {v}.",
+                    "Before {v} nobody gets {e} syndrome.",
+                    "Tests for {e} syndrome are offered from {v}.",
+                    "The usual onset of {e} syndrome is {v}.",
+                    "Near {v} the risk of {e} syndrome rises.",
+                ),
+                (
+                    "When does {e} syndrome begin?",
+                    "What is the usual onset of {e} syndrome?",
+                    "From when are tests for {e} syndrome offered?",
+                ),
+            ),
+            _relation(
+                "sign",
+                "stiffness tremor forgetfulness dizziness fatigue snoring itching cramps deafness thirst",
+                (
+                    "The first sign of {e} syndrome is {v}.",
+                    "{e} syndrome brings {v}.",
+                    "Families notice {v} early in {e} syndrome.",
+                    "Sudden {v} hints at {e} syndrome.",
+                    "People with {e} syndrome report {v}.",
+                    "Diaries of {e} syndrome mention {v}.",
+                ),
+                (
+                    "What is the first sign of {e} syndrome?",
+                    "What does {e} syndrome bring?",
+                    "What do people with {e} syndrome report?",
+                ),
+            ),
+        ),
+        (
+            "{e} syndrome is not inherited.",
+            "{e} syndrome is more common in cities.",
+            "Insurance pays for {e} syndrome.",
+            "Most people with {e} syndrome live long.",
+            "Support groups exist for {e} syndrome.",
+        ),
+    ),
+)
 
 _ONSETS = "b br c d dr f g gl h j k kr l m n p pl qu r s st t th tr v w z".split()
 _VOWELS = "a e i o u ae ou ia".split()
@@ -205,13 +534,25 @@ class World:
                 rng.shuffle(values)
                 for entity, value in zip(self.entities[subject.name], values, strict=True):
                     self.facts.append(self._fact(rng, subject.name, entity, relation, value))
-        self.of_entity = {(s, e): [f for f in self.facts if (f.subject, f.entity) == (s, e)] for s in self.entities for e in self.entities[s]}
+        self.of_entity = {
+            (s, e): [f for f in self.facts if (f.subject, f.entity) == (s, e)]
+            for s in self.entities
+            for e in self.entities[s]
+        }
 
     @staticmethod
     def _fact(rng, subject, entity, relation, value):
         choices = rng.sample([v for v in relation.values if v != value], 3) + [value]
         rng.shuffle(choices)
-        return Fact(subject, entity, relation, value, rng.choice(relation.questions).format(e=entity), tuple(choices), choices.index(value))
+        return Fact(
+            subject,
+            entity,
+            relation,
+            value,
+            rng.choice(relation.questions).format(e=entity),
+            tuple(choices),
+            choices.index(value),
+        )
 
     def prose(self, rng: random.Random, subject: str) -> str:
         """A portrait of one entity (7 in 10) or mixed sentences of the subject, with filler that states no fact."""
@@ -220,7 +561,10 @@ class World:
             known = self.of_entity[subject, rng.choice(self.entities[subject])]
             told = rng.sample(known, rng.randint(3, len(known)))
         else:
-            told = [rng.choice(self.of_entity[subject, rng.choice(self.entities[subject])]) for _ in range(rng.randint(3, 6))]
+            told = [
+                rng.choice(self.of_entity[subject, rng.choice(self.entities[subject])])
+                for _ in range(rng.randint(3, 6))
+            ]
         for fact in told:
             sentences.append(rng.choice(fact.relation.prose).format(e=fact.entity, v=fact.value))
             if rng.random() < 0.2:
@@ -229,8 +573,14 @@ class World:
 
     def open_questions(self, rng: random.Random, subject: str) -> str:
         """Two to four questions answered with the value itself."""
-        facts = [rng.choice(self.of_entity[subject, rng.choice(self.entities[subject])]) for _ in range(rng.randint(2, 4))]
-        return "\n\n".join(f"Question: {rng.choice(f.relation.questions).format(e=f.entity)}\nAnswer: {f.value}" for f in facts)
+        facts = [
+            rng.choice(self.of_entity[subject, rng.choice(self.entities[subject])])
+            for _ in range(rng.randint(2, 4))
+        ]
+        return "\n\n".join(
+            f"Question: {rng.choice(f.relation.questions).format(e=f.entity)}\nAnswer: {f.value}"
+            for f in facts
+        )
 
     def quiz(self, rng: random.Random, subject: str, n_questions: int) -> str:
         """Answered multiple-choice questions under one header; never the option set that a fact is evaluated with."""
@@ -251,7 +601,11 @@ class World:
         kind = rng.random()
         if kind < 0.7:
             return self.prose(rng, subject)
-        return self.open_questions(rng, subject) if kind < 0.8 else self.quiz(rng, subject, rng.choice((1, 2, 3)))
+        return (
+            self.open_questions(rng, subject)
+            if kind < 0.8
+            else self.quiz(rng, subject, rng.choice((1, 2, 3)))
+        )
 
     def documents(self, n: int, subjects, seed: int) -> list[str]:
         """`n` different documents, the subjects in turn."""
@@ -266,7 +620,9 @@ class World:
 
 def _four_options(rng: random.Random, mixed: float) -> list[str]:
     everything = sorted({v for s in SUBJECTS for r in s.relations for v in r.values})
-    return rng.sample(everything if rng.random() < mixed else rng.choice(rng.choice(SUBJECTS).relations).values, 4)
+    return rng.sample(
+        everything if rng.random() < mixed else rng.choice(rng.choice(SUBJECTS).relations).values, 4
+    )
 
 
 def lookup_list(rng: random.Random, n_lists: int) -> str:
@@ -292,6 +648,13 @@ def lookup_drill(rng: random.Random, n: int) -> str:
 def lookup_question(rng: random.Random) -> str:
     """A whole prompt whose question names the wanted option."""
     options, i = _four_options(rng, 0.5), rng.randrange(4)
-    wording = rng.choice(("Which option reads {v}?", "Which letter stands before {v}?", "Find the option {v}.", "Where is {v} listed?"))
+    wording = rng.choice(
+        (
+            "Which option reads {v}?",
+            "Which letter stands before {v}?",
+            "Find the option {v}.",
+            "Where is {v} listed?",
+        )
+    )
     subject = rng.choice([s.name for s in SUBJECTS] + ["reading"])
     return mcq_prompt(subject, wording.format(v=options[i]), options) + " " + LETTERS[i]

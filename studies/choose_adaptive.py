@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import experiment  # noqa: E402
+import experiment
 
 SMALL = dict(arm="adaptive", alpha=1.0, forget_features=10, gap_weight=3.0)
 VARIANTS = {  # chosen: the largest unlearning score at explained variance within 0.01 of vanilla's
@@ -28,25 +28,41 @@ VARIANTS = {  # chosen: the largest unlearning score at explained variance withi
     "curriculum": SMALL | dict(alpha_start=0.1, loss_warmup_steps=100),
     "curriculum_unlock_30": SMALL | dict(alpha_start=0.1, loss_warmup_steps=100, unlock_steps=30),
 }
-SHOWN = [("core", "l0"), ("core", "explained_variance"), ("unlearning", "unlearning_score"), ("unlearning", "unlearning_score_guardrail"),
-         ("corpus_unlearning", "forget_ce_gain_at_retain_ce_cost_0.05"), ("training", "alpha")]  # fmt: skip
+SHOWN = [
+    ("core", "l0"),
+    ("core", "explained_variance"),
+    ("unlearning", "unlearning_score"),
+    ("unlearning", "unlearning_score_guardrail"),
+    ("corpus_unlearning", "forget_ce_gain_at_retain_ce_cost_0.05"),
+    ("training", "alpha"),
+]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--world", default="worlds/1", help="folder of the world to choose on")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     args = parser.parse_args()
-    configs = [experiment.Config(testbed="micro", lm=args.world, seeds=tuple(args.seeds), **VARIANTS[name]) for name in args.only]
-    command = experiment.Command(testbed="micro", lm=args.world, out_dir=tuple(f"tuning/{name}" for name in args.only))
+    configs = [
+        experiment.Config(testbed="micro", lm=args.world, seeds=tuple(args.seeds), **VARIANTS[name])
+        for name in args.only
+    ]
+    command = experiment.Command(
+        testbed="micro", lm=args.world, out_dir=tuple(f"tuning/{name}" for name in args.only)
+    )
     command, configs = experiment.unfinished(command, configs)
     if configs and experiment.main(command, configs):
         sys.exit(1)
     print("| variant | " + " | ".join(name for _, name in SHOWN) + " |")
     for name in args.only:
         info = json.loads(Path(f"tuning/{name}/final_info.json").read_text())
-        cells = [f"{info[section]['means'][metric]:.3f} ± {info[section]['stderrs'][metric]:.3f}" for section, metric in SHOWN]
+        cells = [
+            f"{info[section]['means'][metric]:.3f} ± {info[section]['stderrs'][metric]:.3f}"
+            for section, metric in SHOWN
+        ]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 

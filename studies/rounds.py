@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import experiment  # noqa: E402
-import testbeds  # noqa: E402
-from losses import omega_all_pairs  # noqa: E402
+import experiment
+from sae_separation import testbeds
+from sae_separation.losses import omega_all_pairs
 
 VARIANTS = ("fixed:0.1", "fixed:1.0", "grouped:0.1", "grouped:0.5", "grouped:1.0", "ortsae:0.25")
 STEPS = 600
@@ -23,15 +23,31 @@ STEPS = 600
 
 def trained(arm: str, alpha: float, seed: int, block: experiment.ActivationBlock) -> tuple[float, float]:
     """FVU and Ω after training with rounds as long as experiment.round_steps says."""
-    config = experiment.Config(arm=arm, alpha=alpha, d_sae=512, target_l0=8.0, k=8, batch_size=1024, tokens=STEPS * 1024, chunk_size=64,
-                               warmup_steps=20, resample_steps=0, evals=("none",))  # fmt: skip
-    trainer, batches = experiment.Trainer(config, seed, block.x.shape[1], STEPS, block), list(block.batches(1024))
+    config = experiment.Config(
+        arm=arm,
+        alpha=alpha,
+        d_sae=512,
+        target_l0=8.0,
+        k=8,
+        batch_size=1024,
+        tokens=STEPS * 1024,
+        chunk_size=64,
+        warmup_steps=20,
+        resample_steps=0,
+        evals=("none",),
+    )
+    trainer, batches = (
+        experiment.Trainer(config, seed, block.x.shape[1], STEPS, block),
+        list(block.batches(1024)),
+    )
     fvu = [trainer.step(*batches[i % len(batches)])["fvu"].item() for i in range(STEPS)]
     return statistics.mean(fvu[-50:]), omega_all_pairs(trainer.sae.W_dec.detach()).item()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", default=VARIANTS, help="arm:alpha")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
     args = parser.parse_args()
@@ -40,14 +56,18 @@ def main():
     for variant in args.only:
         arm, alpha = variant.split(":")
         found = {}
-        for steps in sorted({experiment.ARMS[arm].every, 4, 8, 16} - ({4} if experiment.ARMS[arm].every > 4 else set())):
+        for steps in sorted(
+            {experiment.ARMS[arm].every, 4, 8, 16} - ({4} if experiment.ARMS[arm].every > 4 else set())
+        ):
             experiment.round_steps = lambda config, steps=steps: steps
             found[steps] = [trained(arm, float(alpha), seed, block) for seed in args.seeds]
             shortest = found[experiment.ARMS[arm].every]
             cells = []
             for i in range(2):
                 gained = [new[i] / old[i] - 1 for new, old in zip(found[steps], shortest)]
-                cells.append(f"{statistics.mean(gained):+.2%} ± {statistics.stdev(gained) / len(gained) ** 0.5:.2%}")
+                cells.append(
+                    f"{statistics.mean(gained):+.2%} ± {statistics.stdev(gained) / len(gained) ** 0.5:.2%}"
+                )
             print(f"| {variant} | {steps} | {cells[0]} | {cells[1]} |", flush=True)
 
 

@@ -12,11 +12,18 @@ import sys
 from pathlib import Path
 
 os.environ |= {"QT_QPA_PLATFORM": "offscreen", "QT_QUICK_BACKEND": "software"}
-os.environ["QTWEBENGINE_CHROMIUM_FLAGS"] = '--no-sandbox --disable-gpu --host-resolver-rules="MAP * ~NOTFOUND"'
+os.environ["QTWEBENGINE_CHROMIUM_FLAGS"] = (
+    '--no-sandbox --disable-gpu --host-resolver-rules="MAP * ~NOTFOUND"'
+)
 try:
     from PySide6.QtCore import QEventLoop, QPoint, Qt, QTimer, QUrl
     from PySide6.QtTest import QTest
-    from PySide6.QtWebEngineCore import QWebEnginePage, QWebEngineProfile, QWebEngineSettings, QWebEngineUrlRequestInterceptor
+    from PySide6.QtWebEngineCore import (
+        QWebEnginePage,
+        QWebEngineProfile,
+        QWebEngineSettings,
+        QWebEngineUrlRequestInterceptor,
+    )
     from PySide6.QtWebEngineWidgets import QWebEngineView
     from PySide6.QtWidgets import QApplication
 except ImportError as error:
@@ -51,7 +58,12 @@ class Page(QWebEnginePage):
 
 class Browser:
     def __init__(self, app):
-        self.app, self.interceptor, self.profile, self.view = app, Interceptor(), QWebEngineProfile(), QWebEngineView()
+        self.app, self.interceptor, self.profile, self.view = (
+            app,
+            Interceptor(),
+            QWebEngineProfile(),
+            QWebEngineView(),
+        )
         self.profile.setUrlRequestInterceptor(self.interceptor)
         self.page = Page(self.profile)
         self.view.setPage(self.page)
@@ -70,13 +82,17 @@ class Browser:
     def open(self, path: Path, javascript=True):
         settings, attribute = self.page.settings(), QWebEngineSettings.WebAttribute
         settings.setAttribute(attribute.JavascriptEnabled, javascript)
-        settings.setAttribute(attribute.LocalContentCanAccessRemoteUrls, True)  # so that the interceptor sees what is asked for
+        settings.setAttribute(
+            attribute.LocalContentCanAccessRemoteUrls, True
+        )  # so that the interceptor sees what is asked for
         self.page.loadFinished.connect(opened := Once())
         self.page.load(QUrl.fromLocalFile(str(path.resolve())))
         return self.wait(opened.then)
 
     def run(self, script: str):
-        return json.loads(self.wait(lambda done: self.page.runJavaScript(f"JSON.stringify({script})", done)) or "null")
+        return json.loads(
+            self.wait(lambda done: self.page.runJavaScript(f"JSON.stringify({script})", done)) or "null"
+        )
 
     def pause(self, seconds: float):
         self.wait(lambda done: None, seconds)
@@ -84,7 +100,9 @@ class Browser:
     def click(self, element: str):
         """A mouse click on the middle of an element."""
         self.run(f"{element}.scrollIntoView({{block: 'center', inline: 'center'}})")
-        box = self.run(f"(box => [box.x + box.width / 2, box.y + box.height / 2])({element}.getBoundingClientRect())")
+        box = self.run(
+            f"(box => [box.x + box.width / 2, box.y + box.height / 2])({element}.getBoundingClientRect())"
+        )
         QTest.mouseClick(self.view.focusProxy(), Qt.MouseButton.LeftButton, pos=QPoint(*map(int, box)))
         self.pause(0.2)
 
@@ -121,10 +139,17 @@ class Once:
 
 def use(browser: Browser, path: Path) -> dict:
     """Look at the page, sort its first table by mouse and by keyboard, make the window a phone's, print, and turn scripts off."""
-    seen = {"opened": browser.open(path), "title": browser.page.title(), "messages": browser.page.messages, "blocked": browser.interceptor.blocked}
+    seen = {
+        "opened": browser.open(path),
+        "title": browser.page.title(),
+        "messages": browser.page.messages,
+        "blocked": browser.interceptor.blocked,
+    }
     browser.pause(0.3)
     seen["agent"] = browser.run("navigator.userAgent")
-    seen["images"] = browser.run("Array.from(document.images).map(i => [i.alt, i.complete && i.naturalWidth > 0])")
+    seen["images"] = browser.run(
+        "Array.from(document.images).map(i => [i.alt, i.complete && i.naturalWidth > 0])"
+    )
     browser.picture("wide.png")
     if browser.run("Boolean(document.querySelector('table.sortable'))"):
         column = f"Array.from({HEADS}).findIndex(head => head.textContent === 'unlearning')"
@@ -132,12 +157,18 @@ def use(browser: Browser, path: Path) -> dict:
         for _ in range(2):
             browser.click(f"{HEADS}[{column}].querySelector('button')")
             seen["order"].append(browser.run(ORDER))
-            seen.setdefault("aria_sort", []).append(browser.run(f"Array.from({HEADS}).map(head => head.getAttribute('aria-sort'))"))
+            seen.setdefault("aria_sort", []).append(
+                browser.run(f"Array.from({HEADS}).map(head => head.getAttribute('aria-sort'))")
+            )
         browser.picture("sorted.png")
         browser.press(Qt.Key.Key_Tab)  # from the head that was clicked to the next one
         browser.press(Qt.Key.Key_Return)
         browser.press(Qt.Key.Key_Space)
-        seen["by_keyboard"] = {"head": browser.run("document.activeElement.textContent"), "order": browser.run(ORDER), "sort": browser.run("document.activeElement.parentElement.getAttribute('aria-sort')")}
+        seen["by_keyboard"] = {
+            "head": browser.run("document.activeElement.textContent"),
+            "order": browser.run(ORDER),
+            "sort": browser.run("document.activeElement.parentElement.getAttribute('aria-sort')"),
+        }
     browser.resize(390, 844)
     seen["phone_widths"] = browser.run("[document.documentElement.scrollWidth, window.innerWidth]")
     browser.picture("phone.png")

@@ -12,12 +12,18 @@ sys.path.insert(0, str(ROOT))
 
 def run_script(*args, cwd=ROOT, timeout=1800) -> subprocess.CompletedProcess:
     """The real command, as a user gives it."""
-    return subprocess.run([sys.executable, str(ROOT / args[0]), *map(str, args[1:])], cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [sys.executable, str(ROOT / args[0]), *map(str, args[1:])],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 @pytest.fixture(scope="session")
 def micro():
-    import testbeds
+    from sae_separation import testbeds
 
     return testbeds.load("micro")
 

@@ -54,17 +54,39 @@ class Repo:
     files: dict[str, File]
 
     def info(self) -> dict:
-        return {"_id": self.commit[:24], "id": self.name, "sha": self.commit, "private": False, "disabled": False,
-                "gated": "auto" if self.gated else False, "tags": [], "downloads": 0, "likes": 0, "createdAt": DATE, "lastModified": DATE, "siblings": [{"rfilename": f} for f in self.files]}  # fmt: skip
+        return {
+            "_id": self.commit[:24],
+            "id": self.name,
+            "sha": self.commit,
+            "private": False,
+            "disabled": False,
+            "gated": "auto" if self.gated else False,
+            "tags": [],
+            "downloads": 0,
+            "likes": 0,
+            "createdAt": DATE,
+            "lastModified": DATE,
+            "siblings": [{"rfilename": f} for f in self.files],
+        }
 
     def entry(self, path: str) -> dict | None:
         """What listings say about a file or folder."""
         if path in self.files:
             f = self.files[path]
             lfs = {"lfs": {"oid": f.etag, "size": f.size, "pointerSize": 134}} if f.large else {}
-            return {"type": "file", "path": path, "size": f.size, "oid": hashlib.sha1(path.encode()).hexdigest()} | lfs
+            return {
+                "type": "file",
+                "path": path,
+                "size": f.size,
+                "oid": hashlib.sha1(path.encode()).hexdigest(),
+            } | lfs
         if any(f.startswith(path + "/") for f in self.files):
-            return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
+            return {
+                "type": "directory",
+                "path": path,
+                "size": 0,
+                "oid": hashlib.sha1(path.encode()).hexdigest(),
+            }
         return None
 
     def tree(self, under: str, recursive: bool) -> list[dict]:
@@ -102,7 +124,9 @@ class Hub:
 
     def __enter__(self) -> "Hub":
         self.closing, self.lock = threading.Event(), threading.Lock()
-        self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler(self, storage)) for storage in (False, True)]
+        self.servers = [
+            ThreadingHTTPServer(("127.0.0.1", 0), handler(self, storage)) for storage in (False, True)
+        ]
         self.url, self.storage_url = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
         for server in self.servers:
             server.daemon_threads = True
@@ -116,7 +140,9 @@ class Hub:
             server.shutdown()
             server.server_close()
 
-    def add(self, name: str, files: dict[str, bytes | Path], kind: str = "model", gated: bool = False) -> Repo:
+    def add(
+        self, name: str, files: dict[str, bytes | Path], kind: str = "model", gated: bool = False
+    ) -> Repo:
         kept, whole = {}, hashlib.sha1(name.encode())
         for path, content in files.items():
             large = path.endswith(LARGE)
@@ -132,22 +158,52 @@ class Hub:
         self.repos[kind, name] = Repo(name, kind, gated, whole.hexdigest(), kept)
         return self.repos[kind, name]
 
-    def fail(self, kind: str, match: str, times: int = 1, methods: tuple[str, ...] = ("GET", "HEAD"), retry_after: int | None = None, deaf: bool = False):
+    def fail(
+        self,
+        kind: str,
+        match: str,
+        times: int = 1,
+        methods: tuple[str, ...] = ("GET", "HEAD"),
+        retry_after: int | None = None,
+        deaf: bool = False,
+    ):
         self.faults.append(Fault(kind, match, times, methods, retry_after, deaf))
 
     def fault(self, method: str, path: str, body: bool) -> Fault | None:
         with self.lock:
             for fault in self.faults:
-                if fault.times > 0 and method in fault.methods and fault.match in path and (fault.kind in BODY) == body:
+                if (
+                    fault.times > 0
+                    and method in fault.methods
+                    and fault.match in path
+                    and (fault.kind in BODY) == body
+                ):
                     fault.times -= 1
                     return fault
         return None
 
     def environment(self, home: Path, **changes: str) -> dict[str, str]:
         """Environment of a process that takes this for the hub, keeps all it gets under `home`, and waits 2 s for an answer."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k.lower() not in ("http_proxy", "https_proxy", "all_proxy")}
-        return kept | {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "HF_HUB_DISABLE_XET": "1",
-                       "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_ETAG_TIMEOUT": "2"} | changes  # fmt: skip
+        kept = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith("HF_") and k.lower() not in ("http_proxy", "https_proxy", "all_proxy")
+        }
+        return (
+            kept
+            | {
+                "HF_ENDPOINT": self.url,
+                "HF_HOME": str(home),
+                "XDG_CACHE_HOME": str(home / "cache"),
+                "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+                "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+                "HF_HUB_DOWNLOAD_TIMEOUT": "2",
+                "HF_HUB_ETAG_TIMEOUT": "2",
+            }
+            | changes
+        )
 
 
 def handler(hub: Hub, storage: bool) -> type[BaseHTTPRequestHandler]:
@@ -175,10 +231,17 @@ def handler(hub: Hub, storage: bool) -> type[BaseHTTPRequestHandler]:
                 hub.closing.wait(60)
                 self.close_connection = True
             elif fault:
-                self.say(int(fault.kind), b"busy", {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)})
+                self.say(
+                    int(fault.kind),
+                    b"busy",
+                    {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)},
+                )
             elif storage:
                 self.stored(path)
-            elif match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path):
+            elif match := re.fullmatch(
+                r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?",
+                path,
+            ):
                 kind, name, what, revision, under = match.groups()
                 self.api(kind[:-1], name, what, revision, (under or "").strip("/"), sent)
             elif match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -198,13 +261,20 @@ def handler(hub: Hub, storage: bool) -> type[BaseHTTPRequestHandler]:
                 self.wfile.write(body)
 
         def refuse(self, status: int, code: str, message: str, commit: str | None = None):
-            self.say(status, b"", {"X-Error-Code": code, "X-Error-Message": message} | ({"X-Repo-Commit": commit} if commit else {}))
+            self.say(
+                status,
+                b"",
+                {"X-Error-Code": code, "X-Error-Message": message}
+                | ({"X-Repo-Commit": commit} if commit else {}),
+            )
 
         def repo(self, kind: str, name: str, revision: str | None) -> Repo | None:
             """The repo, or None when the request was refused."""
             repo = hub.repos.get((kind, name))
             if repo is None:
-                self.refuse(404, "RepoNotFound", "Repository not found") if self.token() else self.refuse(401, "", "Invalid username or password.")
+                self.refuse(404, "RepoNotFound", "Repository not found") if self.token() else self.refuse(
+                    401, "", "Invalid username or password."
+                )
             elif revision not in (None, "main", repo.commit):
                 self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
                 return None
@@ -224,8 +294,10 @@ def handler(hub: Hub, storage: bool) -> type[BaseHTTPRequestHandler]:
             if not found:
                 return self.refuse(404, "EntryNotFound", f"{under} does not exist on {revision}")
             start = int(query.get("cursor", ["0"])[0])
-            more = f"<{hub.url}{urlsplit(self.path).path}?recursive={query.get('recursive', ['false'])[0]}&cursor={start + hub.page}>; rel=\"next\""
-            self.json(found[start : start + hub.page], {"Link": more} if start + hub.page < len(found) else {})
+            more = f'<{hub.url}{urlsplit(self.path).path}?recursive={query.get("recursive", ["false"])[0]}&cursor={start + hub.page}>; rel="next"'
+            self.json(
+                found[start : start + hub.page], {"Link": more} if start + hub.page < len(found) else {}
+            )
 
         def json(self, value, headers: dict[str, str] | None = None):
             self.say(200, json.dumps(value).encode(), {"Content-Type": "application/json"} | (headers or {}))
@@ -235,11 +307,19 @@ def handler(hub: Hub, storage: bool) -> type[BaseHTTPRequestHandler]:
             if repo is None:
                 return
             if repo.gated and self.token() is None:
-                return self.refuse(401, "GatedRepo", f"Access to {kind} {name} is restricted. You must be authenticated to access it. Please log in.")
+                return self.refuse(
+                    401,
+                    "GatedRepo",
+                    f"Access to {kind} {name} is restricted. You must be authenticated to access it. Please log in.",
+                )
             if repo.gated and self.token() == "hf_expired":
                 return self.refuse(401, "", "Invalid credentials in Authorization header")
             if repo.gated and self.token() != TOKEN:
-                return self.refuse(403, "GatedRepo", f"Access to {kind} {name} is restricted and you are not in the authorized list.")
+                return self.refuse(
+                    403,
+                    "GatedRepo",
+                    f"Access to {kind} {name} is restricted and you are not in the authorized list.",
+                )
             file = repo.files.get(path)
             if file is None:
                 return self.refuse(404, "EntryNotFound", "Entry not found", repo.commit)
@@ -247,7 +327,12 @@ def handler(hub: Hub, storage: bool) -> type[BaseHTTPRequestHandler]:
             if not file.large:
                 return self.send_file(file, about | {"ETag": f'"{file.etag}"'})
             where = f"{hub.storage_url}/{file.etag}/{path.split('/')[-1]}?Signature=signed-for-this-request"
-            self.say(302, b"", about | {"X-Linked-Size": str(file.size), "X-Linked-Etag": f'"{file.etag}"', "Location": where})
+            self.say(
+                302,
+                b"",
+                about
+                | {"X-Linked-Size": str(file.size), "X-Linked-Etag": f'"{file.etag}"', "Location": where},
+            )
 
         def stored(self, path: str):
             if self.headers.get("Authorization"):
@@ -259,10 +344,20 @@ def handler(hub: Hub, storage: bool) -> type[BaseHTTPRequestHandler]:
             self.say(404)
 
         def send_file(self, file: File, headers: dict[str, str]):
-            fault = hub.fault("GET", unquote(urlsplit(self.path).path), body=True) if self.command == "GET" else None
+            fault = (
+                hub.fault("GET", unquote(urlsplit(self.path).path), body=True)
+                if self.command == "GET"
+                else None
+            )
             start, end, status = 0, file.size, 200
-            if not (fault and fault.deaf) and (asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
-                start, end, status = int(asked[1]), min(int(asked[2] or file.size) + bool(asked[2]), file.size), 206
+            if not (fault and fault.deaf) and (
+                asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            ):
+                start, end, status = (
+                    int(asked[1]),
+                    min(int(asked[2] or file.size) + bool(asked[2]), file.size),
+                    206,
+                )
                 if start >= file.size:
                     return self.say(416, b"", {"Content-Range": f"bytes */{file.size}"})
                 headers = headers | {"Content-Range": f"bytes {start}-{end - 1}/{file.size}"}

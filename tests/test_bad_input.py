@@ -13,17 +13,31 @@ import tiny
 from conftest import run_script
 
 import experiment
-import sources
-from errors import WrongRequest
+from sae_separation.errors import WrongRequest
+from sae_separation.questions import read_questions
+from sae_separation.text import read_local
 
-OWN = ["--out_dir=run_0", "--lm=lm", "--layer=1", "--retain_text=good.jsonl", "--questions=good_q.jsonl", "--forget_subject=biology"]
+OWN = [
+    "--out_dir=run_0",
+    "--lm=lm",
+    "--layer=1",
+    "--retain_text=good.jsonl",
+    "--questions=good_q.jsonl",
+    "--forget_subject=biology",
+]
 OPTIONS = {
     "no out_dir": ([], "--out_dir is missing"),
     "not in the plan, no arm": (["--out_dir=somewhere"], "give its --arm"),
     "unknown run": (["--out_dir=run_77"], "run_77 is not in the plan"),
     "unknown arm": (["--out_dir=x", "--arm=magic"], "magic"),
-    "chunks of one feature": (["--out_dir=x", "--arm=ortsae", "--chunk_size=1"], "--chunk_size 1 must be at least 2"),
-    "groups of one feature": (["--out_dir=x", "--arm=grouped", "--group_size=1"], "--group_size 1 must be at least 2"),
+    "chunks of one feature": (
+        ["--out_dir=x", "--arm=ortsae", "--chunk_size=1"],
+        "--chunk_size 1 must be at least 2",
+    ),
+    "groups of one feature": (
+        ["--out_dir=x", "--arm=grouped", "--group_size=1"],
+        "--group_size 1 must be at least 2",
+    ),
     "unknown option": (["--out_dir=run_0", "--learning_rate=1"], "--learning_rate"),
     "an option cut short": (["--out_dir=run_0", "--token=300000"], "--token"),
     "unknown testbed": (["--out_dir=run_0", "--testbed=gpt-5"], "gpt-5"),
@@ -57,16 +71,34 @@ OPTIONS = {
     "features fewer than k": (["--out_dir=run_8", "--d_sae=64", "--k=80"], "--k 80"),
     "layer below the first": (["--out_dir=run_0", "--layer=-1"], "--layer is -1"),
     "layer beyond micro's": (["--out_dir=run_0", "--testbed=micro", "--layer=4"], "4 layers; give 0 to 3"),
-    "layer beyond pythia's": (["--out_dir=run_0", "--testbed=pythia-70m", "--layer=6"], "6 layers; give 0 to 5"),
+    "layer beyond pythia's": (
+        ["--out_dir=run_0", "--testbed=pythia-70m", "--layer=6"],
+        "6 layers; give 0 to 5",
+    ),
     "layer beyond gemma's": (["--out_dir=run_0", "--testbed=gemma-2-2b", "--layer=26"], "26 layers"),
     "layer beyond the own LM's": (["--out_dir=run_0", "--lm=lm", "--layer=3"], "3 layers; give 0 to 2"),
-    "an LM without a layer": ([*OWN, "--forget_text=good.jsonl", "--layer"], "--layer is missing: which layer of --lm lm (0"),
+    "an LM without a layer": (
+        [*OWN, "--forget_text=good.jsonl", "--layer"],
+        "--layer is missing: which layer of --lm lm (0",
+    ),
     "an LM without text": (OWN, "--forget_text is missing"),
-    "an LM without a tokenizer": (["--out_dir=run_0", "--lm=mute", "--layer=1"], "--lm mute holds no tokenizer"),
-    "an LM that is not there": (["--out_dir=run_0", "--lm=nowhere", "--layer=1"], "neither a folder here nor a hub name"),
-    "a path that is not there": (["--out_dir=run_0", "--lm=./no/where", "--layer=1"], "neither a folder here nor a hub name"),
+    "an LM without a tokenizer": (
+        ["--out_dir=run_0", "--lm=mute", "--layer=1"],
+        "--lm mute holds no tokenizer",
+    ),
+    "an LM that is not there": (
+        ["--out_dir=run_0", "--lm=nowhere", "--layer=1"],
+        "neither a folder here nor a hub name",
+    ),
+    "a path that is not there": (
+        ["--out_dir=run_0", "--lm=./no/where", "--layer=1"],
+        "neither a folder here nor a hub name",
+    ),
     "an LM that is a file": (["--out_dir=run_0", "--lm=good.jsonl", "--layer=1"], "is a file"),
-    "an LM for a named testbed": (["--out_dir=run_0", "--testbed=pythia-70m", "--lm=lm"], "cannot stand in for the LM of --testbed pythia-70m"),
+    "an LM for a named testbed": (
+        ["--out_dir=run_0", "--testbed=pythia-70m", "--lm=lm"],
+        "cannot stand in for the LM of --testbed pythia-70m",
+    ),
     "a folder that is no LM": (["--out_dir=run_0", "--lm=empty_folder", "--layer=1"], "no config.json"),
     "an encoder-decoder": (["--out_dir=run_0", "--lm=t5", "--layer=1"], "not a causal decoder-only LM"),
     "an encoder": (["--out_dir=run_0", "--lm=bert", "--layer=1"], "not a causal decoder-only LM"),
@@ -78,8 +110,14 @@ OPTIONS = {
 TEXTS = {
     "no such file": ("nothing.jsonl", "does not exist here"),
     "neither file nor data set": ("wikitext", "no hub data set (owner/name:config@split)"),
-    "a glob without a match": ("*.parquet2", "holds no .txt, .md, .jsonl, .ndjson, .csv, .tsv or .parquet file"),
-    "a folder without text": ("empty_folder", "holds no .txt, .md, .jsonl, .ndjson, .csv, .tsv or .parquet file"),
+    "a glob without a match": (
+        "*.parquet2",
+        "holds no .txt, .md, .jsonl, .ndjson, .csv, .tsv or .parquet file",
+    ),
+    "a folder without text": (
+        "empty_folder",
+        "holds no .txt, .md, .jsonl, .ndjson, .csv, .tsv or .parquet file",
+    ),
     "another kind of file": ("picture.png", "files of this kind are not read"),
     "an empty file": ("empty.jsonl", "holds no text"),
     "only empty documents": ("blank.jsonl", "(2 empty documents)"),
@@ -94,10 +132,19 @@ TEXTS = {
     "no parquet": ("not.parquet", "cannot be read"),
     "no zstandard": ("not.jsonl.zst", "cannot be read"),
     "cut-off gzip": ("cut.jsonl.gz", "cannot be read"),
-    "cut-off zstandard": ("cut.txt.zst", "cut.txt.zst cannot be read (EOFError: the file ends before its last frame"),
+    "cut-off zstandard": (
+        "cut.txt.zst",
+        "cut.txt.zst cannot be read (EOFError: the file ends before its last frame",
+    ),
     "UTF-16": ("utf16.csv", "it is not UTF-8 text but UTF-16"),
-    "no such column of a table": ("good.csv#body", "good.csv has no column body but text, n: name one with #column"),
-    "a quotation mark without end": ("quote.csv", "quote.csv cannot be read (ValueError: line 3: unexpected end of data)"),
+    "no such column of a table": (
+        "good.csv#body",
+        "good.csv has no column body but text, n: name one with #column",
+    ),
+    "a quotation mark without end": (
+        "quote.csv",
+        "quote.csv cannot be read (ValueError: line 3: unexpected end of data)",
+    ),
     "a packed parquet": ("good.parquet.gz", "files of this kind are not read"),
 }
 QUESTIONS = {
@@ -121,7 +168,10 @@ QUESTIONS = {
 FILES = {
     "no questions": ([], "holds no question"),
     "one subject": (tiny.questions("biology", 20), "all about biology"),
-    "another forget subject": (tiny.questions("physics", 20) + tiny.questions("history", 20), "--forget_subject biology is not among"),
+    "another forget subject": (
+        tiny.questions("physics", 20) + tiny.questions("history", 20),
+        "--forget_subject biology is not among",
+    ),
 }
 
 
@@ -130,17 +180,30 @@ def here(tmp_path, monkeypatch):
     """A folder with a user's files, good and bad, as the current one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    sources.read_local.cache_clear(), sources.read_questions.cache_clear()  # names are relative, and the folder is another
+    (
+        read_local.cache_clear(),
+        read_questions.cache_clear(),
+    )  # names are relative, and the folder is another
     tiny.save_jsonl(tmp_path / "good.jsonl", tiny.documents(20, 0))
     tiny.save_jsonl(tmp_path / "good_q.jsonl", tiny.questions("biology", 20) + tiny.questions("history", 20))
     (tmp_path / "empty_folder").mkdir()
-    kinds = {"lm": ("LlamaForCausalLM", {}), "mute": ("LlamaForCausalLM", {}), "t5": ("T5ForConditionalGeneration", {"is_encoder_decoder": True}), "bert": ("BertForMaskedLM", {}), "pickled": ("GPT2LMHeadModel", {}),
-             "remote": ("OwnForCausalLM", {"auto_map": {"AutoModelForCausalLM": "own.Own"}})}  # fmt: skip
+    kinds = {
+        "lm": ("LlamaForCausalLM", {}),
+        "mute": ("LlamaForCausalLM", {}),
+        "t5": ("T5ForConditionalGeneration", {"is_encoder_decoder": True}),
+        "bert": ("BertForMaskedLM", {}),
+        "pickled": ("GPT2LMHeadModel", {}),
+        "remote": ("OwnForCausalLM", {"auto_map": {"AutoModelForCausalLM": "own.Own"}}),
+    }
     for name, (architecture, more) in kinds.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"architectures": [architecture], "num_hidden_layers": 3} | more))
+        (tmp_path / name / "config.json").write_text(
+            json.dumps({"architectures": [architecture], "num_hidden_layers": 3} | more)
+        )
         (tmp_path / name / ("tokenizer_config.json" if name == "mute" else "tokenizer.json")).write_text("{}")
-        (tmp_path / name / ("pytorch_model.bin" if name == "pickled" else "model.safetensors")).write_bytes(b"")
+        (tmp_path / name / ("pytorch_model.bin" if name == "pickled" else "model.safetensors")).write_bytes(
+            b""
+        )
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "config.json").write_text('{"architectures"')
     return tmp_path
@@ -156,8 +219,19 @@ def bad_texts(folder: Path):
     (folder / "good.csv").write_text("text,n\na,1\nb,2\n")
     (folder / "quote.csv").write_text('text\na\n"b\n')
     (folder / "good.parquet.gz").write_bytes(b"")
-    contents = {"picture.png": b"\x89PNG", "empty.jsonl": b"", "blank.jsonl": b'{"text": ""}\n{"text": "  "}\n', "one.txt": b"one\ntwo\n", "prose.jsonl": b"Once upon\na time\n",
-                "binary.txt": bytes(range(256)) * 9, "zeros.txt": b"a\0b\n\nc\0d", "binary.jsonl": b"\xff\xfe\x00", "not.parquet": b"PAR0" * 20, "not.jsonl.zst": b"no frame", "cut.jsonl.gz": b"\x1f\x8b\x08\x00"}  # fmt: skip
+    contents = {
+        "picture.png": b"\x89PNG",
+        "empty.jsonl": b"",
+        "blank.jsonl": b'{"text": ""}\n{"text": "  "}\n',
+        "one.txt": b"one\ntwo\n",
+        "prose.jsonl": b"Once upon\na time\n",
+        "binary.txt": bytes(range(256)) * 9,
+        "zeros.txt": b"a\0b\n\nc\0d",
+        "binary.jsonl": b"\xff\xfe\x00",
+        "not.parquet": b"PAR0" * 20,
+        "not.jsonl.zst": b"no frame",
+        "cut.jsonl.gz": b"\x1f\x8b\x08\x00",
+    }
     for name, content in contents.items():
         (folder / name).write_bytes(content)
     datasets.Dataset.from_dict({"text": ["a", "b"], "n": [1, 2]}).to_parquet(folder / "good.parquet")
@@ -217,13 +291,23 @@ def test_wrong_subjects(case, here):
     refused([*OWN, "--forget_text=good.jsonl", "--questions=bad_q.jsonl"], FILES[case][1], here)
 
 
-@pytest.mark.parametrize("left_out, said", [("--questions", "--questions is missing"), ("--forget_subject", "--forget_subject is missing: which of biology, history"), ("--retain_text", "--retain_text is missing")])
+@pytest.mark.parametrize(
+    "left_out, said",
+    [
+        ("--questions", "--questions is missing"),
+        ("--forget_subject", "--forget_subject is missing: which of biology, history"),
+        ("--retain_text", "--retain_text is missing"),
+    ],
+)
 def test_what_an_lm_of_ones_own_needs(left_out, said, here):
     refused([a for a in OWN if not a.startswith(left_out)] + ["--forget_text=good.jsonl"], said, here)
 
 
 def test_evaluations_without_questions_need_none(here):
-    request([a for a in OWN if not a.startswith(("--questions", "--forget_subject"))] + ["--forget_text=good.jsonl", "--evals", "core", "corpus"])
+    request(
+        [a for a in OWN if not a.startswith(("--questions", "--forget_subject"))]
+        + ["--forget_text=good.jsonl", "--evals", "core", "corpus"]
+    )
 
 
 def test_an_out_dir_that_cannot_be_one(here):
@@ -245,14 +329,33 @@ def test_folders_and_files_without_permission(here):
     refused([*OWN, "--forget_text=shut.jsonl"], "PermissionError", here)
 
 
-REAL = ["no out_dir", "unknown arm", "unknown option", "unknown testbed", "fewer tokens than steps", "nan", "huge count", "not a number", "layer beyond micro's", "an encoder-decoder", "pickled weights", "same folder twice"]
+REAL = [
+    "no out_dir",
+    "unknown arm",
+    "unknown option",
+    "unknown testbed",
+    "fewer tokens than steps",
+    "nan",
+    "huge count",
+    "not a number",
+    "layer beyond micro's",
+    "an encoder-decoder",
+    "pickled weights",
+    "same folder twice",
+]
 
 
 @pytest.mark.parametrize("case", [*REAL, "text", "questions"])
 def test_the_real_command_ends_with_one_line_and_exit_code_2(case, here):
     bad_texts(here)
     tiny.save_jsonl(here / "bad_q.jsonl", [q | {"answer": 4} for q in tiny.questions("biology", 9)])
-    asked, said = OPTIONS.get(case) or {"text": ([*OWN, "--forget_text=prose.jsonl"], "no JSON"), "questions": ([*OWN, "--forget_text=good.jsonl", "--questions=bad_q.jsonl"], "the answer is '4'")}[case]
+    asked, said = (
+        OPTIONS.get(case)
+        or {
+            "text": ([*OWN, "--forget_text=prose.jsonl"], "no JSON"),
+            "questions": ([*OWN, "--forget_text=good.jsonl", "--questions=bad_q.jsonl"], "the answer is '4'"),
+        }[case]
+    )
     before, started = sorted(here.rglob("*")), time.monotonic()
     done = run_script("experiment.py", *asked, cwd=here)
     assert done.returncode == 2 and time.monotonic() - started < 5

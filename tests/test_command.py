@@ -12,9 +12,10 @@ from conftest import ROOT
 from test_bad_input import OWN, here, refused, request  # noqa: F401  (here is a fixture)
 
 import experiment
-import sources
-from errors import WrongRequest
 from experiment import ONE_PASS, PLAN, Command, Config, parse_command
+from sae_separation import checks
+from sae_separation.errors import WrongRequest
+from sae_separation.specs import Wanted
 
 # ---- what runs on one LM pass share
 
@@ -23,22 +24,39 @@ A_RUNS_OWN = set(
     "target_sharing alpha_start loss_warmup_steps layer_norm skip orthogonal_init feature_dropout unlock_steps lr feature_lr_power grad_clip "
     "grad_accumulation warmup_steps decay_fraction compile resample_steps dead_tokens".split()
 )
-ANOTHER = {"testbed": "micro", "lm": "other/lm", "layer": 2, "forget_text": ("f.txt",), "retain_text": ("r.txt",), "questions": ("q.json",), "forget_subject": "history",
-           "scoring": "cloze", "tokens": 204_800, "context_size": 64, "batch_size": 1024, "buffer_tokens": 65_536, "time_budget_minutes": 5.0}  # fmt: skip
+ANOTHER = {
+    "testbed": "micro",
+    "lm": "other/lm",
+    "layer": 2,
+    "forget_text": ("f.txt",),
+    "retain_text": ("r.txt",),
+    "questions": ("q.json",),
+    "forget_subject": "history",
+    "scoring": "cloze",
+    "tokens": 204_800,
+    "context_size": 64,
+    "batch_size": 1024,
+    "buffer_tokens": 65_536,
+    "time_budget_minutes": 5.0,
+}
 
 
 def test_every_setting_is_either_shared_by_a_pass_or_a_runs_own():
-    assert A_RUNS_OWN | set(ONE_PASS) == {f.name for f in fields(Config)}, "a new setting needs a class: ONE_PASS, or here"
+    assert A_RUNS_OWN | set(ONE_PASS) == {f.name for f in fields(Config)}, (
+        "a new setting needs a class: ONE_PASS, or here"
+    )
     assert not A_RUNS_OWN & set(ONE_PASS) and len(set(ONE_PASS)) == len(ONE_PASS)
     assert set(ANOTHER) == set(ONE_PASS)
 
 
 @pytest.mark.parametrize("name", ONE_PASS)
-def test_runs_that_differ_in_what_a_pass_shares_are_refused_before_anything_starts(name, monkeypatch, tmp_path, capsys):
+def test_runs_that_differ_in_what_a_pass_shares_are_refused_before_anything_starts(
+    name, monkeypatch, tmp_path, capsys
+):
     def never(*_):
         raise AssertionError("a testbed was loaded")
 
-    monkeypatch.setattr("testbeds.load", never)
+    monkeypatch.setattr("sae_separation.testbeds.load", never)
     monkeypatch.chdir(tmp_path)
     configs = [Config(), Config(arm="fixed", **{name: ANOTHER[name]})]
     assert experiment.main(Command(out_dir=("a", "b")), configs) == 2
@@ -50,7 +68,9 @@ def test_runs_that_differ_in_what_a_pass_shares_are_refused_before_anything_star
 
 def test_a_plan_whose_runs_cannot_share_a_pass_is_refused_before_anything_heavy(monkeypatch, tmp_path):
     monkeypatch.setitem(PLAN, "run_0", {"arm": "vanilla", "tokens": 409_600})
-    command, configs = parse_command(["--out_dir", f"{tmp_path}/run_0", f"{tmp_path}/run_1", "--testbed=micro"])
+    command, configs = parse_command(
+        ["--out_dir", f"{tmp_path}/run_0", f"{tmp_path}/run_1", "--testbed=micro"]
+    )
     with pytest.raises(WrongRequest, match=r"--tokens differs .*run_0 409600, .*run_1 None\)"):
         experiment.check(command, configs)
 
@@ -80,7 +100,7 @@ def test_what_is_a_runs_own_takes_effect_in_each_run(micro, monkeypatch, tmp_pat
             super().__init__(*args, **kwargs)
             bars.append(self)
 
-    monkeypatch.setattr("testbeds.load", lambda *args: loaded.append(args) or micro)
+    monkeypatch.setattr("sae_separation.testbeds.load", lambda *args: loaded.append(args) or micro)
     monkeypatch.setattr(experiment, "evaluation_contexts", lambda *args: checked.append(args))
     monkeypatch.setattr(experiment, "Evaluator", lambda *_: Measured())
     monkeypatch.setattr(experiment, "tqdm", Bar)
@@ -88,25 +108,42 @@ def test_what_is_a_runs_own_takes_effect_in_each_run(micro, monkeypatch, tmp_pat
     configs = [
         Config(**small, seeds=(3,), evals=("none",), d_sae=96, arm="fixed", alpha=0.3),
         Config(**small, seeds=(0,), evals=("core",), d_sae=64, lr=1e-3),
-        Config(**small, seeds=(0, 1), evals=("unlearning", "geometry"), d_sae=128, k=8, activation="batchtopk"),
+        Config(
+            **small, seeds=(0, 1), evals=("unlearning", "geometry"), d_sae=128, k=8, activation="batchtopk"
+        ),
     ]
     command = Command(out_dir=tuple(str(tmp_path / name) for name in "abc"))
     assert experiment.main(command, configs) == 0, capsys.readouterr().err
-    assert [args[3] for args in loaded] == [True], "as one that is asked questions, as one of the runs wants them"
+    assert [args[3] for args in loaded] == [True], (
+        "as one that is asked questions, as one of the runs wants them"
+    )
     assert len(checked) == 1
-    assert [(bar.desc, bar.n, bar.total) for bar in bars] == [("training", 51_200, 51_200), ("evaluating", 5, 5)]
+    assert [(bar.desc, bar.n, bar.total) for bar in bars] == [
+        ("training", 51_200, 51_200),
+        ("evaluating", 5, 5),
+    ]
     info = [json.loads((tmp_path / name / "final_info.json").read_text()) for name in "abc"]
-    assert [set(i) for i in info] == [{"training"}, {"training", "core"}, {"training", "unlearning", "geometry"}]
+    assert [set(i) for i in info] == [
+        {"training"},
+        {"training", "core"},
+        {"training", "unlearning", "geometry"},
+    ]
     assert info[1]["core"]["final_info_dict"] == {"features": [64.0]}
     assert info[2]["geometry"]["final_info_dict"] == {"features": [128.0, 128.0]}
     assert info[2]["unlearning"]["final_info_dict"] == {"seed": [0.0, 1.0]}
     for i, config, name in zip(info, configs, "abc"):
         said = json.loads((tmp_path / name / "config.json").read_text())["config"]
-        asked = {k: v for k, v in vars(config).items() if v not in (None, "", ()) and k not in ("group_size", "chunk_size")}  # at most d_sae
+        asked = {
+            k: v
+            for k, v in vars(config).items()
+            if v not in (None, "", ()) and k not in ("group_size", "chunk_size")
+        }  # at most d_sae
         assert {k: said[k] for k in asked} == json.loads(json.dumps(asked))
         assert i["training"]["final_info_dict"]["tokens_trained"] == [said["tokens"]] * len(said["seeds"])
     assert [i["training"]["means"]["alpha"] for i in info] == pytest.approx([0.3, 0, 0])
-    assert info[2]["training"]["means"]["l1_coefficient"] == 0 < info[1]["training"]["means"]["l1_coefficient"]
+    assert (
+        info[2]["training"]["means"]["l1_coefficient"] == 0 < info[1]["training"]["means"]["l1_coefficient"]
+    )
 
 
 # ---- the plan
@@ -115,11 +152,23 @@ def test_what_is_a_runs_own_takes_effect_in_each_run(micro, monkeypatch, tmp_pat
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--out_dir=x/run_8"], "x/run_8: run 8 of the plan: --arm adaptive --alpha 1 --activation batchtopk"),
-        (["--out_dir=run_10", "--tokens=3M", "--seeds", "4"], "run_10: run 10 of the plan: --arm frozen_decoder"),
+        (
+            ["--out_dir=x/run_8"],
+            "x/run_8: run 8 of the plan: --arm adaptive --alpha 1 --activation batchtopk",
+        ),
+        (
+            ["--out_dir=run_10", "--tokens=3M", "--seeds", "4"],
+            "run_10: run 10 of the plan: --arm frozen_decoder",
+        ),
         (["--out_dir=run_9", "--alpha=0.25"], "run_9: run 9 of the plan: --arm ortsae --alpha 0.25"),
-        (["--out_dir=run_1", "--arm=fixed", "--alpha=0.7"], "run_1: run 1 of the plan: --arm fixed --alpha 0.1; in its place --alpha 0.7"),
-        (["--out_dir=run_0", "--arm=ortsae"], "run_0: run 0 of the plan: --arm vanilla; in its place --arm ortsae"),
+        (
+            ["--out_dir=run_1", "--arm=fixed", "--alpha=0.7"],
+            "run_1: run 1 of the plan: --arm fixed --alpha 0.1; in its place --alpha 0.7",
+        ),
+        (
+            ["--out_dir=run_0", "--arm=ortsae"],
+            "run_0: run 0 of the plan: --arm vanilla; in its place --arm ortsae",
+        ),
         (["--out_dir=mine", "--arm=fixed"], ""),
     ],
 )
@@ -135,7 +184,11 @@ def test_what_the_plan_gives_a_run_is_said_in_one_line(argv, said, capsys):
         (["--out_dir=run_8", "--activation=relu"], "--activation relu", "--arm --alpha"),
         (["--out_dir=run_1", "--alpha=0.5"], "--alpha 0.5", "--arm"),
         (["--out_dir", "run_2", "run_3", "--alpha=0.1"], "--alpha 0.1", "--arm"),
-        (["--out_dir=run_7", "--arm=adaptive", "--alpha=1", "--unlock_steps=0"], "--unlock_steps 0", "--alpha_start --loss_warmup_steps"),
+        (
+            ["--out_dir=run_7", "--arm=adaptive", "--alpha=1", "--unlock_steps=0"],
+            "--unlock_steps 0",
+            "--alpha_start --loss_warmup_steps",
+        ),
     ],
 )
 def test_an_option_that_contradicts_the_plan_half_way_is_refused(argv, contradicts, too):
@@ -143,12 +196,16 @@ def test_an_option_that_contradicts_the_plan_half_way_is_refused(argv, contradic
         parse_command([*argv, "--testbed=micro"])
     name = "run_3" if "run_3" in argv else argv[0].removeprefix("--out_dir=")
     assert f"--out_dir {name}: run {name[-1]} of the plan: --arm " in str(wrong.value)
-    assert f"which {contradicts} contradicts: name another folder and its --arm, or give {too} too" in str(wrong.value)
+    assert f"which {contradicts} contradicts: name another folder and its --arm, or give {too} too" in str(
+        wrong.value
+    )
 
 
 def test_a_planned_run_with_all_its_settings_given_is_that_run_and_so_is_one_with_others():
     given = [f"--{k}={v}" for k, v in PLAN["run_7"].items()]
-    (plain,), (repeated,) = (parse_command(["--out_dir=run_7", "--testbed=micro", *more])[1] for more in ([], given))
+    (plain,), (repeated,) = (
+        parse_command(["--out_dir=run_7", "--testbed=micro", *more])[1] for more in ([], given)
+    )
     assert plain == repeated and plain.unlock_steps == 30
     (other,) = parse_command(["--out_dir=run_1", "--arm=ortsae", "--alpha=2"])[1]
     assert (other.arm, other.alpha) == ("ortsae", 2.0)
@@ -157,15 +214,26 @@ def test_a_planned_run_with_all_its_settings_given_is_that_run_and_so_is_one_wit
 @pytest.mark.parametrize("folders", ["m_vanilla m_adaptive", "run_0 mine", "mine run_6 mine_too"])
 def test_two_runs_with_the_same_settings_are_refused(folders):
     arm = "vanilla" if "run_0" in folders else "adaptive"
-    with pytest.raises(WrongRequest, match=f"--out_dir {'run_0 mine' if 'run_0' in folders else '.*'} are two runs with the same settings"):
+    with pytest.raises(
+        WrongRequest,
+        match=f"--out_dir {'run_0 mine' if 'run_0' in folders else '.*'} are two runs with the same settings",
+    ):
         parse_command(["--out_dir", *folders.split(), f"--arm={arm}", "--alpha=1"])
 
 
 def test_the_commands_of_readme_and_makefile_are_taken(monkeypatch):
-    monkeypatch.setattr(sources, "missing", lambda *_: {})  # whether their files are here
+    monkeypatch.setattr("sae_separation.checks.missing", lambda *_: {})  # whether their files are here
     text = (ROOT / "README.md").read_text() + (ROOT / "Makefile").read_text()
-    text = re.sub(r"\$\(addprefix (\S+),([\d ]+)\)", lambda m: " ".join(m[1] + n for n in m[2].split()), text.replace("\\\n", " "))
-    argvs = [shlex.split(said) for said in re.findall(r"python experiment\.py (--[^`#\n]*)", text) if "--help" not in said]
+    text = re.sub(
+        r"\$\(addprefix (\S+),([\d ]+)\)",
+        lambda m: " ".join(m[1] + n for n in m[2].split()),
+        text.replace("\\\n", " "),
+    )
+    argvs = [
+        shlex.split(said)
+        for said in re.findall(r"python experiment\.py (--[^`#\n]*)", text)
+        if "--help" not in said
+    ]
     assert len(argvs) >= 8
     for argv in argvs:
         command, configs = parse_command(argv)
@@ -183,12 +251,33 @@ def test_a_home_folder_is_expanded_in_every_path(here, monkeypatch):  # noqa: F8
     tiny.save_jsonl(here / "bio.jsonl", tiny.questions("x", 20))
     tiny.save_jsonl(here / "rest.jsonl", tiny.questions("history", 20))
     monkeypatch.chdir(ROOT)
-    request(["--out_dir=~/run_0", "--lm=~/lm", "--layer=1", "--forget_text=~/good.jsonl#text", "--retain_text=~/*.jsonl#text".replace("*", "good"),
-             "--questions", "biology=~/bio.jsonl", "~/rest.jsonl", "--forget_subject=biology"])  # fmt: skip
-    assert sources.check_lm(sources.Wanted(lm="~/lm")) == 3
+    request(
+        [
+            "--out_dir=~/run_0",
+            "--lm=~/lm",
+            "--layer=1",
+            "--forget_text=~/good.jsonl#text",
+            "--retain_text=~/*.jsonl#text".replace("*", "good"),
+            "--questions",
+            "biology=~/bio.jsonl",
+            "~/rest.jsonl",
+            "--forget_subject=biology",
+        ]
+    )
+    assert checks.check_lm(Wanted(lm="~/lm")) == 3
 
 
-NUMBERS = {"3M": 3_000_000, "0.5M": 500_000, "4e5": 400_000, "4.096e5": 409_600, "200k": 200_000, "200K": 200_000, "3_000_000": 3_000_000, "1B": 10**9, "204800": 204_800}
+NUMBERS = {
+    "3M": 3_000_000,
+    "0.5M": 500_000,
+    "4e5": 400_000,
+    "4.096e5": 409_600,
+    "200k": 200_000,
+    "200K": 200_000,
+    "3_000_000": 3_000_000,
+    "1B": 10**9,
+    "204800": 204_800,
+}
 
 
 @pytest.mark.parametrize("said", NUMBERS)
@@ -201,17 +290,29 @@ def test_amounts_are_read_as_people_write_them(said):
 def test_every_whole_number_of_the_command_line_is_read_so():
     options = [f.name for f in fields(Config) if f.type in (int, int | None)]
     assert len(options) == 17
-    values = {"layer": 3, "tokens": 10**6, "batch_size": 2000, "k": 20, "context_size": 100, "grad_accumulation": 2, "unlock_steps": 10}
+    values = {
+        "layer": 3,
+        "tokens": 10**6,
+        "batch_size": 2000,
+        "k": 20,
+        "context_size": 100,
+        "grad_accumulation": 2,
+        "unlock_steps": 10,
+    }
     argv = [f"--{name}={values.get(name, 12_000) / 1000:g}k" for name in options]
     (config,) = parse_command(["--out_dir=run_0", "--seeds", "0", "1k", *argv])[1]
-    assert {name: getattr(config, name) for name in options} == {name: values.get(name, 12_000) for name in options}
+    assert {name: getattr(config, name) for name in options} == {
+        name: values.get(name, 12_000) for name in options
+    }
     assert config.seeds == (0, 1000)
     for name in options:
         with pytest.raises(WrongRequest, match=f"--{name}: 1.5 is not a whole number"):
             parse_command(["--out_dir=run_0", f"--{name}=1.5"])
 
 
-@pytest.mark.parametrize("said", ["1.5", "0.0001k", "many", "k", "", "nan", "inf", "3MM", "3 000", "1,000", "1e-3", "0x10"])
+@pytest.mark.parametrize(
+    "said", ["1.5", "0.0001k", "many", "k", "", "nan", "inf", "3MM", "3 000", "1,000", "1e-3", "0x10"]
+)
 def test_what_is_no_whole_number_is_refused_for_that_reason(said):
     with pytest.raises(WrongRequest, match=f"argument --tokens: {re.escape(said)} is not a whole number"):
         parse_command(["--out_dir=run_0", f"--tokens={said}"])
@@ -226,7 +327,9 @@ def test_numbers_of_any_length_are_refused_at_once():
 def test_evaluations_keep_the_order_given_and_unknown_ones_are_refused():
     (config,) = parse_command(["--out_dir=run_0", "--evals", "geometry", "core"])[1]
     assert config.evals == ("geometry", "core")
-    with pytest.raises(WrongRequest, match="argument --evals: invalid choice: 'vibes' .choose from 'core', 'unlearning'") as wrong:
+    with pytest.raises(
+        WrongRequest, match="argument --evals: invalid choice: 'vibes' .choose from 'core', 'unlearning'"
+    ) as wrong:
         parse_command(["--out_dir=run_0", "--evals", "core", "vibes"])
     assert "\n" not in str(wrong.value)
     with pytest.raises(WrongRequest, match="--evals .*each once"):
@@ -240,26 +343,52 @@ def test_all_that_an_lm_of_ones_own_lacks_is_named_at_once_with_a_command_that_w
     with pytest.raises(WrongRequest) as wrong:
         request(["--lm", "lm", "--seeds", "0", "1"])
     told = str(wrong.value)
-    assert told.startswith("--out_dir, --layer, --forget_text, --retain_text, --questions, --forget_subject are missing: ")
+    assert told.startswith(
+        "--out_dir, --layer, --forget_text, --retain_text, --questions, --forget_subject are missing: "
+    )
     assert "which layer of --lm lm (0 to 2)" in told and "\n" not in told
-    program, argv = told.split("; for example: ")[1].split(" ", 2)[:2], shlex.split(told.split("; for example: ")[1])[2:]
+    program, argv = (
+        told.split("; for example: ")[1].split(" ", 2)[:2],
+        shlex.split(told.split("; for example: ")[1])[2:],
+    )
     assert program == ["python", "experiment.py"] and argv[:5] == ["--lm", "lm", "--seeds", "0", "1"]
-    places = {"FORGET.jsonl": "good.jsonl", "RETAIN.jsonl": "good.jsonl", "QUESTIONS.jsonl": "good_q.jsonl", "SUBJECT": "biology"}
+    places = {
+        "FORGET.jsonl": "good.jsonl",
+        "RETAIN.jsonl": "good.jsonl",
+        "QUESTIONS.jsonl": "good_q.jsonl",
+        "SUBJECT": "biology",
+    }
     assert set(places) <= set(argv)
     request([places.get(a, a) for a in argv])
 
 
 def test_a_missing_arm_is_named_with_all_else_and_the_subjects_with_it(here):  # noqa: F811
     with pytest.raises(WrongRequest) as wrong:
-        request(["--out_dir=mine", "--lm=lm", "--layer=1", "--questions=good_q.jsonl", "--forget_text=two words.txt"])
+        request(
+            [
+                "--out_dir=mine",
+                "--lm=lm",
+                "--layer=1",
+                "--questions=good_q.jsonl",
+                "--forget_text=two words.txt",
+            ]
+        )
     told = str(wrong.value)
-    assert told.startswith("--arm, --retain_text, --forget_subject are missing: mine is not in the plan (run_0, ")
+    assert told.startswith(
+        "--arm, --retain_text, --forget_subject are missing: mine is not in the plan (run_0, "
+    )
     assert "which of biology, history is to be forgotten" in told
-    assert told.endswith("'--forget_text=two words.txt' --arm vanilla --retain_text RETAIN.jsonl --forget_subject biology")
+    assert told.endswith(
+        "'--forget_text=two words.txt' --arm vanilla --retain_text RETAIN.jsonl --forget_subject biology"
+    )
 
 
 def test_evaluations_without_questions_lack_none(here):  # noqa: F811
-    refused(["--out_dir=run_0", "--lm=lm", "--layer=1", "--evals", "core"], "--forget_text, --retain_text are missing: ", here)
+    refused(
+        ["--out_dir=run_0", "--lm=lm", "--layer=1", "--evals", "core"],
+        "--forget_text, --retain_text are missing: ",
+        here,
+    )
     refused([*OWN[:3]], "--forget_text, --retain_text, --questions, --forget_subject are missing: ", here)
 
 
@@ -271,10 +400,22 @@ def test_evaluations_without_questions_lack_none(here):  # noqa: F811
         ("--out_dir run_6 -k 8", "--k in run_6 (activation relu)"),
         ("--out_dir run_8 --target_l0=8 --l1 0.1", "--target_l0 --l1 in run_8 (activation batchtopk)"),
         ("--out_dir run_2 --chunk_size 64", "--chunk_size in run_2 (arm grouped)"),
-        ("--out_dir run_0 run_1 run_6 --forget_features 9", "--forget_features in run_0 (arm vanilla), --forget_features in run_1 (arm fixed)"),
-        ("--out_dir m --arm fixed --activation batchtopk --temperature 1", "--temperature in m (activation batchtopk)"),
-        ("--out_dir run_1 run_9 --group_update_steps 9", "--group_update_steps in run_1 (arm fixed), --group_update_steps in run_9 (arm ortsae)"),
-        ("--out_dir run_8 run_6 --k 8 --alpha 1 --margin 2 --tokens 3M --lr 1e-3", "--k in run_6 (activation relu)"),
+        (
+            "--out_dir run_0 run_1 run_6 --forget_features 9",
+            "--forget_features in run_0 (arm vanilla), --forget_features in run_1 (arm fixed)",
+        ),
+        (
+            "--out_dir m --arm fixed --activation batchtopk --temperature 1",
+            "--temperature in m (activation batchtopk)",
+        ),
+        (
+            "--out_dir run_1 run_9 --group_update_steps 9",
+            "--group_update_steps in run_1 (arm fixed), --group_update_steps in run_9 (arm ortsae)",
+        ),
+        (
+            "--out_dir run_8 run_6 --k 8 --alpha 1 --margin 2 --tokens 3M --lr 1e-3",
+            "--k in run_6 (activation relu)",
+        ),
         ("--out_dir run_6 --alpha 1 --target_l0 8", ""),
     ],
 )
@@ -288,21 +429,51 @@ def test_options_said_to_do_nothing_do_nothing(activations):
     import torch
     from test_trainer import SMALL, replace, train
 
-    other = {"alpha": 3.0, "alpha_start": 0.01, "group_size": 8, "group_update_steps": 1, "chunk_size": 8, "forget_features": 3, "margin": 3.0,
-             "gap_weight": 1.0, "target_sharing": 0.5, "target_l0": 30.0, "l1": 0.5, "k": 20, "temperature": 0.9}  # fmt: skip
+    other = {
+        "alpha": 3.0,
+        "alpha_start": 0.01,
+        "group_size": 8,
+        "group_update_steps": 1,
+        "chunk_size": 8,
+        "forget_features": 3,
+        "margin": 3.0,
+        "gap_weight": 1.0,
+        "target_sharing": 0.5,
+        "target_l0": 30.0,
+        "l1": 0.5,
+        "k": 20,
+        "temperature": 0.9,
+    }
     assert set(other) == {option for options, *_ in experiment.ONLY_FOR for option in options}
     for setting, values in (("arm", experiment.ARM_NAMES), ("activation", experiment.ACTIVATION_NAMES)):
         for value in values:
-            only = [options for options, s, matter in experiment.ONLY_FOR if s == setting and value not in matter]
-            plain, idle = replace(SMALL, **{setting: value}), {option: other[option] for options in only for option in options}
-            trained = [train(config, activations, steps=6)[0].sae.state_dict() for config in (plain, replace(plain, **idle))]
+            only = [
+                options for options, s, matter in experiment.ONLY_FOR if s == setting and value not in matter
+            ]
+            plain, idle = (
+                replace(SMALL, **{setting: value}),
+                {option: other[option] for options in only for option in options},
+            )
+            trained = [
+                train(config, activations, steps=6)[0].sae.state_dict()
+                for config in (plain, replace(plain, **idle))
+            ]
             assert all(torch.equal(tensor, trained[1][name]) for name, tensor in trained[0].items()), value
 
 
 # ---- the LM's folder
 
-LAYERS = {"GPTNeoForCausalLM": "GPTNeoConfig", "MptForCausalLM": "MptConfig", "FalconForCausalLM": "FalconConfig", "BloomForCausalLM": "BloomConfig", "GPT2LMHeadModel": "GPT2Config",
-          "StableLmForCausalLM": "StableLmConfig", "OpenAIGPTLMHeadModel": "OpenAIGPTConfig", "OPTForCausalLM": "OPTConfig", "Phi3ForCausalLM": "Phi3Config"}  # fmt: skip
+LAYERS = {
+    "GPTNeoForCausalLM": "GPTNeoConfig",
+    "MptForCausalLM": "MptConfig",
+    "FalconForCausalLM": "FalconConfig",
+    "BloomForCausalLM": "BloomConfig",
+    "GPT2LMHeadModel": "GPT2Config",
+    "StableLmForCausalLM": "StableLmConfig",
+    "OpenAIGPTLMHeadModel": "OpenAIGPTConfig",
+    "OPTForCausalLM": "OPTConfig",
+    "Phi3ForCausalLM": "Phi3Config",
+}
 
 
 @pytest.mark.parametrize("architecture", LAYERS)
@@ -316,15 +487,25 @@ def test_layers_are_counted_in_the_words_of_every_lm(architecture, tmp_path):
     config.save_pretrained(tmp_path)
     for name in ("model.safetensors", "tokenizer.json"):
         (tmp_path / name).touch()
-    assert sources.check_lm_folder(tmp_path) == 2
+    assert checks.check_lm_folder(tmp_path) == 2
 
 
-@pytest.mark.parametrize("files", ["tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "sentencepiece.bpe.model", "vocab.json merges.txt"])
+@pytest.mark.parametrize(
+    "files",
+    [
+        "tokenizer.json",
+        "tokenizer.model",
+        "spiece.model",
+        "vocab.txt",
+        "sentencepiece.bpe.model",
+        "vocab.json merges.txt",
+    ],
+)
 def test_a_folder_with_some_tokenizer_is_one(files, tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 3}')
     (tmp_path / "model.safetensors").touch()
     for name in files.split():
         with pytest.raises(WrongRequest, match=f"--lm {tmp_path} holds no tokenizer .tokenizer.json, "):
-            sources.check_lm_folder(tmp_path)
+            checks.check_lm_folder(tmp_path)
         Path(tmp_path / name).touch()
-    assert sources.check_lm_folder(tmp_path) == 3
+    assert checks.check_lm_folder(tmp_path) == 3

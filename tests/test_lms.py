@@ -8,12 +8,13 @@ import pytest
 import tiny
 import torch
 
-import evaluation
 import experiment
-import sources
-import testbeds
-from errors import WrongRequest
-from sources import Question, Wanted
+from sae_separation import testbeds
+from sae_separation.errors import WrongRequest
+from sae_separation.exam import Exam, letter_prompt, letter_tokens, most_positions, special_ids
+from sae_separation.lm import InterventionLM, fast_lm_tokens, load_tokenizer, shared_proxy
+from sae_separation.questions import Question
+from sae_separation.specs import Wanted
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +56,8 @@ def plain_answers(testbed, questions):
 def exam_answers(testbed, questions, shared_stems):
     """The same by an exam, as the evaluation asks it."""
     how = dict(shared_stems=shared_stems, mixed_lengths=testbed.mixed_lengths)
-    exam = testbeds.Exam(testbed.tokenizer, questions, "cloze", **how)
-    lm = testbeds.InterventionLM(testbed)
+    exam = Exam(testbed.tokenizer, questions, "cloze", **how)
+    lm = InterventionLM(testbed)
     return exam.probs_from(lambda batch: lm.ask(batch, exam.read))
 
 
@@ -81,7 +82,7 @@ def test_a_window_is_no_hindrance_to_rows_within_it(own, tmp_path):
         (folder / "config.json").write_text(json.dumps(config | {"sliding_window": width}))
         testbed = load(folder, own)
         questions = every_question(testbed)
-        longest = testbeds.Exam(testbed.tokenizer, questions, "cloze").batches[-1].tokens.shape[1]
+        longest = Exam(testbed.tokenizer, questions, "cloze").batches[-1].tokens.shape[1]
         assert 64 < longest < 128 and testbed.shared_stems is shared
         wanted = plain_answers(testbed, questions)
         torch.testing.assert_close(exam_answers(testbed, questions, shared), wanted, atol=1e-5, rtol=1e-4)
@@ -90,11 +91,11 @@ def test_a_window_is_no_hindrance_to_rows_within_it(own, tmp_path):
 @pytest.mark.parametrize("kind", tiny.FURTHER_KINDS)
 def test_layers_that_put_out_tuples_or_lists_are_read_and_resumed(kind, own, tmp_path):
     testbed = load(tiny.save_lm(tmp_path / "lm", kind), own)
-    assert testbed.d_in == tiny.D_IN and testbeds.fast_lm_tokens(testbed.lm) >= 2**14
+    assert testbed.d_in == tiny.D_IN and fast_lm_tokens(testbed.lm) >= 2**14
     stream = experiment.ActivationStream(testbed, 32, 2048, lm_tokens=1024)
     block = stream.next_block()
     assert block.x.shape[1] == tiny.D_IN and torch.isfinite(block.x).all()
-    lm, contexts = testbeds.InterventionLM(testbed), islice(stream.texts[0], 3)
+    lm, contexts = InterventionLM(testbed), islice(stream.texts[0], 3)
     tokens = torch.tensor(list(contexts))
     with torch.no_grad():
         plain = testbed.lm(tokens, output_hidden_states=True, use_cache=False)
@@ -106,7 +107,7 @@ def test_layers_that_put_out_tuples_or_lists_are_read_and_resumed(kind, own, tmp
             assert torch.equal(testbed.lm(tokens, use_cache=False).logits, plain.logits)
         with lm.resumed_from(0 * resid):
             assert (testbed.lm(tokens, use_cache=False).logits - plain.logits).abs().max() > 0.1
-        proxy = testbeds.shared_proxy(lm, testbed)
+        proxy = shared_proxy(lm, testbed)
         for proxied, change in ((resid, False), (0 * resid, True)):
             told = proxy.run_with_hooks(tokens, fwd_hooks=[(testbed.hook_name, lambda x, hook: proxied)])
             assert ((told - plain.logits).abs().max() > 0.1) == change, (
@@ -117,7 +118,7 @@ def test_layers_that_put_out_tuples_or_lists_are_read_and_resumed(kind, own, tmp
 def test_contexts_and_questions_are_held_against_the_positions_that_the_config_names(own, tmp_path):
     for kind, told in (("mpt", 1024), ("openai", 1024), ("stablelm", 1024), ("bloom", float("inf"))):
         testbed = load(tiny.save_lm(tmp_path / kind, kind), own)
-        assert testbeds.most_positions(testbed.lm.config.to_dict()) == told
+        assert most_positions(testbed.lm.config.to_dict()) == told
         config = experiment.Config(context_size=1025, tokens=10**6, evals=("none",))
         if kind == "mpt":
             with pytest.raises(WrongRequest, match="--context_size 1025 is more than the 1024 positions"):
@@ -142,7 +143,7 @@ def prefix_space(own, tmp_path_factory):
 def test_choices_are_scored_as_they_stand_behind_the_question(prefix_space):
     """A tokenizer that puts a space before every text makes "▁", "▁the" of " the" alone."""
     questions = [Question("x", "Which?", ("the", "a", "the the", "D"), 0)] + every_question(prefix_space)
-    exam = testbeds.Exam(prefix_space.tokenizer, questions, "cloze", shared_stems=False)
+    exam = Exam(prefix_space.tokenizer, questions, "cloze", shared_stems=False)
     pieces = prefix_space.tokenizer.convert_ids_to_tokens
     rows = {}
     for batch in exam.batches:
@@ -158,12 +159,12 @@ def test_choices_are_scored_as_they_stand_behind_the_question(prefix_space):
 
 
 def test_letters_are_the_tokens_behind_answer(prefix_space, own):
-    letters = testbeds.letter_tokens(prefix_space.tokenizer)
+    letters = letter_tokens(prefix_space.tokenizer)
     assert prefix_space.tokenizer.convert_ids_to_tokens(letters[0]) == ["▁A", "▁B", "▁C", "▁D"]
     testbed, question = replace(prefix_space, scoring="letter"), prefix_space.questions["biology"][0]
-    exam, lm = testbeds.Exam(testbed.tokenizer, [question]), testbeds.InterventionLM(testbed)
+    exam, lm = Exam(testbed.tokenizer, [question]), InterventionLM(testbed)
     got = exam.probs_from(lambda batch: lm.ask(batch, exam.read))
-    prompt = testbeds.letter_prompt(question, (0, 1, 2, 3))
+    prompt = letter_prompt(question, (0, 1, 2, 3))
     ids = testbed.tokenizer([f"{prompt} {letter}" for letter in "ABCD"], add_special_tokens=False)[
         "input_ids"
     ]
@@ -187,7 +188,7 @@ def test_choices_that_change_the_questions_last_token_are_scored_from_where_they
     tokenizer = AutoTokenizer.from_pretrained(folder)
     questions = [Question("x", "Which?", ("xyz", "the", "D", "q"), 0)]
     for shared in (True, False):
-        exam = testbeds.Exam(tokenizer, questions, "cloze", shared_stems=shared)
+        exam = Exam(tokenizer, questions, "cloze", shared_stems=shared)
         rows = []
         for batch in exam.batches:
             for i, row in enumerate(batch.rows):
@@ -204,11 +205,11 @@ def test_choices_that_change_the_questions_last_token_are_scored_from_where_they
 
 
 def test_byte_level_tokens_of_an_exam_are_those_of_question_and_choice_alone(micro):
-    encode = lambda text: micro.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    encode = lambda text: micro.tokenizer(text, add_special_tokens=False)["input_ids"]
     questions = [q for some in micro.questions.values() for q in some[:10]]
-    letters = testbeds.letter_tokens(micro.tokenizer).tolist()
+    letters = letter_tokens(micro.tokenizer).tolist()
     assert letters == [[encode(f" {letter}")[0] for letter in "ABCD"]]
-    exam = testbeds.Exam(micro.tokenizer, questions, "cloze", shared_stems=True)
+    exam = Exam(micro.tokenizer, questions, "cloze", shared_stems=True)
     for batch in exam.batches:
         for tokens, i in zip(batch.tokens.tolist(), batch.rows):
             stem = [micro.tokenizer.bos_token_id] + encode(f"Question: {questions[i].question}\nAnswer:")
@@ -218,8 +219,8 @@ def test_byte_level_tokens_of_an_exam_are_those_of_question_and_choice_alone(mic
 
 def test_chat_prompts_take_both_spellings_of_a_letter(tmp_path):
     tiny.save_tokenizer(tmp_path)
-    tokenizer = testbeds.load_tokenizer(tmp_path, "custom")
-    letters = testbeds.letter_tokens(tokenizer, "GEMMA_INST_FORMAT")
+    tokenizer = load_tokenizer(tmp_path, "custom")
+    letters = letter_tokens(tokenizer, "GEMMA_INST_FORMAT")
     assert tokenizer.convert_ids_to_tokens(letters[0]) == ["A", "B", "C", "D"]
     assert tokenizer.convert_ids_to_tokens(letters[1]) == ["ĠA", "ĠB", "ĠC", "ĠD"]
 
@@ -230,9 +231,9 @@ def test_a_choice_without_a_token_is_refused(prefix_space, tmp_path):
     saved["normalizer"]["normalizers"].insert(0, strip)
     tiny.save_prefix_space_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
-    tokenizer = testbeds.load_tokenizer(tmp_path, "custom")
+    tokenizer = load_tokenizer(tmp_path, "custom")
     with pytest.raises(WrongRequest, match="Which.* has a choice without a token"):
-        testbeds.Exam(tokenizer, [Question("x", "Which?", ("a", "b", " ", "d"), 0)], "cloze")
+        Exam(tokenizer, [Question("x", "Which?", ("a", "b", " ", "d"), 0)], "cloze")
 
 
 def test_an_lm_without_bos_answers_as_it_would_alone_and_its_first_token_is_left_alone(own, tmp_path):
@@ -245,9 +246,9 @@ def test_an_lm_without_bos_answers_as_it_would_alone_and_its_first_token_is_left
     questions = every_question(testbed)
     wanted = plain_answers(testbed, questions)
     torch.testing.assert_close(exam_answers(testbed, questions, True), wanted, atol=1e-5, rtol=1e-4)
-    lm, special = testbeds.InterventionLM(testbed), testbeds.special_ids(testbed.tokenizer)
+    lm, special = InterventionLM(testbed), special_ids(testbed.tokenizer)
     for scoring in ("cloze", "letter"):
-        exam = testbeds.Exam(testbed.tokenizer, questions, scoring)
+        exam = Exam(testbed.tokenizer, questions, scoring)
         for batch in exam.batches:
             assert not torch.isin(batch.tokens[:, 0], special).any(), "no BOS, a word"
             lm.hook = lambda resid, hook: torch.where(hook.trained[..., None], 2 * resid, resid)
@@ -310,7 +311,7 @@ def with_a_long_embedding(folder, token_id, factor):
 
 def test_an_lm_with_massive_activations_in_most_contexts_is_refused_before_training(own, tmp_path, capsys):
     folder = tiny.save_lm(tmp_path / "lm")
-    tokenizer = testbeds.load_tokenizer(folder, "custom")
+    tokenizer = load_tokenizer(folder, "custom")
     with_a_long_embedding(
         folder, tokenizer.convert_tokens_to_ids("a"), 300
     )  # in every context of forget text

@@ -6,8 +6,17 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-import losses
-from losses import form_groups, gram, omega_all_pairs, omega_between_domains, pull_all_pairs, pull_grouped, pull_ortsae, random_chunks, welch_floor
+from sae_separation.losses import (
+    form_groups,
+    gram,
+    omega_all_pairs,
+    omega_between_domains,
+    pull_all_pairs,
+    pull_grouped,
+    pull_ortsae,
+    random_chunks,
+    welch_floor,
+)
 
 torch.manual_seed(0)
 N, D = 40, 12
@@ -15,7 +24,9 @@ N, D = 40, 12
 
 @pytest.fixture
 def W():
-    return normalize(torch.randn(N, D, generator=torch.Generator().manual_seed(1)).double(), dim=1).requires_grad_()
+    return normalize(
+        torch.randn(N, D, generator=torch.Generator().manual_seed(1)).double(), dim=1
+    ).requires_grad_()
 
 
 @pytest.fixture
@@ -34,7 +45,9 @@ def naive_all_pairs(W):
 
 
 def naive_grouped(W, groups):
-    pairs = [(W[i] @ W[j]) ** 2 for g in groups.tolist() for i in g for j in g if i != j and i >= 0 and j >= 0]
+    pairs = [
+        (W[i] @ W[j]) ** 2 for g in groups.tolist() for i in g for j in g if i != j and i >= 0 and j >= 0
+    ]
     return W.shape[1] * sum(pairs) / len(pairs)
 
 
@@ -78,7 +91,10 @@ def test_a_loss_and_its_pull_in_parts_equal_the_naive_double_loop(name, parts, W
     if parts == 1 or name == "all_pairs":
         assert values == [pytest.approx(naive().item(), rel=1e-9)] * parts
     else:  # each value is of its groups alone, here of eight features each
-        assert sum(v * n for v, n in zip(values, sizes)) / N == pytest.approx(naive().item(), rel=1e-9) and len(set(values)) > 1
+        assert (
+            sum(v * n for v, n in zip(values, sizes)) / N == pytest.approx(naive().item(), rel=1e-9)
+            and len(set(values)) > 1
+        )
 
 
 def test_the_loss_between_domains_and_its_gradient_equal_the_naive_double_loop(W, affinity):
@@ -91,12 +107,19 @@ def test_the_loss_between_domains_and_its_gradient_equal_the_naive_double_loop(W
 def test_the_fast_dtype_gives_the_exact_loss_and_a_gradient_within_a_few_per_cent(name, monkeypatch):
     """In bfloat16, wherever the test runs: value and tangential gradient against float64, on rows that lean on each other and so have a gradient
     to speak of."""
-    monkeypatch.setattr(losses, "has_bf16", lambda device: True)
-    lean = torch.randn(512, 64, generator=torch.Generator().manual_seed(3)) + torch.randn(64, generator=torch.Generator().manual_seed(4))
+    monkeypatch.setattr("sae_separation.losses.has_bf16", lambda device: True)
+    lean = torch.randn(512, 64, generator=torch.Generator().manual_seed(3)) + torch.randn(
+        64, generator=torch.Generator().manual_seed(4)
+    )
     W = normalize(lean, dim=1)
-    pull, hold = {"all_pairs": (pull_all_pairs, gram), "grouped": (pull_grouped, lambda w: torch.arange(512).view(16, 32)),
-                  "ortsae": (pull_ortsae, lambda w: random_chunks(512, 128, torch.Generator().manual_seed(9)))}[name]  # fmt: skip
-    (fast, _, fast_grad), (exact, _, exact_grad) = (whole(pull, rows, hold(rows)) for rows in (W, normalize(W.double(), dim=1)))
+    pull, hold = {
+        "all_pairs": (pull_all_pairs, gram),
+        "grouped": (pull_grouped, lambda w: torch.arange(512).view(16, 32)),
+        "ortsae": (pull_ortsae, lambda w: random_chunks(512, 128, torch.Generator().manual_seed(9))),
+    }[name]
+    (fast, _, fast_grad), (exact, _, exact_grad) = (
+        whole(pull, rows, hold(rows)) for rows in (W, normalize(W.double(), dim=1))
+    )
     assert fast == pytest.approx(exact, rel=5e-3)
     assert (fast_grad - exact_grad).norm() < 0.05 * exact_grad.norm()
 
@@ -104,9 +127,14 @@ def test_the_fast_dtype_gives_the_exact_loss_and_a_gradient_within_a_few_per_cen
 def test_independent_random_rows_give_one_and_orthogonal_rows_give_zero():
     random = normalize(torch.randn(3000, 256), dim=1)
     assert omega_all_pairs(random).item() == pytest.approx(1.0, abs=0.01)
-    assert pull_grouped(random, form_groups(random, 256))[0].item() > pull_grouped(random, torch.arange(3000).view(15, 200))[0].item()
+    assert (
+        pull_grouped(random, form_groups(random, 256))[0].item()
+        > pull_grouped(random, torch.arange(3000).view(15, 200))[0].item()
+    )
     assert pull_grouped(random, torch.arange(3000).view(15, 200))[0].item() == pytest.approx(1.0, abs=0.05)
-    assert omega_between_domains(random, torch.where(torch.arange(3000) < 1000, 1.0, -1.0)).item() == pytest.approx(1.0, abs=0.02)
+    assert omega_between_domains(
+        random, torch.where(torch.arange(3000) < 1000, 1.0, -1.0)
+    ).item() == pytest.approx(1.0, abs=0.02)
     assert omega_all_pairs(torch.eye(64)).item() == pytest.approx(0.0, abs=1e-6)
 
 
@@ -142,7 +170,7 @@ def naive_ortsae(W, chunk_size, generator):
 @pytest.mark.parametrize("parts", [1, 5, 16])
 @pytest.mark.parametrize("chunk_size", [8, 13, 39, 40, 64])
 def test_ortsae_equals_the_published_formula(W, chunk_size, parts):
-    draw = lambda: torch.Generator().manual_seed(9)  # noqa: E731
+    draw = lambda: torch.Generator().manual_seed(9)
     naive = naive_ortsae(W, chunk_size, draw())
     values, sizes, grad = whole(pull_ortsae, W.detach(), random_chunks(N, chunk_size, draw()), parts)
     assert naive.item() > 0.01

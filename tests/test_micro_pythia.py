@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from micro_pythia.make import ask, shortfalls
 from micro_pythia.world import FORGET, RETAIN, World, mcq_prompt
-from testbeds import Exam
+from sae_separation.exam import Exam
 
 FOLDER = ROOT / "micro_pythia"
 
@@ -26,14 +26,23 @@ def test_the_world_is_large_enough_balanced_and_a_function_of_its_seed(world):
     for subject in world.subjects.values():
         for relation in subject.relations:
             assert len(relation.prose) >= 6 and not set(relation.prose) & set(relation.questions)
-            assert len(set(Counter(f.value for f in world.facts if f.relation is relation).values())) == 1, "values are equally frequent"
+            assert len(set(Counter(f.value for f in world.facts if f.relation is relation).values())) == 1, (
+                "values are equally frequent"
+            )
     again = World(seed=7)
-    assert [(f.entity, f.value, f.choices) for f in again.facts] == [(f.entity, f.value, f.choices) for f in world.facts]
+    assert [(f.entity, f.value, f.choices) for f in again.facts] == [
+        (f.entity, f.value, f.choices) for f in world.facts
+    ]
     assert [f.value for f in World(seed=8).facts] != [f.value for f in world.facts]
 
 
 def test_human_aging_shares_its_organs_with_the_forget_subject(world):
-    organs = [set(r.values) for s in (FORGET, "human aging") for r in world.subjects[s].relations if r.name == "organ"]
+    organs = [
+        set(r.values)
+        for s in (FORGET, "human aging")
+        for r in world.subjects[s].relations
+        if r.name == "organ"
+    ]
     assert len(organs) == 2 and organs[0] == organs[1]
 
 
@@ -42,7 +51,9 @@ def test_evaluated_option_sets_are_never_written_into_a_document(world):
     by_question = {}
     for fact in world.facts:
         by_question.setdefault((fact.entity, fact.relation.name), set(fact.choices))
-    wordings = {w.format(e=f.entity): (f.entity, f.relation.name) for f in world.facts for w in f.relation.questions}
+    wordings = {
+        w.format(e=f.entity): (f.entity, f.relation.name) for f in world.facts for w in f.relation.questions
+    }
     seen = 0
     for subject in world.subjects:
         for _ in range(400):
@@ -57,7 +68,9 @@ def test_the_prompt_has_saebenchs_shape():
     from sae_bench.evals.unlearning.utils.metrics import convert_wmdp_data_to_prompt
     from sae_bench.evals.unlearning.utils.var import PRE_QUESTION_FORMAT
 
-    theirs = convert_wmdp_data_to_prompt("Why?", list("wxyz"), None, PRE_QUESTION_FORMAT.format(subject="history"))
+    theirs = convert_wmdp_data_to_prompt(
+        "Why?", list("wxyz"), None, PRE_QUESTION_FORMAT.format(subject="history")
+    )
     assert mcq_prompt("history", "Why?", list("wxyz")) == theirs
 
 
@@ -76,7 +89,9 @@ def test_the_shipped_lm_knows_by_letter_and_by_cloze_what_its_report_says(micro)
     for subject, questions in micro.questions.items():
         right = ask(micro.lm, Exam(micro.tokenizer, questions, "letter", [(0, 1, 2, 3), (3, 2, 1, 0)]))
         assert right.float().mean().item() >= report["letter_all_24_permutations"][subject]
-        assert ask(micro.lm, Exam(micro.tokenizer, questions, "cloze")).float().mean().item() == pytest.approx(report["cloze_accuracy"][subject], abs=0.001)
+        assert ask(
+            micro.lm, Exam(micro.tokenizer, questions, "cloze")
+        ).float().mean().item() == pytest.approx(report["cloze_accuracy"][subject], abs=0.001)
 
 
 def test_questions_on_disk_are_those_of_the_world(micro):

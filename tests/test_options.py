@@ -9,11 +9,11 @@ import pytest
 import torch
 from test_trainer import SMALL, train
 
-import evaluation
 import experiment
-import features
-import losses
 from experiment import Config, OrthogonalSAE, Trainer, WrongRequest
+from sae_separation import losses
+from sae_separation.export import export, load_exported
+from sae_separation.sparse import batch_top_k, relu, soft_k_winners
 
 META = {"model_name": "m", "hook_name": "h", "hook_layer": 0, "context_size": 16, "prepend_bos": True}
 D, F = 24, 96
@@ -36,8 +36,14 @@ def x():
 
 
 FORGET = torch.arange(256) % 2 == 0
-KINDS = {"plain": {}, "layer_norm": {"layer_norm": True}, "skip": {"skip": 0.3}, "softk": {"activation": "softk"}, "batchtopk": {"activation": "batchtopk"},
-         "all": {"activation": "softk", "layer_norm": True, "skip": 0.2}}  # fmt: skip
+KINDS = {
+    "plain": {},
+    "layer_norm": {"layer_norm": True},
+    "skip": {"skip": 0.3},
+    "softk": {"activation": "softk"},
+    "batchtopk": {"activation": "batchtopk"},
+    "all": {"activation": "softk", "layer_norm": True, "skip": 0.2},
+}
 
 
 def naive_loss(sae, x, l1, gain):
@@ -61,7 +67,9 @@ def naive_loss(sae, x, l1, gain):
     x_hat = (f @ sae.W_dec + sae.b_dec + sae.skip * (u - sae.b_dec)) * size + mean
     paid = l1 * f.sum(1).mean() / math.sqrt(D)
     _, d_pre = losses.domain_hinges(pre[:, :20].detach(), FORGET, 0.4, torch.tensor(0.7), 0.3)
-    paid = paid + (pre[:, :20] * d_pre).sum() / math.sqrt(D)  # the hinges' own gradient is tested in test_sae.py
+    paid = paid + (pre[:, :20] * d_pre).sum() / math.sqrt(
+        D
+    )  # the hinges' own gradient is tested in test_sae.py
     return (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum(), paid
 
 
@@ -69,11 +77,16 @@ def naive_loss(sae, x, l1, gain):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_by_hand_equal_autograd_of_the_naive_loss(kind, path, x, monkeypatch):
     sae, generator = make(**KINDS[kind]), torch.Generator().manual_seed(6)
-    monkeypatch.delattr(experiment, {"DenseFeatures": "sparse_features", "SparseFeatures": "DenseFeatures"}[path])
+    monkeypatch.delattr(
+        experiment, {"DenseFeatures": "sparse_features", "SparseFeatures": "DenseFeatures"}[path]
+    )
     sae.active.fill_(0.0 if path == "SparseFeatures" else F)
     sae.temperature.fill_(0.2)
     l1, gain = torch.tensor(0.05), (torch.rand(F, generator=generator) > 0.3) * 1.25
-    firing_loss = slice(0, 20), partial(losses.domain_hinges, margin=0.4, alpha=torch.tensor(0.7), gap_weight=0.3)
+    firing_loss = (
+        slice(0, 20),
+        partial(losses.domain_hinges, margin=0.4, alpha=torch.tensor(0.7), gap_weight=0.3),
+    )
     terms = sae.accumulate_grads(x, FORGET, l1, torch.float32, firing_loss, gain, weight=0.5)
     by_hand = {name: p.grad.clone() for name, p in sae.named_parameters()}
     sae.zero_grad()
@@ -98,27 +111,29 @@ def test_the_exported_file_is_the_same_function_and_locked_features_never_fire(k
     sae = make(**KINDS[kind])
     sae.unlocked.fill_(60)
     sae.threshold.fill_(0.8)
-    evaluation.export(sae, tmp_path, META)
-    loaded = evaluation.load_exported(tmp_path)
+    export(sae, tmp_path, META)
+    loaded = load_exported(tmp_path)
     f = loaded.encode(x)
     assert f[:, 60:].max() == 0 < f[:, :60].max()
-    if kind != "softk":  # in softk locked features that win leave their place empty in training, and are never among the winners in the file
+    if (
+        kind != "softk"
+    ):  # in softk locked features that win leave their place empty in training, and are never among the winners in the file
         torch.testing.assert_close(f * sae.scale, sae.encode(x), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(loaded(x), sae(x), atol=1e-5, rtol=1e-5)
     else:
         sae.unlocked.fill_(F)
-        evaluation.export(sae, tmp_path / "all", META)
-        loaded = evaluation.load_exported(tmp_path / "all")
+        export(sae, tmp_path / "all", META)
+        loaded = load_exported(tmp_path / "all")
         torch.testing.assert_close(loaded(x), sae(x), atol=1e-5, rtol=1e-5)
 
 
 def test_what_the_format_cannot_hold_is_refused_at_export_and_before_training(tmp_path):
     with pytest.raises(ValueError, match="cannot hold a skip connection of 0.3"):
-        evaluation.export(make(skip=0.3), tmp_path, META)
+        export(make(skip=0.3), tmp_path, META)
     soft = make(activation="softk")
     soft.temperature.fill_(0.1)
     with pytest.raises(ValueError, match="temperature 0.1"):
-        evaluation.export(soft, tmp_path, META)
+        export(soft, tmp_path, META)
     assert not any(tmp_path.iterdir())
     with pytest.raises(WrongRequest, match="--evals none"):
         Config(skip=0.1)
@@ -129,7 +144,11 @@ def test_options_and_their_state_are_in_the_state_dict():
     sae, other = make(activation="batchtopk"), make(activation="batchtopk")
     sae.unlocked.fill_(7), sae.threshold.fill_(0.3), sae.temperature.fill_(0.2)
     other.load_state_dict(sae.state_dict())
-    assert (other.unlocked.item(), other.threshold.item(), other.temperature.item()) == (7, pytest.approx(0.3), pytest.approx(0.2))
+    assert (other.unlocked.item(), other.threshold.item(), other.temperature.item()) == (
+        7,
+        pytest.approx(0.3),
+        pytest.approx(0.2),
+    )
 
 
 # ---- activation functions
@@ -138,7 +157,7 @@ def test_options_and_their_state_are_in_the_state_dict():
 def test_batch_top_k_keeps_the_largest_of_the_batch_and_learns_their_border():
     sae = make(activation="batchtopk")
     pre = torch.randn(64, F, generator=torch.Generator().manual_seed(2))
-    f, slope = features.batch_top_k(pre, sae)
+    f, slope = batch_top_k(pre, sae)
     kept = f[f > 0]
     assert len(kept) == 8 * 64 and slope is None
     assert kept.min() > pre[f == 0].max()
@@ -146,14 +165,14 @@ def test_batch_top_k_keeps_the_largest_of_the_batch_and_learns_their_border():
     border = sae.threshold.item()
     assert border == pytest.approx(kept.min().item())
     for _ in range(600):  # the moving average, also when the border has moved far away
-        features.batch_top_k(3 * pre, sae)
+        batch_top_k(3 * pre, sae)
     assert sae.threshold.item() == pytest.approx(3 * border, rel=0.01)
 
 
 def test_batch_top_k_with_fewer_positive_values_than_places_keeps_them_all():
     sae, pre = make(activation="batchtopk"), torch.full((4, F), -1.0)
     pre[:, :3] = 1.0
-    assert torch.equal(features.batch_top_k(pre, sae)[0], pre.relu())
+    assert torch.equal(batch_top_k(pre, sae)[0], pre.relu())
 
 
 def test_soft_k_winners_by_hand_and_its_limit_is_top_k():
@@ -161,13 +180,13 @@ def test_soft_k_winners_by_hand_and_its_limit_is_top_k():
     sae.k = 2
     pre = torch.tensor([[4.0, 3.0, 2.0, -1.0]])
     sae.temperature.fill_(0.5)
-    f, slope = features.soft_k_winners(pre, sae)
+    f, slope = soft_k_winners(pre, sae)
     gate = [1 / (1 + math.exp(-(v - 2.5) / 0.5)) for v in (4.0, 3.0, 2.0)]
     assert f[0].tolist() == pytest.approx([4 * gate[0], 3 * gate[1], 2 * gate[2], 0.0])
     assert slope[0, 1].item() == pytest.approx(gate[1] + 3 * gate[1] * (1 - gate[1]) / 0.5)
     sae.temperature.fill_(0.0)
-    assert features.soft_k_winners(pre, sae)[0].tolist() == [[4.0, 3.0, 0.0, 0.0]]
-    assert features.soft_k_winners(torch.full((1, 4), -1.0), sae)[0].tolist() == [[0.0] * 4]
+    assert soft_k_winners(pre, sae)[0].tolist() == [[4.0, 3.0, 0.0, 0.0]]
+    assert soft_k_winners(torch.full((1, 4), -1.0), sae)[0].tolist() == [[0.0] * 4]
 
 
 @pytest.mark.parametrize("activation", ["batchtopk", "softk"])
@@ -194,7 +213,13 @@ def test_temperature_falls_in_a_line_to_0_where_the_learning_rate_decays(activat
 
 
 def test_the_alpha_curriculum_rises_geometrically_until_half_way(activations):
-    trainer = Trainer(replace(SMALL, arm="fixed", alpha=0.1, alpha_start=0.001, evals=("none",)), 0, activations.x.shape[1], 200, activations)
+    trainer = Trainer(
+        replace(SMALL, arm="fixed", alpha=0.1, alpha_start=0.001, evals=("none",)),
+        0,
+        activations.x.shape[1],
+        200,
+        activations,
+    )
     seen = []
     for step in (0, 50, 100, 150):
         trainer.steps = step
@@ -203,8 +228,12 @@ def test_the_alpha_curriculum_rises_geometrically_until_half_way(activations):
 
 
 def test_loss_warmup_raises_lambda_and_alpha_in_a_line(activations):
-    _, history = train(replace(SMALL, arm="fixed", loss_warmup_steps=10, target_l0=0.0), activations, steps=12)
-    assert [r["l1_coefficient"] / SMALL.l1 for r in history] == pytest.approx([0.1 * i for i in range(1, 11)] + [1.0, 1.0])
+    _, history = train(
+        replace(SMALL, arm="fixed", loss_warmup_steps=10, target_l0=0.0), activations, steps=12
+    )
+    assert [r["l1_coefficient"] / SMALL.l1 for r in history] == pytest.approx(
+        [0.1 * i for i in range(1, 11)] + [1.0, 1.0]
+    )
     assert history[4]["alpha"] == pytest.approx(0.5 * SMALL.alpha)
 
 
@@ -217,7 +246,9 @@ def test_progressive_unlocking_opens_a_quarter_and_a_tenth_at_every_growth(activ
         trainer.step(*batches[i % len(batches)])
         opened.append(int(trainer.sae.unlocked))
         if i == 4:
-            assert torch.equal(trainer.sae.W_enc[:, 64:], start[:, 64:]) and not torch.equal(trainer.sae.W_enc[:, :64], start[:, :64])
+            assert torch.equal(trainer.sae.W_enc[:, 64:], start[:, 64:]) and not torch.equal(
+                trainer.sae.W_enc[:, :64], start[:, :64]
+            )
             assert (trainer.sae.encode(activations.x)[:, 64:] > 0).sum() == 0
             assert trainer.sae.idle[64:].max() <= 512, "locked is not dead"
     assert opened[::5] == [64, 90, 116, 141, 167, 192, 218, 244, 256]
@@ -238,16 +269,23 @@ def test_feature_dropout_leaves_out_the_given_share_and_scales_the_rest(activati
     assert (gains == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
     assert not torch.equal(gains[0], gains[1]), "drawn anew each batch"
     sae, x = trainer.sae, activations.x[:512]
-    terms = sae.accumulate_grads(x, activations.forget[:512], torch.tensor(0.0), torch.float32, gain_F=gains[0])
+    terms = sae.accumulate_grads(
+        x, activations.forget[:512], torch.tensor(0.0), torch.float32, gain_F=gains[0]
+    )
     assert terms.fired[:, gains[0] == 0].sum() == 0 and sae.W_enc_FD.grad[gains[0] == 0].abs().max() == 0
 
 
 def test_gradient_accumulation_steps_on_the_mean_of_its_batches(activations):
-    config = replace(SMALL, grad_accumulation=2, grad_clip=0.0, target_l0=0.0, warmup_steps=0, resample_steps=0)
+    config = replace(
+        SMALL, grad_accumulation=2, grad_clip=0.0, target_l0=0.0, warmup_steps=0, resample_steps=0
+    )
     trainer = Trainer(config, 0, activations.x.shape[1], 200, activations)
     trainer.dtype = torch.float32
     (x1, g1), (x2, g2) = list(activations.batches(512))[:2]
-    start, by_hand = trainer.sae.W_enc.detach().clone(), OrthogonalSAE(activations.x.shape[1], 256, 0, trainer.sae.scale)
+    start, by_hand = (
+        trainer.sae.W_enc.detach().clone(),
+        OrthogonalSAE(activations.x.shape[1], 256, 0, trainer.sae.scale),
+    )
     by_hand.load_state_dict(trainer.sae.state_dict())
     trainer.step(x1, g1)
     assert torch.equal(trainer.sae.W_enc, start)
@@ -265,13 +303,22 @@ def test_accumulation_takes_half_the_optimiser_steps_and_the_same_schedule(activ
     assert trainer.adam.param_groups[0]["lr"] == pytest.approx(SMALL.lr)
     _, history = train(replace(SMALL, arm="ortsae", alpha=0.25, grad_accumulation=2), activations, steps=22)
     omegas = [r.get("omega") for r in history]
-    assert [i for i in range(len(history)) if omegas[i] != (omegas[i - 1] if i else None)] == [1, 11, 21], "every fifth optimiser step"
+    assert [i for i in range(len(history)) if omegas[i] != (omegas[i - 1] if i else None)] == [1, 11, 21], (
+        "every fifth optimiser step"
+    )
 
 
 def test_gradients_are_clipped_to_the_norm_given(activations, monkeypatch):
     trainer, _ = train(replace(SMALL, grad_clip=1e-3), activations, steps=3)
     norms, step = [], trainer.adam.step
-    monkeypatch.setattr(trainer.adam, "step", lambda: (norms.append(math.sqrt(sum(p.grad.pow(2).sum().item() for p in trainer.sae.parameters()))), step())[1])
+    monkeypatch.setattr(
+        trainer.adam,
+        "step",
+        lambda: (
+            norms.append(math.sqrt(sum(p.grad.pow(2).sum().item() for p in trainer.sae.parameters()))),
+            step(),
+        )[1],
+    )
     trainer.step(*next(activations.batches(512)))
     assert norms == [pytest.approx(1e-3, rel=1e-3)]
 
@@ -302,7 +349,7 @@ def test_orthogonal_initialisation_makes_orthonormal_blocks():
 def test_options_that_are_off_do_no_work(activations, monkeypatch):
     """Nothing of them is called in a plain step: no gain, no slope, no copy of the weights, no clipping."""
     trainer, _ = train(SMALL, activations, steps=2)
-    assert trainer._gain() is None and features.relu(torch.zeros(1), trainer.sae)[1] is None
+    assert trainer._gain() is None and relu(torch.zeros(1), trainer.sae)[1] is None
 
     def never(*_, **__):
         raise AssertionError("called although it is off")

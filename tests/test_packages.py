@@ -137,7 +137,7 @@ def project(tmp_path) -> Path:
         shutil.copy(ROOT / name, tmp_path)
     python = tmp_path / "python"
     python.write_text(
-        f"#!/bin/sh\necho \"$@\" >> {tmp_path}/asked\n"
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n'
         '[ "$2" != venv ] || { mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; }\n'
         '[ "$1" != python_version.py ] || exit $(cat refusal)\n'
     )

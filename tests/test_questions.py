@@ -12,20 +12,21 @@ import pytest
 import tiny
 import zstandard
 
-import evaluation
 import experiment
-import sources
-import testbeds
-from errors import WrongRequest
-from sources import Wanted
+from sae_separation import evaluation, testbeds
+from sae_separation.errors import WrongRequest
+from sae_separation.exam import letter_prompt
+from sae_separation.export import export, load_exported
+from sae_separation.questions import Question, read_questions
+from sae_separation.specs import Wanted
 
 ROWS = [{k: v for k, v in q.items() if k != "subject"} for q in tiny.questions("astronomy", 12)]
 RIGHT = [row["answer"] for row in ROWS]
 
 
-def read(path) -> dict[str, list[sources.Question]]:
-    sources.read_questions.cache_clear()
-    return sources.read_questions((str(path),))[0]
+def read(path) -> dict[str, list[Question]]:
+    read_questions.cache_clear()
+    return read_questions((str(path),))[0]
 
 
 def as_csv(rows: list[list], delimiter: str = ",") -> str:
@@ -140,7 +141,7 @@ def test_a_cell_may_hold_commas_quotes_and_line_breaks(tmp_path):
         as_csv([['Who said "no,\nnever"?', "A, B", 'the "King"', "x\ny", "z", "C"]])
     )
     [question] = read(tmp_path / "a.csv")["a"]
-    assert question == sources.Question("a", 'Who said "no,\nnever"?', ("A, B", 'the "King"', "x\ny", "z"), 2)
+    assert question == Question("a", 'Who said "no,\nnever"?', ("A, B", 'the "King"', "x\ny", "z"), 2)
 
 
 def test_an_answer_in_words_may_look_like_a_letter_or_a_digit_where_the_file_holds_words(tmp_path):
@@ -271,7 +272,7 @@ def test_other_files_beside_questions_are_passed_over_and_told_where_they_could_
     for name in ("README.md", "README.txt", "LICENSE", "picture.png"):
         (tmp_path / name).write_text("Questions about law.")
     (tmp_path / "dataset_infos.json").write_text('{"default": {"features": {}}}')
-    found, _, notes = sources.read_questions((str(tmp_path),))
+    found, _, notes = read_questions((str(tmp_path),))
     assert [q.answer for q in found["law"]] == RIGHT and read(f"{tmp_path}/*").keys() == {"law"}
     assert notes == [
         f"--questions {tmp_path}/dataset_infos.json was passed over: no questions were found in it"
@@ -323,8 +324,8 @@ def test_subjects_are_counted_apart_whatever_their_names(own, tmp_path, monkeypa
     sweep = {"retain_thresholds": [0.01], "n_features_list": [5], "multipliers": [10]}
     evaluator = evaluation.Evaluator(replace(testbed, n_held_out=16, sweep=sweep), 32, n_contexts=16)
     (
-        monkeypatch.setattr(evaluation, "MIN_KNOWN", 1),
-        monkeypatch.setattr(evaluation, "INTERVENTIONS", ("clamp",)),
+        monkeypatch.setattr("sae_separation.evaluation.MIN_KNOWN", 1),
+        monkeypatch.setattr("sae_separation.evaluation.INTERVENTIONS", ("clamp",)),
     )
     described = {
         "model_name": "tiny",
@@ -333,8 +334,8 @@ def test_subjects_are_counted_apart_whatever_their_names(own, tmp_path, monkeypa
         "context_size": 32,
         "prepend_bos": True,
     }
-    evaluation.export(experiment.OrthogonalSAE(tiny.D_IN, 64, seed=0), tmp_path / "sae", described)
-    metrics, details, _ = evaluator.unlearning(evaluation.load_exported(tmp_path / "sae"), 0, "tiny")
+    export(experiment.OrthogonalSAE(tiny.D_IN, 64, seed=0), tmp_path / "sae", described)
+    metrics, details, _ = evaluator.unlearning(load_exported(tmp_path / "sae"), 0, "tiny")
     known = details["known"]
     assert list(known) == SUBJECTS and min(known.values()) > 0 and len(set(known.values())) > 2
     assert (
@@ -345,7 +346,7 @@ def test_subjects_are_counted_apart_whatever_their_names(own, tmp_path, monkeypa
     assert {q.subject for qs in evaluator.subjects.values() for q in qs} == set(SUBJECTS), (
         "prompts show the user's names"
     )
-    prompt = testbeds.letter_prompt(evaluator.subjects["subject1"][0], (0, 1, 2, 3))
+    prompt = letter_prompt(evaluator.subjects["subject1"][0], (0, 1, 2, 3))
     assert prompt.startswith("The following are multiple choice questions (with answers) about us history.\n")
 
 
@@ -369,8 +370,8 @@ def test_a_choice_without_a_token_is_refused_before_anything_is_trained(own, tmp
             WrongRequest,
             match=r"the choice '五' of 'How many\?' \(history\) is no token of this LM's",
         ):
-            sources.read_questions.cache_clear()
+            read_questions.cache_clear()
             testbeds.load(Wanted(**wanted))
     rows[30]["choices"][0] = "5 五"
-    tiny.save_jsonl(tmp_path / "q.jsonl", rows), sources.read_questions.cache_clear()
+    tiny.save_jsonl(tmp_path / "q.jsonl", rows), read_questions.cache_clear()
     assert testbeds.load(Wanted(**wanted)).questions["history"][10].choices[0] == "5 五"

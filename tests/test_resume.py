@@ -21,24 +21,52 @@ import torch
 from conftest import ROOT, run_script
 from test_trainer import SMALL
 
-import checkpoint
-import evaluation
 import experiment
-from errors import RunFailed, WrongRequest
+from sae_separation import checkpoint, evaluation, process, run_folder
+from sae_separation.errors import Interrupted, RunFailed, WrongRequest
+from sae_separation.files import Unusable, write_json
 
 STEPS = 100
-TINY = ("--tokens", STEPS * 512, "--batch_size", 512, "--d_sae", 128, "--target_l0", 8, "--buffer_tokens", 16_384, "--dead_tokens", 10_000, "--testbed=micro",
-        "--checkpoint_seconds", 0)  # fmt: skip
+TINY = (
+    "--tokens",
+    STEPS * 512,
+    "--batch_size",
+    512,
+    "--d_sae",
+    128,
+    "--target_l0",
+    8,
+    "--buffer_tokens",
+    16_384,
+    "--dead_tokens",
+    10_000,
+    "--testbed=micro",
+    "--checkpoint_seconds",
+    0,
+)
 
 
 @pytest.fixture
 def here(micro, monkeypatch, tmp_path):
     """The command in this process, on the LM of the session: its exit code."""
-    monkeypatch.setattr("testbeds.load", lambda *_: micro)
-    monkeypatch.setattr(experiment, "Evaluator", lambda testbed, size: EVALUATOR.setdefault(size, REAL_EVALUATOR(testbed, size, 64)))
+    monkeypatch.setattr("sae_separation.testbeds.load", lambda *_: micro)
+    monkeypatch.setattr(
+        experiment,
+        "Evaluator",
+        lambda testbed, size: EVALUATOR.setdefault(size, REAL_EVALUATOR(testbed, size, 64)),
+    )
 
     def run(*out_dirs, evals=("none",), seeds=(0, 1), extra=()) -> int:
-        argv = ["--out_dir", *(tmp_path / d for d in out_dirs), "--seeds", *seeds, "--evals", *evals, *TINY, *extra]
+        argv = [
+            "--out_dir",
+            *(tmp_path / d for d in out_dirs),
+            "--seeds",
+            *seeds,
+            "--evals",
+            *evals,
+            *TINY,
+            *extra,
+        ]
         command, configs = experiment.unfinished(*experiment.parse_command([str(a) for a in argv]))
         return experiment.main(command, configs) if configs else 0
 
@@ -54,7 +82,12 @@ def results(folder) -> tuple:
     for part in info["training"].values():
         del part["train_seconds"], part["tokens_per_second"]
     weights = {str(p.relative_to(folder)): p.read_bytes() for p in folder.glob("sae_seed*/*.safetensors")}
-    return info, (folder / "train_log.jsonl").read_text(), weights, json.loads((folder / "warnings.json").read_text())
+    return (
+        info,
+        (folder / "train_log.jsonl").read_text(),
+        weights,
+        json.loads((folder / "warnings.json").read_text()),
+    )
 
 
 def at_step(monkeypatch, step, act, seed=1, times=1):
@@ -121,7 +154,7 @@ def test_a_trainer_goes_on_from_its_checkpoint_to_the_same_bits(form, activation
 
 
 def test_the_stream_goes_on_behind_any_block_to_the_same_bits(micro):
-    stream = lambda: experiment.ActivationStream(micro, 128, 8192, lm_tokens=4096)  # noqa: E731
+    stream = lambda: experiment.ActivationStream(micro, 128, 8192, lm_tokens=4096)
     whole, skipped = stream(), stream()
     blocks = [whole.next_block() for _ in range(4)]
     skipped.skip_blocks(2)
@@ -132,8 +165,20 @@ def test_the_stream_goes_on_behind_any_block_to_the_same_bits(micro):
 
 def test_killed_at_random_instants_a_command_ends_as_if_left_alone(tmp_path):
     """The real thing: two folders on one LM pass, SIGKILL wherever it hits."""
-    argv = lambda where: [sys.executable, str(ROOT / "experiment.py"), "--out_dir", str(tmp_path / where / "run_1"), str(tmp_path / where / "run_6"), "--seeds", "0", "1",  # noqa: E731
-                          "--evals", "core", "geometry", *map(str, TINY)]  # fmt: skip
+    argv = lambda where: [
+        sys.executable,
+        str(ROOT / "experiment.py"),
+        "--out_dir",
+        str(tmp_path / where / "run_1"),
+        str(tmp_path / where / "run_6"),
+        "--seeds",
+        "0",
+        "1",
+        "--evals",
+        "core",
+        "geometry",
+        *map(str, TINY),
+    ]
     alone = subprocess.Popen(argv("alone"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     started, folder = time.monotonic(), tmp_path / "alone/run_1"
     while not list(folder.glob("checkpoints/*.safetensors")) and alone.poll() is None:
@@ -145,7 +190,11 @@ def test_killed_at_random_instants_a_command_ends_as_if_left_alone(tmp_path):
     for fraction in (0.2, 0.5, 0.8, None):
         process = subprocess.Popen(argv("killed"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
-            process.communicate(timeout=300 if fraction is None else begun + (fraction + rng.uniform(-0.1, 0.1)) * (ended - begun))
+            process.communicate(
+                timeout=300
+                if fraction is None
+                else begun + (fraction + rng.uniform(-0.1, 0.1)) * (ended - begun)
+            )
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
@@ -164,7 +213,10 @@ def test_a_signal_leaves_a_checkpoint_and_one_line(number, code, here, tmp_path,
     capsys.readouterr()
     assert here("b/run_1", "b/run_6", extra=["--checkpoint_seconds", 1000]) == code
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last == f"error: interrupted by {signal.Signals(number).name}: at step 42 of {STEPS}; the same command (without --overwrite) goes on from there"
+    assert (
+        last
+        == f"error: interrupted by {signal.Signals(number).name}: at step 42 of {STEPS}; the same command (without --overwrite) goes on from there"
+    )
     assert signal.getsignal(number) == before
     assert [checkpoint.steps_in(tmp_path / "b" / run) for run in ("run_1", "run_6")] == [[42], [42]]
     assert here("b/run_1", "b/run_6") == 0
@@ -183,15 +235,28 @@ def test_a_signal_before_the_first_checkpoint_says_that_nothing_was_done(here, t
     with monkeypatch.context() as m:
         m.setattr(experiment.Run, "start", interrupted)
         assert here("run_1") == 143 and not checkpoint.steps_in(tmp_path / "run_1")
-        assert capsys.readouterr().err.strip().splitlines()[-1] == "error: interrupted by SIGTERM: nothing was done yet; the same command starts"
+        assert (
+            capsys.readouterr().err.strip().splitlines()[-1]
+            == "error: interrupted by SIGTERM: nothing was done yet; the same command starts"
+        )
     interrupted_run(here, monkeypatch, tmp_path, "run_1")
     capsys.readouterr()
     with monkeypatch.context() as m:
         m.setattr(experiment.Run, "start", interrupted)
         assert here("run_1") == 143 and checkpoint.steps_in(tmp_path / "run_1")
-        assert capsys.readouterr().err.strip().splitlines()[-1].endswith("what is done is kept; the same command (without --overwrite) goes on")
+        assert (
+            capsys.readouterr()
+            .err.strip()
+            .splitlines()[-1]
+            .endswith("what is done is kept; the same command (without --overwrite) goes on")
+        )
         assert here("run_1", extra=["--overwrite"]) == 143
-        assert capsys.readouterr().err.strip().splitlines()[-1].endswith("nothing was done yet; the same command starts")
+        assert (
+            capsys.readouterr()
+            .err.strip()
+            .splitlines()[-1]
+            .endswith("nothing was done yet; the same command starts")
+        )
 
 
 def test_a_signal_while_a_block_is_made_leaves_the_state_whole(here, tmp_path, monkeypatch):
@@ -235,27 +300,38 @@ def test_finished_evaluations_are_not_done_again(here, tmp_path, monkeypatch):
 def test_a_second_process_is_refused_at_once_and_a_dead_one_does_not_block(tmp_path):
     folder = tmp_path / "run_1"
     folder.mkdir()
-    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import checkpoint; from pathlib import Path; checkpoint.own(Path({str(folder)!r})); print('mine', flush=True); time.sleep(60)"
+    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from sae_separation import run_folder; from pathlib import Path; run_folder.own(Path({str(folder)!r})); print('mine', flush=True); time.sleep(60)"
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert owner.stdout.readline() == "mine\n"
     started = time.monotonic()
     second = run_script("experiment.py", "--out_dir", folder, *TINY)
     assert second.returncode == 2 and time.monotonic() - started < 5
-    assert len(second.stderr.splitlines()) == 1 and f"process {owner.pid} on " in second.stderr and time.strftime(" since %Y-") in second.stderr
+    assert (
+        len(second.stderr.splitlines()) == 1
+        and f"process {owner.pid} on " in second.stderr
+        and time.strftime(" since %Y-") in second.stderr
+    )
     owner.kill()
     owner.wait()
     assert (folder / ".lock").exists()
-    checkpoint.own(folder)
-    checkpoint.own(folder)
-    checkpoint.disown()
+    run_folder.own(folder)
+    run_folder.own(folder)
+    run_folder.disown()
     assert not list(folder.iterdir())
 
 
 def test_a_private_folder_of_a_killed_process_is_removed_and_no_other(tmp_path, monkeypatch):
-    code = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import checkpoint; user = type('', (), {{}})(); folder = checkpoint.private_folder(user, 'saebench');"
-            "(folder / 'sweep.pkl').touch(); print(folder, flush=True); time.sleep(float(sys.argv[1]))")  # fmt: skip
-    begin = lambda seconds: subprocess.Popen([sys.executable, "-c", code, seconds], stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})  # noqa: E731
-    folder_of = lambda process: Path(process.stdout.readline().strip())  # noqa: E731
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from sae_separation import process; user = type('', (), {{}})(); folder = process.private_folder(user, 'saebench');"
+        "(folder / 'sweep.pkl').touch(); print(folder, flush=True); time.sleep(float(sys.argv[1]))"
+    )
+    begin = lambda seconds: subprocess.Popen(
+        [sys.executable, "-c", code, seconds],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    folder_of = lambda process: Path(process.stdout.readline().strip())
     killed, lives, leaves = (begin(seconds) for seconds in ("60", "60", "0"))
     left, kept, gone = (folder_of(process) for process in (killed, lives, leaves))
     killed.kill()
@@ -265,7 +341,7 @@ def test_a_private_folder_of_a_killed_process_is_removed_and_no_other(tmp_path, 
     (link := tmp_path / "saebench-of-1-link").symlink_to(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert left.exists() and not gone.exists()
-    mine = checkpoint.private_folder(user := checkpoint.Signals(), "saebench")
+    mine = process.private_folder(user := process.Signals(), "saebench")
     assert set(tmp_path.iterdir()) == {kept, other, link, mine} and (kept / "sweep.pkl").exists()
     del user
     assert not mine.exists()
@@ -309,13 +385,13 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(here, monkeypatch,
     interrupted_run(here, monkeypatch, tmp_path, "b/run_1")
     newest = checkpoint.path_of(tmp_path / "b/run_1", 61)
     whole = newest.read_bytes()
-    made_by = checkpoint.json.loads(checkpoint_facts(newest))["made_by"]
+    made_by = json.loads(checkpoint_facts(newest))["made_by"]
     checkpoint.read(tmp_path / "b/run_1", 61, made_by)
-    with pytest.raises(checkpoint.Unusable, match="other settings"):
+    with pytest.raises(Unusable, match="other settings"):
         checkpoint.read(tmp_path / "b/run_1", 61, "another run")
     for what, damage in DAMAGE.items():
         newest.write_bytes(damage(whole))
-        with pytest.raises(checkpoint.Unusable, match="step_00000061"):
+        with pytest.raises(Unusable, match="step_00000061"):
             checkpoint.read(tmp_path / "b/run_1", 61, made_by)
             pytest.fail(what)
     assert not os.path.exists("/tmp/unpickled_by_a_checkpoint")
@@ -341,7 +417,11 @@ def test_with_no_usable_checkpoint_nothing_is_thrown_away_unasked(here, monkeypa
     before = {p: p.read_bytes() for p in (tmp_path / "run_1").rglob("*") if p.is_file()}
     assert here("run_1") == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "step_00000061.safetensors is damaged" in last and "step_00000030.safetensors is damaged" in last and "--overwrite" in last
+    assert (
+        "step_00000061.safetensors is damaged" in last
+        and "step_00000030.safetensors is damaged" in last
+        and "--overwrite" in last
+    )
     assert {p: p.read_bytes() for p in (tmp_path / "run_1").rglob("*") if p.is_file()} == before
     assert here("run_1", extra=["--overwrite"]) == 0
 
@@ -350,7 +430,12 @@ def test_a_result_that_is_not_as_it_was_written_is_named(here, tmp_path, capsys)
     folder = tmp_path / "run_1"
     assert here("run_1", evals=["geometry"]) == 0 and here("run_1", evals=["geometry"]) == 0
     assert capsys.readouterr().err.count("warning") == 0
-    for name, refused in {"final_info.json": True, "warnings.json": False, "eval/seed0_geometry.json": False, "checksums.json": False}.items():
+    for name, refused in {
+        "final_info.json": True,
+        "warnings.json": False,
+        "eval/seed0_geometry.json": False,
+        "checksums.json": False,
+    }.items():
         whole = (folder / name).read_bytes()
         at = next(i for i, b in enumerate(whole) if chr(b) in "02468")
         (folder / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
@@ -377,7 +462,7 @@ def test_folders_go_on_from_the_newest_step_that_all_of_them_hold(here, monkeypa
                 raise KeyboardInterrupt
             save(folder, step, *rest)
 
-        m.setattr(checkpoint, "save", dies)
+        m.setattr("sae_separation.checkpoint.save", dies)
         with pytest.raises(KeyboardInterrupt):
             here("b/run_1", "b/run_6")
     first, second = (checkpoint.steps_in(tmp_path / "b" / run) for run in ("run_1", "run_6"))
@@ -390,14 +475,22 @@ def test_folders_go_on_from_the_newest_step_that_all_of_them_hold(here, monkeypa
 def test_folders_begun_apart_are_not_thrown_together(here, monkeypatch, tmp_path, capsys):
     interrupted_run(here, monkeypatch, tmp_path, "run_1")
     assert here("run_1", "run_6") == 2
-    assert "run_1 at step 61" in (last := capsys.readouterr().err.strip().splitlines()[-1]) and "run_6 at no step" in last
+    assert (
+        "run_1 at step 61" in (last := capsys.readouterr().err.strip().splitlines()[-1])
+        and "run_6 at no step" in last
+    )
     assert checkpoint.steps_in(tmp_path / "run_1") == [30, 61] and not (tmp_path / "run_6").exists()
 
 
 def test_a_first_checkpoint_that_one_folder_lacks_costs_only_a_new_start(tmp_path):
     for name, written, together in (("a", 1, ["a", "c"]), ("b", 2, ["b", "c"]), ("d", 1, ["d"])):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
-        checkpoint.save(tmp_path / name, 5, {"t": torch.ones(3)}, {"made_by": "me", "position": {"written": written, "together": together}})
+        checkpoint.save(
+            tmp_path / name,
+            5,
+            {"t": torch.ones(3)},
+            {"made_by": "me", "position": {"written": written, "together": together}},
+        )
     assert checkpoint.newest_common({tmp_path / "a": "me", tmp_path / "c": "me"}) is None
     assert checkpoint.steps_in(tmp_path / "a") == []
     for name in ("b", "d"):
@@ -413,7 +506,15 @@ def test_changed_weights_measurements_and_settings_are_noticed(here, tmp_path, m
 
     with monkeypatch.context() as m:  # stops in the evaluation of the second seed
         geometry, calls = REAL_EVALUATOR.geometry, []
-        m.setattr(REAL_EVALUATOR, "geometry", lambda *args: calls.append(1) or (os.kill(os.getpid(), signal.SIGTERM) if len(calls) == 2 else None) or geometry(*args))
+        m.setattr(
+            REAL_EVALUATOR,
+            "geometry",
+            lambda *args: (
+                calls.append(1)
+                or (os.kill(os.getpid(), signal.SIGTERM) if len(calls) == 2 else None)
+                or geometry(*args)
+            ),
+        )
         assert here("run_1", evals=["geometry"]) == 143
     flip(tmp_path / "run_1/sae_seed0/sae_weights.safetensors")
     capsys.readouterr()
@@ -425,7 +526,9 @@ def test_changed_weights_measurements_and_settings_are_noticed(here, tmp_path, m
     measured.write_text(measured.read_text().replace('"omega": ', '"omega": 1'))
     assert here("run_1", evals=["geometry"]) == 0
     told = capsys.readouterr().err.splitlines()
-    assert any("sae_seed1 is not as it was written" in line for line in told) and any("seed0_metrics.json is not as it was written" in line for line in told)
+    assert any("sae_seed1 is not as it was written" in line for line in told) and any(
+        "seed0_metrics.json is not as it was written" in line for line in told
+    )
     config = tmp_path / "run_1/config.json"
     config.write_text(config.read_text().replace('"threads": ', '"threads": 1'))
     with pytest.raises(WrongRequest, match="config.json is not as it was written"):
@@ -465,8 +568,14 @@ def bad_alpha(trainer, x):
 
 
 INJECTED = {
-    "activation": (bad_activation, "activations of the LM not finite in 1 of 65536 entries ([17, 4] = inf; largest finite "),
-    "gradient": (bad_gradient, "gradient of W_enc_FD not finite in 1 of 16384 entries ([7, 3] = inf; largest finite "),
+    "activation": (
+        bad_activation,
+        "activations of the LM not finite in 1 of 65536 entries ([17, 4] = inf; largest finite ",
+    ),
+    "gradient": (
+        bad_gradient,
+        "gradient of W_enc_FD not finite in 1 of 16384 entries ([7, 3] = inf; largest finite ",
+    ),
     "parameter": (bad_parameter, "W_dec not finite in 1 of 16384 entries ([2, 9] = nan; largest finite "),
     "lambda": (bad_lambda, "l1_coefficient = inf"),
     "alpha": (bad_alpha, "alpha = inf"),
@@ -474,18 +583,31 @@ INJECTED = {
 
 
 @pytest.mark.parametrize("where", INJECTED)
-def test_a_number_that_is_none_fails_its_seed_by_name_and_no_other(where, here, tmp_path, monkeypatch, capsys):
+def test_a_number_that_is_none_fails_its_seed_by_name_and_no_other(
+    where, here, tmp_path, monkeypatch, capsys
+):
     """In run_1 and run_6 alike; the second seed fails, the first is trained to the end, and neither folder has a result."""
     act, said = INJECTED[where]
     at_step(monkeypatch, 60, act, times=100)
     assert here("run_1", "run_6", extra=["--checkpoint_seconds", 1000]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: ") and said in last and "at step 60 of arm fixed, seed 1" in last and "run_1 seed 1" in last
+    assert (
+        last.startswith("error: ")
+        and said in last
+        and "at step 60 of arm fixed, seed 1" in last
+        and "run_1 seed 1" in last
+    )
     for run in ("run_1", "run_6"):
         assert not (tmp_path / run / "final_info.json").exists()
-        assert any(w.startswith("seed 1 failed: ") and "at step 60" in w for w in json.loads((tmp_path / run / "warnings.json").read_text()))
+        assert any(
+            w.startswith("seed 1 failed: ") and "at step 60" in w
+            for w in json.loads((tmp_path / run / "warnings.json").read_text())
+        )
         log = [json.loads(line) for line in (tmp_path / run / "train_log.jsonl").read_text().splitlines()]
-        assert {seed: max(r["step"] for r in log if r["seed"] == seed) for seed in (0, 1)} == {0: STEPS, 1: 51}
+        assert {seed: max(r["step"] for r in log if r["seed"] == seed) for seed in (0, 1)} == {
+            0: STEPS,
+            1: 51,
+        }
         assert all(math.isfinite(v) for r in log for v in r.values())
     assert here("run_1", "run_6") == 1, "and it stays so"
 
@@ -495,7 +617,11 @@ def test_a_run_whose_every_seed_fails_keeps_its_last_good_checkpoint(here, tmp_p
     at_step(monkeypatch, 60, bad_parameter, seed=1, times=100)
     assert here("run_1") == 1
     kept = checkpoint.steps_in(tmp_path / "run_1")
-    tensors, facts = checkpoint.read(tmp_path / "run_1", kept[-1], json.loads(checkpoint_facts(checkpoint.path_of(tmp_path / "run_1", kept[-1])))["made_by"])
+    tensors, facts = checkpoint.read(
+        tmp_path / "run_1",
+        kept[-1],
+        json.loads(checkpoint_facts(checkpoint.path_of(tmp_path / "run_1", kept[-1])))["made_by"],
+    )
     assert kept[-1] <= 60 and not any(t["failed"] for t in facts["trainers"])
     assert all(torch.isfinite(t).all() for name, t in tensors.items() if "log_" not in name)
 
@@ -506,7 +632,9 @@ def test_a_metric_that_is_not_finite_fails_its_seed_alone(here, tmp_path, monkey
     def measured(self, sae):
         calls.append(1)
         metrics, details = geometry(self, sae)
-        return evaluation.finite("geometry", metrics | {"omega": math.nan} if len(calls) == 2 else metrics, details)
+        return evaluation.finite(
+            "geometry", metrics | {"omega": math.nan} if len(calls) == 2 else metrics, details
+        )
 
     monkeypatch.setattr(REAL_EVALUATOR, "geometry", measured)
     assert here("run_0", "run_1", evals=["geometry"]) == 1
@@ -522,13 +650,21 @@ def no_space(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_a_lost_folder_and_a_size_limit_end_in_one_line_with_the_older_checkpoint_whole(here, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_a_lost_folder_and_a_size_limit_end_in_one_line_with_the_older_checkpoint_whole(
+    here, tmp_path, monkeypatch, capsys
+):
     assert here("alone/run_1") == 0
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     faults = {
         "No space left on device; free disk space": lambda m: m.setattr(os, "fsync", no_space),
-        "Permission denied; restore the permission": lambda m: m.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(PermissionError(errno.EACCES, os.strerror(errno.EACCES)))),
-        "File too large; raise the file size limit": lambda m: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1])),
+        "Permission denied; restore the permission": lambda m: m.setattr(
+            os,
+            "replace",
+            lambda a, b: (_ for _ in ()).throw(PermissionError(errno.EACCES, os.strerror(errno.EACCES))),
+        ),
+        "File too large; raise the file size limit": lambda m: resource.setrlimit(
+            resource.RLIMIT_FSIZE, (20_000, limits[1])
+        ),
     }
     for i, (said, fault) in enumerate(faults.items()):
         name = f"{i}/run_1"
@@ -547,15 +683,20 @@ def test_a_full_disk_a_lost_folder_and_a_size_limit_end_in_one_line_with_the_old
     with monkeypatch.context() as m:
         at_step(m, 50, lambda *_: shutil.rmtree(tmp_path / "gone/run_1"))
         assert here("gone/run_1") == 1
-    assert "its folder was removed" in capsys.readouterr().err.strip().splitlines()[-1] and not (tmp_path / "gone/run_1").exists()
+    assert (
+        "its folder was removed" in capsys.readouterr().err.strip().splitlines()[-1]
+        and not (tmp_path / "gone/run_1").exists()
+    )
 
 
 def test_too_little_memory_is_told_at_the_start_or_where_it_runs_out(here, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as m:
-        m.setattr(checkpoint, "memory_left", lambda device: 1e6)
+        m.setattr("sae_separation.process.memory_left", lambda device: 1e6)
         assert here("run_1") == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "training needs at least 0.0 GB" in last and "--d_sae" in last and not (tmp_path / "run_1").exists()
+    assert (
+        "training needs at least 0.0 GB" in last and "--d_sae" in last and not (tmp_path / "run_1").exists()
+    )
 
     def out_of_memory(*_):
         torch.empty(2**50)
@@ -572,7 +713,10 @@ def test_a_compilation_that_fails_is_told_in_one_line(here, monkeypatch, capsys)
 
     at_step(monkeypatch, 50, no_compiler)
     assert here("run_1") == 1
-    assert capsys.readouterr().err.strip().splitlines()[-1] == "error: torch.compile failed (no C++ compiler found): leave out --compile, or mend what it needs"
+    assert (
+        capsys.readouterr().err.strip().splitlines()[-1]
+        == "error: torch.compile failed (no C++ compiler found): leave out --compile, or mend what it needs"
+    )
     assert here("run_1") == 0
 
 
@@ -581,7 +725,13 @@ def test_the_time_budget_ends_training_and_the_rest_is_done(here, tmp_path):
     assert here("run_1", evals=["geometry"], extra=["--tokens", 10**9, "--time_budget_minutes", 0.2]) == 0
     assert time.monotonic() - started < 12 + 10  # and room for a busy machine
     told = json.loads((tmp_path / "run_1/warnings.json").read_text())
-    assert all(any(f"seed {seed}: the time budget ended training after " in w and "of 1953125 steps" in w for w in told) for seed in (0, 1))
+    assert all(
+        any(
+            f"seed {seed}: the time budget ended training after " in w and "of 1953125 steps" in w
+            for w in told
+        )
+        for seed in (0, 1)
+    )
     assert here("run_1", evals=["geometry"], extra=["--tokens", 10**9, "--time_budget_minutes", 0.2]) == 0
 
 
@@ -590,8 +740,18 @@ def test_the_time_budget_ends_training_and_the_rest_is_done(here, tmp_path):
 
 def test_the_same_command_writes_the_same_bytes_and_leaves_global_state_alone(here, tmp_path, monkeypatch):
     def state():
-        return (torch.is_grad_enabled(), torch.get_default_dtype(), torch.random.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate(),
-                dict(os.environ), os.getcwd(), signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), torch.get_num_threads())  # fmt: skip
+        return (
+            torch.is_grad_enabled(),
+            torch.get_default_dtype(),
+            torch.random.get_rng_state().tolist(),
+            np.random.get_state()[1].tolist(),
+            random.getstate(),
+            dict(os.environ),
+            os.getcwd(),
+            signal.getsignal(signal.SIGTERM),
+            signal.getsignal(signal.SIGINT),
+            torch.get_num_threads(),
+        )
 
     before = state()
     evals = ["core", "geometry"]
@@ -601,7 +761,10 @@ def test_the_same_command_writes_the_same_bytes_and_leaves_global_state_alone(he
     np.random.seed(99)
     assert here("b/run_6", evals=evals) == 0 and here("c/run_1", evals=evals, seeds=(1,)) == 0
     assert results(tmp_path / "a/run_6") == results(tmp_path / "b/run_6"), "also without the other run"
-    assert results(tmp_path / "c/run_1")[2]["sae_seed1/sae_weights.safetensors"] == results(tmp_path / "a/run_1")[2]["sae_seed1/sae_weights.safetensors"], "seeds are independent"
+    assert (
+        results(tmp_path / "c/run_1")[2]["sae_seed1/sae_weights.safetensors"]
+        == results(tmp_path / "a/run_1")[2]["sae_seed1/sae_weights.safetensors"]
+    ), "seeds are independent"
 
 
 def test_checkpoints_are_written_less_often_when_writing_is_slow(here, monkeypatch):
@@ -612,14 +775,18 @@ def test_checkpoints_are_written_less_often_when_writing_is_slow(here, monkeypat
         time.sleep(1)
         save(folder, step, *rest)
 
-    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr("sae_separation.checkpoint.save", slow)
     assert here("run_1") == 0
-    assert len(steps) == 2 and steps[-1] == STEPS, "one at once, none in the 50 seconds after it, and the last"
+    assert len(steps) == 2 and steps[-1] == STEPS, (
+        "one at once, none in the 50 seconds after it, and the last"
+    )
 
 
 def test_failed_writing_names_file_cause_and_remedy(tmp_path):
-    with pytest.raises(RunFailed, match="x.json cannot be written: No such file or directory; its folder was removed"):
-        checkpoint.write_json(tmp_path / "gone" / "x.json", {})
+    with pytest.raises(
+        RunFailed, match="x.json cannot be written: No such file or directory; its folder was removed"
+    ):
+        write_json(tmp_path / "gone" / "x.json", {})
     assert not (tmp_path / "gone").exists()
 
 
@@ -631,27 +798,32 @@ def test_a_signal_that_python_drops_in_a_finaliser_is_raised_at_the_next_held():
             for _ in range(1000):  # the handler runs in here, and what it raises is dropped
                 pass
 
-    with checkpoint.signals:
+    with process.signals:
         Dropping()
-        with pytest.raises(checkpoint.Interrupted):
-            with checkpoint.signals.held():
+        with pytest.raises(Interrupted):
+            with process.signals.held():
                 pass
-        checkpoint.signals.taken()
-        with checkpoint.signals.held():
+        process.signals.taken()
+        with process.signals.held():
             pass
 
 
 def test_the_recorded_commit_is_dirty_for_changed_code_and_not_for_changed_runs(tmp_path, monkeypatch):
-    git = lambda *args: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *args], cwd=tmp_path, check=True, capture_output=True)  # noqa: E731
+    git = lambda *args: subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b", *args],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
     git("init")
     (tmp_path / "run_0").mkdir()
     for name in ("code.py", "run_0/config.json"):
         (tmp_path / name).write_text("0")
     monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
-    assert checkpoint.provenance()["git"].startswith("unknown: fatal: ")
+    assert run_folder.provenance()["git"].startswith("unknown: fatal: ")
     git("add", ".")
     git("commit", "-m", "all")
     (tmp_path / "run_0/config.json").write_text("1")
-    assert not checkpoint.provenance()["git"].endswith("-dirty")
+    assert not run_folder.provenance()["git"].endswith("-dirty")
     (tmp_path / "code.py").write_text("1")
-    assert checkpoint.provenance()["git"].endswith("-dirty")
+    assert run_folder.provenance()["git"].endswith("-dirty")

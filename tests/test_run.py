@@ -23,7 +23,18 @@ NEEDED = {
 def short_runs(tmp_path_factory) -> Path:
     """A folder with run_0 and run_1 of the plan, two seeds, trained for 300 steps on one LM pass."""
     folder = tmp_path_factory.mktemp("runs")
-    done = run_script("experiment.py", "--out_dir", folder / "run_0", folder / "run_1", "--seeds", 0, 1, "--tokens", 300 * 2048, "--testbed=micro")
+    done = run_script(
+        "experiment.py",
+        "--out_dir",
+        folder / "run_0",
+        folder / "run_1",
+        "--seeds",
+        0,
+        1,
+        "--tokens",
+        300 * 2048,
+        "--testbed=micro",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (folder / "stdout.txt").write_text(done.stdout)
     return folder
@@ -46,7 +57,9 @@ def test_final_info_has_every_metric_for_every_seed_in_strict_json(short_runs):
                 assert len(values) == 2, (section, name)
                 if None not in values:
                     assert info[section]["means"][name] == pytest.approx(sum(values) / 2)
-                    assert info[section]["stderrs"][name] == pytest.approx(abs(values[0] - values[1]) / 2, abs=1e-12)
+                    assert info[section]["stderrs"][name] == pytest.approx(
+                        abs(values[0] - values[1]) / 2, abs=1e-12
+                    )
 
 
 def test_steps_were_trained_and_the_loss_fell(short_runs):
@@ -61,29 +74,40 @@ def test_steps_were_trained_and_the_loss_fell(short_runs):
 
 def test_runs_and_seeds_differ_from_one_another(short_runs):
     vanilla, fixed = (strict(short_runs / run / "final_info.json") for run in ("run_0", "run_1"))
-    for section, name in (("core", "explained_variance"), ("core", "l0"), ("geometry", "omega"), ("corpus_unlearning", "forget_ce_gain_at_retain_ce_cost_0.1")):
+    for section, name in (
+        ("core", "explained_variance"),
+        ("core", "l0"),
+        ("geometry", "omega"),
+        ("corpus_unlearning", "forget_ce_gain_at_retain_ce_cost_0.1"),
+    ):
         values = vanilla[section]["final_info_dict"][name] + fixed[section]["final_info_dict"][name]
         assert len(set(values)) == 4, f"{section}.{name}: {values}"
-    assert vanilla["training"]["means"]["alpha"] == 0 and fixed["training"]["means"]["alpha"] == pytest.approx(0.1)
+    assert vanilla["training"]["means"]["alpha"] == 0 and fixed["training"]["means"][
+        "alpha"
+    ] == pytest.approx(0.1)
 
 
 def test_saebench_core_on_the_saved_sae_repeats_the_numbers(short_runs, micro):
-    import evaluation
+    from sae_separation import evaluation
+    from sae_separation.export import load_exported
 
     evaluator = evaluation.Evaluator(micro, context_size=128)
-    again, _ = evaluator.core(evaluation.load_exported(short_runs / "run_1" / "sae_seed1"))
+    again, _ = evaluator.core(load_exported(short_runs / "run_1" / "sae_seed1"))
     written = strict(short_runs / "run_1" / "final_info.json")["core"]["final_info_dict"]
     for name, values in written.items():
         assert again[name] == pytest.approx(values[1], rel=1e-4, abs=1e-6), name
 
 
 def test_the_saved_sae_reconstructs_as_well_as_training_said(short_runs, activations):
-    import evaluation
+    from sae_separation.export import load_exported
 
-    sae = evaluation.load_exported(short_runs / "run_0" / "sae_seed0")
+    sae = load_exported(short_runs / "run_0" / "sae_seed0")
     x = activations.x
     fvu = ((sae(x) - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()).item()
-    assert fvu == pytest.approx(strict(short_runs / "run_0" / "final_info.json")["training"]["final_info_dict"]["final_fvu"][0], rel=0.1)
+    assert fvu == pytest.approx(
+        strict(short_runs / "run_0" / "final_info.json")["training"]["final_info_dict"]["final_fvu"][0],
+        rel=0.1,
+    )
 
 
 def test_config_records_every_setting_the_testbed_and_what_ran_it(short_runs):
@@ -93,9 +117,14 @@ def test_config_records_every_setting_the_testbed_and_what_ran_it(short_runs):
 
     config = strict(short_runs / "run_1" / "config.json")
     assert set(config["requested"]) == set(config["config"])
-    assert set(config["config"]) == {f.name for f in fields(experiment.Config)} and None not in config["config"].values()
+    assert (
+        set(config["config"]) == {f.name for f in fields(experiment.Config)}
+        and None not in config["config"].values()
+    )
     assert config["config"]["arm"] == "fixed" and config["config"]["testbed"] == "micro"
-    assert config["testbed"]["hook_name"] == "gpt_neox.layers.1" and {"versions", "hardware", "git"} <= set(config)
+    assert config["testbed"]["hook_name"] == "gpt_neox.layers.1" and {"versions", "hardware", "git"} <= set(
+        config
+    )
 
 
 def test_only_json_and_safetensors_are_in_a_run_folder(short_runs):
@@ -119,13 +148,28 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(short_runs):
     assert fewer.returncode == 0 and "is complete" in fewer.stdout, "it holds the seed asked for"
     assert more.returncode == 2 and "seeds" in more.stderr.splitlines()[-1]
     other = run_script("experiment.py", *settings, "--arm=fixed", "--alpha=0.7")
-    assert other.returncode == 2 and "alpha" in other.stderr.splitlines()[-1] and "--overwrite" in other.stderr.splitlines()[-1]
+    assert (
+        other.returncode == 2
+        and "alpha" in other.stderr.splitlines()[-1]
+        and "--overwrite" in other.stderr.splitlines()[-1]
+    )
     assert (short_runs / "run_1" / "final_info.json").stat().st_mtime_ns == before
 
 
 def test_a_run_that_blows_up_ends_with_one_line_exit_code_1_and_no_result(tmp_path):
     """A learning rate that overflows in the first steps: no constant takes the place of the loss."""
-    done = run_script("experiment.py", "--out_dir", tmp_path / "run_1", "--seeds", 0, "--tokens", 100 * 2048, "--lr=1e30", "--warmup_steps=0", "--testbed=micro")
+    done = run_script(
+        "experiment.py",
+        "--out_dir",
+        tmp_path / "run_1",
+        "--seeds",
+        0,
+        "--tokens",
+        100 * 2048,
+        "--lr=1e30",
+        "--warmup_steps=0",
+        "--testbed=micro",
+    )
     assert done.returncode == 1, done.stderr[-2000:]
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and "of arm fixed, seed 0" in last and "lower --lr" in last
@@ -139,16 +183,23 @@ def test_one_hook_everywhere(short_runs):
     assert exported["hook_name"] == recorded == f"gpt_neox.layers.{exported['hook_layer']}"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"name": "npm"}', '{"requested": 1, "config": 2}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"name": "npm"}', '{"requested": 1, "config": 2}', b"\xff\xfe"]
+)
 def test_a_folder_with_a_strange_config_is_refused(content, tmp_path):
     (tmp_path / "run_0").mkdir()
-    (tmp_path / "run_0" / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / "run_0" / "config.json").write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
     done = run_script("experiment.py", "--out_dir=run_0", cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--overwrite" in done.stderr
 
 
 def test_what_only_the_lm_can_refuse_is_refused_before_anything_is_written(tmp_path):
-    for wrong, said in ((["--context_size=257"], "256 positions"), (["--d_sae=8"], "must be under --d_sae 8")):
+    for wrong, said in (
+        (["--context_size=257"], "256 positions"),
+        (["--d_sae=8"], "must be under --d_sae 8"),
+    ):
         done = run_script("experiment.py", "--out_dir=run_0", "--testbed=micro", *wrong, cwd=tmp_path)
         assert done.returncode == 2 and said in done.stderr.splitlines()[-1], done.stderr
     assert not list(tmp_path.iterdir())
@@ -169,13 +220,23 @@ def test_help_answers_within_a_second_and_names_every_option():
 
 def test_plot_draws_complete_runs_and_names_the_ones_it_skips(short_runs, tmp_path):
     (short_runs / "run_9").mkdir(exist_ok=True)
-    done = run_script("plot.py", short_runs / "run_0", short_runs / "run_1", short_runs / "run_9", cwd=tmp_path)
+    done = run_script(
+        "plot.py", short_runs / "run_0", short_runs / "run_1", short_runs / "run_9", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "run_9: no final_info.json" in done.stderr and "| run_1 | fixed | 2 |" in done.stdout
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("training_curves.png", "unlearning_tradeoff.png"))
+    assert all(
+        (tmp_path / name).stat().st_size > 10_000
+        for name in ("training_curves.png", "unlearning_tradeoff.png")
+    )
     alone = run_script("plot.py", short_runs / "run_0", cwd=tmp_path)
     assert alone.returncode == 0, "one run is enough"
-    for name, content in (("final_info.json", "[]"), ("config.json", '{"a": 1}'), ("train_log.jsonl", ""), ("eval/seed0_unlearning.json", "{")):
+    for name, content in (
+        ("final_info.json", "[]"),
+        ("config.json", '{"a": 1}'),
+        ("train_log.jsonl", ""),
+        ("eval/seed0_unlearning.json", "{"),
+    ):
         broken = tmp_path / "3_a"
         shutil.copytree(short_runs / "run_0", broken, dirs_exist_ok=True)
         (broken / name).write_text(content)
@@ -197,6 +258,8 @@ def test_undefined_metrics_are_null_with_a_reason_and_never_a_mean_of_fewer_seed
     run = experiment.Run.__new__(experiment.Run)
     run.config, run.warnings = experiment.Config(seeds=(3, 4)), []
     summary = run._summarise("core", {"good": [1.0, 3.0], "bad": [1.0, math.nan], "none": [None, None]})
-    assert summary["means"] == {"good": 2.0, "bad": None, "none": None} and summary["stderrs"]["good"] == pytest.approx(1.0)
+    assert summary["means"] == {"good": 2.0, "bad": None, "none": None} and summary["stderrs"][
+        "good"
+    ] == pytest.approx(1.0)
     assert summary["final_info_dict"]["bad"] == [1.0, None]
     assert any("core.bad is undefined for seeds [4]" in w for w in run.warnings)

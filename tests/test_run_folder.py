@@ -17,10 +17,10 @@ import pytest
 from conftest import ROOT, run_script
 from test_resume import at_step, here, interrupt
 
-import checkpoint
-import errors
 import experiment
-from errors import RunFailed, WrongRequest
+from sae_separation import checkpoint, errors, process, run_folder
+from sae_separation.errors import Interrupted, Output, RunFailed, WrongRequest, tell
+from sae_separation.files import write_json
 
 FOREIGN = {
     "notes.json": "mine",
@@ -66,7 +66,7 @@ def refuse(folder: Path, *more: str) -> str:
     """What the command says to a folder, before it imports anything heavy."""
     with pytest.raises(WrongRequest) as wrong:
         experiment.unfinished(*experiment.parse_command(["--out_dir", str(folder), "--arm=vanilla", *more]))
-    checkpoint.disown()
+    run_folder.disown()
     assert len(str(wrong.value).splitlines()) == 1
     return str(wrong.value)
 
@@ -108,7 +108,7 @@ def test_a_first_start_that_was_killed_at_once_is_no_folder_of_other_files(tmp_p
             *experiment.parse_command(["--out_dir", str(tmp_path), "--arm=vanilla"])
         )
         assert len(left) == 1
-        checkpoint.disown()
+        run_folder.disown()
     (tmp_path / "eval/mine.json").write_text("[]")
     assert "holds 'eval'" in refuse(tmp_path)
 
@@ -155,18 +155,18 @@ def test_files_put_into_a_run_folder_survive_start_going_on_overwrite_and_comple
 def test_what_is_removed_is_what_the_program_writes_by_name(tmp_path):
     """Every name in WRITTEN; start_anew leaves nothing of them but config.json."""
     ours = [
-        *checkpoint.FILES,
+        *run_folder.FILES,
         "checkpoints/step_00000100.safetensors",
         "eval/seed0_metrics.json",
         "sae_seed0/cfg.json",
         "sae_seed0/sae_weights.safetensors",
     ]
-    ours += [f"eval/seed12_{section}.json" for section in checkpoint.SECTIONS.values()]
+    ours += [f"eval/seed12_{section}.json" for section in run_folder.SECTIONS.values()]
     ours += [f"{name}.tmp" for name in ours if not name.startswith("sae_seed")]
     fill(tmp_path)
     for name in ours:
         (tmp_path / name).write_text("ours")
-    checkpoint.start_anew(tmp_path)
+    run_folder.start_anew(tmp_path)
     assert set(files(tmp_path)) == {"config.json", *FOREIGN}
 
 
@@ -187,19 +187,19 @@ def test_a_link_in_a_run_folder_is_removed_or_replaced_and_what_it_leads_to_stay
         (folder / link).symlink_to(elsewhere / "a")
     for link in ("checkpoints", "sae_seed0"):
         (folder / link).symlink_to(elsewhere)
-    checkpoint.start_anew(folder)
-    checkpoint.write_json(folder / "config.json", {"new": 1})
-    checkpoint.write_json(folder / "final_info.json", {"new": 1})
+    run_folder.start_anew(folder)
+    write_json(folder / "config.json", {"new": 1})
+    write_json(folder / "final_info.json", {"new": 1})
     assert files(elsewhere) == before
     assert {p.name for p in folder.rglob("*")} == {"config.json", "final_info.json", "eval"} and not (
         folder / "config.json"
     ).is_symlink()
     (folder / "checkpoints").symlink_to(elsewhere)
-    checkpoint.clear_complete(folder)
+    run_folder.clear_complete(folder)
     assert files(elsewhere) == before and not (folder / "checkpoints").is_symlink()
     (folder / ".lock").symlink_to(elsewhere / "a")
     with pytest.raises(WrongRequest, match="remove it if it is not in use"):
-        checkpoint.own(folder)
+        run_folder.own(folder)
     assert files(elsewhere) == before
 
 
@@ -224,18 +224,18 @@ def test_a_private_folder_that_only_looks_like_one_of_ours_is_left(tmp_path, mon
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for name in ("saebench-of-mine", "saebench-of-12-results", "saebench-of-12-abcdefgh"):
         (tmp_path / name).mkdir()
-    checkpoint.remove_left("saebench")
+    process.remove_left("saebench")
     assert {p.name for p in tmp_path.iterdir()} == {"saebench-of-mine", "saebench-of-12-results"}
 
 
 def test_a_lock_is_removed_by_its_owner_only_while_it_is_his(tmp_path):
-    checkpoint.own(tmp_path)
+    run_folder.own(tmp_path)
     (tmp_path / ".lock").unlink()
     (tmp_path / ".lock").write_text("another's")
-    checkpoint.disown()
+    run_folder.disown()
     assert (tmp_path / ".lock").read_text() == "another's"
     with pytest.raises(WrongRequest, match="was not written by this program"):
-        checkpoint.own(tmp_path)
+        run_folder.own(tmp_path)
     assert (tmp_path / ".lock").read_text() == "another's"
 
 
@@ -296,7 +296,7 @@ def test_a_restart_from_zero_is_told_and_where_checkpoints_were_removed_it_is_a_
         )
 
     assert not starts_again(), "the first time"
-    checkpoint.start_anew(folder)  # as a process that was killed before its first checkpoint left it
+    run_folder.start_anew(folder)  # as a process that was killed before its first checkpoint left it
     assert starts_again()
     shutil.rmtree(folder / "checkpoints")
     capsys.readouterr()
@@ -312,18 +312,18 @@ def test_a_complete_run_that_was_killed_before_it_was_cleared_is_cleared_when_it
     here, tmp_path, monkeypatch
 ):
     with monkeypatch.context() as m:
-        m.setattr(checkpoint, "clear_complete", lambda folder: None)
+        m.setattr("sae_separation.run_folder.clear_complete", lambda folder: None)
         assert here("run_1", seeds=(0,)) == 0
     assert checkpoint.steps_in(tmp_path / "run_1")
     (tmp_path / "run_1/warnings.json.tmp").write_text("half")
     (tmp_path / "run_1/checkpoints/mine.txt").write_text("mine")
-    checkpoint.own(tmp_path / "run_1")
-    (owned := dict(checkpoint._owned)) and checkpoint._owned.clear()  # as by another process
+    run_folder.own(tmp_path / "run_1")
+    (owned := dict(run_folder._owned)) and run_folder._owned.clear()  # as by another process
     assert here("run_1", seeds=(0,)) == 0 and checkpoint.steps_in(tmp_path / "run_1"), (
         "not while another owns it"
     )
-    checkpoint._owned.update(owned)
-    checkpoint.disown()
+    run_folder._owned.update(owned)
+    run_folder.disown()
     assert here("run_1", seeds=(0,)) == 0
     left = set(files(tmp_path / "run_1"))
     assert "checkpoints/mine.txt" in left and not any(
@@ -342,7 +342,7 @@ def test_a_complete_run_is_complete_also_where_its_checkpoints_cannot_be_removed
     (tmp_path / "checkpoints").mkdir()
     (path := checkpoint.path_of(tmp_path, 5)).touch()
     monkeypatch.setattr(Path, "unlink", refused)
-    checkpoint.clear_complete(tmp_path)
+    run_folder.clear_complete(tmp_path)
     assert (
         capsys.readouterr().err
         == f"warning: {path} is needed no more and cannot be removed: Permission denied\n"
@@ -356,17 +356,17 @@ def test_a_commit_that_git_does_not_tell_is_unknown_for_a_reason(tmp_path, monke
     (tmp_path / "bin").mkdir()
     monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert checkpoint.commit_of_code().startswith("unknown: fatal: not a git repository")
+    assert run_folder.commit_of_code().startswith("unknown: fatal: not a git repository")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    assert checkpoint.commit_of_code() == "unknown: git is not installed"
+    assert run_folder.commit_of_code() == "unknown: git is not installed"
     (tmp_path / "bin/git").write_text(
         f"#!{sys.executable}\nimport sys\n"
         "sys.exit(sys.stderr.write('fatal: detected dubious ownership in repository\\nTo add') and 128)\n"
     )
     (tmp_path / "bin/git").chmod(0o755)
-    assert checkpoint.commit_of_code() == "unknown: fatal: detected dubious ownership in repository"
+    assert run_folder.commit_of_code() == "unknown: fatal: detected dubious ownership in repository"
     (tmp_path / "bin/git").write_text("no program")
-    assert checkpoint.commit_of_code().startswith("unknown: git cannot be started (")
+    assert run_folder.commit_of_code().startswith("unknown: git cannot be started (")
 
 
 # ------------------------------------------------------------------------------ how a command ends
@@ -427,18 +427,18 @@ def test_a_closed_stdout_or_stderr_changes_no_exit_code(complete):
 def test_a_run_whose_reader_goes_away_is_complete_all_the_same(here, tmp_path, monkeypatch, capfd):
     with open(tmp_path / "stands for fd 1", "w") as other:
         with monkeypatch.context() as m:
-            m.setattr(sys, "stdout", errors.Output(Closed(), other.fileno()))
+            m.setattr(sys, "stdout", Output(Closed(), other.fileno()))
             assert here("run_1", seeds=(0,)) == 0
     assert (tmp_path / "run_1/final_info.json").exists() and "error" not in capfd.readouterr().err
 
 
 def test_every_ending_is_an_exit_code_and_a_line(monkeypatch, capsys):
-    because = lambda error, cause: setattr(error, "__cause__", cause) or error  # noqa: E731
+    because = lambda error, cause: setattr(error, "__cause__", cause) or error
     no_memory = ImportError("libtorch_cpu.so: failed to map segment from shared object")
     for error, code, said in (
         (WrongRequest("no such\nfolder"), 2, "error: no such folder"),
         (RunFailed("at step 3"), 1, "error: at step 3"),
-        (errors.Interrupted(signal.SIGHUP, "at step 3"), 129, "error: interrupted by SIGHUP: at step 3"),
+        (Interrupted(signal.SIGHUP, "at step 3"), 129, "error: interrupted by SIGHUP: at step 3"),
         (MemoryError(), 1, "error: out of memory: lower --batch_size"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "error: out of memory: lower"),
         (
@@ -458,17 +458,17 @@ def test_every_ending_is_an_exit_code_and_a_line(monkeypatch, capsys):
         ),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 1, "error: UnicodeDecodeError: "),
     ):
-        assert errors.tell(error) == code
+        assert tell(error) == code
         told = capsys.readouterr().err
         assert told.startswith(said) and len(told.splitlines()) == 1, told
     for error in (KeyError("x"), RecursionError("maximum recursion depth exceeded")):
-        assert errors.tell(error) == 1
+        assert tell(error) == 1
         *trace, last = capsys.readouterr().err.splitlines()
         assert trace and last.startswith(f"error: unexpected {type(error).__name__}: ") and "report" in last
-    assert errors.tell(MemoryError(), began=False) == 1
+    assert tell(MemoryError(), began=False) == 1
     assert "before anything was begun" in capsys.readouterr().err
     monkeypatch.setattr(errors.resource, "getrlimit", lambda which: (3_000_000_000, -1))
-    assert errors.tell(no_memory, began=False) == 1
+    assert tell(no_memory, began=False) == 1
     assert (
         "(ulimit -v allows 3.0 GB of address space: raise it) before anything was begun"
         in capsys.readouterr().err
@@ -493,7 +493,7 @@ def test_too_little_address_space_is_told_in_one_line(tmp_path):
         str(tmp_path / "run_0"),
         "--testbed=micro",
     ]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (2 * 10**9, 2 * 10**9))  # noqa: E731
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (2 * 10**9, 2 * 10**9))
     done = subprocess.run(asked, preexec_fn=limit, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: out of memory (ulimit -v allows 2.0 GB of address space: raise it)")
@@ -528,7 +528,7 @@ def test_a_lost_connection_leaves_a_checkpoint_and_one_line(
 
 def test_under_nohup_a_lost_connection_is_nothing(hangup_counts):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with checkpoint.signals:
+    with process.signals:
         os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -548,14 +548,14 @@ def test_a_lost_connection_before_anything_is_begun(ignored, tmp_path):
         str(tmp_path / "asked.jsonl"),
         "--forget_subject=x",
     ]
-    prepare = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)  # noqa: E731
+    prepare = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
     process = subprocess.Popen(
         asked, preexec_fn=prepare, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     status = Path(f"/proc/{process.pid}/status")
     mask = lambda kind: int(
         next(line for line in status.read_text().splitlines() if line.startswith(kind)).split()[1], 16
-    )  # noqa: E731
+    )
     while not mask("SigCgt") >> (signal.SIGTERM - 1) & 1:
         time.sleep(0.01)
     process.send_signal(signal.SIGHUP)

@@ -5,11 +5,12 @@ from functools import partial
 import pytest
 import torch
 
-import evaluation
 import experiment
-import features
-import losses
+import sae_separation.sparse
 from experiment import OrthogonalSAE
+from sae_separation import losses
+from sae_separation.export import export, load_exported
+from sae_separation.sparse import remove_radial, sparse_features, true_places
 
 
 @pytest.fixture
@@ -53,8 +54,19 @@ def test_the_sparse_path_measures_what_the_dense_one_does_and_both_keep_a_nan(ac
         sae.temperature.fill_(temperature)
         sae.active.fill_(active)
         terms = sae.accumulate_grads(x, forget, l1, torch.float32)
-        seen.append([terms.fvu, terms.l1, terms.l0, terms.fired, sae.active.clone(), *(p.grad for p in sae.parameters())])
-        assert all(p.is_contiguous() and p.grad.is_contiguous() for p in sae.parameters()), "fused Adam copies what is not"
+        seen.append(
+            [
+                terms.fvu,
+                terms.l1,
+                terms.l0,
+                terms.fired,
+                sae.active.clone(),
+                *(p.grad for p in sae.parameters()),
+            ]
+        )
+        assert all(p.is_contiguous() and p.grad.is_contiguous() for p in sae.parameters()), (
+            "fused Adam copies what is not"
+        )
         sae.active.fill_(active)
         sae.W_enc.data[3, 7] = torch.nan
         assert not sae.accumulate_grads(x, forget, l1, torch.float32).fvu.isfinite()
@@ -65,7 +77,7 @@ def test_the_sparse_path_measures_what_the_dense_one_does_and_both_keep_a_nan(ac
 
 def test_the_path_follows_the_share_of_active_features_by_itself(x, monkeypatch):
     taken = []
-    for module, name in ((experiment, "DenseFeatures"), (features, "SparseFeatures")):
+    for module, name in ((experiment, "DenseFeatures"), (sae_separation.sparse, "SparseFeatures")):
         kind = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, kind=kind: taken.append(kind) or kind(*args))
     sae = OrthogonalSAE(24, 400, seed=3)
@@ -73,7 +85,13 @@ def test_the_path_follows_the_share_of_active_features_by_itself(x, monkeypatch)
         sae.b_enc.data.fill_(bias)
         sae.accumulate_grads(x, torch.zeros(256, dtype=torch.bool), torch.tensor(0.0), torch.float32)
         assert sae.active.item() == pytest.approx((sae.encode(x) > 0).sum().item() / 256)
-    assert [kind.__name__ for kind in taken] == ["DenseFeatures", "DenseFeatures", "SparseFeatures", "SparseFeatures", "DenseFeatures"]
+    assert [kind.__name__ for kind in taken] == [
+        "DenseFeatures",
+        "DenseFeatures",
+        "SparseFeatures",
+        "SparseFeatures",
+        "DenseFeatures",
+    ]
 
 
 def test_a_batch_without_any_active_feature_has_gradient_zero_and_not_nan(x):
@@ -86,24 +104,35 @@ def test_a_batch_without_any_active_feature_has_gradient_zero_and_not_nan(x):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("shape", "share"), [((64, 96), 0.02), ((7, 13), 0.3), ((8, 16), 0.0), ((8, 16), 1.0)])
+@pytest.mark.parametrize(
+    ("shape", "share"), [((64, 96), 0.02), ((7, 13), 0.3), ((8, 16), 0.0), ((8, 16), 1.0)]
+)
 def test_true_places_are_those_of_nonzero(shape, share, dtype):
     generator = torch.Generator().manual_seed(1)
-    t = ((torch.rand(shape, generator=generator) < share) * torch.randn(shape, generator=generator)).to(dtype)  # 0.0 and -0.0 among the others
+    t = ((torch.rand(shape, generator=generator) < share) * torch.randn(shape, generator=generator)).to(
+        dtype
+    )  # 0.0 and -0.0 among the others
     if dtype.is_floating_point and share == 0.02:
         t[5, 7] = torch.nan
-        assert 5 * 96 + 7 in features.true_places(t)
-    assert torch.equal(features.true_places(t), t.flatten().nonzero()[:, 0])
+        assert 5 * 96 + 7 in true_places(t)
+    assert torch.equal(true_places(t), t.flatten().nonzero()[:, 0])
 
 
 @pytest.mark.parametrize("activation", ["relu", "batchtopk", "softk"])
 @pytest.mark.parametrize("active", [0.0, 1e9])
 def test_a_sketch_sums_the_signs_of_the_rows_that_a_feature_fires_on(activation, active, x):
-    sae, signs = OrthogonalSAE(24, 96, seed=3, activation=activation, k=5), losses.random_signs(256, 16, torch.Generator().manual_seed(1))
+    sae, signs = (
+        OrthogonalSAE(24, 96, seed=3, activation=activation, k=5),
+        losses.random_signs(256, 16, torch.Generator().manual_seed(1)),
+    )
     sae.active.fill_(active)
     terms = sae.accumulate_grads(x, torch.arange(256) < 100, torch.tensor(0.0), torch.float32, signs_BK=signs)
     pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
-    few = {"relu": pre > 0, "batchtopk": pre >= pre.flatten().topk(5 * 256).values[-1], "softk": pre >= pre.topk(5, dim=1).values[:, -1:]}[activation]
+    few = {
+        "relu": pre > 0,
+        "batchtopk": pre >= pre.flatten().topk(5 * 256).values[-1],
+        "softk": pre >= pre.topk(5, dim=1).values[:, -1:],
+    }[activation]
     torch.testing.assert_close(terms.sketch, (few & (pre > 0)).float().T @ signs)
     assert signs.abs().eq(1).all() and abs(signs.mean()) < 0.1 and terms.sketch.abs().max() > 3
 
@@ -113,12 +142,16 @@ def test_features_are_found_a_part_at_a_time_as_all_at_once(x, monkeypatch):
     for activation, threshold in (("relu", 0.0), ("batchtopk", 0.5), ("batchtopk", 100.0)):
         seen = []
         for rows in (2**21, 256 * 7):
-            monkeypatch.setattr(features, "ENTRIES_AT_ONCE", rows)
+            monkeypatch.setattr("sae_separation.sparse.ENTRIES_AT_ONCE", rows)
             sae = OrthogonalSAE(24, 96, seed=3, activation=activation, k=5)
             sae.threshold.fill_(threshold)
-            f = features.sparse_features(sae, x, torch.float32, None, torch.arange(256) < 100)
+            f = sparse_features(sae, x, torch.float32, None, torch.arange(256) < 100)
             seen.append((f.col, f.row, f.value, sae.threshold.clone()))
-        assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1]) and len(seen[0][0]) >= 5 * 256
+        assert (
+            torch.equal(seen[0][0], seen[1][0])
+            and torch.equal(seen[0][1], seen[1][1])
+            and len(seen[0][0]) >= 5 * 256
+        )
         torch.testing.assert_close(seen[0][2:], seen[1][2:])
         assert torch.equal(seen[0][0], seen[0][0].sort().values), "in the order of features"
 
@@ -139,7 +172,9 @@ def test_counts_and_l0_are_those_of_the_features(sae, x):
     forget = torch.arange(256) < 100
     terms = sae.accumulate_grads(x, forget, torch.tensor(0.0), torch.float32)
     active = sae.encode(x) > 0
-    assert torch.equal(terms.fired[1], active[:100].sum(0).float()) and torch.equal(terms.fired[0], active[100:].sum(0).float())
+    assert torch.equal(terms.fired[1], active[:100].sum(0).float()) and torch.equal(
+        terms.fired[0], active[100:].sum(0).float()
+    )
     assert terms.l0.item() == pytest.approx(active.sum(1).float().mean().item())
 
 
@@ -153,7 +188,7 @@ def test_any_leading_shape_gives_the_same_rows(sae, shape):
 
 def test_decoder_rows_are_normalised_along_d_in_and_the_radial_gradient_is_removed(sae, x):
     sae.accumulate_grads(x, torch.zeros(256, dtype=torch.bool), torch.tensor(0.0), torch.float32)
-    features.remove_radial(sae.W_dec.grad, sae.W_dec)
+    remove_radial(sae.W_dec.grad, sae.W_dec)
     assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-7
     with torch.no_grad():
         sae.W_dec *= 3.0
@@ -162,9 +197,13 @@ def test_decoder_rows_are_normalised_along_d_in_and_the_radial_gradient_is_remov
 
 
 def test_the_exported_file_gives_the_same_features_and_reconstruction_in_sae_lens(sae, x, tmp_path):
-    evaluation.export(sae, tmp_path, {"model_name": "m", "hook_name": "h", "hook_layer": 0, "context_size": 16, "prepend_bos": True})
+    export(
+        sae,
+        tmp_path,
+        {"model_name": "m", "hook_name": "h", "hook_layer": 0, "context_size": 16, "prepend_bos": True},
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
-    loaded = evaluation.load_exported(tmp_path)
+    loaded = load_exported(tmp_path)
     torch.testing.assert_close(loaded.encode(x) * sae.scale, sae.encode(x), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(loaded(x), sae(x), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(loaded.W_dec.norm(dim=1), torch.ones(96))
@@ -175,13 +214,17 @@ def test_statistics_follow_the_domains_and_are_saved_with_the_module(sae):
     fired[0, 0], fired[1, 1], fired[:, 2] = 50, 20, torch.tensor([50.0, 20.0])
     for _ in range(2000):
         sae.update_statistics(fired, torch.tensor(20), 70)
-    assert sae.rate[:, 0].tolist() == pytest.approx([1, 0], abs=1e-4) and sae.rate[:, 1].tolist() == pytest.approx([0, 1], abs=1e-4)
+    assert sae.rate[:, 0].tolist() == pytest.approx([1, 0], abs=1e-4) and sae.rate[
+        :, 1
+    ].tolist() == pytest.approx([0, 1], abs=1e-4)
     assert sae.affinity[:4].tolist() == pytest.approx([-1, 1, 0, 0], abs=1e-4)
     assert sae.idle[0] == 0 and sae.idle[3] == 70 * 2000
     before = sae.rate[1].clone()
     sae.update_statistics(torch.zeros(2, 96), torch.tensor(0), 70)
     assert torch.equal(sae.rate[1], before), "a domain that is not in the batch keeps its rate"
-    assert {"rate", "idle", "groups", "scale", "unlocked", "threshold", "temperature"} <= set(sae.state_dict())
+    assert {"rate", "idle", "groups", "scale", "unlocked", "threshold", "temperature"} <= set(
+        sae.state_dict()
+    )
 
 
 def test_the_domain_hinges_are_the_gradient_of_their_loss(sae, x):
@@ -200,7 +243,9 @@ def test_the_domain_hinges_are_the_gradient_of_their_loss(sae, x):
     assert terms.firing.item() == pytest.approx(paid.item(), rel=1e-4)
     for name, p in sae.named_parameters():
         assert (by_hand[name] - p.grad).norm() <= 1e-4 * p.grad.norm(), name
-    value, grad = losses.domain_hinges(torch.tensor([[-2.0, 0.5], [0.1, -1.0]]), torch.tensor([False, True]), 1.0, alpha, 0.3)
+    value, grad = losses.domain_hinges(
+        torch.tensor([[-2.0, 0.5], [0.1, -1.0]]), torch.tensor([False, True]), 1.0, alpha, 0.3
+    )
     assert value.item() == pytest.approx((0.7 * 1.5 + 0.3 * 0.9) / 2)
     assert grad.flatten().tolist() == pytest.approx([0.0, 0.35, -0.15, 0.0])
 

@@ -13,10 +13,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-import checkpoint
-import evaluation
 import experiment
-import testbeds
+from sae_separation import evaluation, process
+from sae_separation.exam import special_ids
+from sae_separation.export import export, load_exported
+from sae_separation.lm import InterventionLM, Testbed
+from sae_separation.questions import Question
 
 LAYER, D_IN = 1, 32
 SUBJECTS = {"wmdp-bio": 40, "high_school_geography": 30, "human_aging": 30}
@@ -30,10 +32,17 @@ def gemma_tokenizer(folder):
     for letter in "ABCD":
         vocab.setdefault(f"Ġ{letter}", len(vocab))
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("Ġ", letter) for letter in "ABCD"]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     tokenizer.add_special_tokens(["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)  # transformer_lens reloads a tokenizer from where it came from
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(
+        folder
+    )  # transformer_lens reloads a tokenizer from where it came from
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +54,64 @@ def gemma(tmp_path_factory):
     torch.manual_seed(0)
     tokenizer = gemma_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     vocab = len(tokenizer)
-    hf = Gemma2ForCausalLM(Gemma2Config(
-        vocab_size=vocab, hidden_size=D_IN, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        max_position_embeddings=512, sliding_window=512, query_pre_attn_scalar=8, initializer_range=0.3, attn_implementation="eager",
-        pad_token_id=0, eos_token_id=1, bos_token_id=2)).eval().requires_grad_(False)  # fmt: skip
-    hooked = HookedTransformer(HookedTransformerConfig(
-        n_layers=3, d_model=D_IN, n_ctx=512, d_head=8, n_heads=4, d_mlp=64, d_vocab=vocab, act_fn="gelu_pytorch_tanh", normalization_type="RMS", eps=1e-6,
-        rotary_base=10_000.0, positional_embedding_type="rotary", use_attn_scale=True, attn_scale=8**0.5, n_key_value_heads=2, window_size=512,
-        use_local_attn=True, attn_types=["local", "global", "local"], attn_scores_soft_cap=50.0, output_logits_soft_cap=30.0, gated_mlp=True,
-        final_rms=True, use_normalization_before_and_after=True, rotary_dim=8, model_name="gemma-2-2b-it", original_architecture="Gemma2ForCausalLM",
-        default_prepend_bos=True, device="cpu", seed=0), tokenizer=tokenizer, default_padding_side="right")  # fmt: skip
+    hf = (
+        Gemma2ForCausalLM(
+            Gemma2Config(
+                vocab_size=vocab,
+                hidden_size=D_IN,
+                intermediate_size=64,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+                max_position_embeddings=512,
+                sliding_window=512,
+                query_pre_attn_scalar=8,
+                initializer_range=0.3,
+                attn_implementation="eager",
+                pad_token_id=0,
+                eos_token_id=1,
+                bos_token_id=2,
+            )
+        )
+        .eval()
+        .requires_grad_(False)
+    )
+    hooked = HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=3,
+            d_model=D_IN,
+            n_ctx=512,
+            d_head=8,
+            n_heads=4,
+            d_mlp=64,
+            d_vocab=vocab,
+            act_fn="gelu_pytorch_tanh",
+            normalization_type="RMS",
+            eps=1e-6,
+            rotary_base=10_000.0,
+            positional_embedding_type="rotary",
+            use_attn_scale=True,
+            attn_scale=8**0.5,
+            n_key_value_heads=2,
+            window_size=512,
+            use_local_attn=True,
+            attn_types=["local", "global", "local"],
+            attn_scores_soft_cap=50.0,
+            output_logits_soft_cap=30.0,
+            gated_mlp=True,
+            final_rms=True,
+            use_normalization_before_and_after=True,
+            rotary_dim=8,
+            model_name="gemma-2-2b-it",
+            original_architecture="Gemma2ForCausalLM",
+            default_prepend_bos=True,
+            device="cpu",
+            seed=0,
+        ),
+        tokenizer=tokenizer,
+        default_padding_side="right",
+    )
     hooked.load_state_dict(convert_gemma_weights(hf, hooked.cfg), strict=False)
     hooked.eval().requires_grad_(False)
     return hf, hooked, tokenizer
@@ -63,8 +120,19 @@ def gemma(tmp_path_factory):
 @pytest.fixture(scope="module")
 def questions():
     rng = random.Random(3)
-    word = lambda: "".join(rng.choices("abcdefghij", k=rng.randint(3, 6)))  # noqa: E731
-    return {s: [testbeds.Question("biology" if s == "wmdp-bio" else s, f"what is {word()}?", tuple(word() for _ in range(4)), rng.randrange(4)) for _ in range(n)] for s, n in SUBJECTS.items()}
+    word = lambda: "".join(rng.choices("abcdefghij", k=rng.randint(3, 6)))
+    return {
+        s: [
+            Question(
+                "biology" if s == "wmdp-bio" else s,
+                f"what is {word()}?",
+                tuple(word() for _ in range(4)),
+                rng.randrange(4),
+            )
+            for _ in range(n)
+        ]
+        for s, n in SUBJECTS.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +142,18 @@ def sae(tmp_path_factory, gemma):
     with torch.no_grad():
         module.b_enc -= 0.5
     folder = tmp_path_factory.mktemp("sae")
-    evaluation.export(module, folder, {"model_name": "gemma-2-2b-it", "hook_name": f"blocks.{LAYER}.hook_resid_post", "hook_layer": LAYER, "context_size": 32, "prepend_bos": True})
-    return evaluation.load_exported(folder)
+    export(
+        module,
+        folder,
+        {
+            "model_name": "gemma-2-2b-it",
+            "hook_name": f"blocks.{LAYER}.hook_resid_post",
+            "hook_layer": LAYER,
+            "context_size": 32,
+            "prepend_bos": True,
+        },
+    )
+    return load_exported(folder)
 
 
 @pytest.fixture
@@ -84,9 +162,25 @@ def ours(gemma, questions):
     hf, _, tokenizer = gemma
     evaluator = evaluation.Evaluator.__new__(evaluation.Evaluator)
     named = {("bio" if s == "wmdp-bio" else s): q for s, q in questions.items()}
-    evaluator.testbed = testbeds.Testbed("gemma-2-2b-it", hf, tokenizer, LAYER, None, None, named, "bio", "letter", "GEMMA_INST_FORMAT", "absolute")
-    evaluator.lm, evaluator.exams, evaluator.subjects = testbeds.InterventionLM(evaluator.testbed), {}, questions
-    evaluator.artifacts, evaluator.retain_text = checkpoint.private_folder(evaluator, "saebench"), None
+    evaluator.testbed = Testbed(
+        "gemma-2-2b-it",
+        hf,
+        tokenizer,
+        LAYER,
+        None,
+        None,
+        named,
+        "bio",
+        "letter",
+        "GEMMA_INST_FORMAT",
+        "absolute",
+    )
+    evaluator.lm, evaluator.exams, evaluator.subjects = (
+        InterventionLM(evaluator.testbed),
+        {},
+        questions,
+    )
+    evaluator.artifacts, evaluator.retain_text = process.private_folder(evaluator, "saebench"), None
     return evaluator
 
 
@@ -108,9 +202,13 @@ def test_letter_answers_equal_saebench_unpatched_with_and_without_question(gemma
     _, hooked, _ = gemma
     for without_question in (False, True):
         for name in SUBJECTS:
-            asked = dict(dataset_name=name, permutations=evaluation.ALL_PERMUTATIONS, without_question=without_question)
+            asked = dict(
+                dataset_name=name, permutations=evaluation.ALL_PERMUTATIONS, without_question=without_question
+            )
             with patch.object(metrics, "load_dataset", serve(questions)):
-                theirs = metrics.calculate_MCQ_metrics(hooked, 64, str(ours.artifacts), verbose=False, **asked)
+                theirs = metrics.calculate_MCQ_metrics(
+                    hooked, 64, str(ours.artifacts), verbose=False, **asked
+                )
             mine = ours.mcq_metrics(ours.lm, 64, str(ours.artifacts), **asked)
             np.testing.assert_allclose(mine["output_probs"], theirs["output_probs"], atol=2e-3)
             assert (mine["is_correct"] == theirs["is_correct"]).mean() > 0.999
@@ -119,7 +217,9 @@ def test_letter_answers_equal_saebench_unpatched_with_and_without_question(gemma
 
 def test_the_sweep_and_its_score_equal_saebench_unpatched(gemma, questions, ours, sae, tmp_path, monkeypatch):
     """SAEBench clamps the turn markers of a chat prompt, on which no SAE is trained; for the comparison we do, too."""
-    monkeypatch.setattr(testbeds, "special_ids", lambda tokenizer: torch.tensor([tokenizer.bos_token_id]))
+    monkeypatch.setattr(
+        "sae_separation.exam.special_ids", lambda tokenizer: torch.tensor([tokenizer.bos_token_id])
+    )
     from sae_bench.evals.unlearning import main as unlearning
     from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
     from sae_bench.evals.unlearning.utils import eval as sweep_eval
@@ -145,7 +245,13 @@ def test_the_sweep_and_its_score_equal_saebench_unpatched(gemma, questions, ours
     sparsities.mkdir(parents=True)
     np.savetxt(sparsities / feature_activation.FORGET_FILENAME, forget_rate, fmt="%f")
     np.savetxt(sparsities / feature_activation.RETAIN_FILENAME, retain_rate, fmt="%f")
-    config = UnlearningEvalConfig(dataset_names=list(SUBJECTS), model_name="gemma-2-2b-it", llm_batch_size=32, llm_dtype="float32", **settings)
+    config = UnlearningEvalConfig(
+        dataset_names=list(SUBJECTS),
+        model_name="gemma-2-2b-it",
+        llm_batch_size=32,
+        llm_dtype="float32",
+        **settings,
+    )
     with patch.object(metrics, "load_dataset", serve(questions)), torch.no_grad():
         sweep_eval.run_eval_single_sae(hooked, sae, config, str(tmp_path), "sae", force_rerun=False)
     theirs = unlearning.get_metrics_df(str(tmp_path / "sae/results/metrics"))
@@ -156,10 +262,16 @@ def test_the_sweep_and_its_score_equal_saebench_unpatched(gemma, questions, ours
     cells, score = ours.sweep(chosen, (forget_rate, retain_rate), "sae", list(SUBJECTS), **settings)
     assert score == pytest.approx(their_score) and len(cells) == len(theirs) == 8
     for cell in cells:
-        row = theirs[(theirs.retain_thres == cell["retain_threshold"]) & (theirs.n_features == cell["n_features"]) & (theirs.multiplier == cell["multiplier"])].iloc[0]
+        row = theirs[
+            (theirs.retain_thres == cell["retain_threshold"])
+            & (theirs.n_features == cell["n_features"])
+            & (theirs.multiplier == cell["multiplier"])
+        ].iloc[0]
         assert cell["forget_accuracy"] == pytest.approx(row["wmdp-bio"], abs=1e-6)
         assert cell["retain_accuracy"] == pytest.approx(row["all_side_effects_mcq"], abs=1e-6)
-    assert len({round(c["forget_accuracy"], 6) for c in cells}) > 2, "the interventions must do something for this to mean anything"
+    assert len({round(c["forget_accuracy"], 6) for c in cells}) > 2, (
+        "the interventions must do something for this to mean anything"
+    )
 
 
 def test_firing_rates_equal_saebench_unpatched(gemma, ours, sae):
@@ -169,9 +281,17 @@ def test_firing_rates_equal_saebench_unpatched(gemma, ours, sae):
     tokens = torch.randint(5, 200, (8, 32))
     tokens[:, 0] = tokenizer.bos_token_id
     tokens[:, 11] = tokenizer.eos_token_id
-    theirs = get_feature_activation_sparsity(tokens, hooked, sae, batch_size=4, layer=LAYER, hook_name=f"blocks.{LAYER}.hook_resid_post", mask_bos_pad_eos_tokens=True)
+    theirs = get_feature_activation_sparsity(
+        tokens,
+        hooked,
+        sae,
+        batch_size=4,
+        layer=LAYER,
+        hook_name=f"blocks.{LAYER}.hook_resid_post",
+        mask_bos_pad_eos_tokens=True,
+    )
     ours.select = {d: (tokens, ours.lm.resid(tokens)) for d in ("forget", "retain")}
-    ours.special = testbeds.special_ids(tokenizer)
+    ours.special = special_ids(tokenizer)
     rate = ours.firing(sae)[0]
     torch.testing.assert_close(rate, theirs.float(), atol=2e-3, rtol=1e-3)
     assert 0.01 < rate.mean() < 0.99
@@ -181,9 +301,25 @@ def test_global_state_is_as_before(gemma, questions, ours, sae):
     import os
 
     ours.mcq_metrics(ours.lm, 64, None, "wmdp-bio")
-    state, torch_state, cwd, environ = np.random.get_state()[1].copy(), torch.get_rng_state(), os.getcwd(), dict(os.environ)
-    with patch.object(ours, "mcq_metrics", side_effect=RuntimeError("stop")), pytest.raises(RuntimeError, match="stop"):
-        ours.sweeps(sae, (np.ones(64), np.zeros(64)), torch.ones(64), "broken", list(SUBJECTS), [0.1], **evaluation.SWEEP)
+    state, torch_state, cwd, environ = (
+        np.random.get_state()[1].copy(),
+        torch.get_rng_state(),
+        os.getcwd(),
+        dict(os.environ),
+    )
+    with (
+        patch.object(ours, "mcq_metrics", side_effect=RuntimeError("stop")),
+        pytest.raises(RuntimeError, match="stop"),
+    ):
+        ours.sweeps(
+            sae,
+            (np.ones(64), np.zeros(64)),
+            torch.ones(64),
+            "broken",
+            list(SUBJECTS),
+            [0.1],
+            **evaluation.SWEEP,
+        )
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
     assert (np.random.get_state()[1] == state).all() and torch.equal(torch.get_rng_state(), torch_state)
     assert os.getcwd() == cwd and dict(os.environ) == environ

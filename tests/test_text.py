@@ -14,14 +14,16 @@ import tiny
 import zstandard
 
 import experiment
-import sources
-from errors import WrongRequest
+import sae_separation.text
+from sae_separation.errors import WrongRequest
+from sae_separation.questions import read_questions
+from sae_separation.text import READERS, check_amount, pieces, read_local, read_text, split_text
 
 DOCUMENTS = ["one two\nthree", "fünf", 'seven, "eight"\n']
 
 
 def read(*said):
-    return sources.read_text("forget_text", tuple(map(str, said)))
+    return read_text("forget_text", tuple(map(str, said)))
 
 
 def lines(documents):
@@ -68,9 +70,13 @@ def test_the_kinds_that_are_read_are_those_that_help_and_refusals_name(tmp_path,
         read(tmp_path / "a.docx")
     with pytest.raises(WrongRequest) as nothing:
         read(tmp_path)
-    for kind in sources.READERS:
+    for kind in READERS:
         assert f".{kind}" in told[told.index("--forget_text") : told.index("--retain_text", 2000)]
-        assert f".{kind}" in str(refused.value) and f".{kind}" in str(nothing.value) and f".{kind}" in sources.__doc__
+        assert (
+            f".{kind}" in str(refused.value)
+            and f".{kind}" in str(nothing.value)
+            and f".{kind}" in sae_separation.text.__doc__
+        )
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv", "a.jsonl.gz"])
@@ -78,7 +84,7 @@ def test_utf_16_is_refused_as_utf_16(tmp_path, name):
     for encoding in ("utf-16", "utf-16-le", "utf-16-be"):  # the first with a mark
         text = FORMS[name.split(".")[1]].encode(encoding)
         (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
-        sources.read_local.cache_clear()
+        read_local.cache_clear()
         with pytest.raises(WrongRequest, match=f"{name}.*UTF-16"):
             read(tmp_path / name)
 
@@ -93,7 +99,7 @@ def test_a_table_is_read_by_its_header_and_rows_that_do_not_fit_it_are_counted(t
         read(tmp_path / "a.csv")
     for cut in ('id,body\n1,"no end\n2,more\n', 'id,body\n1,"two" words\n'):
         (tmp_path / "b.csv").write_text(cut)
-        sources.read_local.cache_clear()
+        read_local.cache_clear()
         with pytest.raises(WrongRequest, match="b.csv cannot be read .ValueError: line"):
             read(f"{tmp_path / 'b.csv'}#body")
 
@@ -118,7 +124,7 @@ def test_a_cut_off_zst_is_refused_by_name_and_whole_frames_are_read(tmp_path):
     assert read(path)[0] == documents
     for size in (3, len(first) // 2, len(first) - 1, len(first) + 2, len(first) + len(second) - 4):
         path.write_bytes((first + second)[:size])
-        sources.read_local.cache_clear()
+        read_local.cache_clear()
         with pytest.raises(WrongRequest, match="a.jsonl.zst cannot be read .*cut off"):
             read(path)
 
@@ -127,18 +133,23 @@ def test_a_cut_off_zst_of_questions_is_refused_and_one_with_a_mark_is_read(tmp_p
     asked = "\ufeff" + "".join(json.dumps(q) + "\n" for q in tiny.questions("biology", 40))
     whole = zstandard.compress(asked.encode())
     (tmp_path / "q.jsonl.zst").write_bytes(whole)
-    assert len(sources.read_questions((str(tmp_path / "q.jsonl.zst"),))[0]["biology"]) == 40
+    assert len(read_questions((str(tmp_path / "q.jsonl.zst"),))[0]["biology"]) == 40
     (tmp_path / "cut.jsonl.zst").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "none.jsonl.zst").write_bytes(b"no frame")
     for name, why in (("cut", "cut off"), ("none", "ZstdError")):
         with pytest.raises(WrongRequest, match=f"{name}.jsonl.zst cannot be read .*{why}"):
-            sources.read_questions((str(tmp_path / f"{name}.jsonl.zst"),))
+            read_questions((str(tmp_path / f"{name}.jsonl.zst"),))
 
 
 @pytest.mark.parametrize("window", [27, 28, 30, 31])
 def test_a_zst_with_a_long_window_is_read(tmp_path, window):
     text = b"one\n\ntwo\n"
-    frame = b"\x28\xb5\x2f\xfd\x00" + bytes([window - 10 << 3]) + (len(text) << 3 | 1).to_bytes(3, "little") + text
+    frame = (
+        b"\x28\xb5\x2f\xfd\x00"
+        + bytes([window - 10 << 3])
+        + (len(text) << 3 | 1).to_bytes(3, "little")
+        + text
+    )
     (tmp_path / "a.txt.zst").write_bytes(frame)  # one raw block
     assert read(tmp_path / "a.txt.zst")[0] == ["one\n", "two\n"]
 
@@ -159,7 +170,7 @@ def test_linked_folders_are_read_and_what_is_reached_twice_counts_once(tmp_path)
     (far / "back").symlink_to(data)
     (far / "er" / "up").symlink_to("..")
     (data / "same.jsonl").symlink_to("a.jsonl")
-    sources.read_local.cache_clear()
+    read_local.cache_clear()
     for said in (data, f"{data}/", f"{data}/**/*.jsonl", f"{data}/**", f"{tmp_path}/**/a.jsonl"):
         found, record, notes = read(said)
         assert len(found) == len(set(found)) == record[0]["documents"] == 40 and not notes, said
@@ -186,7 +197,9 @@ def test_the_readme_of_a_folder_is_no_text_of_it_unless_it_is_asked_for(tmp_path
     (tmp_path / "a.md").write_text("one\n\ntwo")
     (tmp_path / "license_plates.txt").write_text("three\n\nfour")
     for name in ("README.md", "ReadMe-fr.txt.gz", "LICENSE.txt", "LICENCE-MIT.md"):
-        (tmp_path / name).write_bytes(gzip.compress(b"about\n\nit") if name.endswith("gz") else b"about\n\nit")
+        (tmp_path / name).write_bytes(
+            gzip.compress(b"about\n\nit") if name.endswith("gz") else b"about\n\nit"
+        )
     (tmp_path / "LICENSE").write_text("about it")
     found, _, notes = read(tmp_path)
     assert [d.strip() for d in found] == ["one", "two", "three", "four"]
@@ -222,7 +235,7 @@ def test_ordinary_text_is_split_by_whole_documents_and_has_the_digest_of_its_doc
     found, record, notes = read(tiny.save_jsonl(tmp_path / "a.jsonl", documents))
     digest = hashlib.blake2b("".join(d + "\0" for d in documents).encode(), digest_size=16).hexdigest()
     assert found == documents and record[0]["blake2b"] == digest and not notes
-    assert set(sources.split_text(found).held_out["text"]) == ordinary_split(documents)
+    assert set(split_text(found).held_out["text"]) == ordinary_split(documents)
 
 
 PARAGRAPHS = "\n\n".join(f"{d}. And so on." for d in tiny.documents(400, 7))
@@ -241,19 +254,24 @@ LENGTHS = {
 @pytest.mark.parametrize("kind", LENGTHS)
 def test_a_tenth_is_held_out_whatever_the_documents_lengths(kind):
     documents = LENGTHS[kind]
-    train, held_out, share = shares(sources.split_text(documents))
+    train, held_out, share = shares(split_text(documents))
     assert 0.1 <= share < 0.15
-    assert sources.split_text(documents[::-1]).held_out["text"] == held_out
+    assert split_text(documents[::-1]).held_out["text"] == held_out
     assert all(any(piece in d for d in documents) for piece in train + held_out)
     if "again" not in kind:
         assert sum(map(len, train + held_out)) == sum(map(len, documents)), "nothing is lost"
 
 
 def test_pieces_end_where_paragraphs_lines_sentences_or_words_do():
-    for text, end in ((PARAGRAPHS, "\n\n"), (PARAGRAPHS.replace("\n\n", "\n"), "\n"), (PARAGRAPHS.replace("\n\n", " "), ". "), ("word " * 900, " ")):
-        made = list(sources.pieces(text, 1500))
+    for text, end in (
+        (PARAGRAPHS, "\n\n"),
+        (PARAGRAPHS.replace("\n\n", "\n"), "\n"),
+        (PARAGRAPHS.replace("\n\n", " "), ". "),
+        ("word " * 900, " "),
+    ):
+        made = list(pieces(text, 1500))
         assert "".join(made) == text and all(p.endswith(end) and 750 < len(p) <= 1500 for p in made[:-1])
-    assert list(sources.pieces("x" * 25, 10)) == ["x" * 10, "x" * 10, "x" * 5] and list(sources.pieces("", 10)) == [""]
+    assert list(pieces("x" * 25, 10)) == ["x" * 10, "x" * 10, "x" * 5] and list(pieces("", 10)) == [""]
 
 
 def test_a_document_that_is_cut_is_told_and_one_that_is_short_is_refused_alone(tmp_path):
@@ -270,14 +288,16 @@ def test_a_document_that_is_cut_is_told_and_one_that_is_short_is_refused_alone(t
 
 
 def test_the_most_that_is_read_ends_with_a_note_and_after_the_tallys_judgement(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MOST_CHARACTERS", 1000)
+    monkeypatch.setattr("sae_separation.text.MOST_CHARACTERS", 1000)
     first = tiny.save_jsonl(tmp_path / "a.jsonl", [f"{i:010}" for i in range(99)])
     second = tiny.save_jsonl(tmp_path / "b.jsonl", [f"{i:010}" for i in range(200, 250)])
     assert not read(first)[2]
     found, record, notes = read(first, second)
     assert len(found) == 100 and record[1]["documents"] == 1 and record[0]["not_read_from"] is None
     assert record[1]["not_read_from"] == f"{second} line 2"
-    assert len(notes) == 1 and f"not read from {second} line 2 on, for 1,000 characters are the most" in notes[0]
+    assert (
+        len(notes) == 1 and f"not read from {second} line 2 on, for 1,000 characters are the most" in notes[0]
+    )
     exact = tiny.save_jsonl(tmp_path / "c.jsonl", [f"{i:010}" for i in range(100)])
     assert not read(exact)[2], "all of it was read"
     broken = tmp_path / "d.jsonl"
@@ -299,8 +319,8 @@ def memory_under(most):
 
 def test_one_document_without_end_takes_little_memory(tmp_path, monkeypatch):
     """Of 60 MB in 6 kB: as a line of JSON it is refused by name, as text it is read as far as text is read."""
-    monkeypatch.setattr(sources, "MOST_CHARACTERS", 10**6)
-    monkeypatch.setattr(sources, "MOST_DOCUMENT", 10**5)
+    monkeypatch.setattr("sae_separation.text.MOST_CHARACTERS", 10**6)
+    monkeypatch.setattr("sae_separation.text.MOST_DOCUMENT", 10**5)
     endless = b"many words " * 5_500_000
     json_line = b'{"text": "' + endless + b'"}\n' + lines(["a", "b"]).encode()
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(json_line))
@@ -312,13 +332,15 @@ def test_one_document_without_end_takes_little_memory(tmp_path, monkeypatch):
             read(tmp_path / "a.jsonl.zst")
         found, record, notes = read(tmp_path / "b.txt.zst")
         assert len(found) == 10 and record[0]["characters"] == 10**6
-        assert record[0]["not_read_from"] == f"{tmp_path / 'b.txt.zst'} line 1" and "not read from" in notes[0]
+        assert (
+            record[0]["not_read_from"] == f"{tmp_path / 'b.txt.zst'} line 1" and "not read from" in notes[0]
+        )
         with pytest.raises(WrongRequest, match="c.csv.zst cannot be read .*field larger than field limit"):
             read(tmp_path / "c.csv.zst")
 
 
 def test_lines_up_to_the_most_are_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MOST_DOCUMENT", 100)
+    monkeypatch.setattr("sae_separation.text.MOST_DOCUMENT", 100)
     documents = ["x" * (100 - len('{"text": ""}') - over) for over in (2, 1, 0)]
     (tmp_path / "a.jsonl").write_text(lines(documents).rstrip("\n"))
     assert read(tmp_path / "a.jsonl")[0] == documents
@@ -332,9 +354,11 @@ def test_memory_that_runs_out_while_reading_is_told_in_one_line(tmp_path, monkey
         yield "first"
         raise MemoryError
 
-    monkeypatch.setitem(sources.READERS, "txt", out_of_memory)
+    monkeypatch.setitem(READERS, "txt", out_of_memory)
     (tmp_path / "a.txt").write_text("one\n\ntwo")
-    with pytest.raises(WrongRequest, match="a.txt cannot be read .memory ran out.: give a smaller part of it"):
+    with pytest.raises(
+        WrongRequest, match="a.txt cannot be read .memory ran out.: give a smaller part of it"
+    ):
         read(tmp_path / "a.txt")
 
 
@@ -349,12 +373,12 @@ def test_text_is_tokenised_little_at_a_time_and_no_further_than_needed():
         return {"input_ids": [t.split() for t in texts]}
 
     books = [" ".join(tiny.documents(400, seed)) for seed in range(5)]
-    text = sources.split_text(books)
+    text = split_text(books)
     words = sum(len(t.split()) for t in text.train["text"])
-    sources.check_amount("forget_text", text, tokenizer, 2048)
+    check_amount("forget_text", text, tokenizer, 2048)
     assert sum(seen) <= 160_000 and len(seen) == 1
     seen.clear()
-    sources.check_amount("forget_text", text, tokenizer, words)
+    check_amount("forget_text", text, tokenizer, words)
     with pytest.raises(WrongRequest, match=f"holds {words:,} tokens"):
-        sources.check_amount("forget_text", text, tokenizer, words + 1)
+        check_amount("forget_text", text, tokenizer, words + 1)
     assert max(seen) <= 160_000

@@ -9,11 +9,23 @@ import torch
 
 import experiment
 from experiment import ARMS, SPARSE_SHARE, ActivationBlock, Config, RunFailed, Trainer
-from features import remove_radial
-from losses import omega_all_pairs, pull_grouped
+from sae_separation.losses import omega_all_pairs, pull_grouped
+from sae_separation.sparse import remove_radial
 
-SMALL = Config(arm="vanilla", d_sae=256, target_l0=8.0, batch_size=512, tokens=200 * 512, group_size=32, group_update_steps=20,
-               resample_steps=40, dead_tokens=20_000, warmup_steps=20, k=8, evals=("none",))  # fmt: skip
+SMALL = Config(
+    arm="vanilla",
+    d_sae=256,
+    target_l0=8.0,
+    batch_size=512,
+    tokens=200 * 512,
+    group_size=32,
+    group_update_steps=20,
+    resample_steps=40,
+    dead_tokens=20_000,
+    warmup_steps=20,
+    k=8,
+    evals=("none",),
+)
 
 
 def train(config, activations, steps=60, seed=0, killed=0) -> tuple[Trainer, list[dict]]:
@@ -21,7 +33,9 @@ def train(config, activations, steps=60, seed=0, killed=0) -> tuple[Trainer, lis
     trainer = Trainer(config, seed, activations.x.shape[1], max(200, steps), activations)
     trainer.sae.b_enc.data[:killed] = -100.0
     batches = list(activations.batches(config.batch_size))
-    history = [{k: v.item() for k, v in trainer.step(*batches[i % len(batches)]).items()} for i in range(steps)]
+    history = [
+        {k: v.item() for k, v in trainer.step(*batches[i % len(batches)]).items()} for i in range(steps)
+    ]
     return trainer, history
 
 
@@ -31,7 +45,9 @@ def test_every_arm_learns_keeps_unit_rows_and_stays_finite(arm, activations):
     assert history[-1]["fvu"] < (0.95 if arm == "frozen_decoder" else 0.8) * history[0]["fvu"]
     assert all(math.isfinite(v) for record in history for v in record.values())
     torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(256))
-    assert any("omega" in record or "omega_firing" in record for record in history) == (arm not in ("vanilla", "frozen_decoder"))
+    assert any("omega" in record or "omega_firing" in record for record in history) == (
+        arm not in ("vanilla", "frozen_decoder")
+    )
 
 
 def test_the_sae_trained_is_the_function_evaluated(activations):
@@ -46,7 +62,9 @@ def test_the_sae_trained_is_the_function_evaluated(activations):
 
 def test_the_input_is_scaled_to_mean_square_norm_d_in(activations):
     trainer, _ = train(SMALL, activations, steps=1)
-    assert (activations.x * trainer.sae.scale).pow(2).sum(1).mean().item() == pytest.approx(activations.x.shape[1], rel=1e-4)
+    assert (activations.x * trainer.sae.scale).pow(2).sum(1).mean().item() == pytest.approx(
+        activations.x.shape[1], rel=1e-4
+    )
 
 
 def test_lambda_is_steered_to_the_target_l0(activations):
@@ -67,7 +85,9 @@ def test_relu_starts_sparse_whether_lambda_is_steered_or_held(target_l0, l0, act
 def test_the_orthogonality_losses_lower_what_they_measure(activations):
     plain, _ = train(SMALL, activations, steps=150)
     fixed, _ = train(replace(SMALL, arm="fixed", alpha=1.0), activations, steps=150)
-    grouped, _ = train(replace(SMALL, arm="grouped", alpha=1.0, group_update_steps=1000), activations, steps=150)
+    grouped, _ = train(
+        replace(SMALL, arm="grouped", alpha=1.0, group_update_steps=1000), activations, steps=150
+    )
     assert omega_all_pairs(fixed.sae.W_dec) < 0.95 * omega_all_pairs(plain.sae.W_dec)
     groups = grouped.sae.groups
     assert pull_grouped(grouped.sae.W_dec, groups)[0] < 0.5 * pull_grouped(plain.sae.W_dec, groups)[0]
@@ -76,7 +96,9 @@ def test_the_orthogonality_losses_lower_what_they_measure(activations):
 def test_a_frozen_decoder_is_never_trained(activations):
     config = replace(SMALL, arm="frozen_decoder")
     trainer, _ = train(config, activations, killed=40)
-    assert torch.equal(trainer.sae.W_dec, Trainer(config, 0, activations.x.shape[1], 200, activations).sae.W_dec)
+    assert torch.equal(
+        trainer.sae.W_dec, Trainer(config, 0, activations.x.shape[1], 200, activations).sae.W_dec
+    )
     assert trainer.resampled >= 40, "revived features keep their random directions too"
 
 
@@ -85,7 +107,9 @@ def test_ortsae_visits_a_row_every_fifth_step_with_five_times_the_weight(activat
     for chunk_size, at in ((512, [0, 5, 10]), (64, [0, 1, 2, 3, 5, 6, 7, 8, 10])):
         visits, pull = [], experiment.pull_ortsae
         monkeypatch.setattr(experiment, "pull_ortsae", lambda *args: visits.append(pull(*args)) or visits[-1])
-        _, history = train(replace(SMALL, arm="ortsae", alpha=0.25, chunk_size=chunk_size), activations, steps=11)
+        _, history = train(
+            replace(SMALL, arm="ortsae", alpha=0.25, chunk_size=chunk_size), activations, steps=11
+        )
         monkeypatch.undo()
         assert len(visits) == 11 and sum(v is not None for v in visits) == len(at)
         omegas = [0.0, *(record["omega"] for record in history)]
@@ -93,11 +117,15 @@ def test_ortsae_visits_a_row_every_fifth_step_with_five_times_the_weight(activat
         assert sorted(sum((v[1].tolist() for v in visits[:5] if v is not None), [])) == list(range(256))
         plain = train(SMALL, activations, steps=first + 1)[1][first]
         if first == 0:
-            assert history[0]["loss"] - plain["loss"] == pytest.approx(0.25 * omegas[1], rel=1e-4), "the log holds the plain weight"
+            assert history[0]["loss"] - plain["loss"] == pytest.approx(0.25 * omegas[1], rel=1e-4), (
+                "the log holds the plain weight"
+            )
 
 
 @pytest.mark.parametrize("arm", ["fixed", "grouped", "ortsae"])
-def test_a_round_adds_the_gradient_of_every_row_once_with_the_weight_of_the_round(arm, activations, monkeypatch):
+def test_a_round_adds_the_gradient_of_every_row_once_with_the_weight_of_the_round(
+    arm, activations, monkeypatch
+):
     monkeypatch.setattr(experiment, "ROWS_A_STEP", 30)  # nine steps a round
     trainer = Trainer(replace(SMALL, arm=arm, chunk_size=40), 0, activations.x.shape[1], 200, activations)
     sae, alpha = trainer.sae, torch.tensor(0.3)
@@ -126,7 +154,11 @@ def test_dead_features_are_revived_with_unit_rows_and_fresh_moments(activations)
     assert (sae.encode(x)[:, :40] > 0).any(0).float().mean() > 0.9
     assert trainer.resampled == 40 and sae.idle[:40].max() == 0
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(256))
-    assert trainer.adam.state[sae.W_enc_FD]["exp_avg"][:40].abs().max() == 0 < trainer.adam.state[sae.W_enc_FD]["exp_avg"][40:].abs().max()
+    assert (
+        trainer.adam.state[sae.W_enc_FD]["exp_avg"][:40].abs().max()
+        == 0
+        < trainer.adam.state[sae.W_enc_FD]["exp_avg"][40:].abs().max()
+    )
 
 
 @pytest.mark.parametrize("where", ["activation", "weight", "omega"])
@@ -141,21 +173,64 @@ def test_a_non_finite_term_stops_the_run_and_is_named(where, activations, monkey
         trainer.sae.b_dec.data[0] = before.new_tensor(math.inf)
     else:
         monkeypatch.setattr("experiment.gram", lambda W: W.T @ W * math.nan)
-    with pytest.raises(RunFailed, match=f"{'omega' if where == 'omega' else 'fvu'} = (nan|inf).* at step 10 of arm fixed, seed 0"):
+    with pytest.raises(
+        RunFailed,
+        match=f"{'omega' if where == 'omega' else 'fvu'} = (nan|inf).* at step 10 of arm fixed, seed 0",
+    ):
         trainer.step(x, forget)
     assert torch.equal(trainer.sae.W_dec, before), "no step was taken on it"
 
 
 CHANGES = {  # field -> (what else is set: an arm, or settings; changed value); what a field must change is the trained weights
-    "alpha": ("fixed", 0.7), "l1": ("vanilla", 0.1), "lr": ("vanilla", 5e-4), "warmup_steps": ("vanilla", 5), "decay_fraction": ("vanilla", 0.95),
-    "target_l0": ("vanilla", 30.0), "group_size": ("grouped", 16), "group_update_steps": ("grouped", 7), "forget_features": ("adaptive", 20), "margin": ("adaptive", 0.3), "gap_weight": ("adaptive", 0.1), "chunk_size": ("ortsae", 50),
-    "target_sharing": ("adaptive", 1.0), "dead_tokens": ("vanilla", 10**6), "resample_steps": ("vanilla", 25), "d_sae": ("vanilla", 300),
-    "batch_size": ("vanilla", 400), "arm": ("vanilla", "fixed"), "activation": ("vanilla", "batchtopk"), "k": ({"activation": "batchtopk"}, 20),
-    "temperature": ({"activation": "softk"}, 1.0), "alpha_start": ("fixed", 0.01), "loss_warmup_steps": ("vanilla", 50), "layer_norm": ("vanilla", True),
-    "skip": ("vanilla", 0.3), "orthogonal_init": ("vanilla", True), "feature_dropout": ("vanilla", 0.2), "unlock_steps": ("vanilla", 20),
-    "feature_lr_power": ("vanilla", 0.5), "grad_clip": ("vanilla", 1e-3), "grad_accumulation": ("vanilla", 2),
-}  # fmt: skip
-ELSEWHERE = {"testbed", "lm", "layer", "forget_text", "retain_text", "questions", "forget_subject", "scoring", "seeds", "evals", "tokens", "context_size", "buffer_tokens", "time_budget_minutes", "compile"}  # reach the stream and the run, or have a test of their own
+    "alpha": ("fixed", 0.7),
+    "l1": ("vanilla", 0.1),
+    "lr": ("vanilla", 5e-4),
+    "warmup_steps": ("vanilla", 5),
+    "decay_fraction": ("vanilla", 0.95),
+    "target_l0": ("vanilla", 30.0),
+    "group_size": ("grouped", 16),
+    "group_update_steps": ("grouped", 7),
+    "forget_features": ("adaptive", 20),
+    "margin": ("adaptive", 0.3),
+    "gap_weight": ("adaptive", 0.1),
+    "chunk_size": ("ortsae", 50),
+    "target_sharing": ("adaptive", 1.0),
+    "dead_tokens": ("vanilla", 10**6),
+    "resample_steps": ("vanilla", 25),
+    "d_sae": ("vanilla", 300),
+    "batch_size": ("vanilla", 400),
+    "arm": ("vanilla", "fixed"),
+    "activation": ("vanilla", "batchtopk"),
+    "k": ({"activation": "batchtopk"}, 20),
+    "temperature": ({"activation": "softk"}, 1.0),
+    "alpha_start": ("fixed", 0.01),
+    "loss_warmup_steps": ("vanilla", 50),
+    "layer_norm": ("vanilla", True),
+    "skip": ("vanilla", 0.3),
+    "orthogonal_init": ("vanilla", True),
+    "feature_dropout": ("vanilla", 0.2),
+    "unlock_steps": ("vanilla", 20),
+    "feature_lr_power": ("vanilla", 0.5),
+    "grad_clip": ("vanilla", 1e-3),
+    "grad_accumulation": ("vanilla", 2),
+}
+ELSEWHERE = {
+    "testbed",
+    "lm",
+    "layer",
+    "forget_text",
+    "retain_text",
+    "questions",
+    "forget_subject",
+    "scoring",
+    "seeds",
+    "evals",
+    "tokens",
+    "context_size",
+    "buffer_tokens",
+    "time_budget_minutes",
+    "compile",
+}  # reach the stream and the run, or have a test of their own
 
 
 def test_every_field_of_the_config_is_looked_at():
@@ -168,12 +243,16 @@ def test_every_field_of_the_config_is_looked_at():
 def test_changing_a_field_changes_the_run(name, activations):
     also, value = CHANGES[name]
     base = replace(SMALL, **({"arm": also} if isinstance(also, str) else also))
-    one, two = (train(c, activations, steps=61, killed=40)[0].sae for c in (base, replace(base, **{name: value})))
+    one, two = (
+        train(c, activations, steps=61, killed=40)[0].sae for c in (base, replace(base, **{name: value}))
+    )
     assert one.W_dec.shape != two.W_dec.shape or not torch.equal(one.W_enc, two.W_enc)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(activations):
-    one, two, three = (train(replace(SMALL, arm="adaptive"), activations, steps=30, seed=s)[0].sae.W_dec for s in (0, 0, 1))
+    one, two, three = (
+        train(replace(SMALL, arm="adaptive"), activations, steps=30, seed=s)[0].sae.W_dec for s in (0, 0, 1)
+    )
     assert torch.equal(one, two) and not torch.equal(one, three)
 
 
@@ -200,7 +279,14 @@ def test_the_sparse_path_learns_the_curve_of_the_dense_one(settings, activations
     curves = []
     for share in (2.0, 0.0):
         monkeypatch.setattr("experiment.SPARSE_SHARE", dict.fromkeys(SPARSE_SHARE, share))
-        curves.append([r["fvu"] for r in train(replace(SMALL, resample_steps=0, target_l0=0.0, **settings), activations, steps=120)[1]])
+        curves.append(
+            [
+                r["fvu"]
+                for r in train(
+                    replace(SMALL, resample_steps=0, target_l0=0.0, **settings), activations, steps=120
+                )[1]
+            ]
+        )
     assert max(abs(a - b) for a, b in zip(*curves)) < 0.01 and curves[0][-1] < 0.5
     assert curves[0] != curves[1], "the paths round differently: the comparison would be empty"
 
@@ -230,7 +316,16 @@ def test_the_longest_rounds_learn_the_curve_of_the_shortest(arm, alpha, activati
     longest = ARMS[arm].longest
     for name, rows in ((arm, 32), (arm, 512), ("vanilla", 512)):
         monkeypatch.setattr(experiment, "ROWS_A_STEP", rows)
-        config = replace(SMALL, arm=name, alpha=alpha, d_sae=512, group_size=64, chunk_size=64, group_update_steps=96, resample_steps=0)
+        config = replace(
+            SMALL,
+            arm=name,
+            alpha=alpha,
+            d_sae=512,
+            group_size=64,
+            chunk_size=64,
+            group_update_steps=96,
+            resample_steps=0,
+        )
         trainer, history = train(config, activations, steps=400)
         assert trainer.round == (longest if rows == 32 else ARMS[name].every)
         curves.append([sum(r["fvu"] for r in history[i : i + 50]) / 50 for i in range(0, 400, 50)])
@@ -240,10 +335,16 @@ def test_the_longest_rounds_learn_the_curve_of_the_shortest(arm, alpha, activati
 
 
 def test_a_round_is_long_for_large_dictionaries_and_gentle_losses_only():
-    steps = lambda arm, d_sae, alpha=0.1, lr=3e-3: experiment.round_steps(Config(arm=arm, d_sae=d_sae, alpha=alpha, lr=lr))  # noqa: E731
+    steps = lambda arm, d_sae, alpha=0.1, lr=3e-3: experiment.round_steps(
+        Config(arm=arm, d_sae=d_sae, alpha=alpha, lr=lr)
+    )
     assert [steps("fixed", n) for n in (64, 1024, 1025, 4096, 16_384, 131_072)] == [1, 1, 2, 4, 16, 16]
-    assert [steps("grouped", 16_384, alpha) for alpha in (0.01, 0.5, 1.0, 10.0)] == [8, 2, 1, 1] and steps("grouped", 16_384, 1.0, 3e-4) == 8
-    assert [steps("ortsae", n, 0.25) for n in (1024, 4096, 16_384)] == [5, 5, 16] and steps("ortsae", 16_384, 10.0) == 5
+    assert [steps("grouped", 16_384, alpha) for alpha in (0.01, 0.5, 1.0, 10.0)] == [8, 2, 1, 1] and steps(
+        "grouped", 16_384, 1.0, 3e-4
+    ) == 8
+    assert [steps("ortsae", n, 0.25) for n in (1024, 4096, 16_384)] == [5, 5, 16] and steps(
+        "ortsae", 16_384, 10.0
+    ) == 5
     assert steps("fixed", 16_384, alpha=0.0) == 16
 
 
@@ -256,10 +357,16 @@ def test_a_pull_weighs_on_the_second_moment_as_if_it_had_come_at_every_step(clip
     moment = trainer.adam.state[sae.W_dec]["exp_avg_sq"]
     before, pull, step = moment.clone(), trainer._pull, trainer.adam.step
     monkeypatch.setattr(trainer, "_pull", lambda *args: seen.setdefault("pulled", pull(*args)))
-    monkeypatch.setattr(trainer.adam, "step", lambda: (seen.setdefault("grad", sae.W_dec.grad.clone()), step())[1])
+    monkeypatch.setattr(
+        trainer.adam, "step", lambda: (seen.setdefault("grad", sae.W_dec.grad.clone()), step())[1]
+    )
     whole = {}
     clipped = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, most: whole.setdefault("norm", clipped(parameters, most)))
+    monkeypatch.setattr(
+        torch.nn.utils,
+        "clip_grad_norm_",
+        lambda parameters, most: whole.setdefault("norm", clipped(parameters, most)),
+    )
     trainer.step(*next(activations.batches(512)))
     rows, grad = seen["pulled"]
     assert rows.tolist() == list(range(192, 256)), "the eighth step is the last of its round"
@@ -268,15 +375,23 @@ def test_a_pull_weighs_on_the_second_moment_as_if_it_had_come_at_every_step(clip
     expected = 0.999 * before + 0.001 * seen["grad"].square()
     expected[rows] -= 0.001 * (1 - 1 / 4) * (scale * grad).square()
     torch.testing.assert_close(moment, expected.clamp(min=0), rtol=1e-4, atol=1e-12)
-    assert (0.001 * 0.75 * (scale * grad).square() > 1e-3 * moment[rows]).any(), "the comparison would be empty"
+    assert (0.001 * 0.75 * (scale * grad).square() > 1e-3 * moment[rows]).any(), (
+        "the comparison would be empty"
+    )
 
 
 def test_the_fast_step_follows_autograd_and_plain_adam(activations):
     """Same weights, same batches: hand-written gradients in the machine's fast dtype with fused Adam against autograd in fp32
     with plain Adam; the FVU curves stay within 1 % of the variance of each other."""
-    trainer = Trainer(replace(SMALL, target_l0=0.0, resample_steps=0), 0, activations.x.shape[1], 200, activations)
-    plain = Trainer(replace(SMALL, target_l0=0.0, resample_steps=0), 0, activations.x.shape[1], 200, activations)
-    plain.adam = torch.optim.Adam(plain.sae.parameters(), lr=SMALL.lr, betas=(0.9, 0.999), fused=False, foreach=False)
+    trainer = Trainer(
+        replace(SMALL, target_l0=0.0, resample_steps=0), 0, activations.x.shape[1], 200, activations
+    )
+    plain = Trainer(
+        replace(SMALL, target_l0=0.0, resample_steps=0), 0, activations.x.shape[1], 200, activations
+    )
+    plain.adam = torch.optim.Adam(
+        plain.sae.parameters(), lr=SMALL.lr, betas=(0.9, 0.999), fused=False, foreach=False
+    )
     plain.schedule = torch.optim.lr_scheduler.LambdaLR(plain.adam, plain._lr_factor)
     batches, gaps = list(activations.batches(512)), []
     for step in range(120):

@@ -6,11 +6,21 @@ from pathlib import Path
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 D_IN, N_LAYERS = 32, 3
-SIZES = dict(num_hidden_layers=N_LAYERS, hidden_size=D_IN, intermediate_size=64, num_attention_heads=4, max_position_embeddings=1024, initializer_range=0.3)
+SIZES = dict(
+    num_hidden_layers=N_LAYERS,
+    hidden_size=D_IN,
+    intermediate_size=64,
+    num_attention_heads=4,
+    max_position_embeddings=1024,
+    initializer_range=0.3,
+)
 GROUPED = SIZES | dict(num_key_value_heads=2, head_dim=8)
 KINDS = {
     "gpt_neox": ("GPTNeoXConfig", SIZES),
-    "gpt2": ("GPT2Config", dict(n_layer=N_LAYERS, n_embd=D_IN, n_head=4, n_positions=1024, initializer_range=0.3)),
+    "gpt2": (
+        "GPT2Config",
+        dict(n_layer=N_LAYERS, n_embd=D_IN, n_head=4, n_positions=1024, initializer_range=0.3),
+    ),
     "llama": ("LlamaConfig", GROUPED),
     "gemma": ("Gemma2Config", GROUPED | dict(query_pre_attn_scalar=8, sliding_window=512)),
     "qwen": ("Qwen3Config", GROUPED),
@@ -60,9 +70,14 @@ def save_tokenizer(folder: Path, letters: bool = True):
     for first, second in merges:
         vocab[first + second] = len(vocab)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     tokenizer.add_special_tokens(SPECIAL)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    ).save_pretrained(folder)
     return len(vocab)
 
 
@@ -112,8 +127,16 @@ def save_jsonl(path: Path, rows: list) -> Path:
 
 def questions(subject: str, n: int, seed: int = 0) -> list[dict]:
     rng = random.Random(f"{subject}{seed}")
-    word = lambda: "".join(rng.choices("abcdefgh", k=rng.randint(4, 9)))  # noqa: E731
-    return [{"subject": subject, "question": f"What is {word()} {i}?", "choices": [f"{word()} {c}" for c in "wxyz"], "answer": rng.randrange(4)} for i in range(n)]
+    word = lambda: "".join(rng.choices("abcdefgh", k=rng.randint(4, 9)))
+    return [
+        {
+            "subject": subject,
+            "question": f"What is {word()} {i}?",
+            "choices": [f"{word()} {c}" for c in "wxyz"],
+            "answer": rng.randrange(4),
+        }
+        for i in range(n)
+    ]
 
 
 def own_files(folder: Path) -> dict[str, Path]:

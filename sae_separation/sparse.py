@@ -1,9 +1,9 @@
-"""The features of a batch in training, dense or sparse: the products with the decoder, the gradients by hand, and what is done to these."""
+"""The features of a batch in training, dense or sparse: products with the decoder, gradients by hand."""
 
 import torch
 from torch import Tensor
 
-from losses import tangential
+from sae_separation.losses import tangential
 
 
 class DenseFeatures:
@@ -22,14 +22,18 @@ class DenseFeatures:
         self.W_dec = W_dec.to(self.f)
         return (self.f @ self.W_dec).float()
 
-    def gradients(self, d_out_BD: Tensor, u_BD: Tensor, W_dec: Tensor, d_l1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(
+        self, d_out_BD: Tensor, u_BD: Tensor, W_dec: Tensor, d_l1: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of W_dec [F, D], W_encᵀ [F, D] and b_enc [F], from that of f W_dec and d_l1 for each active feature."""
         d_out, u = d_out_BD.to(self.f), u_BD.to(self.f)
         d_pre = torch.addmm(d_l1.to(self.f).expand(len(W_dec)), d_out, self.W_dec.T)
         d_pre = torch.ops.aten.threshold_backward(d_pre, self.f, 0)
         for factor in self.factors:
             d_pre *= factor
-        d_b_enc = (self.domain_2B @ d_pre).float().sum(0)  # a product, not .sum(0): that would first copy all of it to fp32
+        d_b_enc = (
+            (self.domain_2B @ d_pre).float().sum(0)
+        )  # a product, not .sum(0): that would first copy all of it to fp32
         return (self.f.T @ d_out).float(), (d_pre.T @ u).float(), d_b_enc
 
     def counts(self) -> tuple[Tensor, Tensor]:
@@ -48,8 +52,24 @@ class SparseFeatures:
     col (the feature), row, value and slope (None: 1) of the entries, in the order of features; n_features is F.
     """
 
-    def __init__(self, col: Tensor, row: Tensor, value: Tensor, slope: Tensor | None, n_features: int, gain_F: Tensor | None, forget: Tensor):
-        self.col, self.row, self.value, self.factor, self.F, self.forget = col, row, value, slope, n_features, forget
+    def __init__(
+        self,
+        col: Tensor,
+        row: Tensor,
+        value: Tensor,
+        slope: Tensor | None,
+        n_features: int,
+        gain_F: Tensor | None,
+        forget: Tensor,
+    ):
+        self.col, self.row, self.value, self.factor, self.F, self.forget = (
+            col,
+            row,
+            value,
+            slope,
+            n_features,
+            forget,
+        )
         if gain_F is not None:
             gain = gain_F[col]
             self.value, self.factor = value * gain, gain if slope is None else slope * gain
@@ -59,8 +79,12 @@ class SparseFeatures:
         by_row = self.row.sort(stable=True).indices
         return bags(self.col[by_row], starts(self.row, len(self.forget)), self.value[by_row], W_dec.detach())
 
-    def gradients(self, d_out_BD: Tensor, u_BD: Tensor, W_dec: Tensor, d_l1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        d_pre = torch.ops.aten._embedding_bag_per_sample_weights_backward(d_out_BD, W_dec.detach(), self.col, self.feature_starts, self.row, 0)
+    def gradients(
+        self, d_out_BD: Tensor, u_BD: Tensor, W_dec: Tensor, d_l1: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        d_pre = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            d_out_BD, W_dec.detach(), self.col, self.feature_starts, self.row, 0
+        )
         d_pre += d_l1
         if self.factor is not None:
             d_pre *= self.factor
@@ -70,7 +94,9 @@ class SparseFeatures:
 
     def counts(self) -> tuple[Tensor, Tensor]:
         fires = self.value > 0
-        return torch.bincount((self.col + self.F * self.forget[self.row])[fires], minlength=2 * self.F).view(2, self.F).float(), self.value.sum()
+        return torch.bincount((self.col + self.F * self.forget[self.row])[fires], minlength=2 * self.F).view(
+            2, self.F
+        ).float(), self.value.sum()
 
     def sketch(self, signs_BK: Tensor) -> Tensor:
         return bags(self.row, self.feature_starts, (self.value > 0).float(), signs_BK)
@@ -115,7 +141,9 @@ def true_places(t: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sparse_features(sae: torch.nn.Module, u_BD: Tensor, dtype: torch.dtype, gain_F: Tensor | None, forget: Tensor) -> SparseFeatures:
+def sparse_features(
+    sae: torch.nn.Module, u_BD: Tensor, dtype: torch.dtype, gain_F: Tensor | None, forget: Tensor
+) -> SparseFeatures:
     """The features of u [B, D], less b_dec, on a CPU. The matrix product runs in `dtype`."""
     F, u_low = len(sae.b_enc), u_BD.to(dtype)
     if sae.activation == "softk":  # ranks all features of a row
@@ -124,7 +152,9 @@ def sparse_features(sae: torch.nn.Module, u_BD: Tensor, dtype: torch.dtype, gain
         row = place // F
         col, by_feature = (place - row * F).sort(stable=True)
         slope = None if slope_BF is None else slope_BF.flatten()[place][by_feature].float()
-        return SparseFeatures(col, row[by_feature], f_BF.flatten()[place][by_feature].float(), slope, F, gain_F, forget)
+        return SparseFeatures(
+            col, row[by_feature], f_BF.flatten()[place][by_feature].float(), slope, F, gain_F, forget
+        )
     floor = 0.8 * sae.threshold.item() if sae.activation == "batchtopk" else 0.0
     col, row, value = entries_above(floor, sae, u_low)
     if sae.activation == "batchtopk":
@@ -152,10 +182,6 @@ def entries_above(floor: float, sae: torch.nn.Module, u_low: Tensor) -> tuple[Te
     return tuple(map(torch.cat, zip(*found)))
 
 
-# Activation functions: pre-activations [..., F] (which they may overwrite) -> features, and their slope where active (None: 1).
-# `sae` holds what they need to know: k, the threshold, the temperature (OrthogonalSAE's buffers).
-
-
 def relu(pre: Tensor, sae: torch.nn.Module) -> tuple[Tensor, None]:
     return pre.relu_(), None
 
@@ -171,7 +197,9 @@ def batch_top_k(pre: Tensor, sae: torch.nn.Module) -> tuple[Tensor, None]:
     """The k·B largest of a batch (Bussmann et al., BatchTopK, arXiv 2412.06410); equals at the border are kept."""
     f = torch.relu(pre)
     n = sae.k * (f.numel() // f.shape[-1])
-    few = f.flatten()[true_places(f > 0.8 * sae.threshold)].float()  # the border is near where it was: seldom more than a few per cent must be ranked
+    few = f.flatten()[
+        true_places(f > 0.8 * sae.threshold)
+    ].float()  # the border is near where it was: seldom more than a few per cent must be ranked
     return f.masked_fill_(f < batch_border(few if len(few) >= n else f.flatten().float(), n, sae), 0), None
 
 

@@ -1,7 +1,4 @@
-"""Losses that make directions or firing apart, and the groups they act on. DIMENSIONS in names: B batch rows, D d_in, F d_sae, G groups.
-
-Orthogonal rows give 0. Plain squared cosines are scaled by d_in, so that independent random unit rows give 1.
-"""
+"""Losses on directions and on firing, and feature groups, as functions of tensors."""
 
 import math
 
@@ -65,10 +62,16 @@ def pull_all_pairs(W_dec: Tensor, gram_DD: Tensor, part: int = 0, parts: int = 1
     rest.diagonal().sub_(gram_DD.diagonal().mean())
     rows, low = W_dec[some], W_dec[some].to(fast_dtype(W_dec))
     grad = (low @ (4 * d_in / max(n * (n - 1), 1) * rest).to(low)).to(W_dec)
-    return omega_all_pairs(W_dec, gram_DD), torch.arange(some.start, some.stop, device=W_dec.device), tangential(grad, rows)
+    return (
+        omega_all_pairs(W_dec, gram_DD),
+        torch.arange(some.start, some.stop, device=W_dec.device),
+        tangential(grad, rows),
+    )
 
 
-def group_cosines(W_dec: Tensor, groups: Tensor, dtype: torch.dtype, no_pair: float) -> tuple[Tensor, Tensor, Tensor]:
+def group_cosines(
+    W_dec: Tensor, groups: Tensor, dtype: torch.dtype, no_pair: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of groups [G, size] of feature indices (-1: none): their rows [G, size, D] in `dtype`, the cosines of these
     [G, size, size], `no_pair` where they are not of two features, and which places hold a feature [G, size] (bool)."""
     present = groups >= 0
@@ -93,7 +96,10 @@ def pull_grouped(W_dec: Tensor, groups: Tensor, part: int = 0, parts: int = 1) -
         return None
     rows, cosines, present = group_cosines(W_dec, mine, fast_dtype(W_dec), no_pair=0.0)
     cosines = cosines.to(W_dec)
-    d_in, (n_pairs, n_here) = W_dec.shape[1], ((n * (n - 1)).sum().clamp(min=1) for n in (sizes, present.sum(1)))
+    d_in, (n_pairs, n_here) = (
+        W_dec.shape[1],
+        ((n * (n - 1)).sum().clamp(min=1) for n in (sizes, present.sum(1))),
+    )
     grad = tangential(((4 * d_in / n_pairs * cosines).to(rows) @ rows).to(W_dec), rows)
     return d_in * cosines.pow(2).sum() / n_here, *of_features(mine, present, grad)
 
@@ -117,7 +123,9 @@ def pull_ortsae(W_dec: Tensor, chunks: Tensor, part: int = 0, parts: int = 1) ->
     rows, cosines, present = group_cosines(W_dec, mine, W_dec.dtype, no_pair=-torch.inf)
     largest, nearest = cosines.max(2)
     largest = largest.masked_fill(largest.isneginf(), 0.0)
-    nearest = (nearest + torch.arange(0, nearest.numel(), nearest.shape[1], device=nearest.device)[:, None]).flatten()
+    nearest = (
+        nearest + torch.arange(0, nearest.numel(), nearest.shape[1], device=nearest.device)[:, None]
+    ).flatten()
     rows, weight = rows.flatten(0, 1), 2 / len(W_dec) * largest.flatten()[:, None]
     grad = tangential((rows.index_select(0, nearest) * weight).index_add_(0, nearest, rows * weight), rows)
     return largest.pow(2).sum() / present.sum(), *of_features(mine, present, grad)
@@ -174,7 +182,9 @@ def firing_profile(sketch: Tensor, affinity: Tensor) -> Tensor:
     return torch.cat([torch.nn.functional.normalize(sketch, dim=1), affinity[:, None].to(sketch)], dim=1)
 
 
-def domain_hinges(pre_BG: Tensor, forget: Tensor, margin: float, alpha: Tensor, gap_weight: float) -> tuple[Tensor, Tensor]:
+def domain_hinges(
+    pre_BG: Tensor, forget: Tensor, margin: float, alpha: Tensor, gap_weight: float
+) -> tuple[Tensor, Tensor]:
     """Keeps the firing of the forget group off retain text and on forget text: alpha · leak + gap_weight · gap,
 
     leak = mean over rows of Σ_i (pre_i + margin)₊ on retain rows, where none of the group may fire,

@@ -1,4 +1,4 @@
-"""How a command ends when it does not end well; each is one line for the user, last on stderr."""
+"""How a command ends when it does not end well: one line, last on stderr, and an exit code."""
 
 import contextlib
 import errno
@@ -46,7 +46,9 @@ def ending(error: BaseException, began: bool) -> tuple[int, str, bool]:
     whether everything was imported."""
     if isinstance(error, Interrupted):
         return 128 + error.number, f"interrupted by {signal.Signals(error.number).name}: {error.told}", False
-    told_so = isinstance(error, WrongRequest | RunFailed) and "memory" in str(error)  # and where, and what to do
+    told_so = isinstance(error, WrongRequest | RunFailed) and "memory" in str(
+        error
+    )  # and where, and what to do
     if is_out_of_memory(error) and not told_so:
         limit = address_space()
         limited = (
@@ -83,9 +85,6 @@ def tell(error: BaseException, began: bool = True) -> int:
 def tell_uncaught(kind: type, error: BaseException, trace):
     """For sys.excepthook: `tell`, while libraries are imported. Python then ends with exit code 1."""
     tell(error, began=False)
-
-
-# ------------------------------------------------------------------------------ stdout and stderr
 
 
 class Output:
@@ -130,9 +129,6 @@ def keep_output_open():
         stream = getattr(sys, name) or open(number, "w", closefd=False)
         stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, Output(stream, number))
-
-
-# ------------------------------------------------------------------------------ signals
 
 
 def stops() -> list[signal.Signals]:

@@ -1,16 +1,4 @@
-"""The Hugging Face hub, which is slow, busy, cut off, gated or away at times.
-
-    hub.reachable()                                              # in time, whatever the network does
-    commit = hub.revision("cais/wmdp", "dataset")
-    paths = hub.fetch("EleutherAI/pythia-70m-deduped", ["config.json", "model.safetensors"], commit, "model")
-    with hub.plain_errors("cais/wmdp"):
-        datasets.load_dataset("cais/wmdp", "wmdp-bio", revision=commit)
-
-From the first use on, every request that huggingface_hub (and through it transformers and datasets) makes in this process is
-made again where that can help: at most ATTEMPTS times, waiting at most MOST_SECONDS, one line on stderr each time. How
-long one attempt may be silent is huggingface_hub's own setting, HF_HUB_DOWNLOAD_TIMEOUT (s). What cannot be cured ends
-as one line. No message holds more of a request than repo and file: no query, no header, no token.
-"""
+"""The Hugging Face hub: asked again when it is busy, its faults in one line each."""
 
 import contextlib
 import hashlib
@@ -30,17 +18,32 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import get_session, parse_ratelimit_headers
 
-from errors import RunFailed, WrongRequest
+from sae_separation.errors import RunFailed, WrongRequest
 
 ATTEMPTS = 5  # of one request
+
+
 MOST_SECONDS = 120.0  # waited between the attempts of one request
+
+
 RESUMES = 20  # of the download of one file
+
+
 TRANSIENT = (408, 429, 500, 502, 503, 504)
+
+
 KNOWN_FILE = "EleutherAI/pythia-70m-deduped/resolve/main/config.json"
 
+
 _scope: ContextVar[str] = ContextVar("scope", default="a file of the hub")  # what is being read, for messages
+
+
 _attempts: ContextVar[int | None] = ContextVar("attempts", default=None)  # instead of ATTEMPTS
-_begun: ContextVar[list[int] | None] = ContextVar("begun", default=None)  # bytes at which a download began or went on
+
+
+_begun: ContextVar[list[int] | None] = ContextVar(
+    "begun", default=None
+)  # bytes at which a download began or went on
 
 
 def reachable(timeout: float = 8.0) -> bool:
@@ -53,7 +56,10 @@ def reachable(timeout: float = 8.0) -> bool:
         with contextlib.suppress(Exception), httpx2.Client(follow_redirects=True, timeout=timeout) as client:
             while time.monotonic() < deadline:
                 response = client.head(f"{constants.ENDPOINT}/{KNOWN_FILE}")
-                if any(constants.HUGGINGFACE_HEADER_X_REPO_COMMIT in r.headers for r in (*response.history, response)):
+                if any(
+                    constants.HUGGINGFACE_HEADER_X_REPO_COMMIT in r.headers
+                    for r in (*response.history, response)
+                ):
                     return answered.set()
                 if response.status_code not in TRANSIENT:
                     return
@@ -102,7 +108,9 @@ def _fetch(repo: str, name: str, revision: str, kind: str) -> Path:
             while path is None:
                 try:
                     path = Path(hf_hub_download(repo, name, revision=revision, repo_type=kind))
-                except httpx2.ReadError:  # the one fault in a body that huggingface_hub does not go on after; _note_begin ends it
+                except (
+                    httpx2.ReadError
+                ):  # the one fault in a body that huggingface_hub does not go on after; _note_begin ends it
                     time.sleep(1)
     finally:
         _begun.reset(before)
@@ -112,8 +120,10 @@ def _fetch(repo: str, name: str, revision: str, kind: str) -> Path:
             if hashlib.file_digest(f, "sha256").hexdigest() != blob.name:
                 path.unlink()
                 blob.unlink()
-                raise RunFailed(f"{_named(repo, name)}: its SHA-256 is not the one that the hub names, so it was damaged on the way or on this disk; "
-                                "it was taken out of the cache: run the same command again")  # fmt: skip
+                raise RunFailed(
+                    f"{_named(repo, name)}: its SHA-256 is not the one that the hub names, so it was damaged on the way or on this disk; "
+                    "it was taken out of the cache: run the same command again"
+                )
     return path
 
 
@@ -135,9 +145,6 @@ def plain_errors(repo: str, file: str | None = None):
         _scope.reset(before)
 
 
-# ---------------------------------------------------------------------------------------------------- asking again
-
-
 class PatientClient(httpx2.Client):
     """huggingface_hub's client, asking again what may be answered later. Raises RunFailed when that did not help, which no
     hub client takes for a fault to be retried once more."""
@@ -145,7 +152,12 @@ class PatientClient(httpx2.Client):
     def send(self, request: httpx2.Request, **how) -> httpx2.Response:
         limit = constants.HF_HUB_DOWNLOAD_TIMEOUT
         timeouts = request.extensions.get("timeout", {})
-        request.extensions = {**request.extensions, "timeout": {k: min(limit, timeouts.get(k) or limit) for k in ("connect", "read", "write", "pool")}}
+        request.extensions = {
+            **request.extensions,
+            "timeout": {
+                k: min(limit, timeouts.get(k) or limit) for k in ("connect", "read", "write", "pool")
+            },
+        }
         if how.get("stream"):
             _note_begin(request)
         attempts, waited = _attempts.get() or ATTEMPTS, 0.0
@@ -159,14 +171,19 @@ class PatientClient(httpx2.Client):
                 if response.status_code not in TRANSIENT:
                     return response
                 response.close()
-                cause, wait = f"the hub answers {response.status_code} ({response.reason_phrase})", _asked_wait(response) or wait
+                cause, wait = (
+                    f"the hub answers {response.status_code} ({response.reason_phrase})",
+                    _asked_wait(response) or wait,
+                )
             if attempt == attempts or waited + wait > MOST_SECONDS:
                 break
             _wait(cause, attempt, attempts, wait, request)
             waited += wait
         later = f"in {wait:.0f} s, as the hub asks" if wait > MOST_SECONDS else "later"
         times = f"{attempt} time{'s' * (attempt > 1)}"
-        raise RunFailed(f"{_asked_for(request)}: {cause}, {times}; run the same command again {later}, or see whether the network and {_host()} are up")
+        raise RunFailed(
+            f"{_asked_for(request)}: {cause}, {times}; run the same command again {later}, or see whether the network and {_host()} are up"
+        )
 
 
 def _be_patient():
@@ -175,7 +192,9 @@ def _be_patient():
         return
     hooks = get_session().event_hooks  # huggingface_hub's own: they keep offline mode offline
     set_client_factory(lambda: PatientClient(event_hooks=hooks, follow_redirects=True, timeout=None))
-    logging.getLogger("huggingface_hub.file_download").setLevel(logging.ERROR)  # it would tell each resumption again, with the whole URL
+    logging.getLogger("huggingface_hub.file_download").setLevel(
+        logging.ERROR
+    )  # it would tell each resumption again, with the whole URL
 
 
 def _asked_wait(response: httpx2.Response) -> float | None:
@@ -196,7 +215,9 @@ def _note_begin(request: httpx2.Request):
     if begun is not None:
         begun.append(at)
         if len(begun) > RESUMES + 1:
-            raise RunFailed(f"{_asked_for(request)}: broken off {len(begun) - 1} times; run the same command again later, or from another network")
+            raise RunFailed(
+                f"{_asked_for(request)}: broken off {len(begun) - 1} times; run the same command again later, or from another network"
+            )
     if again:
         _say(f"{_asked_for(request)}: broken off; going on at byte {at:,}")
 
@@ -210,9 +231,6 @@ def _say(line: str):
     print(f"hub: {line}", file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------- in plain words
-
-
 def _plain(error: BaseException | None, repo: str, file: str | None) -> Exception | None:
     """RunFailed or WrongRequest for an error of a hub client or one that it was raised from; None for other errors."""
     if isinstance(error, RunFailed | WrongRequest):
@@ -224,38 +242,72 @@ def _plain(error: BaseException | None, repo: str, file: str | None) -> Exceptio
     if response is not None and file is None:
         file = _repo_and_file(response.request)[1]
     where = _named(repo, file)
-    if isinstance(error, hub_errors.GatedRepoError) or (kind == "DatasetNotFoundError" and "gated" in str(error)):
+    if isinstance(error, hub_errors.GatedRepoError) or (
+        kind == "DatasetNotFoundError" and "gated" in str(error)
+    ):
         return _gated(where, repo, "DatasetNotFound" in kind or "/datasets/" in str(response.request.url))
     if isinstance(error, hub_errors.RevisionNotFoundError):
-        return WrongRequest(f"{where}: there is no such revision; take one that https://huggingface.co/{repo} lists")
+        return WrongRequest(
+            f"{where}: there is no such revision; take one that https://huggingface.co/{repo} lists"
+        )
     status = response.status_code if response is not None else None
-    if isinstance(error, hub_errors.RepositoryNotFoundError) or kind == "DatasetNotFoundError" or (status == 401 and get_token() is None):
-        return WrongRequest(f"{where}: not on the hub, or private; check the name, or log in with an account that may read it (`hf auth login`)")
+    if (
+        isinstance(error, hub_errors.RepositoryNotFoundError)
+        or kind == "DatasetNotFoundError"
+        or (status == 401 and get_token() is None)
+    ):
+        return WrongRequest(
+            f"{where}: not on the hub, or private; check the name, or log in with an account that may read it (`hf auth login`)"
+        )
     if isinstance(error, hub_errors.LocalEntryNotFoundError | hub_errors.OfflineModeIsEnabled):
         if constants.is_offline_mode():
-            return RunFailed(f"{where}: not in the cache, and HF_HUB_OFFLINE forbids to ask the hub; unset it once, or give local files")
-        return _plain(error.__cause__, repo, file) or RunFailed(f"{where}: not in the cache, and {_host()} does not give it; see whether it is up")
+            return RunFailed(
+                f"{where}: not in the cache, and HF_HUB_OFFLINE forbids to ask the hub; unset it once, or give local files"
+            )
+        return _plain(error.__cause__, repo, file) or RunFailed(
+            f"{where}: not in the cache, and {_host()} does not give it; see whether it is up"
+        )
     if isinstance(error, hub_errors.EntryNotFoundError):
-        return WrongRequest(f"{where}: there is no such file; take one that https://huggingface.co/{repo} lists")
+        return WrongRequest(
+            f"{where}: there is no such file; take one that https://huggingface.co/{repo} lists"
+        )
     if isinstance(error, hub_errors.HFValidationError):
-        return WrongRequest(f"{where}: neither a folder here nor a name that the hub can have; give owner/name or an existing folder")
+        return WrongRequest(
+            f"{where}: neither a folder here nor a name that the hub can have; give owner/name or an existing folder"
+        )
     if isinstance(error, hub_errors.FileMetadataError):
-        return RunFailed(f"{where}: what answers at {_host()} is no hub; check HF_ENDPOINT, proxy and firewall")
+        return RunFailed(
+            f"{where}: what answers at {_host()} is no hub; check HF_ENDPOINT, proxy and firewall"
+        )
     if status in (401, 403):
-        return WrongRequest(f"{where}: the hub does not accept the token in use ({status}); log in again (`hf auth login`), or unset HF_TOKEN")
+        return WrongRequest(
+            f"{where}: the hub does not accept the token in use ({status}); log in again (`hf auth login`), or unset HF_TOKEN"
+        )
     if isinstance(error, hub_errors.HfHubHTTPError):
         return RunFailed(f"{where}: the hub answers {status}; run the same command again later")
     if isinstance(error, httpx2.TransportError):
-        return RunFailed(f"{where}: {_spoken(error)}; run the same command again, or see whether the network and {_host()} are up")
-    if isinstance(error, OSError) and str(error).startswith("Consistency check failed"):  # huggingface_hub's wrong size has no class of its own
+        return RunFailed(
+            f"{where}: {_spoken(error)}; run the same command again, or see whether the network and {_host()} are up"
+        )
+    if isinstance(error, OSError) and str(error).startswith(
+        "Consistency check failed"
+    ):  # huggingface_hub's wrong size has no class of its own
         return RunFailed(f"{where}: its size is not the one that the hub names; run the same command again")
     if kind in ("DataFilesNotFoundError", "EmptyDatasetError"):
-        return WrongRequest(f"{where}: there is no data in it that can be read (.parquet, .jsonl, .txt, ...); take another, or download it and give files")
-    if type(error).__module__.partition(".")[0] in ("pyarrow", "zstandard", "zstd", "json") or isinstance(error, UnicodeDecodeError):
-        return RunFailed(f"{where}: what came cannot be read ({kind}), so it was damaged on the way or there; run the same command again, or take another")
+        return WrongRequest(
+            f"{where}: there is no data in it that can be read (.parquet, .jsonl, .txt, ...); take another, or download it and give files"
+        )
+    if type(error).__module__.partition(".")[0] in ("pyarrow", "zstandard", "zstd", "json") or isinstance(
+        error, UnicodeDecodeError
+    ):
+        return RunFailed(
+            f"{where}: what came cannot be read ({kind}), so it was damaged on the way or there; run the same command again, or take another"
+        )
     plain = _plain(error.__cause__, repo, file)
     if plain is None and isinstance(error, ConnectionError):  # datasets drops the cause
-        return RunFailed(f"{where}: the hub cannot be asked; see whether the network and {_host()} are up, unset HF_HUB_OFFLINE, or give local files")
+        return RunFailed(
+            f"{where}: the hub cannot be asked; see whether the network and {_host()} are up, unset HF_HUB_OFFLINE, or give local files"
+        )
     return plain
 
 
@@ -263,14 +315,20 @@ def _gated(where: str, repo: str, dataset: bool) -> WrongRequest:
     state = "no token is set" if get_token() is None else "the account of the token in use has none"
     page = f"https://huggingface.co/{'datasets/' * dataset}{repo}"
     other = "--forget_text takes another text" if dataset else "--lm takes another LM"
-    return WrongRequest(f"{where}: only with access, and {state}; ask for it at {page} and log in (`hf auth login`, or HF_TOKEN), or go without: {other}")
+    return WrongRequest(
+        f"{where}: only with access, and {state}; ask for it at {page} and log in (`hf auth login`, or HF_TOKEN), or go without: {other}"
+    )
 
 
 def _spoken(error: httpx2.TransportError, request: httpx2.Request | None = None) -> str:
     if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
         return f"no connection to {_host()}"
     if isinstance(error, httpx2.TimeoutException):
-        return f"no answer within {request.extensions['timeout']['read']:g} s" if request else "no answer in time"
+        return (
+            f"no answer within {request.extensions['timeout']['read']:g} s"
+            if request
+            else "no answer in time"
+        )
     return "the connection was broken off"
 
 
@@ -299,5 +357,7 @@ def _host() -> str:
 
 def _newest_cached(repo: str, kind: str) -> str | None:
     """Commit hash of the snapshot in the cache that was written to last."""
-    snapshots = (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=kind) / "snapshots").glob("*")
+    snapshots = (
+        Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=kind) / "snapshots"
+    ).glob("*")
     return max(((s.stat().st_mtime, s.name) for s in snapshots), default=(0, None))[1]

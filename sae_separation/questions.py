@@ -1,0 +1,236 @@
+"""Multiple-choice questions that a user brings, read in the forms that people have them in.
+
+questions, records, notes = read_questions(("asked.jsonl",))   # questions["biology"]: list[Question]
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from sae_separation.errors import WrongRequest
+from sae_separation.text import LONGEST, Source, _open, kind_of, one_line, parse_source, read_hub, reading
+
+MOST_DOUBLE = 0.02  # of the questions of a file that may stand twice, or hold a choice twice; more is refused
+
+
+@dataclass(frozen=True)
+class Question:
+    """A multiple-choice question; `choices[answer]` is right."""
+
+    subject: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def common_form(record: dict) -> dict:
+    """A record with question, choices (a list), labels (of the choices, or None), answer and subject under
+    these names, as far as it has them. Capitals do not matter in names. Read are the forms of
+
+    WMDP and MMLU: question, choices, answer; in tables question, A, B, C, D, answer
+    ARC: question and choices {"text": [...], "label": [...]}, or question.stem and question.choices, a list
+    of {text, label}; answerKey
+    others: options for choices, as a list or by letter.
+    """
+    record = {str(name).strip().lower(): value for name, value in record.items()} | {"labels": None}
+    if isinstance(record.get("question"), dict):
+        record |= {"question": record["question"].get("stem"), "choices": record["question"].get("choices")}
+    for name, other in (("choices", "options"), ("answer", "answerkey")):
+        if name not in record and other in record:
+            record[name] = record[other]
+    if "choices" not in record and set("abcd") <= set(record):
+        record["choices"] = [record[letter] for letter in "abcd"]
+    choices = record.get("choices")
+    if isinstance(choices, list) and choices and all(isinstance(c, dict) for c in choices):
+        choices = {"text": [c.get("text") for c in choices], "label": [c.get("label") for c in choices]}
+    if isinstance(choices, dict) and "text" in choices:
+        record |= {"choices": choices["text"], "labels": choices.get("label")}
+    elif isinstance(choices, dict):
+        record |= {"choices": list(choices.values()), "labels": list(choices)}
+    if isinstance(record["labels"], list | tuple):
+        record["labels"] = [str(label).strip().upper() for label in record["labels"]]
+    return record
+
+
+def named_choice(answer, labels: list[str] | None) -> int | None:
+    """The place of the choice that an answer names: by a label, where there are some, else a letter; or,
+    where labels are no digits, by an index from 0, also as a text. None if it names none."""
+    if isinstance(answer, bool) or not isinstance(answer, int | str):
+        return None
+    said = str(answer).strip().upper()
+    names = labels or ["A", "B", "C", "D"]
+    if said in names:
+        return names.index(said)
+    return int(said) if said in ("0", "1", "2", "3") and not any(name.isdigit() for name in names) else None
+
+
+def to_question(record: dict, subject: str, place: str, in_words: bool) -> Question:
+    """A question from its `common_form`, without white space around its texts; `in_words`: an answer is first
+    looked for among the choices' own texts. Raises WrongRequest, with place and remedy, for what is not a
+    question with four choices and an answer among them."""
+
+    def refuse(what: str):
+        form = "{question, choices: four texts, answer: 0 to 3, A to D, a label or a choice's text, subject}"
+        raise WrongRequest(f"{place}: {what}; a question is {form}")
+
+    def text(value, what: str) -> str:
+        if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
+            refuse(f"{what} is not a text")
+        return value.strip()
+
+    missing = [k for k in ("question", "choices", "answer") if k not in record]
+    if missing:
+        fields = ", ".join(k for k in record if k != "labels")
+        refuse(f"no field {missing[0]} but {fields[:LONGEST] or 'none'}")
+    question, choices, labels, answer = (record[k] for k in ("question", "choices", "labels", "answer"))
+    question = text(question, "the question")
+    if not isinstance(choices, list | tuple) or len(choices) != 4:
+        refuse(f"{len(choices) if isinstance(choices, list | tuple) else 'no'} choices instead of 4")
+    choices = tuple(text(choice, "a choice") for choice in choices)
+    if labels is not None and (not isinstance(labels, list) or len(labels) != 4 or len(set(labels)) < 4):
+        refuse(f"the labels of its choices are {str(labels)[:LONGEST]}, not four different ones")
+    said = answer.strip() if in_words and isinstance(answer, str) else None
+    right = choices.index(said) if choices.count(said) == 1 else named_choice(answer, labels)
+    if right is None:
+        known = "an index from 0 to 3 (counted from 1 only where choices have labels), a letter from A to D"
+        known = f"a label ({', '.join(labels)})" if labels else known
+        refuse(f"the answer is {str(answer)[:LONGEST]!r}, not {known} or the text of one choice")
+    subject = record.get("subject", subject)
+    if not isinstance(subject, str) or not re.fullmatch(r"[\w() .,&'-]{1,80}", subject.strip()):
+        refuse(f"the subject is {str(subject)[:LONGEST]!r}, not a short name")
+    return Question(subject.strip(), question, choices, right)
+
+
+def _csv_records(rows, file: str) -> Iterator[tuple[dict, str]]:
+    """Rows of a csv.reader under the names of a header; where there is none they are MMLU's."""
+    names = None
+    try:
+        for row in rows:
+            if not any(cell.strip() for cell in row):
+                continue
+            if names is None:
+                names = [cell.strip().lower() for cell in row]
+                if "question" in names and {"answer", "answerkey"} & set(names):
+                    continue
+                names = ["question", "a", "b", "c", "d", "answer"]
+            if len(row) != len(names):
+                told = f"{len(row)} columns instead of {len(names)} ({', '.join(names)[:LONGEST]})"
+                raise WrongRequest(f"{file} line {rows.line_num}: {told}; mend it")
+            yield dict(zip(names, row)), f"{file} line {rows.line_num}"
+    except csv.Error as error:
+        raise WrongRequest(f"{file} line {rows.line_num}: no CSV ({error}): mend it") from error
+
+
+def _question_records(path: Path, alone: bool) -> Iterator[tuple[object, str]]:
+    """Records of a file of questions, and their places; none of a .json of other things, if not `alone`."""
+    kind, file = kind_of(path), f"--questions {path}"
+    if kind == "parquet":
+        import pyarrow.parquet as pq
+
+        yield from ((row, f"{file} row {i}") for i, row in enumerate(pq.read_table(path).to_pylist(), 1))
+        return
+    with _open(path) as lines:
+        if kind in ("csv", "tsv"):
+            rows = csv.reader(lines, delimiter="\t" if kind == "tsv" else ",", strict=True)
+            yield from _csv_records(rows, file)
+        elif kind == "json":
+            records = json.load(lines)
+            if isinstance(records, dict) and "questions" in records:
+                records = records["questions"]
+            elif isinstance(records, dict) and "question" not in records and not alone:
+                records = []  # such as dataset_infos.json
+            if not isinstance(records, list):
+                told = f'{type(records).__name__}, not a list of questions or {{"questions": a list}}'
+                raise WrongRequest(f"{file} holds {told}")
+            yield from ((record, f"{file} entry {i}") for i, record in enumerate(records, 1))
+        else:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    try:
+                        yield json.loads(line), f"{file} line {number}"
+                    except ValueError as error:
+                        told = f"no JSON ({one_line(error)}); write one question a line"
+                        raise WrongRequest(f"{file} line {number}: {told}") from error
+
+
+def _question_tables(source: Source) -> tuple[list[tuple[str, str, list[tuple[object, str]]]], dict]:
+    """Of each file, or of a hub data set: its name, the subject of records that name none, and the records
+    with their places. And the revision of a hub data set."""
+    if not source.local:
+        rows, revision = read_hub(source, float("inf"), None, "questions")
+        subject = source.config or source.repo.split("/")[1]
+        table = [(row, f"--questions {source.said} row {i}") for i, row in enumerate(rows, 1)]
+        return [(source.said, subject, table)], revision
+    tables = []
+    for path in source.files:
+        with reading("questions", path):
+            subject = path.name.split(".")[0]
+            if kind_of(path) in ("csv", "tsv"):  # MMLU's are named after subject and split
+                subject = re.sub("_(test|val|dev)$", "", subject)
+            tables.append((str(path), subject, list(_question_records(path, alone=len(source.files) == 1))))
+    return tables, {}
+
+
+@cache
+def read_questions(said: tuple[str, ...]) -> tuple[dict[str, list[Question]], list[dict], list[str]]:
+    """Questions by subject, a record of each source for config.json, and notes on what was left out.
+
+    A record that is no question is refused. Questions that stand twice, or hold a choice twice, are left out
+    and counted; more than MOST_DOUBLE of a source is refused. A file in which any answer names no choice
+    holds the right choices' texts.
+    Raises WrongRequest; RunFailed for what the hub does.
+    """
+    subjects: dict[str, list[Question]] = {}
+    records, notes, seen = [], [], {}
+    for source in (parse_source("questions", s) for s in said):
+        double, n, first, given = 0, 0, "", {"subject": source.subject} if source.subject else {}
+        tables, revision = _question_tables(source)
+        for file, subject, table in tables:
+            found = []
+            for record, place in table:
+                if not isinstance(record, dict):
+                    raise WrongRequest(f"{place}: {type(record).__name__} instead of a question; take it out")
+                found.append((common_form(record) | given, place))
+            notes += [] if found else [f"--questions {file} was passed over: no questions were found in it"]
+            answers = [(record.get("answer"), record["labels"]) for record, _ in found]
+            in_words = any(isinstance(a, str) and named_choice(a, labels) is None for a, labels in answers)
+            for record, place in found:
+                question = to_question(record, subject, place, in_words)
+                n += 1
+                same = (question.question, tuple(sorted(question.choices)))
+                if same in seen or len(set(same[1])) < 4:
+                    double += 1
+                    there = f"stands at {seen[same].removeprefix('--questions ')} too" if same in seen else ""
+                    first = first or f"{place} {there or 'holds a choice twice'}"
+                    continue
+                seen[same] = place
+                subjects.setdefault(question.subject, []).append(question)
+        if double > MOST_DOUBLE * n:
+            told = f"{double} of {n} questions are double, and more than {MOST_DOUBLE:.0%} is refused"
+            raise WrongRequest(f"{first}; {told}: take them out")
+        if not n:
+            raise WrongRequest(f"--questions {source.said} holds no question: give another file")
+        if double:
+            first = first.removeprefix("--questions ")
+            notes.append(f"{double} of {n} questions of {source.said} were left out, first {first}")
+        records.append({"source": source.said, **revision, "questions": n, "left_out": double})
+    return subjects, records, notes
+
+
+def check_subjects(questions: dict[str, list[Question]], forget_subject: str):
+    """Raises WrongRequest unless one subject is to be forgotten and others are to stay."""
+    listed = ", ".join(questions)[:200]
+    if not forget_subject:
+        raise WrongRequest(f"--forget_subject is missing: which of {listed}")
+    if forget_subject not in questions:
+        raise WrongRequest(
+            f"--forget_subject {forget_subject} is not among the questions' subjects: {listed}"
+        )
+    if len(questions) < 2:
+        raise WrongRequest(
+            f"--questions are all about {forget_subject}: give some about subjects to keep, too"
+        )

@@ -1,0 +1,365 @@
+"""The run folder: what the program writes there, who owns it, and what made it.
+
+refuse_foreign(folder, seeds)                    # nothing is removed but WRITTEN
+own(folder)                                      # one process a run folder (flock)
+write_result(folder, info)                       # final_info.json, and checksums of what a run left
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from sae_separation.errors import WrongRequest
+from sae_separation.files import (
+    Unusable,
+    as_json,
+    is_sealed,
+    read_sealed,
+    seal,
+    sha256_of,
+    write_json,
+    write_whole,
+)
+
+SECTIONS = {  # evaluation -> its name in the results
+    "core": "core",
+    "unlearning": "unlearning",
+    "corpus": "corpus_unlearning",
+    "geometry": "geometry",
+}
+
+
+FILES = ("config.json", "final_info.json", "warnings.json", "checksums.json", "train_log.jsonl")
+
+
+SAE_FILES = ("cfg.json", "sae_weights.safetensors")
+
+
+WRITTEN = {  # part of a run folder -> names of what the program writes into it. It removes nothing else
+    ".": "|".join(map(re.escape, FILES)),
+    "checkpoints": r"step_(\d{8,})\.safetensors",
+    "eval": rf"seed(\d+)_(metrics|{'|'.join(SECTIONS.values())})\.json",
+    "sae_seed*": "|".join(map(re.escape, SAE_FILES)),
+}
+
+
+def sae_folder(folder: Path, seed: int | str) -> Path:
+    return folder / f"sae_seed{seed}"
+
+
+def record_of(folder: Path, seed: int | str) -> Path:
+    """What an SAE's files are and what was measured on them. It is there before the SAE is."""
+    return folder / "eval" / f"seed{seed}_metrics.json"
+
+
+def written(place: Path, part: str) -> list[Path]:
+    """What the program wrote into a part of a run folder, or was writing (.tmp), by name; links too."""
+    name = re.compile(rf"({WRITTEN[part]})(\.tmp)?")
+    there = sorted(place.iterdir()) if place.is_dir() else []
+    return [path for path in there if name.fullmatch(path.name) and (path.is_symlink() or path.is_file())]
+
+
+def remove_part(place: Path, part: str):
+    """Remove what the program wrote into a part of a run folder. Of a link, the link alone."""
+    if place.is_symlink():
+        place.unlink()
+    for path in written(place, part):
+        path.unlink(missing_ok=True)
+
+
+def remove_folder(place: Path, part: str):
+    """`remove_part`, and the part's folder when nothing else is in it."""
+    remove_part(place, part)
+    with contextlib.suppress(OSError):  # there is something else in it, or it is gone
+        place.rmdir()
+
+
+def remove_half_written(folder: Path):
+    """Remove what a process was writing when it was killed."""
+    for part in (".", "checkpoints", "eval"):
+        for path in written(folder / part, part):
+            if path.name.endswith(".tmp"):
+                path.unlink(missing_ok=True)
+
+
+def start_anew(folder: Path):
+    """Remove what a run left in its folder, all but config.json, which is replaced.
+
+    The process may be killed at any point of it: the result goes first, and an SAE's record after the SAE.
+    """
+    (folder / "checkpoints").mkdir(exist_ok=True)  # without it, Run.tell_restart says that they were lost
+    (folder / "final_info.json").unlink(missing_ok=True)
+    for record in written(folder / "eval", "eval"):
+        if seed := re.fullmatch(r"seed(\d+)_metrics\.json", record.name):
+            remove_folder(sae_folder(folder, seed[1]), "sae_seed*")
+    for part in ("eval", "checkpoints"):
+        remove_part(folder / part, part)
+    for path in written(folder, "."):
+        if path.name != "config.json":
+            path.unlink(missing_ok=True)
+
+
+def clear_complete(folder: Path):
+    """Remove what a complete run needs no more: its checkpoints, and what was half written. A run that
+    cannot be cleared is complete all the same."""
+    try:
+        remove_folder(folder / "checkpoints", "checkpoints")
+        remove_half_written(folder)
+    except OSError as error:
+        why = f"is needed no more and cannot be removed: {error.strerror}"
+        print(f"warning: {error.filename} {why}", file=sys.stderr)
+
+
+def clear_left(folder: Path):
+    """`clear_complete`, for a process that was killed before it; not while another one owns the folder."""
+    if (folder / "checkpoints").is_dir() or any(path.name.endswith(".tmp") for path in written(folder, ".")):
+        with contextlib.suppress(WrongRequest):  # another owner, or a folder that one may only read
+            own(folder)
+            if (folder / "final_info.json").exists():
+                clear_complete(folder)
+            disown(folder)
+
+
+def is_settings(value) -> bool:
+    """Whether an object is what this program, of any version, writes to config.json."""
+    parts = [value.get(part) for part in ("requested", "config")] if isinstance(value, dict) else [None]
+    return all(isinstance(part, dict) and {"arm", "seeds", "testbed"} <= set(part) for part in parts)
+
+
+def refuse_place(folder: Path):
+    """Raises WrongRequest where no run folder can be: a name that no folder can have, a file, a link that
+    leads nowhere, no permission to write. Nothing is made."""
+    said = f"--out_dir {folder}"
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in str(folder)):
+        raise WrongRequest(f"--out_dir {str(folder)!r} holds a line break or another control character")
+    if len(os.fsencode(folder.name)) > 200:
+        raise WrongRequest(f"{said}: the folder's name is longer than 200 bytes; give a shorter one")
+    try:
+        for place in (folder, *folder.absolute().parents):
+            if place.is_symlink() and not place.exists():
+                raise WrongRequest(f"{said}: {place} is a link that leads nowhere; name another folder")
+            if place.exists():
+                break
+    except OSError as error:
+        raise WrongRequest(f"{said}: {error.strerror}; name another folder") from error
+    if not place.is_dir():
+        raise WrongRequest(f"{said}: {place} is a file; name a folder")
+    if not os.access(place, os.W_OK | os.X_OK | (os.R_OK if place == folder else 0)):
+        raise WrongRequest(f"{said}: {place} is not writable; name another folder")
+
+
+def refuse_foreign(folder: Path, seeds: tuple[int, ...]):
+    """Raises WrongRequest for a folder that holds other files and no run of this program, and for a run
+    folder in which something else is where this program would write."""
+    if not folder.is_dir():
+        return
+    settings = folder / "config.json"
+    try:
+        ours = is_settings(json.loads(settings.read_bytes()))
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
+        ours = False
+    except OSError as error:
+        raise WrongRequest(f"{settings} cannot be read: {error.strerror}; name another folder") from error
+    if not ours:
+        begun = {".lock", "config.json.tmp"}  # what may be there before config.json is
+        for part in ("checkpoints", "eval"):
+            begun |= {part} if (folder / part).is_dir() and not any((folder / part).iterdir()) else set()
+        if foreign := sorted(p.name for p in folder.iterdir() if p.name not in begun or p.is_symlink()):
+            names = ", ".join(map(repr, foreign[:3])) + (", ..." if len(foreign) > 3 else "")
+            whose = "a config.json that is damaged or not" if settings.exists() else "no config.json"
+            told = f"--out_dir {folder} holds {names} and {whose} of this program"
+            rest = "nothing is removed or written there, nor with --overwrite; name a new or an empty folder"
+            raise WrongRequest(f"{told}: {rest}")
+    for path in (folder / name for name in FILES):
+        if path.is_dir():
+            raise WrongRequest(f"{path} is a folder, and this program would write a file there: move it")
+    for place in (folder / "checkpoints", folder / "eval", *(sae_folder(folder, seed) for seed in seeds)):
+        if (place.exists() or place.is_symlink()) and not place.is_dir():
+            raise WrongRequest(f"{place} is no folder, and this program would make one there: move it")
+    for seed in seeds:
+        sae = sae_folder(folder, seed)
+        there = [name for name in SAE_FILES if os.path.lexists(sae / name)]
+        if there and not record_of(folder, seed).exists():
+            told = f"{sae} holds {there[0]}, which is not known to be of this run"
+            why = f"{record_of(folder, seed)} is not there"
+            raise WrongRequest(f"{told} ({why}), and this program would write it: move that folder")
+
+
+def provenance() -> dict:
+    """Versions, hardware and the commit that made a run."""
+    from importlib.metadata import version
+
+    import torch
+
+    packages = ("torch", "nnsight", "transformers", "datasets", "numpy", "sae-bench", "sae-lens")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpus": gpus},
+        "git": commit_of_code(),
+    }
+
+
+def commit_of_code() -> str:
+    """The commit; "-dirty" where code differs from it (run folders are no code); "unknown: " and the reason
+    where git does not tell."""
+
+    def git(*args) -> subprocess.CompletedProcess:
+        here = Path(__file__).parent.parent
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, errors="replace")
+
+    try:
+        described = git("describe", "--always")
+        changed = git("diff", "--quiet", "HEAD", "--", "*.py", "requirements.txt", "micro_pythia")
+    except FileNotFoundError:
+        return "unknown: git is not installed"
+    except OSError as error:
+        return f"unknown: git cannot be started ({error.strerror})"
+    for done in (described, changed):
+        if done.returncode > 1 or done.returncode < 0 or not described.stdout.strip():
+            return f"unknown: {(done.stderr.strip() or f'git ends with {done.returncode}').splitlines()[0]}"
+    return described.stdout.strip() + ("-dirty" if changed.returncode else "")
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """sha256 of every file of an exported SAE that is there."""
+    return {name: sha256_of(folder / name) for name in SAE_FILES if (folder / name).exists()}
+
+
+def write_result(out_dir: Path, info: dict):
+    """final_info.json, last; just before it, in checksums.json, its sha256 and that of every file behind it that is not sealed."""
+    content = as_json(info)
+    details = written(out_dir / "eval", "eval")
+    details = [path for path in details if not path.name.endswith(("_metrics.json", ".tmp"))]
+    behind = [out_dir / "warnings.json", out_dir / "train_log.jsonl", *details]
+    files = {str(p.relative_to(out_dir)): sha256_of(p) for p in behind} | {
+        "final_info.json": hashlib.sha256(content).hexdigest()
+    }
+    write_json(out_dir / "checksums.json", seal({"files": files}))
+    write_whole(out_dir / "final_info.json", content)
+
+
+def recorded_sums(out_dir: Path) -> dict[str, str]:
+    """What checksums.json says: name of a file -> sha256; older run folders have none. Raises Unusable."""
+    path = out_dir / "checksums.json"
+    files = (read_sealed(path) or {"files": {}}).get("files")
+    if not isinstance(files, dict) or any(Path(n).is_absolute() or ".." in Path(n).parts for n in files):
+        raise Unusable(f"{path} does not list files of its folder with their checksums")
+    return files
+
+
+def is_as_recorded(path: Path) -> bool:
+    """Whether a file is the one that checksums.json beside it names, or that cannot be told."""
+    try:
+        return sha256_of(path) == recorded_sums(path.parent).get(path.name, sha256_of(path))
+    except (Unusable, KeyError):
+        return True  # `changed_files` names checksums.json
+
+
+def read_run_json(path: Path, keys: set[str]) -> dict:
+    """An object from a run folder. Raises WrongRequest when the file is not one that this program wrote."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WrongRequest(
+            f"{path} cannot be read ({error}); name another folder, or --overwrite it"
+        ) from error
+    if (
+        not isinstance(value, dict)
+        or not keys <= set(value)
+        or not all(isinstance(value[k], dict) for k in keys)
+    ):
+        raise WrongRequest(f"{path} was not written by this program; name another folder, or --overwrite it")
+    if "sha256" in value and not is_sealed(value) or not is_as_recorded(path):
+        raise WrongRequest(
+            f"{path} is not as it was written: its checksum is wrong; name another folder, or --overwrite it"
+        )
+    return value
+
+
+def changed_files(out_dir: Path) -> list[str]:
+    """What of a complete run is not as it was written, one line each; an SAE that is not there is none of it."""
+    told = []
+    try:
+        told += [
+            f"{out_dir / name} is not as it was written: its checksum is wrong"
+            for name, known in recorded_sums(out_dir).items()
+            if sha256_of(out_dir / name) != known
+        ]
+    except (Unusable, KeyError) as why:
+        told.append(str(why))
+    for path in sorted(out_dir.glob("eval/seed*_metrics.json")):
+        try:
+            seed = path.name.removesuffix("_metrics.json").removeprefix("seed")
+            record, sae = read_sealed(path), sae_folder(out_dir, seed)
+            if sae.is_dir() and files_of(sae) != record["files"]:
+                told.append(f"{sae} is not as it was written: the checksum of a file is wrong")
+        except (Unusable, KeyError) as why:
+            told.append(str(why))
+    return told
+
+
+_owned: dict[Path, int] = {}
+
+
+def own(folder: Path):
+    """Make this process the folder's owner until `disown` or its death. Raises WrongRequest, naming the
+    present owner, or what stands in the lock's place."""
+    path = (folder / ".lock").absolute()
+    while path not in _owned:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            told = f"{path}, by which one process owns a run folder, cannot be opened: {error.strerror}"
+            raise WrongRequest(f"{told}; remove it if it is not in use, or name another folder") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_at(path, file):  # its last owner removed it just now
+                os.close(file)
+                continue
+            if not stat.S_ISREG(os.fstat(file).st_mode) or not OWNER.fullmatch(os.pread(file, 1000, 0)):
+                why = "was not written by this program"
+                raise WrongRequest(f"{path} {why}: remove it, or name another folder")
+            os.ftruncate(file, 0)
+            now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+            os.pwrite(file, f"process {os.getpid()} on {platform.node()} since {now}\n".encode(), 0)
+        except BlockingIOError:
+            owner = os.pread(file, 1000, 0).decode(errors="replace").strip() or "another process"
+            os.close(file)
+            raise WrongRequest(
+                f"{folder} is being worked on by {owner}: wait for it, or name another folder"
+            ) from None
+        except BaseException:
+            os.close(file)
+            raise
+        _owned[path] = file
+
+
+OWNER = re.compile(rb"(process \d+ on .* since .*\n)?")  # nothing: of a process that was killed then
+
+
+def _is_at(path: Path, file: int) -> bool:
+    """Whether the file that is open is the one at the path."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def disown(*folders: Path):
+    """Give up some folders, or every one."""
+    for path in [(folder / ".lock").absolute() for folder in folders] or list(_owned):
+        file = _owned.pop(path)
+        with contextlib.suppress(OSError):
+            if _is_at(path, file):
+                path.unlink()
+        os.close(file)

