@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run study test micro faults bench bench-quick
+.PHONY: run study test docs micro faults bench bench-quick
 
 run: $(VENV)/ready
 	$(BIN)/python experiment.py --out_dir reproduced/run_0 reproduced/run_1 --testbed=micro
@@ -15,6 +15,9 @@ study: $(VENV)/ready  # all runs of the plan, five seeds: an hour on 2 cores, le
 
 test: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+
+docs: $(VENV)/ready  # the tables of the documents, from the committed run folders
+	$(BIN)/python docs/make.py
 
 faults: $(VENV)/ready-dev
 	$(BIN)/python -m benchmarks.faults

@@ -221,25 +221,6 @@ def test_two_runs_with_the_same_settings_are_refused(folders):
         parse_command(["--out_dir", *folders.split(), f"--arm={arm}", "--alpha=1"])
 
 
-def test_the_commands_of_readme_and_makefile_are_taken(monkeypatch):
-    monkeypatch.setattr("sae_separation.checks.missing", lambda *_: {})  # whether their files are here
-    text = (ROOT / "README.md").read_text() + (ROOT / "Makefile").read_text()
-    text = re.sub(
-        r"\$\(addprefix (\S+),([\d ]+)\)",
-        lambda m: " ".join(m[1] + n for n in m[2].split()),
-        text.replace("\\\n", " "),
-    )
-    argvs = [
-        shlex.split(said)
-        for said in re.findall(r"python experiment\.py (--[^`#\n]*)", text)
-        if "--help" not in said
-    ]
-    assert len(argvs) >= 8
-    for argv in argvs:
-        command, configs = parse_command(argv)
-        assert len(configs) == len(command.out_dir) > 0
-
-
 # ---- values
 
 

@@ -1,7 +1,9 @@
-"""The committed runs, and that what notes.txt and README.md say of them is what their files hold."""
+"""The committed runs, and that what the documents say of them is what their files hold."""
 
+import importlib.util
 import json
 import re
+import sys
 
 import pytest
 from conftest import ROOT, run_script
@@ -9,6 +11,7 @@ from test_run import NEEDED, strict
 
 from experiment import PLAN
 
+MAKE = ROOT / "docs/make.py"
 INFOS = {name: strict(ROOT / name / "final_info.json") for name in PLAN}
 CONFIGS = {name: strict(ROOT / name / "config.json") for name in PLAN}
 
@@ -68,25 +71,40 @@ def test_every_number_in_the_notes_is_in_the_run_folders():
                 ), f"{name} {section}.{metric}"
 
 
-def test_tables_in_the_notes_and_the_readme_are_what_plot_prints():
-    assert run_script("plot.py", *PLAN, "--table").stdout.strip() in (ROOT / "README.md").read_text()
-    assert run_script("plot.py", *PLAN, "--against=run_6").stdout.strip() in (ROOT / "notes.txt").read_text()
+def test_the_documents_quote_the_run_folders_as_they_are():
+    checked = run_script("docs/make.py", "--check")
+    assert (checked.returncode, checked.stderr) == (0, "")
 
 
-def test_the_table_of_the_real_lm_is_what_plot_prints():
-    assert (
-        run_script("plot.py", "smollm2/run_0", "smollm2/run_6", "smollm2/run_9", "--table").stdout.strip()
-        in (ROOT / "README.md").read_text()
-    )
-    gains = {
-        name: strict(ROOT / "smollm2" / name / "final_info.json")["corpus_unlearning"]
-        for name in ("run_0", "run_6", "run_9")
-    }
-    for form in ("", "_guardrail"):
-        for part in gains.values():
-            mean, stderr = (
-                part[kind][f"forget_ce_gain_at_retain_ce_cost_0.05{form}"] for kind in ("means", "stderrs")
-            )
-            assert f"{mean:.2f} ± {stderr:.2f}" in " ".join(
-                (ROOT / "README.md").read_text().partition("<!-- /smollm2 -->")[2].split()
-            )
+def test_a_number_changed_by_hand_is_named_and_mended(tmp_path, monkeypatch, capsys):
+    for name in ("README.md", "docs/results.md", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    for name in (*PLAN, "smollm2"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    readme, notes = tmp_path / "README.md", tmp_path / "notes.txt"
+    whole = readme.read_text(), notes.read_text()
+    readme.write_text(whole[0].replace("| run_6: adaptive | 0.", "| run_6: adaptive | 1."))
+    notes.write_text(whole[1].replace("core.l0 = 1", "core.l0 = 2", 1))
+    make = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("make", MAKE))
+    spec.loader.exec_module(make)
+    monkeypatch.setattr(make, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["make.py", "--check"])
+    assert make.main() == 1 and readme.read_text() != whole[0]
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in err.splitlines()] == ["README.md", "notes.txt"] and not out
+    monkeypatch.setattr(sys, "argv", ["make.py"])
+    assert make.main() == 0 and (readme.read_text(), notes.read_text()) == whole
+    readme.write_text(whole[0].replace("<!-- /results -->", ""))
+    with pytest.raises(SystemExit, match="README.md: the markers <!-- results -->.*put them back"):
+        make.main()
+
+
+def test_the_sentences_on_the_real_lm_quote_its_runs():
+    text = (ROOT / "docs/results.md").read_text().partition("<!-- /smollm2 -->")[2]
+    for name in ("run_0", "run_6", "run_9"):
+        part = strict(ROOT / "smollm2" / name / "final_info.json")["corpus_unlearning"]
+        for form in ("", "_guardrail"):
+            metric = f"forget_ce_gain_at_retain_ce_cost_0.05{form}"
+            quoted = f"{part['means'][metric]:.2f} ± {part['stderrs'][metric]:.2f}"
+            assert quoted in " ".join(text.split()), (name, form)
