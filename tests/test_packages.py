@@ -16,10 +16,10 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-FOLDERS = (".", "micro_pythia", "studies", "benchmarks")
+FOLDERS = (".", "sae_separation", "micro_pythia", "studies", "benchmarks", "docs")
 RUN = [file for folder in FOLDERS for file in (ROOT / folder).glob("*.py")]
 TESTS = [*(ROOT / "tests").glob("*.py")]
-OWN = {file.stem for file in RUN + TESTS} | {"micro_pythia", "benchmarks"}
+OWN = {file.stem for file in RUN + TESTS} | {"sae_separation", "micro_pythia", "benchmarks"}
 REQUIREMENTS = ["requirements.txt", "requirements-no-deps.txt"]  # of a run
 PEERS = {"dictionary_learning", "sparsify"}  # of benchmarks/requirements.txt, in an environment of their own
 
