@@ -32,11 +32,6 @@ def test_every_relative_link_leads_to_a_file_and_a_heading(page):
             assert not anchor or anchor in anchors(there.read_text()), f"{target}#{anchor}"
 
 
-def test_every_page_of_docs_is_reached_from_the_readme_or_contributing():
-    linked = README + (ROOT / "CONTRIBUTING.md").read_text()
-    assert [page.name for page in PAGES if page.parent.name == "docs" and page.name not in linked] == []
-
-
 def test_the_commands_of_the_documents_and_the_makefile_are_taken(monkeypatch):
     monkeypatch.setattr("sae_separation.checks.missing", lambda *_: {})  # whether their files are here
     text = "\n".join(page.read_text() for page in (*PAGES, ROOT / "Makefile"))
