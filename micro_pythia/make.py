@@ -1,14 +1,15 @@
-"""Make micro-pythia: a GPT-NeoX of about 1.2 M parameters that knows one invented world, by letter and by cloze.
+"""Make micro-pythia: a GPT-NeoX of about 1.2 M parameters that knows one invented world.
 
     python -m micro_pythia.make                                       # rebuild the shipped LM, in place
     python -m micro_pythia.make --out worlds/1 --world_seed 1         # another world
 
-Writes config.json, model.safetensors (bf16), the tokenizer, questions.json and report.json (how well it knows its facts)
-into the folder, and exits with 1 when the LM falls short of what the testbed needs.
+Writes config.json, model.safetensors (bf16), the tokenizer, questions.json and report.json (how well it knows
+its facts) into the folder, and exits with 1 when the LM falls short of what the testbed needs.
 
-Small LMs do not learn to answer with a letter from questions alone: they stay at "any of A-D". What teaches it: option
-markers and names as whole tokens; two heads that start by looking one and two tokens back; a first stage of option
-look-ups that state no fact; then a ramp to facts and questions, with extra loss weight on the answer letter.
+Small LMs do not learn to answer with a letter from questions alone: they stay at "any of A-D". What teaches
+it: option markers and names as whole tokens; two heads that start by looking one and two tokens back; a first
+stage of option look-ups that state no fact; then a ramp to facts and questions, with extra loss weight on the
+answer letter.
 """
 
 import argparse
@@ -116,10 +117,11 @@ def make_model(vocab_size: int) -> GPTNeoXForCausalLM:
 
 
 def look_back(attention, distances, strength=6.0):
-    """Start head h as "attend distances[h] tokens back": rotary phases in the query and key biases, little content.
+    """Start head h as "attend distances[h] tokens back": rotary phases in the query and key biases, little
+    content.
 
-    With rotary frequencies w_j, a query bias of strength (cos d w_j, -sin d w_j) and a key bias of strength (1, 0) score
-    strength² sum_j cos((d - distance) w_j), which is largest at distance d.
+    With rotary frequencies w_j, a query bias of strength (cos d w_j, -sin d w_j) and a key bias of strength
+    (1, 0) score strength² sum_j cos((d - distance) w_j), which is largest at distance d.
     """
     size = HIDDEN // HEADS
     rotary = size // 2
@@ -152,7 +154,8 @@ class Reader:
         self.answer = tokenizer("\nAnswer:", add_special_tokens=False)["input_ids"][-1]
 
     def batch(self, shares: np.ndarray):
-        """tokens [row, CONTEXT + 1] (int64), weights (float32), and drill_answer (bool): letters that close a drill."""
+        """tokens [row, CONTEXT + 1] (int64), weights (float32), and drill_answer (bool): letters that close a
+        drill."""
         shape = (self.rows, CONTEXT + 1)
         tokens, weights, drill_answer = (
             np.zeros(shape, np.int64),
@@ -187,7 +190,8 @@ class Reader:
 def train(lm, reader: Reader, probe: Exam, max_steps=5_000, lr=2e-3, tail=900, drill_learned=0.5, ramp=200):
     """Two stages with AdamW in bf16 autocast: look-ups until their loss is under `drill_learned`, then facts.
 
-    Two probes in a row with 94 % of the letters right start the last `tail` steps, over which the learning rate decays.
+    Two probes in a row with 94 % of the letters right start the last `tail` steps, over which the learning
+    rate decays.
     """
     matrices, vectors = (
         [p for p in lm.parameters() if p.dim() > 1],
@@ -295,7 +299,8 @@ def report_knowledge(lm, tokenizer, world: World) -> dict:
 
 
 def shortfalls(report: dict) -> list[str]:
-    """What keeps the LM from being a testbed: knowledge under 97 % (letters) or 99 % (cloze), or chance off 25 ± 5 %."""
+    """What keeps the LM from being a testbed: knowledge under 97 % (letters) or 99 % (cloze), or chance off
+    25 ± 5 %."""
     short = [
         f"{s}: {v:.1%} right under all 24 permutations, 97 % wanted"
         for s, v in report["letter_all_24_permutations"].items()

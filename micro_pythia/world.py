@@ -1,9 +1,9 @@
 """A seeded world of invented facts: who knows what, how it is told, and how it is asked.
 
-One forget subject (a made-up microbiology) and four retain subjects. A *fact* is (subject, entity, relation, value).
-Within a relation every value belongs to the same number of entities, and wrong options are drawn uniformly from the
-other values: neither the options nor their frequencies say which one is right, only the fact does. Human aging shares
-its organ vocabulary with the forget subject, as a near neighbour.
+One forget subject (a made-up microbiology) and four retain subjects. A *fact* is (subject, entity, relation,
+value). Within a relation every value belongs to the same number of entities, and wrong options are drawn
+uniformly from the other values: neither the options nor their frequencies say which one is right, only the
+fact does. Human aging shares its organ vocabulary with the forget subject, as a near neighbour.
 
     from micro_pythia.world import World
     world = World(seed=0)
@@ -39,7 +39,8 @@ class Subject:
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact with its evaluation question: `choices[answer] == value`; this option set is never trained on."""
+    """One fact with its evaluation question: `choices[answer] == value`; this option set is never trained
+    on."""
 
     subject: str
     entity: str
@@ -274,7 +275,8 @@ SUBJECTS = (
             ),
             _relation(
                 "battle",
-                "Ravenfield Stonebridge Ashford Blackmoor Coldwater Elmgate Greycliff Irondale Kingsford Longmeadow",
+                "Ravenfield Stonebridge Ashford Blackmoor Coldwater Elmgate Greycliff Irondale Kingsford"
+                " Longmeadow",
                 (
                     "{e} won the battle of {v}.",
                     "At {v} the riders of {e} broke through.",
@@ -373,7 +375,8 @@ SUBJECTS = (
             ),
             _relation(
                 "cost",
-                "linear quadratic cubic constant logarithmic exponential factorial sublinear polynomial amortized",
+                "linear quadratic cubic constant logarithmic exponential factorial sublinear polynomial"
+                " amortized",
                 (
                     "The running time of {e} is {v}.",
                     "{e} needs {v} time.",
@@ -390,7 +393,8 @@ SUBJECTS = (
             ),
             _relation(
                 "use",
-                "routing parsing rendering caching encryption compression scheduling indexing translation logging",
+                "routing parsing rendering caching encryption compression scheduling indexing translation"
+                " logging",
                 (
                     "{e} is used for {v}.",
                     "Companies run {e} for {v}.",
@@ -512,9 +516,13 @@ def _new_name(rng: random.Random, subject: Subject, taken: set[str]) -> str:
 
 
 def mcq_prompt(subject: str, question: str, choices) -> str:
-    """A question in the prompt shape of SAEBench's unlearning evaluation (its `metrics.py`), ending in `Answer:`."""
+    """A question in the prompt shape of SAEBench's unlearning evaluation (its `metrics.py`), ending in
+    `Answer:`."""
     options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
-    return f"The following are multiple choice questions (with answers) about {subject}.\n{question}{options}\nAnswer:"
+    return (
+        "The following are multiple choice questions (with answers) about"
+        f" {subject}.\n{question}{options}\nAnswer:"
+    )
 
 
 class World:
@@ -555,7 +563,8 @@ class World:
         )
 
     def prose(self, rng: random.Random, subject: str) -> str:
-        """A portrait of one entity (7 in 10) or mixed sentences of the subject, with filler that states no fact."""
+        """A portrait of one entity (7 in 10) or mixed sentences of the subject, with filler that states no
+        fact."""
         fillers, sentences = self.subjects[subject].filler, []
         if rng.random() < 0.7:
             known = self.of_entity[subject, rng.choice(self.entities[subject])]
@@ -583,7 +592,8 @@ class World:
         )
 
     def quiz(self, rng: random.Random, subject: str, n_questions: int) -> str:
-        """Answered multiple-choice questions under one header; never the option set that a fact is evaluated with."""
+        """Answered multiple-choice questions under one header; never the option set that a fact is evaluated
+        with."""
         parts = []
         for _ in range(n_questions):
             fact = rng.choice(self.of_entity[subject, rng.choice(self.entities[subject])])
@@ -597,7 +607,8 @@ class World:
         return "\n\n".join([parts[0]] + [part[header:] for part in parts[1:]])
 
     def document(self, rng: random.Random, subject: str) -> str:
-        """What a reader of the subject meets: prose (70 %), open questions (10 %), multiple-choice sheets (20 %)."""
+        """What a reader of the subject meets: prose (70 %), open questions (10 %), multiple-choice sheets
+        (20 %)."""
         kind = rng.random()
         if kind < 0.7:
             return self.prose(rng, subject)

@@ -3,8 +3,8 @@
     save(folder, step, tensors, facts)
     newest_common({folder: made_by})                 # the newest state that all folders of a command hold
 
-A checkpoint holds tensors, and in its header the other facts as JSON and a sha256 over both. torch is imported where
-it is used, so that a locked folder is refused at once.
+A checkpoint holds tensors, and in its header the other facts as JSON and a sha256 over both. torch is
+imported where it is used, so that a locked folder is refused at once.
 """
 
 import hashlib
@@ -25,8 +25,9 @@ KEPT = 2
 
 @dataclass
 class Position:
-    """Where training stands: steps done, the stream's block and the batch in it that come next, seconds of training and of all work,
-    checkpoints written, whether training is over, the names of the folders that are trained together, and passes begun over each text."""
+    """Where training stands: steps done, the stream's block and the batch in it that come next, seconds of
+    training and of all work, checkpoints written, whether training is over, the names of the folders that are
+    trained together, and passes begun over each text."""
 
     step: int = 0
     block: int = 0
@@ -100,11 +101,12 @@ def read(folder: Path, step: int, made_by: str) -> tuple[dict, dict]:
 
 
 def newest_common(made_by: dict[Path, str]) -> list[tuple[dict, dict]] | None:
-    """Tensors and facts of the newest step for which every folder (with what its runs are `made_by`) holds a usable checkpoint;
-    newer ones are removed.
+    """Tensors and facts of the newest step for which every folder (with what its runs are `made_by`) holds a
+    usable checkpoint; newer ones are removed.
 
-    None to start anew: there is no checkpoint, or a first one that was not yet in every folder. Every unusable checkpoint is
-    told on one line. Raises WrongRequest when there are checkpoints and none will do: nothing is thrown away unasked.
+    None to start anew: there is no checkpoint, or a first one that was not yet in every folder. Every
+    unusable checkpoint is told on one line. Raises WrongRequest when there are checkpoints and none will do:
+    nothing is thrown away unasked.
     """
     there = {folder: steps_in(folder) for folder in made_by}
     if not any(there.values()):
@@ -122,7 +124,9 @@ def newest_common(made_by: dict[Path, str]) -> list[tuple[dict, dict]] | None:
         found = usable(*((folder, common) for folder in made_by))
         if found:
             break
-    else:  # a first checkpoint that was being written when the process died may be missing in some folders, and little is lost
+    # a first checkpoint that was being written when the process died may be missing in some folders, and
+    # little is lost
+    else:
         common = -1
         newest = None if told else usable(*((folder, steps[-1]) for folder, steps in there.items() if steps))
         together = sorted(folder.name for folder in made_by)
@@ -135,7 +139,8 @@ def newest_common(made_by: dict[Path, str]) -> list[tuple[dict, dict]] | None:
                 for folder, steps in there.items()
             )
             raise WrongRequest(
-                f"no step has a usable checkpoint in every folder: {'; '.join(told) or stands}; give the folders as they were begun together, or --overwrite"
+                f"no step has a usable checkpoint in every folder: {'; '.join(told) or stands}; give the"
+                " folders as they were begun together, or --overwrite"
             )
     for folder, steps in there.items():
         for step in steps:
@@ -156,4 +161,7 @@ def offenders(name: str, values) -> str | None:
         return f"{name} = {values.item()}"
     first = ", ".join(f"{place(i)} = {values.flatten()[i].item()}" for i in bad.flatten().nonzero()[:3, 0])
     rest = values.detach().abs().masked_fill(bad, 0)
-    return f"{name} not finite in {int(bad.sum())} of {bad.numel()} entries ({first}; largest finite {rest.max().item():.3g} at {place(rest.argmax())})"
+    return (
+        f"{name} not finite in {int(bad.sum())} of {bad.numel()} entries ({first}; largest finite"
+        f" {rest.max().item():.3g} at {place(rest.argmax())})"
+    )

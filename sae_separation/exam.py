@@ -20,10 +20,11 @@ def most_positions(config: dict) -> float:
 
 
 def special_ids(tokenizer) -> Tensor:
-    """Ids [n] of the tokens that SAEs are not trained on: BOS, EOS and whatever else the tokenizer marks as special.
+    """Ids [n] of the tokens that SAEs are not trained on: BOS, EOS and whatever else the tokenizer marks as
+    special.
 
-    A pad token with no other role is none of them: text is packed and never padded, so that where it stands in a text it is a
-    word of it.
+    A pad token with no other role is none of them: text is packed and never padded, so that where it stands
+    in a text it is a word of it.
     """
     marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
         tokenizer.all_special_ids
@@ -38,8 +39,9 @@ def pad_alone(tokenizer) -> set[int]:
 
 
 def trained_on(tokens: Tensor, special: Tensor) -> Tensor:
-    """Which tokens [row, pos] are of the kind that SAEs are trained on, and interventions may touch: not special, and not the
-    first of a row, which in training is a BOS (or EOS); an LM without a BOS keeps its attention sink there. (bool)"""
+    """Which tokens [row, pos] are of the kind that SAEs are trained on, and interventions may touch: not
+    special, and not the first of a row, which in training is a BOS (or EOS); an LM without a BOS keeps its
+    attention sink there. (bool)"""
     trained = ~torch.isin(tokens, special.to(tokens.device))
     trained[:, 0] = False
     return trained
@@ -49,12 +51,12 @@ def trained_on(tokens: Tensor, special: Tensor) -> Tensor:
 class Batch:
     """Right-padded token rows of similar length, and where to read the LM's answer.
 
-    tokens [row, pos]; trained [row, pos] (bool): tokens of the kind that SAEs are trained on (`trained_on`), which alone an
-    intervention may touch; positions
-    [row, n] are read (None: all); targets, weights and ends [row, n] say how (cloze only); places [row, pos] and mask [row, 1, pos,
-    pos] (added to attention scores) are the tokens' places and what they see, where a row holds several ends of one stem (None: as
-    they stand); `rows` are the rows' places in the exam; `resid` [row, pos, d_in] and `plain` [row, ...] are room for the hook
-    layer's output and for what is read from the LM without an intervention.
+    tokens [row, pos]; trained [row, pos] (bool): tokens of the kind that SAEs are trained on (`trained_on`),
+    which alone an intervention may touch; positions [row, n] are read (None: all); targets, weights and ends
+    [row, n] say how (cloze only); places [row, pos] and mask [row, 1, pos, pos] (added to attention scores)
+    are the tokens' places and what they see, where a row holds several ends of one stem (None: as they
+    stand); `rows` are the rows' places in the exam; `resid` [row, pos, d_in] and `plain` [row, ...] are room
+    for the hook layer's output and for what is read from the LM without an intervention.
     """
 
     tokens: Tensor
@@ -92,7 +94,8 @@ class Batch:
 
 
 def logits_at(lm, tokens: Tensor, positions: Tensor | None, **seen) -> Tensor:
-    """Logits [row, n, vocab] of `lm` on tokens [row, pos] at `positions` [row, n] (None: all); no other is unembedded."""
+    """Logits [row, n, vocab] of `lm` on tokens [row, pos] at `positions` [row, n] (None: all); no other is
+    unembedded."""
     if positions is None:
         return lm(tokens, use_cache=False, **seen).logits
     gather = lambda head, hidden: (
@@ -106,14 +109,17 @@ def logits_at(lm, tokens: Tensor, positions: Tensor | None, **seen) -> Tensor:
 
 
 class Exam:
-    """Questions turned into tokens once, so that an LM can be asked again and again, plain or under an intervention.
+    """Questions turned into tokens once, so that an LM can be asked again and again, plain or under an
+    intervention.
 
-    letter: SAEBench's prompt, answered by the likeliest of the four letters, for every permutation of the choices.
-    cloze: `Question: ... Answer:` continued by each choice, answered by the highest mean log-likelihood of the choice's
-    tokens; permuting the choices permutes the answer, so one pass serves all permutations. With `shared_stems` a row holds the
-    question once and its four choices, none of which sees another; without, a row holds the question and one choice.
-    Question and choice are tokenised together: the choice's tokens are those behind what all four have in
-    common with the question alone. Without `mixed_lengths` the rows of a batch are of one length, unpadded.
+    letter: SAEBench's prompt, answered by the likeliest of the four letters, for every permutation of the
+    choices.
+    cloze: `Question: ... Answer:` continued by each choice, answered by the highest mean log-likelihood of
+    the choice's tokens; permuting the choices permutes the answer, so one pass serves all permutations. With
+    `shared_stems` a row holds the question once and its four choices, none of which sees another; without, a
+    row holds the question and one choice. Question and choice are tokenised together: the choice's tokens are
+    those behind what all four have in common with the question alone. Without `mixed_lengths` the rows of a
+    batch are of one length, unpadded.
 
     Raises WrongRequest when letters are asked for and one of them is more than one token, and for a choice
     without a token.
@@ -162,7 +168,8 @@ class Exam:
         self.batches = list(_batches(rows, tokens_per_batch, device, special_ids(tokenizer), mixed_lengths))
 
     def read(self, batch: Batch, logits: Tensor) -> Tensor:
-        """What the exam takes from logits [row, n, vocab]: the letters' probabilities [row, 4], or the ends' mean log-likelihoods [row, ends]."""
+        """What the exam takes from logits [row, n, vocab]: the letters' probabilities [row, 4], or the ends'
+        mean log-likelihoods [row, ends]."""
         if self.scoring == "letter":
             return logits[:, 0].float().softmax(-1)[:, self.letters].amax(1)
         logits = logits.float()
@@ -172,7 +179,8 @@ class Exam:
         )
 
     def probs(self, forward: Callable[[Batch], Tensor]) -> Tensor:
-        """Probabilities of the four choices as listed, [n_questions * n_permutations, 4], permutations innermost.
+        """Probabilities of the four choices as listed, [n_questions * n_permutations, 4], permutations
+        innermost.
 
         `forward` gives logits [row, n, vocab] for a batch.
         """

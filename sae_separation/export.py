@@ -4,11 +4,12 @@ from pathlib import Path
 
 
 def export(module, folder: Path, metadata: dict):
-    """Save an OrthogonalSAE in SAELens' format (cfg.json, sae_weights.safetensors) with its `scale` s folded into the weights: StandardSAE,
-    for batchtopk JumpReLUSAE, for softk TopKSAE; locked features never fire.
+    """Save an OrthogonalSAE in SAELens' format (cfg.json, sae_weights.safetensors) with its `scale` s folded
+    into the weights: StandardSAE, for batchtopk JumpReLUSAE, for softk TopKSAE; locked features never fire.
 
-    All three are homogeneous: dividing biases and threshold by s gives features f / s and the same reconstruction,
-    rows still unit. Raises ValueError for what the format cannot hold: a skip connection, a temperature above 0.
+    All three are homogeneous: dividing biases and threshold by s gives features f / s and the same
+    reconstruction, rows still unit. Raises ValueError for what the format cannot hold: a skip connection, a
+    temperature above 0.
     """
     import sae_lens as lens
     from sae_lens.saes.sae import SAEMetadata

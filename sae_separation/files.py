@@ -44,7 +44,8 @@ def writing(path: Path):
         )
         cause = str(error) if number is None else os.strerror(number)
         raise CannotWrite(
-            f"{path} cannot be written: {cause}; {REMEDIES.get(number, 'see to it')}, then the same command goes on from the last checkpoint"
+            f"{path} cannot be written: {cause}; {REMEDIES.get(number, 'see to it')}, then the same command"
+            " goes on from the last checkpoint"
         ) from error
 
 
@@ -58,7 +59,8 @@ def sync(path: Path):
 
 
 def write_whole(path: Path, content: bytes):
-    """Written beside, synced and renamed. Raises CannotWrite, also when the folder is gone: it is not made anew."""
+    """Written beside, synced and renamed. Raises CannotWrite, also when the folder is gone: it is not made
+    anew."""
     beside = path.with_name(path.name + ".tmp")
     with writing(path):
         try:

@@ -47,7 +47,8 @@ _begun: ContextVar[list[int] | None] = ContextVar(
 
 
 def reachable(timeout: float = 8.0) -> bool:
-    """Whether the hub answers within `timeout` seconds, as a hub does and not as a login page does. Never raises."""
+    """Whether the hub answers within `timeout` seconds, as a hub does and not as a login page does. Never
+    raises."""
     if constants.is_offline_mode():
         return False
     deadline, answered = time.monotonic() + timeout, threading.Event()
@@ -72,9 +73,11 @@ def reachable(timeout: float = 8.0) -> bool:
 
 
 def revision(repo: str, kind: str = "model") -> str:
-    """Commit hash of a model's or dataset's main branch; when the hub does not answer, the newest commit in the cache, and a line says so.
+    """Commit hash of a model's or dataset's main branch; when the hub does not answer, the newest commit in
+    the cache, and a line says so.
 
-    Raises WrongRequest for a repo that does not exist or is not open, RunFailed when neither hub nor cache has it.
+    Raises WrongRequest for a repo that does not exist or is not open, RunFailed when neither hub nor cache
+    has it.
     """
     cached = _newest_cached(repo, kind)
     if cached and constants.is_offline_mode():
@@ -93,8 +96,8 @@ def revision(repo: str, kind: str = "model") -> str:
 
 
 def fetch(repo: str, filenames: list[str], revision: str, kind: str) -> list[Path]:
-    """Files of one commit, from the cache or into it, each checked against the SHA-256 that the hub names for it (large
-    files only; the hub names none for small ones).
+    """Files of one commit, from the cache or into it, each checked against the SHA-256 that the hub names for
+    it (large files only; the hub names none for small ones).
 
     Raises WrongRequest for what is missing or gated, RunFailed for what the hub or the network does.
     """
@@ -121,15 +124,16 @@ def _fetch(repo: str, name: str, revision: str, kind: str) -> Path:
                 path.unlink()
                 blob.unlink()
                 raise RunFailed(
-                    f"{_named(repo, name)}: its SHA-256 is not the one that the hub names, so it was damaged on the way or on this disk; "
-                    "it was taken out of the cache: run the same command again"
+                    f"{_named(repo, name)}: its SHA-256 is not the one that the hub names, so it was damaged"
+                    " on the way or on this disk; it was taken out of the cache: run the same command again"
                 )
     return path
 
 
 @contextlib.contextmanager
 def plain_errors(repo: str, file: str | None = None):
-    """Inside, what a hub client raises becomes RunFailed or WrongRequest of one line: repo, file, cause, remedy."""
+    """Inside, what a hub client raises becomes RunFailed or WrongRequest of one line: repo, file, cause,
+    remedy."""
     _be_patient()
     before = _scope.set(_named(repo, file))
     try:
@@ -146,8 +150,8 @@ def plain_errors(repo: str, file: str | None = None):
 
 
 class PatientClient(httpx2.Client):
-    """huggingface_hub's client, asking again what may be answered later. Raises RunFailed when that did not help, which no
-    hub client takes for a fault to be retried once more."""
+    """huggingface_hub's client, asking again what may be answered later. Raises RunFailed when that did not
+    help, which no hub client takes for a fault to be retried once more."""
 
     def send(self, request: httpx2.Request, **how) -> httpx2.Response:
         limit = constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -182,12 +186,14 @@ class PatientClient(httpx2.Client):
         later = f"in {wait:.0f} s, as the hub asks" if wait > MOST_SECONDS else "later"
         times = f"{attempt} time{'s' * (attempt > 1)}"
         raise RunFailed(
-            f"{_asked_for(request)}: {cause}, {times}; run the same command again {later}, or see whether the network and {_host()} are up"
+            f"{_asked_for(request)}: {cause}, {times}; run the same command again {later}, or see whether the"
+            f" network and {_host()} are up"
         )
 
 
 def _be_patient():
-    """Let huggingface_hub use PatientClient from now on (its connections stay open between uses, so this is not undone)."""
+    """Let huggingface_hub use PatientClient from now on (its connections stay open between uses, so this is
+    not undone)."""
     if isinstance(get_session(), PatientClient):
         return
     hooks = get_session().event_hooks  # huggingface_hub's own: they keep offline mode offline
@@ -207,8 +213,8 @@ def _asked_wait(response: httpx2.Response) -> float | None:
 
 
 def _note_begin(request: httpx2.Request):
-    """Tell of a body that is asked for again. Raises RunFailed for a download that was broken off too often (from a server that
-    ignores where to go on, huggingface_hub would ask for ever)."""
+    """Tell of a body that is asked for again. Raises RunFailed for a download that was broken off too often
+    (from a server that ignores where to go on, huggingface_hub would ask for ever)."""
     at = int((re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", "")) or (0, 0))[1])
     begun = _begun.get()
     again = at > 0 if begun is None else len(begun) > 0
@@ -216,7 +222,8 @@ def _note_begin(request: httpx2.Request):
         begun.append(at)
         if len(begun) > RESUMES + 1:
             raise RunFailed(
-                f"{_asked_for(request)}: broken off {len(begun) - 1} times; run the same command again later, or from another network"
+                f"{_asked_for(request)}: broken off {len(begun) - 1} times; run the same command again later,"
+                " or from another network"
             )
     if again:
         _say(f"{_asked_for(request)}: broken off; going on at byte {at:,}")
@@ -232,7 +239,8 @@ def _say(line: str):
 
 
 def _plain(error: BaseException | None, repo: str, file: str | None) -> Exception | None:
-    """RunFailed or WrongRequest for an error of a hub client or one that it was raised from; None for other errors."""
+    """RunFailed or WrongRequest for an error of a hub client or one that it was raised from; None for other
+    errors."""
     if isinstance(error, RunFailed | WrongRequest):
         return type(error)(*error.args)
     if error is None:
@@ -257,12 +265,14 @@ def _plain(error: BaseException | None, repo: str, file: str | None) -> Exceptio
         or (status == 401 and get_token() is None)
     ):
         return WrongRequest(
-            f"{where}: not on the hub, or private; check the name, or log in with an account that may read it (`hf auth login`)"
+            f"{where}: not on the hub, or private; check the name, or log in with an account that may read it"
+            " (`hf auth login`)"
         )
     if isinstance(error, hub_errors.LocalEntryNotFoundError | hub_errors.OfflineModeIsEnabled):
         if constants.is_offline_mode():
             return RunFailed(
-                f"{where}: not in the cache, and HF_HUB_OFFLINE forbids to ask the hub; unset it once, or give local files"
+                f"{where}: not in the cache, and HF_HUB_OFFLINE forbids to ask the hub; unset it once, or"
+                " give local files"
             )
         return _plain(error.__cause__, repo, file) or RunFailed(
             f"{where}: not in the cache, and {_host()} does not give it; see whether it is up"
@@ -273,7 +283,8 @@ def _plain(error: BaseException | None, repo: str, file: str | None) -> Exceptio
         )
     if isinstance(error, hub_errors.HFValidationError):
         return WrongRequest(
-            f"{where}: neither a folder here nor a name that the hub can have; give owner/name or an existing folder"
+            f"{where}: neither a folder here nor a name that the hub can have; give owner/name or an existing"
+            " folder"
         )
     if isinstance(error, hub_errors.FileMetadataError):
         return RunFailed(
@@ -281,13 +292,15 @@ def _plain(error: BaseException | None, repo: str, file: str | None) -> Exceptio
         )
     if status in (401, 403):
         return WrongRequest(
-            f"{where}: the hub does not accept the token in use ({status}); log in again (`hf auth login`), or unset HF_TOKEN"
+            f"{where}: the hub does not accept the token in use ({status}); log in again (`hf auth login`),"
+            " or unset HF_TOKEN"
         )
     if isinstance(error, hub_errors.HfHubHTTPError):
         return RunFailed(f"{where}: the hub answers {status}; run the same command again later")
     if isinstance(error, httpx2.TransportError):
         return RunFailed(
-            f"{where}: {_spoken(error)}; run the same command again, or see whether the network and {_host()} are up"
+            f"{where}: {_spoken(error)}; run the same command again, or see whether the network and {_host()}"
+            " are up"
         )
     if isinstance(error, OSError) and str(error).startswith(
         "Consistency check failed"
@@ -295,18 +308,21 @@ def _plain(error: BaseException | None, repo: str, file: str | None) -> Exceptio
         return RunFailed(f"{where}: its size is not the one that the hub names; run the same command again")
     if kind in ("DataFilesNotFoundError", "EmptyDatasetError"):
         return WrongRequest(
-            f"{where}: there is no data in it that can be read (.parquet, .jsonl, .txt, ...); take another, or download it and give files"
+            f"{where}: there is no data in it that can be read (.parquet, .jsonl, .txt, ...); take another,"
+            " or download it and give files"
         )
     if type(error).__module__.partition(".")[0] in ("pyarrow", "zstandard", "zstd", "json") or isinstance(
         error, UnicodeDecodeError
     ):
         return RunFailed(
-            f"{where}: what came cannot be read ({kind}), so it was damaged on the way or there; run the same command again, or take another"
+            f"{where}: what came cannot be read ({kind}), so it was damaged on the way or there; run the same"
+            " command again, or take another"
         )
     plain = _plain(error.__cause__, repo, file)
     if plain is None and isinstance(error, ConnectionError):  # datasets drops the cause
         return RunFailed(
-            f"{where}: the hub cannot be asked; see whether the network and {_host()} are up, unset HF_HUB_OFFLINE, or give local files"
+            f"{where}: the hub cannot be asked; see whether the network and {_host()} are up, unset"
+            " HF_HUB_OFFLINE, or give local files"
         )
     return plain
 
@@ -316,7 +332,8 @@ def _gated(where: str, repo: str, dataset: bool) -> WrongRequest:
     page = f"https://huggingface.co/{'datasets/' * dataset}{repo}"
     other = "--forget_text takes another text" if dataset else "--lm takes another LM"
     return WrongRequest(
-        f"{where}: only with access, and {state}; ask for it at {page} and log in (`hf auth login`, or HF_TOKEN), or go without: {other}"
+        f"{where}: only with access, and {state}; ask for it at {page} and log in (`hf auth login`, or"
+        f" HF_TOKEN), or go without: {other}"
     )
 
 
@@ -337,7 +354,8 @@ def _named(repo: str, file: str | None) -> str:
 
 
 def _repo_and_file(request: httpx2.Request) -> tuple[str | None, str | None]:
-    """What a request to the hub asks for; (None, None) for one to the hub's storage, whose addresses do not tell."""
+    """What a request to the hub asks for; (None, None) for one to the hub's storage, whose addresses do not
+    tell."""
     url = str(request.url)
     if not url.startswith(f"{constants.ENDPOINT}/"):
         return None, None

@@ -9,18 +9,21 @@ from torch import Tensor
 
 from sae_separation.exam import Batch, trained_on
 
-RETAIN_SHARE = 0.001  # conditional: of retain tokens that may be clamped, SAEBench's stricter limit on a feature's retain rate
+# conditional: of retain tokens that may be clamped, SAEBench's stricter limit on a feature's retain rate
+RETAIN_SHARE = 0.001
 
 
 GUARD_QUANTILE = 0.95  # guardrail: of retain contexts that stay under the threshold, as published
 
 
 class ChosenFeatures:
-    """The few features of an SAE that an intervention may touch, each in units of `unit_F`, as SAEBench's code takes an SAE.
+    """The few features of an SAE that an intervention may touch, each in units of `unit_F`, as SAEBench's
+    code takes an SAE.
 
-    Clamping changes the residual by (f' - f) W_dec of the clamped features alone, since SAEBench adds the SAE's error back:
-    the others need not be computed. With the features' own mean active values as units, SAEBench's multipliers count in those.
-    `retain`, a batch of retain text, is what the guards are calibrated on; questions and held-out text never are.
+    Clamping changes the residual by (f' - f) W_dec of the clamped features alone, since SAEBench adds the
+    SAE's error back: the others need not be computed. With the features' own mean active values as units,
+    SAEBench's multipliers count in those. `retain`, a batch of retain text, is what the guards are calibrated
+    on; questions and held-out text never are.
     """
 
     def __init__(self, sae, chosen: Tensor, unit_F: Tensor, retain: Batch | None = None):
@@ -37,7 +40,8 @@ class ChosenFeatures:
         return self.sae.encode(x)[..., self.chosen] / self.unit
 
     def decode(self, f: Tensor, x: Tensor | None = None) -> Tensor:
-        """f [..., chosen] -> what the chosen features write into x [..., D]; x matters where the SAE layer-normalises its input."""
+        """f [..., chosen] -> what the chosen features write into x [..., D]; x matters where the SAE
+        layer-normalises its input."""
         written = f @ self.W_dec
         return (
             written * x.std(-1, keepdim=True) if self.cfg.normalize_activations == "layer_norm" else written
@@ -51,7 +55,8 @@ class ChosenFeatures:
 
     @cached_property
     def limit(self) -> Tensor:
-        """The activation that at most RETAIN_SHARE of the tokens of retain text exceed, [chosen]; 0 for a feature that fires no more."""
+        """The activation that at most RETAIN_SHARE of the tokens of retain text exceed, [chosen]; 0 for a
+        feature that fires no more."""
         f = self.on(self.retain)[self.retain.trained]
         return f.kthvalue(math.ceil((1 - RETAIN_SHARE) * len(f)), 0).values
 
@@ -65,23 +70,27 @@ class ChosenFeatures:
 
 
 def firing_share(fires: Tensor, trained: Tensor) -> Tensor:
-    """Share [row] of the tokens `trained` [row, pos] that fire at least one feature, fires [row, pos, feature] (bool)."""
+    """Share [row] of the tokens `trained` [row, pos] that fire at least one feature, fires [row, pos,
+    feature] (bool)."""
     return fires.any(-1).sum(1) / trained.sum(1).clamp(min=1)
 
 
 def intervene(
     resid: Tensor, hook: Batch, sae: ChosenFeatures, features_to_ablate, multiplier: float, how: str = "clamp"
 ) -> Tensor | None:
-    """resid [row, pos, D] of a batch, with features (places among the chosen) set to -multiplier on the tokens that may be
-    touched (Batch.trained), as a hook.
+    """resid [row, pos, D] of a batch, with features (places among the chosen) set to -multiplier on the
+    tokens that may be touched (Batch.trained), as a hook.
 
-    clamp: where they fire. SAEBench's `anthropic_clamp_resid_SAE_features`, without its work on features left alone.
-    conditional: where they exceed their `limit`. After Khoriaty et al. (arXiv 2503.11127); in public implementations their Clamp
-    Prime takes one small number for all features, which is nearly SAEBench's clamp. Ours is each feature's own and comes from
-    retain text; a quantile and not the maximum, which would grow with the amount of text and follow a single token.
-    guardrail: where they fire, in rows whose share of firing tokens exceeds the 95th percentile of that share over retain
-    contexts. Muhamed et al. (arXiv 2504.08192); they select features by squared activations and, in their code, clamp all
-    chosen features on a firing token; we keep SAEBench's selection and clamp those that fire, so that only the guard differs.
+    clamp: where they fire. SAEBench's `anthropic_clamp_resid_SAE_features`, without its work on features left
+    alone.
+    conditional: where they exceed their `limit`. After Khoriaty et al. (arXiv 2503.11127); in public
+    implementations their Clamp Prime takes one small number for all features, which is nearly SAEBench's
+    clamp. Ours is each feature's own and comes from retain text; a quantile and not the maximum, which would
+    grow with the amount of text and follow a single token.
+    guardrail: where they fire, in rows whose share of firing tokens exceeds the 95th percentile of that share
+    over retain contexts. Muhamed et al. (arXiv 2504.08192); they select features by squared activations and,
+    in their code, clamp all chosen features on a firing token; we keep SAEBench's selection and clamp those
+    that fire, so that only the guard differs.
     """
     chosen = [int(i) for i in features_to_ablate]
     if not chosen:
@@ -102,5 +111,6 @@ def intervene(
 
 
 def whole_contexts(tokens: Tensor, resid: Tensor, special: Tensor) -> Batch:
-    """Contexts [n, pos] and their resid [n, pos, D], as a batch that is read everywhere; `special` ids as in `special_ids`."""
+    """Contexts [n, pos] and their resid [n, pos, D], as a batch that is read everywhere; `special` ids as in
+    `special_ids`."""
     return Batch(tokens, trained_on(tokens, special), resid=resid)

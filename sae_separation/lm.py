@@ -22,15 +22,15 @@ from sae_separation.text import Text, one_line
 class Testbed:
     """Everything an experiment needs to know about the world outside the SAE.
 
-    `hook_name` is the LM's own module name; its output, after `layer` (counted from 0), is resid_post of width `d_in`.
-    `questions` maps a subject to its questions, `forget_subject` is one of its keys, all others are retain subjects.
-    `scoring` is "letter" (SAEBench's) or "cloze"; `prompt_format` is SAEBench's name of a chat format, or None.
-    `clamp_scale` is "feature" when SAEBench's multipliers count in units of a feature's own mean active value, or
-    "absolute" when they are activation units as in SAEBench; `sweep` changes the sweep's settings, and core is measured on
-    `n_held_out` contexts of each domain. `exam_lm`, if there is one, is asked the questions in place of `lm`;
-    `shared_stems` and `mixed_lengths` say how its rows can be laid out (Exam). `defaults` are config fields
-    that depend on the LM, `published` core metrics of others to print beside ours; `describe` goes into
-    config.json and `notes` into warnings.json.
+    `hook_name` is the LM's own module name; its output, after `layer` (counted from 0), is resid_post of
+    width `d_in`. `questions` maps a subject to its questions, `forget_subject` is one of its keys, all others
+    are retain subjects. `scoring` is "letter" (SAEBench's) or "cloze"; `prompt_format` is SAEBench's name of
+    a chat format, or None. `clamp_scale` is "feature" when SAEBench's multipliers count in units of a
+    feature's own mean active value, or "absolute" when they are activation units as in SAEBench; `sweep`
+    changes the sweep's settings, and core is measured on `n_held_out` contexts of each domain. `exam_lm`, if
+    there is one, is asked the questions in place of `lm`; `shared_stems` and `mixed_lengths` say how its rows
+    can be laid out (Exam). `defaults` are config fields that depend on the LM, `published` core metrics of
+    others to print beside ours; `describe` goes into config.json and `notes` into warnings.json.
     """
 
     name: str
@@ -73,7 +73,8 @@ class Testbed:
 
 
 def decoder_layers(lm: torch.nn.Module) -> torch.nn.ModuleList:
-    """The LM's stack of decoder layers: the longest ModuleList whose length is its config's num_hidden_layers.
+    """The LM's stack of decoder layers: the longest ModuleList whose length is its config's
+    num_hidden_layers.
 
     Raises WrongRequest for a model without one.
     """
@@ -81,7 +82,8 @@ def decoder_layers(lm: torch.nn.Module) -> torch.nn.ModuleList:
         if isinstance(module, torch.nn.ModuleList) and len(module) == lm.config.num_hidden_layers:
             return module
     raise WrongRequest(
-        f"--lm: {type(lm).__name__} has no stack of {lm.config.num_hidden_layers} decoder layers: give a decoder-only LM"
+        f"--lm: {type(lm).__name__} has no stack of {lm.config.num_hidden_layers} decoder layers: give a"
+        " decoder-only LM"
     )
 
 
@@ -120,7 +122,8 @@ def load_tokenizer(folder: Path, name: str):
         tokenizer.eos_token = tokenizer.bos_token
     if tokenizer.eos_token_id is None:
         raise WrongRequest(
-            f"--lm {folder}: its tokenizer names neither an EOS nor a BOS token to part documents with; set one and save it anew"
+            f"--lm {folder}: its tokenizer names neither an EOS nor a BOS token to part documents with; set"
+            " one and save it anew"
         )
     return tokenizer
 
@@ -166,7 +169,8 @@ def load_lm(folder: Path, device: str) -> torch.nn.Module:
 
 
 def bfloat16_twins(testbed: Testbed) -> list[tuple[torch.nn.Parameter, Tensor]]:
-    """The fp32 parameters that the LM needs up to the hook, each with a copy in bfloat16; buffers (rotary frequencies) stay as they are."""
+    """The fp32 parameters that the LM needs up to the hook, each with a copy in bfloat16; buffers (rotary
+    frequencies) stay as they are."""
     head = testbed.lm.get_output_embeddings()
     unused = {
         id(p)
@@ -184,7 +188,8 @@ def bfloat16_twins(testbed: Testbed) -> list[tuple[torch.nn.Parameter, Tensor]]:
 
 
 def fast_lm_tokens(lm: torch.nn.Module) -> int:
-    """Tokens of an LM batch. On a CPU a layer's widest activations are 16 MB (fp32): larger batches are no faster, and take more memory."""
+    """Tokens of an LM batch. On a CPU a layer's widest activations are 16 MB (fp32): larger batches are no
+    faster, and take more memory."""
     config = lm.config
     return (
         16_384
@@ -195,7 +200,8 @@ def fast_lm_tokens(lm: torch.nn.Module) -> int:
 
 @contextlib.contextmanager
 def parameters_as(twins: list[tuple[torch.nn.Parameter, Tensor]]):
-    """Inside, each parameter holds its twin's values: no autocast, which would cast every weight and keep an fp32 residual stream."""
+    """Inside, each parameter holds its twin's values: no autocast, which would cast every weight and keep an
+    fp32 residual stream."""
     before = [p.data for p, _ in twins]
     try:
         for p, twin in twins:
@@ -207,9 +213,10 @@ def parameters_as(twins: list[tuple[torch.nn.Parameter, Tensor]]):
 
 
 def massive(resid: Tensor, among: Tensor) -> Tensor:
-    """Which of the rows `among` [...] (bool) of resid [..., D] have over 10 times their median norm. Some LMs keep attention sinks in a
-    few tokens at the start of a text (Sun et al., Massive Activations, arXiv 2402.17762): they hold most of the squared norm and
-    nothing of what the text says, so no SAE is trained or measured on them."""
+    """Which of the rows `among` [...] (bool) of resid [..., D] have over 10 times their median norm. Some LMs
+    keep attention sinks in a few tokens at the start of a text (Sun et al., Massive Activations, arXiv
+    2402.17762): they hold most of the squared norm and nothing of what the text says, so no SAE is trained or
+    measured on them."""
     norm = resid.norm(dim=-1)
     return among & (norm > 10 * norm[among].median())
 
@@ -222,9 +229,10 @@ def hidden_of(put_out) -> Tensor:
 class InterventionLM:
     """What SAEBench's sweep needs of an LM (`cfg`, `add_hook`, `reset_hooks`), on any decoder-only LM.
 
-    Interventions act on resid_post of the hook layer. The layers up to it do not depend on them: their output is kept with
-    each batch and only the layers above run again, on the rows that an intervention changed, once for every change. `told`
-    remembers those answers until it is cleared or the batch is gone; one may differ from an answer in another batch by rounding.
+    Interventions act on resid_post of the hook layer. The layers up to it do not depend on them: their output
+    is kept with each batch and only the layers above run again, on the rows that an intervention changed,
+    once for every change. `told` remembers those answers until it is cleared or the batch is gone; one may
+    differ from an answer in another batch by rounding.
     """
 
     def __init__(self, testbed: Testbed):
@@ -241,8 +249,8 @@ class InterventionLM:
         self.hook = None
 
     def _changed(self, batch: Batch) -> Tensor:
-        """The batch's resid under the hook, which gets the batch where SAEBench's hooks have their hook point (unused by them);
-        as it is where SAEBench's hook has no feature to clamp (None)."""
+        """The batch's resid under the hook, which gets the batch where SAEBench's hooks have their hook point
+        (unused by them); as it is where SAEBench's hook has no feature to clamp (None)."""
         changed = self.hook(batch.resid, hook=batch)
         return batch.resid if changed is None else changed
 
@@ -306,7 +314,8 @@ class InterventionLM:
 
     @torch.no_grad()
     def ask(self, batch: Batch, read: Callable) -> Tensor:
-        """read(batch, logits [row, n, vocab]) [row, ...], under the hook if there is one; one batch is always read in one way."""
+        """read(batch, logits [row, n, vocab]) [row, ...], under the hook if there is one; one batch is always
+        read in one way."""
         if self.hook is None:
             return read(batch, logits_at(self.lm, batch.tokens, batch.positions, **batch.seen(self.lm)))
         if batch.resid is None:
@@ -329,7 +338,8 @@ class InterventionLM:
         return out
 
     def ce(self, batch: Batch) -> Tensor:
-        """Mean next-token cross-entropy [context] (nats) of whole contexts, under the hook if there is one."""
+        """Mean next-token cross-entropy [context] (nats) of whole contexts, under the hook if there is
+        one."""
 
         def read(batch: Batch, logits: Tensor) -> Tensor:
             losses = torch.nn.functional.cross_entropy(
@@ -341,8 +351,9 @@ class InterventionLM:
 
 
 def shared_proxy(lm: InterventionLM, testbed: Testbed, most_bytes: int = 2**29):
-    """The LM as a sae_lens HookedProxyLM that does once a batch what SAEBench core asks of it for every SAE alike: the clean
-    pass, the zero-ablated pass, and the layers up to the hook. At most `most_bytes` are kept; what was not is made again."""
+    """The LM as a sae_lens HookedProxyLM that does once a batch what SAEBench core asks of it for every SAE
+    alike: the clean pass, the zero-ablated pass, and the layers up to the hook. At most `most_bytes` are
+    kept; what was not is made again."""
     from sae_lens.load_model import HookedProxyLM
 
     kept: dict = {}

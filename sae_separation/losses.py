@@ -34,18 +34,21 @@ def gram(W_dec: Tensor) -> Tensor:
 
 
 def omega_all_pairs(W_dec: Tensor, gram_DD: Tensor | None = None) -> Tensor:
-    """d_in · mean of (w_i · w_j)² over all pairs i ≠ j of n unit rows, linear in d_sae: Σ_ij (w_i · w_j)² = ||W_decᵀ W_dec||²."""
+    """d_in · mean of (w_i · w_j)² over all pairs i ≠ j of n unit rows, linear in d_sae: Σ_ij (w_i · w_j)² =
+    ||W_decᵀ W_dec||²."""
     n, d_in = W_dec.shape
     return d_in * ((gram(W_dec) if gram_DD is None else gram_DD).pow(2).sum() - n) / max(n * (n - 1), 1)
 
 
-# What an arm's loss does to W_dec, a part of the rows at a time: its value as far as these rows tell, the indices of the rows, and the gradient
-# of the whole loss by them [rows, D], less the component along each row, which unit norm would undo.
+# What an arm's loss does to W_dec, a part of the rows at a time: its value as far as these rows tell, the
+# indices of the rows, and the gradient of the whole loss by them [rows, D], less the component along each
+# row, which unit norm would undo.
 Pull = tuple[Tensor, Tensor, Tensor]
 
 
 def share_of(n: int, part: int, parts: int) -> slice:
-    """The part-th of `parts` nearly equal shares of n things; the larger and, of fewer things than parts, the first, come early."""
+    """The part-th of `parts` nearly equal shares of n things; the larger and, of fewer things than parts, the
+    first, come early."""
     return slice(-(-n * part // parts), -(-n * (part + 1) // parts))
 
 
@@ -55,7 +58,8 @@ def tangential(grad: Tensor, rows: Tensor) -> Tensor:
 
 
 def pull_all_pairs(W_dec: Tensor, gram_DD: Tensor, part: int = 0, parts: int = 1) -> Pull:
-    """Of omega_all_pairs: 4 d_in w_i (W_decᵀ W_dec) / (n (n - 1)). Nearly all of the Gram matrix is its mean diagonal m, and m w_i lies along
+    """Of omega_all_pairs: 4 d_in w_i (W_decᵀ W_dec) / (n (n - 1)). Nearly all of the Gram matrix is its mean
+    diagonal m, and m w_i lies along
     the row: it is left out, so that the rounding of bfloat16 is that of what remains."""
     n, d_in = W_dec.shape
     some, rest = share_of(n, part, parts), gram_DD.clone()
@@ -72,8 +76,9 @@ def pull_all_pairs(W_dec: Tensor, gram_DD: Tensor, part: int = 0, parts: int = 1
 def group_cosines(
     W_dec: Tensor, groups: Tensor, dtype: torch.dtype, no_pair: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of groups [G, size] of feature indices (-1: none): their rows [G, size, D] in `dtype`, the cosines of these
-    [G, size, size], `no_pair` where they are not of two features, and which places hold a feature [G, size] (bool)."""
+    """Of groups [G, size] of feature indices (-1: none): their rows [G, size, D] in `dtype`, the cosines of
+    these [G, size, size], `no_pair` where they are not of two features, and which places hold a feature [G,
+    size] (bool)."""
     present = groups >= 0
     rows = W_dec.index_select(0, groups.clamp(min=0).flatten()).view(*groups.shape, -1).to(dtype)
     cosines = rows @ rows.transpose(1, 2)
@@ -90,7 +95,8 @@ def of_features(groups: Tensor, present: Tensor, grad: Tensor) -> tuple[Tensor, 
 
 
 def pull_grouped(W_dec: Tensor, groups: Tensor, part: int = 0, parts: int = 1) -> Pull | None:
-    """Of d_in · mean of cos² over the pairs inside a group: 4 d_in Σ_j cos_ij w_j / pairs; groups [G, size], -1 where one is short."""
+    """Of d_in · mean of cos² over the pairs inside a group: 4 d_in Σ_j cos_ij w_j / pairs; groups [G, size],
+    -1 where one is short."""
     sizes, mine = (groups >= 0).sum(1), groups[share_of(len(groups), part, parts)]
     if not len(mine):
         return None
@@ -111,10 +117,11 @@ def random_chunks(n: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def pull_ortsae(W_dec: Tensor, chunks: Tensor, part: int = 0, parts: int = 1) -> Pull | None:
-    """Of OrtSAE's loss (arXiv 2509.22033), mean over rows of (max_{j ≠ i in the chunk} cos_ij)²: 2 max / n times the nearest row for each row,
-    and times each row for its nearest.
+    """Of OrtSAE's loss (arXiv 2509.22033), mean over rows of (max_{j ≠ i in the chunk} cos_ij)²: 2 max / n
+    times the nearest row for each row, and times each row for its nearest.
 
-    The maximum is signed, as published: antipodal pairs are free. A row alone in its chunk counts 0. Not scaled by d_in. In full
+    The maximum is signed, as published: antipodal pairs are free. A row alone in its chunk counts 0. Not
+    scaled by d_in. In full
     precision: bfloat16 would often take another row for the nearest.
     """
     mine = chunks[share_of(len(chunks), part, parts)]
@@ -132,7 +139,8 @@ def pull_ortsae(W_dec: Tensor, chunks: Tensor, part: int = 0, parts: int = 1) ->
 
 
 def omega_between_domains(W_dec: Tensor, affinity: Tensor) -> Tensor:
-    """d_in · mean of cos² between forget-leaning and retain-leaning features, weighted by |affinity|; linear in d_sae.
+    """d_in · mean of cos² between forget-leaning and retain-leaning features, weighted by |affinity|; linear
+    in d_sae.
 
     Σ_ij u_i v_j cos²_ij = <Σ_i u_i w_i w_iᵀ, Σ_j v_j w_j w_jᵀ> with u = a₊ and v = (-a)₊.
     """
@@ -142,11 +150,12 @@ def omega_between_domains(W_dec: Tensor, affinity: Tensor) -> Tensor:
 
 
 def form_groups(profile: Tensor, group_size: int) -> Tensor:
-    """Balanced groups of features whose profiles are alike: groups [G, size] of indices, short groups end in -1.
+    """Balanced groups of features whose profiles are alike: groups [G, size] of indices, short groups end in
+    -1.
 
-    profile [F, r] says how each feature fires. Recursive bisection at the median of the principal direction: G =
-    ceil(F / group_size) groups whose sizes differ by at most 1, in O(F r² log G), no F x F matrix; ties (dead features)
-    keep their order, so the result is a function of the profile alone.
+    profile [F, r] says how each feature fires. Recursive bisection at the median of the principal direction:
+    G = ceil(F / group_size) groups whose sizes differ by at most 1, in O(F r² log G), no F x F matrix; ties
+    (dead features) keep their order, so the result is a function of the profile alone.
     """
     n = len(profile)
     n_groups = math.ceil(n / group_size)
@@ -177,15 +186,16 @@ def random_signs(n_rows: int, width: int, generator: torch.Generator) -> Tensor:
 
 
 def firing_profile(sketch: Tensor, affinity: Tensor) -> Tensor:
-    """How each feature fires, [F, width + 1], from the sum of random signs over the rows of a batch that it fires on [F, width] and its domain
-    affinity [F]: unit rows, then the affinity. Features that fire on the same rows have like sums (Johnson & Lindenstrauss, 1984)."""
+    """How each feature fires, [F, width + 1], from the sum of random signs over the rows of a batch that it
+    fires on [F, width] and its domain affinity [F]: unit rows, then the affinity. Features that fire on the
+    same rows have like sums (Johnson & Lindenstrauss, 1984)."""
     return torch.cat([torch.nn.functional.normalize(sketch, dim=1), affinity[:, None].to(sketch)], dim=1)
 
 
 def domain_hinges(
     pre_BG: Tensor, forget: Tensor, margin: float, alpha: Tensor, gap_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """Keeps the firing of the forget group off retain text and on forget text: alpha · leak + gap_weight · gap,
+    """Keeps the forget group's firing off retain text and on forget text: alpha · leak + gap_weight · gap,
 
     leak = mean over rows of Σ_i (pre_i + margin)₊ on retain rows, where none of the group may fire,
     gap  = mean over rows of (margin - max_i pre_i)₊ on forget rows, where one of them is to fire.
@@ -201,5 +211,6 @@ def domain_hinges(
 
 
 def sharing(rate: Tensor) -> Tensor:
-    """Share of firing that the domains have in common, 2 Σ min(p_forget, p_retain) / Σ (p_forget + p_retain), from rate [2, F]."""
+    """Share of firing that the domains have in common, 2 Σ min(p_forget, p_retain) / Σ (p_forget + p_retain),
+    from rate [2, F]."""
     return 2 * rate.amin(0).sum() / rate.sum().clamp(min=1e-12)

@@ -36,9 +36,11 @@ def remove_left(prefix: str):
 
 
 def private_folder(user: object, prefix: str) -> Path:
-    """A temporary folder that is removed together with its `user`; what killed processes left is removed first.
+    """A temporary folder that is removed together with its `user`; what killed processes left is removed
+    first.
 
-    A folder gets the name by which it is looked for when its process holds the lock on it: one that is not locked has no owner.
+    A folder gets the name by which it is looked for when its process holds the lock on it: one that is not
+    locked has no owner.
     """
     remove_left(prefix)
     folder = Path(tempfile.mkdtemp(prefix=f"{prefix}-"))
@@ -86,7 +88,8 @@ class Signals:
         self.told = "what is done is kept; the same command (without --overwrite) goes on"
 
     def taken(self):
-        """Interrupted was caught. Until then it is raised anew at every end of `held`: Python drops what is raised in a __del__."""
+        """Interrupted was caught. Until then it is raised anew at every end of `held`: Python drops what is
+        raised in a __del__."""
         self.pending = None
 
     @contextlib.contextmanager
@@ -104,8 +107,8 @@ signals = Signals()
 
 @contextlib.contextmanager
 def global_state_kept(seed: int | None = None):
-    """Grad mode, default dtype, random states, environment and working folder are afterwards as before; with a `seed`, random
-    numbers inside start from it."""
+    """Grad mode, default dtype, random states, environment and working folder are afterwards as before; with
+    a `seed`, random numbers inside start from it."""
     import numpy as np
     import torch
 
@@ -135,8 +138,9 @@ def global_state_kept(seed: int | None = None):
 
 
 def keep_freed_memory():
-    """glibc gives every tensor of over 32 MB back to the system when it is freed, and takes the next one page by page: a third of a step at
-    d_sae 16,384. From here on it keeps those of up to 128 MB; of larger ones kept, memory grew by a tenth over 10 million tokens."""
+    """glibc gives every tensor of over 32 MB back to the system when it is freed, and takes the next one page
+    by page: a third of a step at d_sae 16,384. From here on it keeps those of up to 128 MB; of larger ones
+    kept, memory grew by a tenth over 10 million tokens."""
     if hasattr(libc(), "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
         libc().mallopt(M_ARENA_MAX, 1)
@@ -145,15 +149,16 @@ def keep_freed_memory():
 
 
 def make_collections_short():
-    """Python's garbage collector takes what is garbage now, and from here on looks at what is made later alone: a whole collection then takes
-    milliseconds, not a third of a second."""
+    """Python's garbage collector takes what is garbage now, and from here on looks at what is made later
+    alone: a whole collection then takes milliseconds, not a third of a second."""
     gc.unfreeze()
     gc.collect()
     gc.freeze()
 
 
 def return_freed_memory():
-    """Give back what `keep_freed_memory` kept: between the LM's work and training, which can hardly use what the other leaves."""
+    """Give back what `keep_freed_memory` kept: between the LM's work and training, which can hardly use what
+    the other leaves."""
     if hasattr(libc(), "malloc_trim"):
         libc().malloc_trim(0)
 

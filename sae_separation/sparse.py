@@ -7,9 +7,11 @@ from sae_separation.losses import tangential
 
 
 class DenseFeatures:
-    """The features f [B, F] of a batch, and the products that training needs of them: in f's dtype, sums in fp32.
+    """The features f [B, F] of a batch, and the products that training needs of them: in f's dtype, sums in
+    fp32.
 
-    slope [B, F] (None: 1) is the activation function's, gain [F] (None: 1) multiplies each feature, forget [B] labels rows.
+    slope [B, F] (None: 1) is the activation function's, gain [F] (None: 1) multiplies each feature, forget
+    [B] labels rows.
     """
 
     def __init__(self, f_BF: Tensor, slope_BF: Tensor | None, gain_F: Tensor | None, forget: Tensor):
@@ -25,7 +27,8 @@ class DenseFeatures:
     def gradients(
         self, d_out_BD: Tensor, u_BD: Tensor, W_dec: Tensor, d_l1: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of W_dec [F, D], W_encᵀ [F, D] and b_enc [F], from that of f W_dec and d_l1 for each active feature."""
+        """Gradients of W_dec [F, D], W_encᵀ [F, D] and b_enc [F], from that of f W_dec and d_l1 for each
+        active feature."""
         d_out, u = d_out_BD.to(self.f), u_BD.to(self.f)
         d_pre = torch.addmm(d_l1.to(self.f).expand(len(W_dec)), d_out, self.W_dec.T)
         d_pre = torch.ops.aten.threshold_backward(d_pre, self.f, 0)
@@ -46,10 +49,11 @@ class DenseFeatures:
 
 
 class SparseFeatures:
-    """As DenseFeatures, from the active entries alone and in fp32: each product reads one row of D numbers an entry, as an
-    embedding bag. A NaN counts as active.
+    """As DenseFeatures, from the active entries alone and in fp32: each product reads one row of D numbers an
+    entry, as an embedding bag. A NaN counts as active.
 
-    col (the feature), row, value and slope (None: 1) of the entries, in the order of features; n_features is F.
+    col (the feature), row, value and slope (None: 1) of the entries, in the order of features; n_features is
+    F.
     """
 
     def __init__(
@@ -94,16 +98,20 @@ class SparseFeatures:
 
     def counts(self) -> tuple[Tensor, Tensor]:
         fires = self.value > 0
-        return torch.bincount((self.col + self.F * self.forget[self.row])[fires], minlength=2 * self.F).view(
-            2, self.F
-        ).float(), self.value.sum()
+        return (
+            torch.bincount((self.col + self.F * self.forget[self.row])[fires], minlength=2 * self.F)
+            .view(2, self.F)
+            .float(),
+            self.value.sum(),
+        )
 
     def sketch(self, signs_BK: Tensor) -> Tensor:
         return bags(self.row, self.feature_starts, (self.value > 0).float(), signs_BK)
 
 
 def cache_blocks(W: Tensor) -> tuple[Tensor, ...]:
-    """W [F, D] in blocks of rows, of 1 MB on a CPU: what is done to one in several passes then goes through memory once."""
+    """W [F, D] in blocks of rows, of 1 MB on a CPU: what is done to one in several passes then goes through
+    memory once."""
     return W.split(max(1, 2**18 // W.shape[1]) if W.device.type == "cpu" else len(W))
 
 
@@ -114,8 +122,9 @@ def remove_radial(grad_FD: Tensor, W_FD: Tensor):
         tangential(grad, W)
 
 
-# Share of active features under which SparseFeatures is faster than DenseFeatures on a CPU, whose products run in this precision: measured at
-# d_in 512; in bfloat16 they are equal at 5 % of 1,024 features, 4.5 % of 4,096 and 2.5 % of 16,384 (2.5 % of 1,024 at d_in 128).
+# Share of active features under which SparseFeatures is faster than DenseFeatures on a CPU, whose products
+# run in this precision: measured at d_in 512; in bfloat16 they are equal at 5 % of 1,024 features, 4.5 % of
+# 4,096 and 2.5 % of 16,384 (2.5 % of 1,024 at d_in 128).
 SPARSE_SHARE = {torch.float32: 0.06, torch.bfloat16: 0.03}
 
 
@@ -131,7 +140,8 @@ def bags(index: Tensor, starts: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
 
 
 def true_places(t: Tensor) -> Tensor:
-    """Flat places of the entries that are not 0 (NaN is not), where most are; on a CPU 8 bytes are looked at at once."""
+    """Flat places of the entries that are not 0 (NaN is not), where most are; on a CPU 8 bytes are looked at
+    at once."""
     flat = t.flatten()
     if flat.device.type != "cpu" or len(flat) % 8:
         return flat.nonzero()[:, 0]
@@ -169,9 +179,10 @@ ENTRIES_AT_ONCE = 2**21  # pre-activations that entries_above holds, 8 MB in fp3
 
 
 def entries_above(floor: float, sae: torch.nn.Module, u_low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """col, row and value (fp32) of the pre-activations above a floor of at least 0, in the order of features. A NaN is above.
-    A few features at a time, whose pre-activations (8 MB) stay in cache: all of them, [B, F], are never in memory. They share one place, as
-    freed ones with what is found between them would leave holes of their size."""
+    """col, row and value (fp32) of the pre-activations above a floor of at least 0, in the order of features.
+    A NaN is above. A few features at a time, whose pre-activations (8 MB) stay in cache: all of them, [B, F],
+    are never in memory. They share one place, as freed ones with what is found between them would leave holes
+    of their size."""
     found, F = [], len(sae.b_enc)
     room_FB = u_low.new_empty(min(F, max(1, ENTRIES_AT_ONCE // len(u_low))), len(u_low))
     for first in range(0, F, len(room_FB)):
@@ -187,14 +198,16 @@ def relu(pre: Tensor, sae: torch.nn.Module) -> tuple[Tensor, None]:
 
 
 def batch_border(few: Tensor, n: int, sae: torch.nn.Module) -> Tensor:
-    """The n-th largest feature of a batch, 0 if fewer are active, from all candidates; a moving average of it is the threshold at inference."""
+    """The n-th largest feature of a batch, 0 if fewer are active, from all candidates; a moving average of it
+    is the threshold at inference."""
     border = few.kthvalue(len(few) - n + 1).values if len(few) >= n else few.new_zeros(())
     sae.threshold.copy_(torch.where(sae.threshold > 0, sae.threshold.lerp(border, 0.01), border))
     return border
 
 
 def batch_top_k(pre: Tensor, sae: torch.nn.Module) -> tuple[Tensor, None]:
-    """The k·B largest of a batch (Bussmann et al., BatchTopK, arXiv 2412.06410); equals at the border are kept."""
+    """The k·B largest of a batch (Bussmann et al., BatchTopK, arXiv 2412.06410); equals at the border are
+    kept."""
     f = torch.relu(pre)
     n = sae.k * (f.numel() // f.shape[-1])
     few = f.flatten()[
@@ -204,8 +217,8 @@ def batch_top_k(pre: Tensor, sae: torch.nn.Module) -> tuple[Tensor, None]:
 
 
 def soft_k_winners(pre: Tensor, sae: torch.nn.Module) -> tuple[Tensor, Tensor | None]:
-    """relu(pre) · σ((pre - θ) / T), θ midway between the k-th and the next largest of the row and held constant in the
-    gradient; gates under 1 % are shut. At temperature T = 0 this is top-k."""
+    """relu(pre) · σ((pre - θ) / T), θ midway between the k-th and the next largest of the row and held
+    constant in the gradient; gates under 1 % are shut. At temperature T = 0 this is top-k."""
     top = pre.topk(sae.k + 1, dim=-1).values
     border = (top[..., -2:].sum(-1, keepdim=True) / 2).detach()
     if not sae.temperature > 0:

@@ -141,7 +141,8 @@ def _files(option: str, path: str, expanded: str) -> tuple[tuple[Path, ...], tup
         raise WrongRequest(f"--{option} {path} is a link to {target}, which is not there: mend it")
     else:
         raise WrongRequest(
-            f"--{option} {path} does not exist here and is no hub data set (owner/name:config@split): give a file, a folder, a glob or a data set"
+            f"--{option} {path} does not exist here and is no hub data set (owner/name:config@split): give a"
+            " file, a folder, a glob or a data set"
         )
     files, left_out = {}, []
     with reading(option, path):
@@ -222,14 +223,16 @@ def one_line(error: BaseException, most: int = 200) -> str:
 
 @dataclass(frozen=True)
 class Text:
-    """Documents of one domain; the two parts share no document. Both are datasets.Dataset with a column `text`."""
+    """Documents of one domain; the two parts share no document. Both are datasets.Dataset with a column
+    `text`."""
 
     train: object
     held_out: object
 
 
 class Tally:
-    """Counts the records of one source that cannot be read, and refuses them when they are more than MOST_BAD."""
+    """Counts the records of one source that cannot be read, and refuses them when they are more than
+    MOST_BAD."""
 
     def __init__(self, option: str, source: Source):
         self.option, self.source = option, source
@@ -258,7 +261,9 @@ class Tally:
     def judge(self):
         if self.bad > MOST_BAD * self.records:
             raise WrongRequest(
-                f"--{self.option} {self.source.said}: {self.bad} of {self.records} records cannot be read, first {self.first}; more than {MOST_BAD:.0%} is refused: mend them, or name the column with #column"
+                f"--{self.option} {self.source.said}: {self.bad} of {self.records} records cannot be read,"
+                f" first {self.first}; more than {MOST_BAD:.0%} is refused: mend them, or name the column"
+                " with #column"
             )
 
     @property
@@ -456,8 +461,8 @@ def read_text(
     """Documents, a record of each source for config.json, and notes on what was left out.
 
     Local files are read whole, up to MOST_CHARACTERS in all. Of hub data sets, which share `n_characters`
-    equally, only as much is streamed, once, into the cache; from there it is read the next time, also offline.
-    Raises WrongRequest for text that cannot be used, RunFailed for what the hub does.
+    equally, only as much is streamed, once, into the cache; from there it is read the next time, also
+    offline. Raises WrongRequest for text that cannot be used, RunFailed for what the hub does.
     """
     sources, documents, records, notes = [parse_source(option, s) for s in said], [], [], []
     left = MOST_CHARACTERS
@@ -490,12 +495,14 @@ def read_text(
         )
     if not documents:
         raise WrongRequest(
-            f"--{option} {' '.join(said)} holds no text ({sum(r['empty'] for r in records)} empty documents): give another"
+            f"--{option} {' '.join(said)} holds no text ({sum(r['empty'] for r in records)} empty documents):"
+            " give another"
         )
     whole, n_cut = cut_long(documents)
     if len(whole) < 2:
         raise WrongRequest(
-            f"--{option} {' '.join(said)} holds one document: one part is trained on and another held out, so give at least two (in .txt, blank lines part documents)"
+            f"--{option} {' '.join(said)} holds one document: one part is trained on and another held out, so"
+            " give at least two (in .txt, blank lines part documents)"
         )
     if n_cut:
         told = f"{n_cut} of {len(set(documents))} documents hold over {LONG:.0%} of the text each"
@@ -504,7 +511,8 @@ def read_text(
 
 
 def pieces(document: str, most: int) -> Iterator[str]:
-    """A document in pieces of at most `most` characters, cut where paragraphs end, or lines, sentences, words."""
+    """A document in pieces of at most `most` characters, cut where paragraphs end, or lines, sentences,
+    words."""
     start = 0
     while len(document) - start > most:
         for end in ("\n\n", "\n", ". ", "? ", "! ", "。", " ", ""):
@@ -517,8 +525,9 @@ def pieces(document: str, most: int) -> Iterator[str]:
 
 
 def cut_long(documents: Iterable[str]) -> tuple[set[str], int]:
-    """The documents without repetitions, those that hold over LONG of the text in pieces of a fifth of that; and
-    how many those are. So HELD_OUT can be had with less than LONG too much, whatever the documents' lengths."""
+    """The documents without repetitions, those that hold over LONG of the text in pieces of a fifth of that;
+    and how many those are. So HELD_OUT can be had with less than LONG too much, whatever the documents'
+    lengths."""
     whole, n_cut = set(documents), 0
     while True:
         most = max(int(LONG * sum(map(len, whole))), SHORT)
@@ -530,8 +539,8 @@ def cut_long(documents: Iterable[str]) -> tuple[set[str], int]:
 
 
 def split_text(documents: list[str]) -> Text:
-    """The documents as cut_long has them, a HELD_OUT share of their characters held out; which ones depends on
-    each document alone and on the total, not on their order."""
+    """The documents as cut_long has them, a HELD_OUT share of their characters held out; which ones depends
+    on each document alone and on the total, not on their order."""
     import datasets
 
     whole, _ = cut_long(documents)
@@ -560,17 +569,20 @@ def check_amount(option: str, text: Text, tokenizer, least: int):
         if total >= least:
             return
     raise WrongRequest(
-        f"--{option} holds {total:,} tokens to train on ({len(text.train)} documents; {len(text.held_out)} are held out), fewer than the {least:,} of one batch or context: give more text, or a smaller --batch_size"
+        f"--{option} holds {total:,} tokens to train on ({len(text.train)} documents; {len(text.held_out)}"
+        f" are held out), fewer than the {least:,} of one batch or context: give more text, or a smaller"
+        " --batch_size"
     )
 
 
 def read_hub(
     source: Source, n_characters: float, keep: tuple[str, ...] | None, option: str
 ) -> tuple[list[dict], dict]:
-    """The first rows of a hub data set at a pinned revision, with the columns `keep` (None: all), as many as hold
-    `n_characters` in their strings; and its revision. Streamed once into the cache.
+    """The first rows of a hub data set at a pinned revision, with the columns `keep` (None: all), as many as
+    hold `n_characters` in their strings; and its revision. Streamed once into the cache.
 
-    Raises WrongRequest for a data set, config, split or column that is not there or not open, RunFailed for what the hub does.
+    Raises WrongRequest for a data set, config, split or column that is not there or not open, RunFailed for
+    what the hub does.
     """
     from sae_separation import hub
 
@@ -624,7 +636,8 @@ def _stream(
             missing = [c for c in keep or () if c not in row]
             if missing:
                 raise WrongRequest(
-                    f"--{option} {source.said} has no column {missing[0]} but {', '.join(row)}: name one with #column"
+                    f"--{option} {source.said} has no column {missing[0]} but {', '.join(row)}: name one with"
+                    " #column"
                 )
             row = {k: v for k, v in row.items() if keep is None or k in keep}
             yield row
