@@ -119,6 +119,8 @@ def check_lm_folder(folder: Path) -> int:
     try:
         config = json.loads((folder / "config.json").read_text())
         kinds = config.get("architectures") or []
+        if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+            raise ValueError("architectures is not a list of names")
     except FileNotFoundError:
         raise WrongRequest(
             f"--lm {folder} holds no config.json: give the folder of an LM as transformers saves it"
@@ -127,7 +129,8 @@ def check_lm_folder(folder: Path) -> int:
         raise WrongRequest(
             f"--lm {folder}: its config.json cannot be read ({one_line(error)}); save the LM anew with transformers"
         ) from error
-    layers = next((config[k] for k in LAYER_COUNTS if isinstance(config.get(k), int)), None)
+    counts = (config.get(k) for k in LAYER_COUNTS)
+    layers = next((n for n in counts if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
     if (
         config.get("is_encoder_decoder")
         or layers is None

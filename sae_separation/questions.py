@@ -175,6 +175,26 @@ def _question_tables(source: Source) -> tuple[list[tuple[str, str, list[tuple[ob
     return tables, {}
 
 
+def refuse_two_readings(asked: list[tuple[dict, Question, str]]):
+    """Raises WrongRequest for a file (record, question and place of each) in which every answer is both a letter
+    or an index and the text of a choice, and one of them thereby names two choices."""
+    written = [
+        (record, question, place) for record, question, place in asked if isinstance(record["answer"], str)
+    ]
+    texts = [record["answer"].strip() for record, _, _ in written]
+    if any(
+        record["labels"] or text not in question.choices
+        for (record, question, _), text in zip(written, texts)
+    ):
+        return
+    for (_, question, place), text in zip(written, texts):
+        if text != question.choices[question.answer]:
+            told = f"the answer {text!r} is the text of one choice, and the letter or index of another"
+            raise WrongRequest(
+                f"{place}: {told}; give each answer as a number from 0 to 3, without quotation marks"
+            )
+
+
 @cache
 def read_questions(said: tuple[str, ...]) -> tuple[dict[str, list[Question]], list[dict], list[str]]:
     """Questions by subject, a record of each source for config.json, and notes on what was left out.
@@ -198,16 +218,25 @@ def read_questions(said: tuple[str, ...]) -> tuple[dict[str, list[Question]], li
             notes += [] if found else [f"--questions {file} was passed over: no questions were found in it"]
             answers = [(record.get("answer"), record["labels"]) for record, _ in found]
             in_words = any(isinstance(a, str) and named_choice(a, labels) is None for a, labels in answers)
-            for record, place in found:
-                question = to_question(record, subject, place, in_words)
+            asked = [(to_question(record, subject, place, in_words), place) for record, place in found]
+            if not in_words:
+                refuse_two_readings([(record, *there) for (record, _), there in zip(found, asked)])
+            for question, place in asked:
                 n += 1
                 same = (question.question, tuple(sorted(question.choices)))
+                right = question.choices[question.answer]
                 if same in seen or len(set(same[1])) < 4:
                     double += 1
-                    there = f"stands at {seen[same].removeprefix('--questions ')} too" if same in seen else ""
-                    first = first or f"{place} {there or 'holds a choice twice'}"
+                    there, its_right = seen.get(same, ("", right))
+                    there = there.removeprefix("--questions ")
+                    if its_right != right:
+                        told = f"stands at {there} too, with another answer ({right!r} here, {its_right!r} there)"
+                        raise WrongRequest(f"{place} {told}: take one of them out")
+                    first = (
+                        first or f"{place} {f'stands at {there} too' if there else 'holds a choice twice'}"
+                    )
                     continue
-                seen[same] = place
+                seen[same] = place, right
                 subjects.setdefault(question.subject, []).append(question)
         if double > MOST_DOUBLE * n:
             told = f"{double} of {n} questions are double, and more than {MOST_DOUBLE:.0%} is refused"

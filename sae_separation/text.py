@@ -242,7 +242,8 @@ class Tally:
         self.cut = ""  # place of the first that is not read, after MOST_CHARACTERS
 
     def add(self, text, place: str, column: str = "", why: str = "") -> str | None:
-        """The document's text; None for one that is left out, be it for the reason `why`."""
+        """The document's text without white space around it, so that one document is the same in every kind of
+        file; None for one that is left out, be it for the reason `why`."""
         self.records += 1
         self.place = place
         if not why and text is not None and not isinstance(text, str):
@@ -256,7 +257,7 @@ class Tally:
         if text is None or not text.strip():
             self.empty += 1
             return None
-        return text
+        return text.strip()
 
     def judge(self):
         if self.bad > MOST_BAD * self.records:

@@ -490,3 +490,15 @@ def test_a_folder_with_some_tokenizer_is_one(files, tmp_path):
             checks.check_lm_folder(tmp_path)
         Path(tmp_path / name).touch()
     assert checks.check_lm_folder(tmp_path) == 3
+
+
+def test_an_lm_whose_config_is_odd_is_refused_in_one_line(tmp_path):
+    for odd, reason in (
+        ({"architectures": [1]}, "architectures is not a list of names"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures is not a list of names"),
+        ({"architectures": ["LlamaForCausalLM"], "num_hidden_layers": -3}, "not a causal decoder-only LM"),
+        ({"architectures": ["LlamaForCausalLM"], "num_hidden_layers": True}, "not a causal decoder-only LM"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(odd))
+        with pytest.raises(WrongRequest, match=reason):
+            checks.check_lm_folder(tmp_path)

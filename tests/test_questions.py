@@ -375,3 +375,33 @@ def test_a_choice_without_a_token_is_refused_before_anything_is_trained(own, tmp
     rows[30]["choices"][0] = "5 五"
     tiny.save_jsonl(tmp_path / "q.jsonl", rows), read_questions.cache_clear()
     assert testbeds.load(Wanted(**wanted)).questions["history"][10].choices[0] == "5 五"
+
+
+def test_one_question_with_two_answers_is_refused(tmp_path):
+    asked = tiny.questions("biology", 100)
+    asked.append(asked[0] | {"answer": (asked[0]["answer"] + 1) % 4})
+    path = tiny.save_jsonl(tmp_path / "q.jsonl", asked)
+    with pytest.raises(
+        WrongRequest, match=r"q.jsonl line 101 stands at .*q.jsonl line 1 too, with another answer"
+    ):
+        read_questions((str(path),))
+
+
+@pytest.mark.parametrize(
+    "choices, answer",
+    [(["1", "2", "3", "4"], "2"), (["3", "2", "1", "0"], "0"), (["B", "C", "D", "A"], "A")],
+)
+def test_answers_that_can_be_read_in_two_ways_are_refused_unless_another_tells(tmp_path, choices, answer):
+    question = {"subject": "s", "question": "Which?", "choices": choices, "answer": answer}
+    with pytest.raises(
+        WrongRequest, match=f"line 1: the answer '{answer}' is the text of one choice, and the letter"
+    ):
+        read_questions((str(tiny.save_jsonl(tmp_path / "both.jsonl", [question])),))
+    letter = {"subject": "s", "question": "And?", "choices": list("wxyz"), "answer": "C"}
+    read = read_questions((str(tiny.save_jsonl(tmp_path / "letters.jsonl", [question, letter])),))[0]["s"]
+    assert (
+        read[0].answer == ("ABCD".index(answer) if answer.isalpha() else int(answer)) and read[1].answer == 2
+    )
+    word = letter | {"answer": "y"}
+    read = read_questions((str(tiny.save_jsonl(tmp_path / "words.jsonl", [question, word])),))[0]["s"]
+    assert read[0].choices[read[0].answer] == answer and read[1].answer == 2

@@ -17,9 +17,17 @@ import experiment
 import sae_separation.text
 from sae_separation.errors import WrongRequest
 from sae_separation.questions import read_questions
-from sae_separation.text import READERS, check_amount, pieces, read_local, read_text, split_text
+from sae_separation.text import (
+    READERS,
+    check_amount,
+    check_overlap,
+    pieces,
+    read_local,
+    read_text,
+    split_text,
+)
 
-DOCUMENTS = ["one two\nthree", "fünf", 'seven, "eight"\n']
+DOCUMENTS = ["one two\nthree", "fünf", 'seven, "eight"']
 
 
 def read(*said):
@@ -93,7 +101,7 @@ def test_a_table_is_read_by_its_header_and_rows_that_do_not_fit_it_are_counted(t
     rows = [["id", "body"], *([i, f"row {i},\n{'x' * 200_000 if i == 5 else ''}"] for i in range(150))]
     (tmp_path / "a.csv").write_text(table(rows) + "7,a comma, too many\n\n")
     found, record, notes = read(f"{tmp_path / 'a.csv'}#body")
-    assert found == [r[1] for r in rows[1:]] and record[0]["left_out"] == 1
+    assert found == [r[1].strip() for r in rows[1:]] and record[0]["left_out"] == 1
     assert "1 of 151 records" in notes[0] and "a.csv line 302: 3 fields, and the header has 2" in notes[0]
     with pytest.raises(WrongRequest, match="a.csv has no column text but id, body: name one with #column"):
         read(tmp_path / "a.csv")
@@ -151,7 +159,7 @@ def test_a_zst_with_a_long_window_is_read(tmp_path, window):
         + text
     )
     (tmp_path / "a.txt.zst").write_bytes(frame)  # one raw block
-    assert read(tmp_path / "a.txt.zst")[0] == ["one\n", "two\n"]
+    assert read(tmp_path / "a.txt.zst")[0] == ["one", "two"]
 
 
 # ---- folders
@@ -321,7 +329,7 @@ def test_one_document_without_end_takes_little_memory(tmp_path, monkeypatch):
     """Of 60 MB in 6 kB: as a line of JSON it is refused by name, as text it is read as far as text is read."""
     monkeypatch.setattr("sae_separation.text.MOST_CHARACTERS", 10**6)
     monkeypatch.setattr("sae_separation.text.MOST_DOCUMENT", 10**5)
-    endless = b"many words " * 5_500_000
+    endless = b"many_words" * 6_000_000
     json_line = b'{"text": "' + endless + b'"}\n' + lines(["a", "b"]).encode()
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(json_line))
     (tmp_path / "b.txt.zst").write_bytes(zstandard.compress(endless))
@@ -346,7 +354,7 @@ def test_lines_up_to_the_most_are_read_whole(tmp_path, monkeypatch):
     assert read(tmp_path / "a.jsonl")[0] == documents
     (tmp_path / "b.txt").write_text("\n".join(["y" * 60] * 3) + "\n\nend\n")
     found, _, _ = read(tmp_path / "b.txt")
-    assert [len(d) for d in found] == [122, 61, 4], "parted where it reached the most"
+    assert [len(d) for d in found] == [121, 60, 3], "parted where it reached the most"
 
 
 def test_memory_that_runs_out_while_reading_is_told_in_one_line(tmp_path, monkeypatch):
@@ -382,3 +390,17 @@ def test_text_is_tokenised_little_at_a_time_and_no_further_than_needed():
     with pytest.raises(WrongRequest, match=f"holds {words:,} tokens"):
         check_amount("forget_text", text, tokenizer, words + 1)
     assert max(seen) <= 160_000
+
+
+def test_one_document_is_the_same_in_every_kind_of_file(tmp_path):
+    """A block of a .txt ends with its line, a column of .jsonl does not."""
+    documents = tiny.documents(60, 1)
+    (tmp_path / "a.txt").write_text("\n\n".join(documents) + "\n")
+    tiny.save_jsonl(tmp_path / "a.jsonl", [f" {document}\n" for document in documents])
+    read = [read_text("forget_text", (str(tmp_path / name),))[0] for name in ("a.txt", "a.jsonl")]
+    assert read == [documents, documents]
+    both = split_text(read[0] + read[1])
+    assert len(both.train) + len(both.held_out) == 60
+    assert not set(both.train["text"]) & set(both.held_out["text"])
+    with pytest.raises(WrongRequest, match="hold the same documents"):
+        check_overlap(*read)
