@@ -287,7 +287,7 @@ class Campaign:
             runs, extra = forms[ends % len(forms)]
             alone, cpu = self.undisturbed(runs, extra)
             folder, kills = self.folder(), 0
-            for wanted in (None, None, "step_*.tmp", None, None, "*.json.tmp")[:left]:
+            for wanted in (None, None, "step_*.tmp", None, None, "*.json.sae.tmp")[:left]:
                 before = half_written(folder)
                 trial = Trial(folder, runs, extra)
                 if not self.killed(trial, RNG.uniform(0.1, 1.0) * cpu, folder, wanted):

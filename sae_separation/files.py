@@ -58,10 +58,13 @@ def sync(path: Path):
         os.close(file)
 
 
+HALF_WRITTEN = ".sae.tmp"  # ends the name of a file while it is written; no one else names a file so
+
+
 def write_whole(path: Path, content: bytes):
     """Written beside, synced and renamed. Raises CannotWrite, also when the folder is gone: it is not made
     anew."""
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(path.name + HALF_WRITTEN)
     with writing(path):
         try:
             beside.unlink(missing_ok=True)  # a link of that name is removed, and what it leads to stays

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from sae_separation.errors import WrongRequest
 from sae_separation.files import (
+    HALF_WRITTEN,
     Unusable,
     as_json,
     is_sealed,
@@ -62,8 +63,8 @@ def record_of(folder: Path, seed: int | str) -> Path:
 
 
 def written(place: Path, part: str) -> list[Path]:
-    """What the program wrote into a part of a run folder, or was writing (.tmp), by name; links too."""
-    name = re.compile(rf"({WRITTEN[part]})(\.tmp)?")
+    """What the program wrote into a part of a run folder, or was writing (HALF_WRITTEN), by name; links too."""
+    name = re.compile(rf"({WRITTEN[part]})({re.escape(HALF_WRITTEN)})?")
     there = sorted(place.iterdir()) if place.is_dir() else []
     return [path for path in there if name.fullmatch(path.name) and (path.is_symlink() or path.is_file())]
 
@@ -170,7 +171,7 @@ def refuse_foreign(folder: Path, seeds: tuple[int, ...]):
     except OSError as error:
         raise WrongRequest(f"{settings} cannot be read: {error.strerror}; name another folder") from error
     if not ours:
-        begun = {".lock", "config.json.tmp"}  # what may be there before config.json is
+        begun = {".lock", f"config.json{HALF_WRITTEN}"}  # what may be there before config.json is
         for part in ("checkpoints", "eval"):
             begun |= {part} if (folder / part).is_dir() and not any((folder / part).iterdir()) else set()
         if foreign := sorted(p.name for p in folder.iterdir() if p.name not in begun or p.is_symlink()):
@@ -218,6 +219,8 @@ def commit_of_code() -> str:
         return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, errors="replace")
 
     try:
+        if git("ls-files", "--error-unmatch", "experiment.py").returncode == 1:
+            return "unknown: the repository around the code does not track it"
         described = git("describe", "--always")
         changed = git("diff", "--quiet", "HEAD", "--", "*.py", "requirements.txt", "micro_pythia")
     except FileNotFoundError:
@@ -290,11 +293,16 @@ def changed_files(out_dir: Path) -> list[str]:
     """What of a complete run is not as it was written, one line each; an SAE that is not there is none of it."""
     told = []
     try:
-        told += [
-            f"{out_dir / name} is not as it was written: its checksum is wrong"
-            for name, known in recorded_sums(out_dir).items()
-            if sha256_of(out_dir / name) != known
-        ]
+        sums = recorded_sums(out_dir)
+        if not sums and "sha256" in read_run_json(out_dir / "config.json", {"config"}):
+            told.append(
+                f"{out_dir / 'checksums.json'} is missing: whether the results were changed is not known"
+            )
+        for name, known in sums.items():
+            if not (out_dir / name).exists():
+                told.append(f"{out_dir / name} is missing")
+            elif sha256_of(out_dir / name) != known:
+                told.append(f"{out_dir / name} is not as it was written: its checksum is wrong")
     except (Unusable, KeyError) as why:
         told.append(str(why))
     for path in sorted(out_dir.glob("eval/seed*_metrics.json")):

@@ -20,7 +20,7 @@ from test_resume import at_step, here, interrupt
 import experiment
 from sae_separation import checkpoint, errors, process, run_folder
 from sae_separation.errors import Interrupted, Output, RunFailed, WrongRequest, tell
-from sae_separation.files import write_json
+from sae_separation.files import HALF_WRITTEN, write_json
 
 FOREIGN = {
     "notes.json": "mine",
@@ -99,7 +99,7 @@ def test_the_real_command_refuses_the_folder_that_it_is_given_in(tmp_path):
 
 
 def test_a_first_start_that_was_killed_at_once_is_no_folder_of_other_files(tmp_path):
-    for there in ((), (".lock",), (".lock", "config.json.tmp")):
+    for there in ((), (".lock",), (".lock", "config.json.sae.tmp")):
         for name in there:
             (tmp_path / name).write_text("")
         for part in ("checkpoints", "eval")[: len(there)]:
@@ -162,7 +162,7 @@ def test_what_is_removed_is_what_the_program_writes_by_name(tmp_path):
         "sae_seed0/sae_weights.safetensors",
     ]
     ours += [f"eval/seed12_{section}.json" for section in run_folder.SECTIONS.values()]
-    ours += [f"{name}.tmp" for name in ours if not name.startswith("sae_seed")]
+    ours += [f"{name}{HALF_WRITTEN}" for name in ours if not name.startswith("sae_seed")]
     fill(tmp_path)
     for name in ours:
         (tmp_path / name).write_text("ours")
@@ -180,7 +180,7 @@ def test_a_link_in_a_run_folder_is_removed_or_replaced_and_what_it_leads_to_stay
     for link in (
         "final_info.json",
         "config.json",
-        "config.json.tmp",
+        f"config.json{HALF_WRITTEN}",
         "train_log.jsonl",
         "eval/seed0_metrics.json",
     ):
@@ -315,7 +315,7 @@ def test_a_complete_run_that_was_killed_before_it_was_cleared_is_cleared_when_it
         m.setattr("sae_separation.run_folder.clear_complete", lambda folder: None)
         assert here("run_1", seeds=(0,)) == 0
     assert checkpoint.steps_in(tmp_path / "run_1")
-    (tmp_path / "run_1/warnings.json.tmp").write_text("half")
+    (tmp_path / "run_1/warnings.json.sae.tmp").write_text("half")
     (tmp_path / "run_1/checkpoints/mine.txt").write_text("mine")
     run_folder.own(tmp_path / "run_1")
     (owned := dict(run_folder._owned)) and run_folder._owned.clear()  # as by another process
@@ -354,9 +354,15 @@ def test_a_complete_run_is_complete_also_where_its_checkpoints_cannot_be_removed
 
 def test_a_commit_that_git_does_not_tell_is_unknown_for_a_reason(tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
-    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "sae_separation" / "run_folder.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert run_folder.commit_of_code().startswith("unknown: fatal: not a git repository")
+    for command in (
+        ["init", "-q"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x", "--allow-empty"],
+    ):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert run_folder.commit_of_code() == "unknown: the repository around the code does not track it"
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     assert run_folder.commit_of_code() == "unknown: git is not installed"
     (tmp_path / "bin/git").write_text(
@@ -566,3 +572,18 @@ def test_a_lost_connection_before_anything_is_begun(ignored, tmp_path):
     name, code = ("SIGTERM", 143) if ignored else ("SIGHUP", 129)
     assert process.communicate(timeout=60)[1] == f"error: interrupted by {name} before anything was begun\n"
     assert process.returncode == code
+
+
+def test_what_is_missing_of_a_complete_run_is_named(complete):
+    assert run_folder.changed_files(complete) == []
+    (complete / "warnings.json").unlink()
+    assert run_folder.changed_files(complete) == [f"{complete / 'warnings.json'} is missing"]
+    (complete / "checksums.json").unlink()
+    (told,) = run_folder.changed_files(complete)
+    assert told.startswith(f"{complete / 'checksums.json'} is missing: whether the results were changed")
+
+
+def test_another_ones_file_that_ends_in_tmp_keeps_a_folder_from_being_used(tmp_path):
+    (tmp_path / "config.json.tmp").write_text("precious")
+    with pytest.raises(WrongRequest, match="holds 'config.json.tmp' and no config.json of this program"):
+        run_folder.refuse_foreign(tmp_path, (0,))
