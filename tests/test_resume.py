@@ -817,13 +817,13 @@ def test_the_recorded_commit_is_dirty_for_changed_code_and_not_for_changed_runs(
     )
     git("init")
     (tmp_path / "run_0").mkdir()
-    for name in ("code.py", "run_0/config.json"):
+    for name in ("experiment.py", "run_0/config.json"):
         (tmp_path / name).write_text("0")
-    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
-    assert run_folder.provenance()["git"].startswith("unknown: fatal: ")
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "sae_separation" / "run_folder.py"))
+    assert run_folder.provenance()["git"].startswith("unknown: ")
     git("add", ".")
     git("commit", "-m", "all")
     (tmp_path / "run_0/config.json").write_text("1")
     assert not run_folder.provenance()["git"].endswith("-dirty")
-    (tmp_path / "code.py").write_text("1")
+    (tmp_path / "experiment.py").write_text("1")
     assert run_folder.provenance()["git"].endswith("-dirty")
