@@ -1,6 +1,6 @@
 """The committed runs, and that what the documents say of them is what their files hold."""
 
-import importlib.util
+import importlib
 import json
 import re
 import sys
@@ -11,7 +11,6 @@ from test_run import NEEDED, strict
 
 from experiment import PLAN
 
-MAKE = ROOT / "docs/make.py"
 INFOS = {name: strict(ROOT / name / "final_info.json") for name in PLAN}
 CONFIGS = {name: strict(ROOT / name / "config.json") for name in PLAN}
 
@@ -86,8 +85,8 @@ def test_a_number_changed_by_hand_is_named_and_mended(tmp_path, monkeypatch, cap
     whole = readme.read_text(), notes.read_text()
     readme.write_text(whole[0].replace("| run_6: adaptive | 0.", "| run_6: adaptive | 1."))
     notes.write_text(whole[1].replace("core.l0 = 1", "core.l0 = 2", 1))
-    make = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("make", MAKE))
-    spec.loader.exec_module(make)
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    make = importlib.import_module("make")
     monkeypatch.setattr(make, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["make.py", "--check"])
     assert make.main() == 1 and readme.read_text() != whole[0]
