@@ -1,8 +1,9 @@
 """Writes what the documents quote from the committed run folders: make docs
 
-In README.md and docs/results.md, what stands between <!-- NAME --> and <!-- /NAME --> is made anew. In notes.txt, the
-numbers `section.metric = mean ± standard error` and the intervals under each run's heading are, and the table of
-paired tests. All other text is left as it is. `--check` writes nothing: exit code 1 where a document is out of date.
+In README.md and docs/results.md, what stands between <!-- NAME --> and <!-- /NAME --> is made anew. In
+notes.txt, the numbers `section.metric = mean ± standard error` and the intervals under each run's heading are,
+and the table of paired tests. All other text is left as it is. `--check` writes nothing: exit code 1 where a
+document is out of date.
 """
 
 import argparse
@@ -60,8 +61,8 @@ def lead(runs: list[plot.Run]) -> str:
     explained = reference.mean(*plot.EXPLAINED)[0] - vanilla.mean(*plot.EXPLAINED)[0]
     scores = [run.mean(*plot.SCORE)[0] for run in (reference, vanilla)]
     return (
-        f"`adaptive` ({REFERENCE}) leaves {forget:.2f} of the known forget questions right (chance is 0.25) and "
-        f"{retain:.3f} of the retain questions.\n"
+        f"`adaptive` ({REFERENCE}) leaves {forget:.2f} of the known forget questions right (chance is 0.25) "
+        f"and {retain:.3f} of the retain questions.\n"
         f"Its unlearning score is {scores[0]:.2f}, vanilla's {scores[1]:.2f}; its explained variance is "
         f"{explained:+.3f} against vanilla's.\n"
         f"Mean L0 lies between {min(l0):.1f} and {max(l0):.1f}. Paired t-tests over seeds, Holm's correction "

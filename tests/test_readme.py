@@ -1,4 +1,4 @@
-"""The documents: README is short, every link leads somewhere, every command is taken, the citation is valid."""
+"""The documents: README is short, links lead somewhere, commands are taken, the citation is valid."""
 
 import re
 import shlex
