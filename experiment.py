@@ -14,21 +14,18 @@ F d_sae, G feature groups.
 import python_version  # noqa: F401  (first: refuses a Python that this does not work with)
 
 # isort: split
-import argparse
 import atexit
+import inspect
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from decimal import Decimal
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal
 
 from sae_separation.errors import (
     Interrupted,
@@ -47,9 +44,9 @@ if __name__ == "__main__":  # from here on, whatever ends the command ends with 
     for number in stops():
         signal.signal(number, leave_at_once)
 
-import simple_parsing
-
-from sae_separation import checkpoint, checks, process, run_folder
+from sae_separation import checkpoint, process, run_folder
+from sae_separation import config as settings
+from sae_separation.config import Command, check, one_pass, option
 from sae_separation.files import (
     CannotWrite,
     Unusable,
@@ -61,228 +58,10 @@ from sae_separation.files import (
     writing,
 )
 from sae_separation.run_folder import SECTIONS
-from sae_separation.specs import Wanted
 
 STARTED = time.monotonic()
 
-# ------------------------------------------------------------------------------------------------ config and plan
-
-ACTIVATION_NAMES = ("relu", "batchtopk", "softk")
-ARM_NAMES = ("vanilla", "frozen_decoder", "fixed", "grouped", "adaptive", "ortsae")
-EVALS = ("core", "unlearning", "corpus", "geometry", "none")
-
-
-@dataclass
-class Config(Wanted):
-    """One run. Fields that are None or empty take the testbed's default; the recorded config.json holds none of those."""
-
-    arm: Literal[ARM_NAMES] = "vanilla"
-    """which orthogonality loss (see ARMS)"""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """one SAE a seed, trained side by side on one LM pass"""
-    evals: tuple[Literal[EVALS], ...] = simple_parsing.field(
-        default=EVALS[:-1], metavar=f"{{{','.join(EVALS)}}} ..."
-    )
-    """which evaluations, or none"""
-
-    tokens: int | None = None
-    """activations to train on, per SAE"""
-    context_size: int | None = None
-    """tokens a context, the leading BOS included"""
-    batch_size: int = 2048
-    """activations an optimiser step"""
-    buffer_tokens: int = 131_072
-    """activations that are collected and shuffled at once"""
-
-    d_sae: int | None = None
-    """features"""
-    activation: Literal[ACTIVATION_NAMES] = "relu"
-    """how features compete: relu (sparse by lambda), batchtopk (the k B largest of a batch), softk (soft k-winners-take-all)"""
-    k: int | None = None
-    """batchtopk, softk: active features a token"""
-    temperature: float = 0.3
-    """softk: the gate's temperature at the start; it falls to 0 by the time the learning rate decays"""
-    target_l0: float | None = None
-    """mean active features a token that lambda is steered to; 0 keeps lambda at --l1"""
-    l1: float = 0.03
-    """lambda, weight of the sparsity loss: where it starts, or stays without a target"""
-
-    alpha: float = 0.1
-    """weight of the orthogonality loss (adaptive: where its steering starts)"""
-    group_size: int = 64
-    """features a group, at most d_in"""
-    chunk_size: int = 512
-    """ortsae: features a random chunk"""
-    group_update_steps: int = 100
-    """optimiser steps between two formations of the groups, to the nearest round over all of them (Trainer)"""
-    forget_features: int = 40
-    """adaptive: features kept for the forget domain"""
-    margin: float = 1.0
-    """adaptive: distance from 0, in units of u, that a forget feature's pre-activation keeps on retain text"""
-    gap_weight: float = 10.0
-    """adaptive: weight of the loss on forget tokens that no forget feature fires on"""
-    target_sharing: float = 0.0005
-    """adaptive: firing of the forget features on retain text over that on forget text, which alpha is steered to"""
-
-    alpha_start: float = 0.0
-    """alpha curriculum: alpha starts here and rises geometrically to --alpha half-way; 0: no curriculum"""
-    loss_warmup_steps: int = 0
-    """steps over which lambda and alpha count from 0 to full"""
-
-    layer_norm: bool = False
-    """feed the SAE layer-normalised activations"""
-    skip: float = 0.0
-    """share of the centred input that goes past the features; not in the SAELens format, so it needs --evals none"""
-    orthogonal_init: bool = False
-    """start from blocks of orthonormal decoder rows"""
-    feature_dropout: float = 0.0
-    """share of the features left out of each batch"""
-    unlock_steps: int = 0
-    """progressive unlocking: a quarter of the features, and every so many steps a tenth more; 0: all at once"""
-
-    lr: float = 3e-3
-    """Adam's learning rate after warm-up"""
-    feature_lr_power: float = 0.0
-    """a feature's learning rate is multiplied by (mean firing rate / its own) to this power, within 0.1 to 10"""
-    grad_clip: float = 0.0
-    """largest norm of the gradient over all parameters; 0: any"""
-    grad_accumulation: int = 1
-    """batches whose mean gradient makes one optimiser step"""
-    warmup_steps: int = 100
-    """steps over which the learning rate rises from 0"""
-    decay_fraction: float = 0.2
-    """last part of training over which the learning rate falls to 0"""
-    compile: bool = False
-    """torch.compile for the SAE's part of a step, made for GPUs: a wait at the start, dense products only; on a CPU sparse ones are faster"""
-    resample_steps: int = 50
-    """steps between two resamplings of dead features, until the learning rate decays; 0: never"""
-    dead_tokens: int = 50_000
-    """a feature that has not fired for so many tokens is dead"""
-
-    time_budget_minutes: float = 110.0
-    """training stops when seven tenths of this are used, set-up and the time before an interruption counted in; the rest is left for
-    evaluation, which is not cut short"""
-
-    def __post_init__(self):
-        positive = (
-            "tokens",
-            "context_size",
-            "batch_size",
-            "buffer_tokens",
-            "d_sae",
-            "lr",
-            "group_size",
-            "chunk_size",
-            "group_update_steps",
-            "dead_tokens",
-            "forget_features",
-            "grad_accumulation",
-            "temperature",
-            "time_budget_minutes",
-        )
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, float | int) and not isinstance(value, bool):
-                if value > (1e12 if isinstance(value, int) else 1e30):
-                    raise WrongRequest(f"--{f.name} is {value:.3g}: give a smaller number")
-                if not math.isfinite(value) or value < 0 or (value == 0 and f.name in positive):
-                    raise WrongRequest(
-                        f"--{f.name} is {value}: give a finite number {'above 0' if f.name in positive else 'of at least 0'}"
-                    )
-        for name in ("seeds", "evals"):
-            if not getattr(self, name) or len(set(getattr(self, name))) != len(getattr(self, name)):
-                raise WrongRequest(f"--{name} {getattr(self, name)}: give at least one, each once")
-        if not all(0 <= seed < 2**31 for seed in self.seeds):
-            raise WrongRequest(f"--seeds {self.seeds}: a seed lies in [0, 2**31)")
-        for name, least, most in (
-            ("batch_size", 2, 2**20),
-            ("context_size", 8, 2**20),
-            ("d_sae", 2, 2**22),
-            ("tokens", 1, 10**12),
-            ("buffer_tokens", 1, 2**26),
-        ):
-            if getattr(self, name) is not None and not least <= getattr(self, name) <= most:
-                raise WrongRequest(f"--{name} {getattr(self, name)} must lie in [{least}, {most}]")
-        for name in ("skip", "feature_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise WrongRequest(f"--{name} {getattr(self, name)} must lie in [0, 1)")
-        for name, arm in (("group_size", "grouped"), ("chunk_size", "ortsae")):
-            if self.arm == arm and getattr(self, name) < 2:
-                raise WrongRequest(
-                    f"--{name} {getattr(self, name)} must be at least 2: a feature alone has no pair"
-                )
-        if self.arm == "adaptive" and self.d_sae is not None and self.forget_features > self.d_sae:
-            raise WrongRequest(
-                f"--forget_features {self.forget_features} must be at most --d_sae {self.d_sae}"
-            )
-        if "none" in self.evals and len(self.evals) > 1:
-            raise WrongRequest(f"--evals {' '.join(self.evals)}: none stands alone")
-        if self.skip and self.evals != ("none",):
-            raise WrongRequest(
-                f"--skip {self.skip} cannot be held by the SAELens format that the evaluations read: give --evals none to train without them"
-            )
-        if (
-            self.activation != "relu"
-            and self.k is not None
-            and self.d_sae is not None
-            and not 1 <= self.k < self.d_sae
-        ):
-            raise WrongRequest(f"--k {self.k} must lie in [1, --d_sae {self.d_sae})")
-        if (
-            self.tokens is not None
-            and self.unlock_steps
-            and 8 * self.unlock_steps >= self.tokens // self.batch_size
-        ):
-            raise WrongRequest(
-                f"--unlock_steps {self.unlock_steps}: all features are open after 8 times that, but training takes {self.tokens // self.batch_size} steps"
-            )
-        if self.activation == "relu" and self.target_l0 != 0 and not self.l1:  # None is the testbed's target
-            raise WrongRequest(
-                "--l1 0 cannot be steered to a target L0: start from a small number, or give --target_l0 0"
-            )
-        if not 0 < self.target_sharing <= 1:
-            raise WrongRequest(f"--target_sharing {self.target_sharing} must lie in (0, 1]")
-        if self.tokens is not None and self.tokens < 100 * self.batch_size:
-            raise WrongRequest(
-                f"--tokens {self.tokens} is {self.tokens // self.batch_size} steps of --batch_size {self.batch_size}: training takes at least 100"
-            )
-        if self.buffer_tokens < 4 * self.batch_size:
-            raise WrongRequest(
-                f"--buffer_tokens {self.buffer_tokens} must hold at least 4 batches of {self.batch_size} to shuffle them"
-            )
-        if not 0 <= self.decay_fraction <= 1:
-            raise WrongRequest(f"--decay_fraction {self.decay_fraction} must lie in [0, 1]")
-
-
-@dataclass
-class Command(Config):
-    """What the command line says: settings that all runs share, and where the runs go."""
-
-    out_dir: tuple[str, ...] = ()
-    """run folders; run_0, run_1, ... are the plan's runs, another name needs --arm"""
-    overwrite: bool = False
-    """start anew in a folder that holds a run"""
-    checkpoint_seconds: float = 60.0
-    """training time between two checkpoints, at least; writing them takes at most a fiftieth of it"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.out_dir = tuple(map(os.path.expanduser, self.out_dir))
-
-
-# Settings of the LM pass, which all runs of a command share. All others are a run's own.
-WANTED = tuple(f.name for f in fields(Wanted))
-ONE_PASS = (*WANTED, "tokens", "context_size", "batch_size", "buffer_tokens", "time_budget_minutes")
-ONLY_FOR = (  # options that do nothing in other runs
-    (("alpha", "alpha_start"), "arm", ("fixed", "grouped", "adaptive", "ortsae")),
-    (("group_size", "group_update_steps"), "arm", ("grouped",)),
-    (("chunk_size",), "arm", ("ortsae",)),
-    (("forget_features", "margin", "gap_weight", "target_sharing"), "arm", ("adaptive",)),
-    (("target_l0", "l1"), "activation", ("relu",)),
-    (("k",), "activation", ("batchtopk", "softk")),
-    (("temperature",), "activation", ("softk",)),
-)
-
+# ------------------------------------------------------------------------------------------------ plan and arms
 
 PLAN = {
     "run_0": {"arm": "vanilla"},
@@ -305,121 +84,113 @@ PLAN = {
 }
 
 
-def whole_number(said: str) -> int:
-    """200000, 200_000, 200k, 3M, 1B or 4e5. Raises argparse.ArgumentTypeError for what is no whole number."""
-    digits, power = said[:-1], {"k": 3, "m": 6, "b": 9}.get(said[-1:].lower())
-    try:
-        number = Decimal(said) if power is None else Decimal(digits).scaleb(power)
-    except ArithmeticError:
-        number = Decimal("nan")
-    if number.is_finite() and number.adjusted() > 30:
-        raise argparse.ArgumentTypeError(f"{said} is too large: give a smaller number")
-    if not number.is_finite() or number != number.to_integral_value():
-        raise argparse.ArgumentTypeError(f"{said} is not a whole number (200000, 200_000, 200k, 3M, 4e5)")
-    return int(number)
+@dataclass(frozen=True)
+class Arm:
+    """One row of the study: alpha times a loss on the rows of W_dec, or a loss on pre-activations that alpha stands in.
 
+    `pull`, `prepare` and `firing` name functions of losses.py: it needs torch, and a request is read without. Each is
+    given those of the row's `options` that are among its parameters.
 
-def as_options(settings: dict) -> str:
-    """As on a command line."""
-    told = ((name, f"{value:g}" if isinstance(value, float) else value) for name, value in settings.items())
-    return " ".join(f"--{name} {value}" for name, value in told)
+    pull(W_dec, seen, part, parts): gives a losses.Pull for a part of the rows at a time; `seen` is the SAE's groups
+        where the arm `uses_groups`, else what prepare(W_dec) gave at the start of a round over all parts.
+    firing(pre, forget, alpha): the value and the gradient by the pre-activations of the first --forget_features.
 
-
-def parse_command(argv: list[str]) -> tuple[Command, list[Config]]:
-    """The command and one Config per run folder: the plan's settings, then what the command line says.
-
-    Says what the plan gives to each folder, and warns of options without effect. Raises WrongRequest.
+    `every`: the least steps of a round, whose pulls weigh as much as the round has steps. `longest`: the most, with
+    alpha times the learning rate up to `gentle`, and fewer in proportion beyond: FVU is then within 1 % of the variance
+    all along of what it is with rounds of `every` (tested; notes.txt). `steered`: alpha follows the measured sharing of
+    the first --forget_features features towards --target_sharing.
     """
 
-    def refuse(message: str):
-        message = re.sub(
-            r"(unrecognized arguments: [^-].*)",
-            r"\1; several values follow their option without =, as in --out_dir run_0 run_1",
-            message,
-        )
-        message = re.sub(
-            r"invalid typing\.Literal\[(.*)\] value: (.*)", r"invalid choice: \2 (choose from \1)", message
-        )
-        raise WrongRequest(f"{message} (--help lists the options)")
+    pull: str = ""
+    prepare: str = ""
+    firing: str = ""
+    options: dict = field(default_factory=dict)
+    every: int = 1
+    longest: int = 16
+    gentle: float = 3e-4
+    uses_groups: bool = False
+    steered: bool = False
+    trains_decoder: bool = True
 
-    def parse(**planned) -> Command:
-        parser = simple_parsing.ArgumentParser(prog="experiment.py", description=__doc__, allow_abbrev=False)
-        parser.error = refuse
-        parser.register("type", int, whole_number)
-        parser.add_arguments(Command, dest="command", default=Command(**planned))
-        return parser.parse_args(argv).command
+    @property
+    def has_loss(self) -> bool:
+        return bool(self.pull or self.firing)
 
-    command, lacking = parse(), {}
-    given = {option[1] for option in (re.match(r"--?([a-z]\w*)", a) for a in argv) if option}
-    names = [Path(d).name for d in command.out_dir]
-    unplanned = [d for d, name in zip(command.out_dir, names) if name not in PLAN]
-    if not command.out_dir or "" in command.out_dir:
-        what = f"name a run of the plan ({', '.join(PLAN)}), or another folder and --arm"
-        lacking["out_dir"] = "mine/it" if "arm" in given else "mine/run_1", what
-    elif unplanned and "arm" not in given:
-        what = f"not in the plan ({', '.join(PLAN)}); give its --arm ({', '.join(ARM_NAMES)})"
-        lacking["arm"] = "vanilla", f"{' '.join(unplanned)} is {what}"
-    checks.refuse_missing(lacking | checks.missing(command, command.evals), argv)
-    if len(set(names)) != len(names):
-        raise WrongRequest(f"--out_dir gives two runs one name: {' '.join(command.out_dir)}")
-    told, configs = [], []
-    for out_dir, name in zip(command.out_dir, names):
-        plan = PLAN.get(name, {})
-        asked = parse(**plan)
-        configs.append(Config(**{f.name: getattr(asked, f.name) for f in fields(Config)}))
-        if plan:
-            told.append(_of_the_plan(out_dir, plan, given, configs[-1]))
-        if configs[-1] in configs[:-1]:
-            twins = f"{command.out_dir[configs.index(configs[-1])]} {out_dir}"
-            remedy = "(options are for all runs): leave one out"
-            raise WrongRequest(f"--out_dir {twins} are two runs with the same settings {remedy}")
-    for line in told:
-        print(line)
-    if idle := without_effect(given, command.out_dir, configs):
-        print(f"warning: without effect: {idle}", file=sys.stderr)
-    return command, configs
+    def function(self, name: str, config: settings.Config, **more) -> Callable | None:
+        """The function of losses.py, with the options (and what `more` there is) that it takes; None for no name."""
+        if not name:
+            return None
+        given = {option: getattr(config, option) for option in self.options} | more
+        takes = inspect.signature(getattr(losses, name)).parameters
+        return partial(getattr(losses, name), **{k: v for k, v in given.items() if k in takes})
 
 
-def _of_the_plan(out_dir: str, plan: dict, given: set[str], config: Config) -> str:
-    """What the plan says of a run, and what is given in its place: all of it, or WrongRequest is raised."""
-    says = f"{out_dir}: run {Path(out_dir).name.removeprefix('run_')} of the plan: {as_options(plan)}"
-    changed = as_options({k: getattr(config, k) for k, v in plan.items() if getattr(config, k) != v})
-    rest = [f"--{k}" for k in plan if k not in given]
-    if changed and rest:
-        remedy = f"name another folder and its --arm, or give {' '.join(rest)} too"
-        raise WrongRequest(f"--out_dir {says}, which {changed} contradicts: {remedy}")
-    return f"{says}; in its place {changed}" if changed else says
+ARMS = {
+    "vanilla": Arm(),
+    "frozen_decoder": Arm(trains_decoder=False),
+    "fixed": Arm(pull="pull_all_pairs", prepare="gram"),
+    "grouped": Arm(
+        pull="pull_grouped",
+        longest=8,
+        uses_groups=True,
+        options={
+            "group_size": option(64, "grouped: features a group, at most d_in", least=2, cut_to="d_in"),
+            "group_update_steps": option(
+                100,
+                "grouped: optimiser steps between two formations of the groups, to the nearest round over all of them",
+                least=1,
+            ),
+        },
+    ),
+    "adaptive": Arm(
+        firing="domain_hinges",
+        steered=True,
+        options={
+            "forget_features": option(
+                40, "adaptive: features kept for the forget domain", least=1, within="d_sae"
+            ),
+            "margin": option(
+                1.0,
+                "adaptive: distance from 0, in units of u, that a forget feature's pre-activation keeps on retain text",
+            ),
+            "gap_weight": option(
+                10.0, "adaptive: weight of the loss on forget tokens that no forget feature fires on"
+            ),
+            "target_sharing": option(
+                0.0005,
+                "adaptive: firing of the forget features on retain text over that on forget text, "
+                "which alpha is steered to",
+                above=0,
+                most=1,
+            ),
+        },
+    ),
+    "ortsae": Arm(
+        pull="pull_ortsae",
+        prepare="chunks_of_rows",
+        every=5,
+        gentle=7.5e-4,
+        options={"chunk_size": option(512, "ortsae: features a random chunk", least=2, cut_to="d_sae")},
+    ),
+}
 
 
-def without_effect(given: set[str], out_dirs: Sequence[str], configs: list[Config]) -> str:
-    """Which of the options given do nothing in which runs."""
-    idle: dict[str, list[str]] = {}
-    for options, setting, values in ONLY_FOR:
-        for out_dir, config in zip(out_dirs, configs):
-            if getattr(config, setting) not in values:
-                run = f"in {out_dir} ({setting} {getattr(config, setting)})"
-                idle.setdefault(run, []).extend(f"--{option}" for option in options if option in given)
-    return ", ".join(f"{' '.join(options)} {run}" for run, options in idle.items() if options)
+@settings.with_arms(ARMS)
+class Request(settings.Request):
+    """What is asked of one run: the settings of config.py and the arms' own options; None is left to the testbed."""
 
 
-def one_pass(out_dirs: Sequence[str], configs: list[Config]) -> SimpleNamespace:
-    """The settings that all runs share, and no others. Raises WrongRequest where they differ."""
-    for name in ONE_PASS:
-        values = [getattr(config, name) for config in configs]
-        if any(value != values[0] for value in values):
-            told = ", ".join(f"{out_dir} {value}" for out_dir, value in zip(out_dirs, values))
-            remedy = "give it one value, or train these runs by commands of their own"
-            raise WrongRequest(f"--{name} differs between runs on one pass of the LM ({told}): {remedy}")
-    return SimpleNamespace(**{name: getattr(configs[0], name) for name in ONE_PASS})
+@settings.with_arms(ARMS)
+class Config(settings.Config):
+    """One run with every setting, the same ones."""
 
 
-def check(command: Command, configs: list[Config]):
-    """Refuse what can be known to be wrong before anything heavy is imported. Raises WrongRequest."""
-    one_pass(command.out_dir, configs)
-    checks.check(configs[0], {name for config in configs for name in config.evals})
+def parse_command(argv: Sequence[str]) -> tuple[Command, list[Request]]:
+    """The command and one request per run folder (config.parse_command). Raises WrongRequest."""
+    return settings.parse_command(argv, PLAN, ARMS, Request, __doc__)
 
 
-def unfinished(command: Command, configs: list[Config]) -> tuple[Command, list[Config]]:
+def unfinished(command: Command, configs: list[Request]) -> tuple[Command, list[Request]]:
     """What of the command is left to do: complete runs are named and left alone; this process owns the folders of the others.
 
     Raises WrongRequest for a folder that is no folder, cannot be written, has another owner, or holds a run made with other settings.
@@ -432,7 +203,7 @@ def unfinished(command: Command, configs: list[Config]) -> tuple[Command, list[C
             made = run_folder.read_run_json(out_dir / "config.json", {"requested", "config"})
             wanted = json.loads(json.dumps(asdict(config)))
             asked = (
-                json.loads(json.dumps(asdict(Config()))) | made["requested"]
+                json.loads(json.dumps(asdict(Request()))) | made["requested"]
             )  # a setting that is newer than the folder had its default
             complete = (out_dir / "final_info.json").exists() and run_folder.read_run_json(
                 out_dir / "final_info.json", {"training"}
@@ -471,8 +242,7 @@ if __name__ == "__main__":  # answer --help and wrong requests before anything h
 import contextlib
 import gc
 import hashlib
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from itertools import islice
 
 import beartype  # noqa: F401  (before nnsight, which gives `object` a method that beartype's import trips over)
@@ -482,23 +252,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_separation import testbeds
+from sae_separation import losses, testbeds
 from sae_separation.evaluation import SWEEP, Evaluator, evaluation_contexts
 from sae_separation.exam import most_positions, special_ids
 from sae_separation.export import export, load_exported
 from sae_separation.lm import Testbed, bfloat16_twins, fast_lm_tokens, hidden_of, massive, parameters_as
 from sae_separation.losses import (
-    Pull,
-    domain_hinges,
     firing_profile,
     form_groups,
-    gram,
     has_bf16,
     omega_between_domains,
-    pull_all_pairs,
-    pull_grouped,
-    pull_ortsae,
-    random_chunks,
     random_signs,
     sharing,
 )
@@ -836,56 +599,6 @@ class OrthogonalSAE(torch.nn.Module):
         self.idle[fired_2F.sum(0) > 0] = 0
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One row of the study: alpha · omega(W_dec) + firing(config, alpha) on the pre-activations.
-
-    omega is what `pull(sae, held, part, parts)` gives, for a part of the rows at a time (losses.Pull), and `held` what
-    `prepare(sae, config, generator)` gave at the start of a round over all parts. `every`: the least steps of a round, whose pulls weigh as
-    much as the round has steps. `longest`: the most, with alpha times the learning rate up to `gentle`, and fewer in proportion beyond: FVU is
-    then within 1 % of the variance all along of what it is with rounds of `every` (tested; notes.txt). `steered`: alpha follows the measured
-    sharing of the forget group towards --target_sharing.
-    """
-
-    pull: Callable[[OrthogonalSAE, Tensor, int, int], Pull | None] | None = None
-    prepare: Callable[[OrthogonalSAE, Config, torch.Generator], Tensor] = lambda sae, config, generator: (
-        sae.W_dec.new_zeros(0)
-    )
-    every: int = 1
-    longest: int = 16
-    gentle: float = 3e-4
-    uses_groups: bool = False
-    firing: Callable[[Config, Tensor], tuple[slice, Callable]] | None = None
-    steered: bool = False
-    trains_decoder: bool = True
-
-
-ARMS = {
-    "vanilla": Arm(),
-    "frozen_decoder": Arm(trains_decoder=False),
-    "fixed": Arm(
-        lambda sae, gram_DD, *part: pull_all_pairs(sae.W_dec, gram_DD, *part),
-        prepare=lambda sae, *_: gram(sae.W_dec),
-    ),
-    "grouped": Arm(
-        lambda sae, _, *part: pull_grouped(sae.W_dec, sae.groups, *part), longest=8, uses_groups=True
-    ),
-    "adaptive": Arm(
-        firing=lambda config, alpha: (
-            slice(0, config.forget_features),
-            partial(domain_hinges, margin=config.margin, alpha=alpha, gap_weight=config.gap_weight),
-        ),
-        steered=True,
-    ),
-    "ortsae": Arm(
-        lambda sae, chunks, *part: pull_ortsae(sae.W_dec, chunks, *part),
-        prepare=lambda sae, config, generator: random_chunks(config.d_sae, config.chunk_size, generator).to(
-            sae.W_dec.device
-        ),
-        every=5,
-        gentle=7.5e-4,
-    ),
-}
 ROWS_A_STEP = 1024  # that a loss on W_dec looks at, where an arm's bounds allow it
 
 
@@ -941,10 +654,14 @@ class Trainer:
             math.log(config.l1) if config.l1 and config.activation == "relu" else -math.inf, device=device
         )
         self.log_alpha = torch.tensor(
-            math.log(config.alpha) if config.alpha and (self.arm.pull or self.arm.firing) else -math.inf,
+            math.log(config.alpha) if config.alpha and self.arm.has_loss else -math.inf,
             device=device,
         )
         self.l0 = torch.tensor(self.steered_l0 or 0.0, device=device)  # moving average that steers lambda
+        self.options = {name: getattr(config, name) for name in self.arm.options}
+        self.prepare = self.arm.function(self.arm.prepare, config, generator=self.generator)
+        self.pull = self.arm.function(self.arm.pull, config)
+        self.firing = self.arm.function(self.arm.firing, config)
         self.round = round_steps(config)
         self.held = torch.zeros(0, device=device)  # what omega keeps in a round
         self.omega = torch.tensor(0.0, device=device)  # of the rows last visited
@@ -1041,15 +758,16 @@ class Trainer:
         self._unlock_and_cool()
         updates, batches_left = divmod(self.steps, config.grad_accumulation)
         update_now = batches_left == config.grad_accumulation - 1
-        regroup = (
-            self.arm.uses_groups
-            and update_now
-            and updates % (self.round * max(1, round(config.group_update_steps / self.round))) == 0
-        )
+        regroup = False
+        if self.arm.uses_groups and update_now:
+            rounds = max(1, round(self.options["group_update_steps"] / self.round))
+            regroup = updates % (self.round * rounds) == 0
         signs = random_signs(len(x), 16, self.generator).to(x.device) if regroup else None
         (l1_factor, alpha_factor), share = self._loss_factors(), 1 / config.grad_accumulation
         l1, alpha = self.log_l1.exp() * l1_factor, self.log_alpha.exp() * alpha_factor
-        firing_loss = self.arm.firing(config, alpha) if self.arm.firing and config.alpha else None
+        firing_loss = None
+        if self.firing and config.alpha:
+            firing_loss = slice(0, self.options["forget_features"]), partial(self.firing, alpha=alpha)
         terms = sae.accumulate_grads(x, forget, l1, self.dtype, firing_loss, self._gain(), share, signs)
         measured = {"fvu": terms.fvu, "l0": terms.l0, "l1_coefficient": l1, "alpha": alpha}
         loss = terms.fvu + l1 * terms.l1
@@ -1057,13 +775,12 @@ class Trainer:
             measured["omega_firing"] = terms.firing
             loss = loss + terms.firing
         if regroup and terms.fvu.isfinite():
-            sae.groups = form_groups(firing_profile(terms.sketch, sae.affinity), config.group_size).to(
-                x.device
-            )
+            profile = firing_profile(terms.sketch, sae.affinity)
+            sae.groups = form_groups(profile, self.options["group_size"]).to(x.device)
         pulled = (
-            self._pull(alpha, updates % self.round) if self.arm.pull and config.alpha and update_now else None
+            self._pull(alpha, updates % self.round) if self.pull and config.alpha and update_now else None
         )
-        if self.arm.pull and config.alpha and (updates or update_now):
+        if self.pull and config.alpha and (updates or update_now):
             measured["omega"] = self.omega
             loss = loss + alpha * self.omega
         measured["loss"] = loss
@@ -1090,10 +807,11 @@ class Trainer:
     @torch.no_grad()
     def _pull(self, alpha: Tensor, part: int) -> tuple[Tensor, Tensor] | None:
         """Add alpha times omega's gradient to W_dec's, for the rows of one part of a round, times the steps of the round; returns both."""
-        sae, arm = self.sae, self.arm
-        if part == 0:
-            self.held = arm.prepare(sae, self.config, self.generator)
-        if (pull := arm.pull(sae, self.held, part, self.round)) is None:
+        sae = self.sae
+        if part == 0 and self.prepare:
+            self.held = self.prepare(sae.W_dec)
+        seen = sae.groups if self.arm.uses_groups else self.held
+        if self.pull is None or (pull := self.pull(sae.W_dec, seen, part, self.round)) is None:
             return None
         self.omega, rows, grad = pull
         grad *= self.round * alpha
@@ -1173,10 +891,10 @@ class Trainer:
             self.l0 = 0.9 * self.l0 + 0.1 * terms.l0
             self.log_l1 += 0.01 * (self.l0.clamp(min=1e-3) / self.config.target_l0).log().clamp(-1, 1)
         if self.arm.steered and self.config.alpha:
-            on_retain, on_forget = self.sae.rate[:, : self.config.forget_features].sum(1)
-            self.log_alpha += 0.01 * (
-                on_retain / on_forget.clamp(min=1e-12) / self.config.target_sharing
-            ).clamp(min=1e-3).log().clamp(-1, 1)
+            on_retain, on_forget = self.sae.rate[:, : self.options["forget_features"]].sum(1)
+            measured = on_retain / on_forget.clamp(min=1e-12)
+            off = (measured / self.options["target_sharing"]).clamp(min=1e-3)
+            self.log_alpha += 0.01 * off.log().clamp(-1, 1)
             self.log_alpha.clamp_(math.log(1e-2), math.log(100.0))
 
     @torch.no_grad()
@@ -1218,7 +936,7 @@ class Trainer:
 class Run:
     """One run folder: its trainers, its log, its checkpoints, its results."""
 
-    def __init__(self, out_dir: str, requested: Config, config: Config, testbed: Testbed, n_steps: int):
+    def __init__(self, out_dir: str, requested: Request, config: Config, testbed: Testbed, n_steps: int):
         self.folder, self.config, self.testbed, self.n_steps = Path(out_dir), config, testbed, n_steps
         self.about = {
             "requested": asdict(requested),
@@ -1629,7 +1347,7 @@ def train(
                 save()
 
 
-def refuse_what_does_not_fit(configs: list[Config], testbed: Testbed):
+def refuse_more_than_memory(configs: list[Config], testbed: Testbed):
     """Raises WrongRequest when the memory left does not hold what training surely needs: weights and Adam's moments of every SAE,
     one SAE's gradients and features, and a block of activations that is shuffled."""
     weights = [8 * testbed.d_in * c.d_sae for c in configs]  # bytes of W_enc and W_dec
@@ -1644,7 +1362,7 @@ def refuse_what_does_not_fit(configs: list[Config], testbed: Testbed):
         )
 
 
-def run_experiments(command: Command, configs: list[Config], started: float):
+def run_experiments(command: Command, configs: list[Request], started: float):
     """Train and evaluate all runs of one command, from where their checkpoints stand."""
     process.keep_freed_memory()
     if not command.overwrite and any(checkpoint.steps_in(Path(folder)) for folder in command.out_dir):
@@ -1660,7 +1378,7 @@ def run_experiments(command: Command, configs: list[Config], started: float):
     n_steps = shared.tokens // shared.batch_size
     if evals:
         evaluation_contexts(testbed, shared.context_size)  # refuses text that is too short before training
-    refuse_what_does_not_fit(resolved, testbed)
+    refuse_more_than_memory(resolved, testbed)
     runs = [
         Run(out_dir, *pair, testbed, n_steps) for out_dir, *pair in zip(command.out_dir, configs, resolved)
     ]
@@ -1708,35 +1426,17 @@ def run_experiments(command: Command, configs: list[Config], started: float):
         raise RunFailed(f"{failed[0][1].failed} (no final_info.json where a seed failed: {where})")
 
 
-def resolve(config: Config, testbed: Testbed) -> Config:
-    """Fill what the command and the plan leave open from the testbed, and check it against the LM."""
-    config = replace(
-        config,
-        testbed=testbed.name,
-        **{k: v for k, v in testbed.defaults.items() if getattr(config, k) in (None, "", ())},
-    )
+def resolve(request: Request, testbed: Testbed) -> Config:
+    """Every setting of a run: what the command and the plan leave open is the testbed's. Raises WrongRequest."""
+    config = settings.complete(request, Config, testbed.name, testbed.defaults, testbed.d_in)
     longest = most_positions(testbed.lm.config.to_dict())
     if config.context_size > longest:
-        raise WrongRequest(
-            f"--context_size {config.context_size} is more than the {longest} positions of the LM"
-        )
-    if config.target_l0 >= config.d_sae:
-        raise WrongRequest(f"--target_l0 {config.target_l0:g} must be under --d_sae {config.d_sae}")
-    for name, most in (("k", config.d_sae - 1), ("forget_features", config.d_sae)):
-        if getattr(config, name) > most and (
-            config.activation != "relu" if name == "k" else config.arm == "adaptive"
-        ):
-            raise WrongRequest(
-                f"--{name} {getattr(config, name)} must be at most {most}, for --d_sae {config.d_sae}"
-            )
-    return replace(
-        config,
-        group_size=min(config.group_size, testbed.d_in),
-        chunk_size=min(config.chunk_size, config.d_sae),
-    )
+        more = f"is more than the {longest} positions of the LM"
+        raise WrongRequest(f"--context_size {config.context_size} {more}")
+    return config
 
 
-def main(command: Command, configs: list[Config], started: float | None = None) -> int:
+def main(command: Command, configs: list[Request], started: float | None = None) -> int:
     """Exit code of the command; `started` is when its time began to count (time.monotonic())."""
     try:
         with process.signals, process.global_state_kept():

@@ -820,7 +820,7 @@ def spoil(name: str, value: float):
 
 
 INF, NAN = float("inf"), float("nan")
-ALL = experiment.ARM_NAMES
+ALL = tuple(experiment.ARMS)
 INJECTED = [
     ("activation", ALL, spoil_x, "activations of the LM not finite in 1 of"),
     ("gradient", ("vanilla", "adaptive"), spoil_gradient, "gradient of W_enc_FD not finite in 1 of"),

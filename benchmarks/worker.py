@@ -67,7 +67,9 @@ class Ours(System):
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
         import experiment
         from sae_separation import process
+        from sae_separation.config import complete
         from sae_separation.lm import Testbed
+        from sae_separation.specs import SPECS, defaults_of
 
         process.keep_freed_memory()
         spec = self.spec
@@ -98,7 +100,7 @@ class Ours(System):
             block = self.stream.next_block()
         arms = spec.get("arms", ["vanilla"])
         for seed, arm in enumerate(arms):
-            config = experiment.Config(
+            request = experiment.Request(
                 arm=arm,
                 evals=("none",),
                 tokens=10**9,
@@ -106,11 +108,11 @@ class Ours(System):
                 k=32,
                 context_size=128,
                 resample_steps=0,
-                **spec.get("settings", {}),
+                **{"target_l0": 0.0} | spec.get("settings", {}),
             )
-            self.trainers.append(
-                experiment.Trainer(config, seed, self.testbed.d_in, spec.get("steps", 10**6), block)
-            )
+            defaults, d_in = defaults_of(SPECS["micro"]), self.testbed.d_in
+            config = complete(request, experiment.Config, "bench", defaults, d_in)
+            self.trainers.append(experiment.Trainer(config, seed, d_in, spec.get("steps", 10**6), block))
 
     @cached_property
     def rows(self):

@@ -116,6 +116,11 @@ def random_chunks(n: int, size: int, generator: torch.Generator) -> Tensor:
     return torch.nn.functional.pad(order, (0, -n % size), value=-1).view(-1, size)
 
 
+def chunks_of_rows(W_dec: Tensor, chunk_size: int, generator: torch.Generator) -> Tensor:
+    """`random_chunks` of the rows of W_dec [F, D], where these are."""
+    return random_chunks(len(W_dec), chunk_size, generator).to(W_dec.device)
+
+
 def pull_ortsae(W_dec: Tensor, chunks: Tensor, part: int = 0, parts: int = 1) -> Pull | None:
     """Of OrtSAE's loss (arXiv 2509.22033), mean over rows of (max_{j ≠ i in the chunk} cos_ij)²: 2 max / n
     times the nearest row for each row, and times each row for its nearest.

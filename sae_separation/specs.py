@@ -103,6 +103,9 @@ SPECS = {
 TESTBEDS = ("auto", *(name for name in SPECS if name != "custom"))
 
 
+GIVEN = ("lm", "layer", "forget_text", "retain_text", "questions", "forget_subject", "scoring")
+
+
 @dataclass
 class Wanted:
     """What the command line says about LM, text and questions; what is left empty takes the testbed's own."""
@@ -124,9 +127,7 @@ class Wanted:
     file's name, or subject=file), also in the forms of MMLU, WMDP and ARC"""
     forget_subject: str = ""
     """the subject of the questions that is to be forgotten"""
-    scoring: Literal[SCORINGS] | None = simple_parsing.field(
-        default=None, metavar=f"{{{','.join(SCORINGS)}}}"
-    )
+    scoring: Literal[SCORINGS] | None = simple_parsing.field(default=None, metavar="{letter,cloze}")
     """how questions are answered: the letter (SAEBench's), or cloze (the likeliest choice)"""
 
     @property
@@ -135,10 +136,12 @@ class Wanted:
         return "custom" if self.testbed == "auto" and self.lm else self.testbed
 
 
+def defaults_of(spec: Spec) -> dict:
+    """What a run on it takes for each setting that is left open."""
+    return spec.defaults | {name: getattr(spec, name) for name in GIVEN}
+
+
 def spec_of(wanted: Wanted, name: str) -> Spec:
     """The testbed `name` with what the command line puts in its place."""
-    given = {
-        k: getattr(wanted, k)
-        for k in ("lm", "layer", "forget_text", "retain_text", "questions", "forget_subject", "scoring")
-    }
+    given = {name: getattr(wanted, name) for name in GIVEN}
     return replace(SPECS[name], **{k: v for k, v in given.items() if v not in (None, "", ())})

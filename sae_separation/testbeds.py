@@ -28,7 +28,7 @@ from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.exam import Exam, logits_at, most_positions, pad_alone
 from sae_separation.lm import InterventionLM, Testbed, load_lm, load_tokenizer, without_bars
 from sae_separation.questions import Question, check_subjects, read_questions
-from sae_separation.specs import HERE, SPECS, Wanted, spec_of
+from sae_separation.specs import HERE, SPECS, Wanted, defaults_of, spec_of
 from sae_separation.text import (
     LONGEST,
     Text,
@@ -90,11 +90,7 @@ def load(
         scoring=spec.scoring,
         prompt_format=spec.prompt_format,
         clamp_scale=spec.clamp_scale,
-        defaults=spec.defaults
-        | {
-            k: getattr(spec, k)
-            for k in ("lm", "layer", "forget_text", "retain_text", "questions", "forget_subject", "scoring")
-        },
+        defaults=defaults_of(spec),
         describe={"lm": spec.lm, "sources": described} | ({"world_seed": world.seed} if world else {}),
         sweep=spec.sweep,
         n_held_out=spec.n_held_out,

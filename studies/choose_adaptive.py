@@ -47,12 +47,10 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     args = parser.parse_args()
     configs = [
-        experiment.Config(testbed="micro", lm=args.world, seeds=tuple(args.seeds), **VARIANTS[name])
+        experiment.Request(testbed="micro", lm=args.world, seeds=tuple(args.seeds), **VARIANTS[name])
         for name in args.only
     ]
-    command = experiment.Command(
-        testbed="micro", lm=args.world, out_dir=tuple(f"tuning/{name}" for name in args.only)
-    )
+    command = experiment.Command(out_dir=tuple(f"tuning/{name}" for name in args.only))
     command, configs = experiment.unfinished(command, configs)
     if configs and experiment.main(command, configs):
         sys.exit(1)

@@ -15,7 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import experiment
 from sae_separation import testbeds
+from sae_separation.config import complete
 from sae_separation.losses import omega_all_pairs
+from sae_separation.specs import SPECS, defaults_of
 
 VARIANTS = ("fixed:0.1", "fixed:1.0", "grouped:0.1", "grouped:0.5", "grouped:1.0", "ortsae:0.25")
 STEPS = 600
@@ -23,7 +25,7 @@ STEPS = 600
 
 def trained(arm: str, alpha: float, seed: int, block: experiment.ActivationBlock) -> tuple[float, float]:
     """FVU and Ω after training with rounds as long as experiment.round_steps says."""
-    config = experiment.Config(
+    request = experiment.Request(
         arm=arm,
         alpha=alpha,
         d_sae=512,
@@ -36,8 +38,10 @@ def trained(arm: str, alpha: float, seed: int, block: experiment.ActivationBlock
         resample_steps=0,
         evals=("none",),
     )
+    defaults, d_in = defaults_of(SPECS["micro"]), block.x.shape[1]
+    config = complete(request, experiment.Config, "micro", defaults, d_in)
     trainer, batches = (
-        experiment.Trainer(config, seed, block.x.shape[1], STEPS, block),
+        experiment.Trainer(config, seed, d_in, STEPS, block),
         list(block.batches(1024)),
     )
     fvu = [trainer.step(*batches[i % len(batches)])["fvu"].item() for i in range(STEPS)]

@@ -13,6 +13,7 @@ import tiny
 from conftest import run_script
 
 import experiment
+from sae_separation import config
 from sae_separation.errors import WrongRequest
 from sae_separation.questions import read_questions
 from sae_separation.text import read_local
@@ -32,11 +33,11 @@ OPTIONS = {
     "unknown arm": (["--out_dir=x", "--arm=magic"], "magic"),
     "chunks of one feature": (
         ["--out_dir=x", "--arm=ortsae", "--chunk_size=1"],
-        "--chunk_size 1 must be at least 2",
+        "--chunk_size is 1: give a finite number of at least 2",
     ),
     "groups of one feature": (
         ["--out_dir=x", "--arm=grouped", "--group_size=1"],
-        "--group_size 1 must be at least 2",
+        "--group_size is 1: give a finite number of at least 2",
     ),
     "unknown option": (["--out_dir=run_0", "--learning_rate=1"], "--learning_rate"),
     "an option cut short": (["--out_dir=run_0", "--token=300000"], "--token"),
@@ -58,16 +59,28 @@ OPTIONS = {
     "more features than memory": (["--out_dir=run_0", "--d_sae=99999999999"], "--d_sae"),
     "more tokens than there are": (["--out_dir=run_0", "--tokens=99999999999999999999"], "--tokens"),
     "same seed twice": (["--out_dir=run_0", "--seeds", "1", "1"], "each once"),
-    "negative seed": (["--out_dir=run_0", "--seeds", "-1"], "a seed lies in"),
+    "negative seed": (
+        ["--out_dir=run_0", "--seeds", "-1"],
+        "--seeds is -1: give a finite number of at least 0",
+    ),
     "no seed": (["--out_dir=run_0", "--seeds"], "--seeds"),
     "same folder twice": (["--out_dir", "run_0", "./run_0"], "two runs one name"),
     "two runs of one name": (["--out_dir", "a/run_0", "b/run_0"], "two runs one name"),
     "empty out_dir": (["--out_dir=", "--arm=fixed"], "--out_dir is missing"),
-    "context of one": (["--out_dir=run_0", "--context_size=1"], "--context_size 1"),
-    "batch of one": (["--out_dir=run_0", "--batch_size=1"], "--batch_size 1"),
+    "context of one": (
+        ["--out_dir=run_0", "--context_size=1"],
+        "--context_size is 1: give a finite number of at least 8",
+    ),
+    "batch of one": (
+        ["--out_dir=run_0", "--batch_size=1"],
+        "--batch_size is 1: give a finite number of at least 2",
+    ),
     "buffer under a batch": (["--out_dir=run_0", "--buffer_tokens=100"], "--buffer_tokens 100"),
     "no way to steer": (["--out_dir=run_0", "--l1=0"], "--l1 0"),
-    "sharing beyond all": (["--out_dir=run_0", "--target_sharing=1.5"], "--target_sharing 1.5"),
+    "sharing beyond all": (
+        ["--out_dir=run_0", "--target_sharing=1.5"],
+        "--target_sharing is 1.5: give a smaller number, of at most 1",
+    ),
     "features fewer than k": (["--out_dir=run_8", "--d_sae=64", "--k=80"], "--k 80"),
     "layer below the first": (["--out_dir=run_0", "--layer=-1"], "--layer is -1"),
     "layer beyond micro's": (["--out_dir=run_0", "--testbed=micro", "--layer=4"], "4 layers; give 0 to 3"),
@@ -240,7 +253,7 @@ def bad_texts(folder: Path):
 def request(argv: list[str]):
     """What the script does before it imports anything heavy."""
     command, configs = experiment.unfinished(*experiment.parse_command(argv))
-    experiment.check(command, configs)
+    config.check(command, configs)
 
 
 def refused(argv: list[str], said: str, folder: Path):

@@ -12,8 +12,10 @@ from conftest import ROOT
 from test_bad_input import OWN, here, refused, request  # noqa: F401  (here is a fixture)
 
 import experiment
-from experiment import ONE_PASS, PLAN, Command, Config, parse_command
+from experiment import ARMS, PLAN, Command, Request, parse_command
 from sae_separation import checks
+from sae_separation import config as settings
+from sae_separation.config import ACTIVATION_NAMES, ONE_PASS, check, option, whole_number, with_arms
 from sae_separation.errors import WrongRequest
 from sae_separation.specs import Wanted
 
@@ -42,7 +44,7 @@ ANOTHER = {
 
 
 def test_every_setting_is_either_shared_by_a_pass_or_a_runs_own():
-    assert A_RUNS_OWN | set(ONE_PASS) == {f.name for f in fields(Config)}, (
+    assert A_RUNS_OWN | set(ONE_PASS) == {f.name for f in fields(Request)}, (
         "a new setting needs a class: ONE_PASS, or here"
     )
     assert not A_RUNS_OWN & set(ONE_PASS) and len(set(ONE_PASS)) == len(ONE_PASS)
@@ -58,7 +60,7 @@ def test_runs_that_differ_in_what_a_pass_shares_are_refused_before_anything_star
 
     monkeypatch.setattr("sae_separation.testbeds.load", never)
     monkeypatch.chdir(tmp_path)
-    configs = [Config(), Config(arm="fixed", **{name: ANOTHER[name]})]
+    configs = [Request(), Request(arm="fixed", **{name: ANOTHER[name]})]
     assert experiment.main(Command(out_dir=("a", "b")), configs) == 2
     (last,) = capsys.readouterr().err.splitlines()
     assert last.startswith(f"error: --{name} differs between runs")
@@ -72,7 +74,7 @@ def test_a_plan_whose_runs_cannot_share_a_pass_is_refused_before_anything_heavy(
         ["--out_dir", f"{tmp_path}/run_0", f"{tmp_path}/run_1", "--testbed=micro"]
     )
     with pytest.raises(WrongRequest, match=r"--tokens differs .*run_0 409600, .*run_1 None\)"):
-        experiment.check(command, configs)
+        check(command, configs)
 
 
 class Measured:
@@ -106,9 +108,9 @@ def test_what_is_a_runs_own_takes_effect_in_each_run(micro, monkeypatch, tmp_pat
     monkeypatch.setattr(experiment, "tqdm", Bar)
     small = dict(testbed="micro", tokens=51_200, batch_size=512, buffer_tokens=16_384, target_l0=8.0)
     configs = [
-        Config(**small, seeds=(3,), evals=("none",), d_sae=96, arm="fixed", alpha=0.3),
-        Config(**small, seeds=(0,), evals=("core",), d_sae=64, lr=1e-3),
-        Config(
+        Request(**small, seeds=(3,), evals=("none",), d_sae=96, arm="fixed", alpha=0.3),
+        Request(**small, seeds=(0,), evals=("core",), d_sae=64, lr=1e-3),
+        Request(
             **small, seeds=(0, 1), evals=("unlearning", "geometry"), d_sae=128, k=8, activation="batchtopk"
         ),
     ]
@@ -263,13 +265,13 @@ NUMBERS = {
 
 @pytest.mark.parametrize("said", NUMBERS)
 def test_amounts_are_read_as_people_write_them(said):
-    assert experiment.whole_number(said) == NUMBERS[said]
+    assert whole_number(said) == NUMBERS[said]
     (config,) = parse_command(["--out_dir=run_0", "--dead_tokens", said])[1]
     assert config.dead_tokens == NUMBERS[said] and type(config.dead_tokens) is int
 
 
 def test_every_whole_number_of_the_command_line_is_read_so():
-    options = [f.name for f in fields(Config) if f.type in (int, int | None)]
+    options = [f.name for f in fields(Request) if f.type in (int, int | None)]
     assert len(options) == 17
     values = {
         "layer": 3,
@@ -379,7 +381,7 @@ def test_evaluations_without_questions_lack_none(here):  # noqa: F811
         ("--out_dir run_0 --alpha 1", "--alpha in run_0 (arm vanilla)"),
         ("--out_dir run_6 --k 8", "--k in run_6 (activation relu)"),
         ("--out_dir run_6 -k 8", "--k in run_6 (activation relu)"),
-        ("--out_dir run_8 --target_l0=8 --l1 0.1", "--target_l0 --l1 in run_8 (activation batchtopk)"),
+        ("--out_dir run_8 --target_l0=8 --l1 0.1", "--l1 --target_l0 in run_8 (activation batchtopk)"),
         ("--out_dir run_2 --chunk_size 64", "--chunk_size in run_2 (arm grouped)"),
         (
             "--out_dir run_0 run_1 run_6 --forget_features 9",
@@ -405,6 +407,63 @@ def test_an_option_that_does_nothing_in_a_run_is_told_in_one_line(argv, said, ca
     assert capsys.readouterr().err == (f"warning: without effect: {said}\n" if said else "")
 
 
+def test_an_arm_brings_its_options_by_its_row_alone(capsys):
+    """A row more in the table: its name can be asked for, its option is bounded, and told where it does nothing."""
+    row = experiment.Arm(pull="pull_all_pairs", options={"tau": option(0.3, "cosines that are free", most=1)})
+    arms = ARMS | {"hinge": row}
+
+    @with_arms(arms)
+    class Asked(settings.Request):
+        pass
+
+    def parse(said: str) -> Asked:
+        return settings.parse_command(said.split(), PLAN, arms, Asked, "")[1][0]
+
+    asked = parse("--out_dir=mine --arm=hinge --tau=0.2 --alpha=2 --margin=3 --testbed=micro")
+    assert (asked.arm, asked.tau, asked.alpha) == ("hinge", 0.2, 2.0)
+    assert capsys.readouterr().err == "warning: without effect: --margin in mine (arm hinge)\n"
+    assert parse("--out_dir=run_1 --tau=0.2").tau == 0.2
+    assert capsys.readouterr().err == "warning: without effect: --tau in run_1 (arm fixed)\n"
+    with pytest.raises(WrongRequest, match="--tau is 1.5: give a smaller number, of at most 1"):
+        parse("--out_dir=mine --arm=hinge --tau=1.5")
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert re.search(r"--tau float +cosines that are free \(default: 0.3\)", capsys.readouterr().out)
+
+
+def test_every_option_has_a_help_text(capsys):
+    with pytest.raises(SystemExit):
+        parse_command(["--help"])
+    text = capsys.readouterr().out.partition("options:")[2]
+    for name in (f.name for kind in (Request, Command) for f in fields(kind)):
+        said = re.search(rf"^  (-k \[int\], )?--{name}\b[^\n]*?(  +|\n {{10,}})\w", text, re.M)
+        assert said, name
+
+
+def test_a_complete_config_has_the_settings_that_can_be_asked_for_and_none_is_open():
+    config = tiny.config(arm="ortsae", d_sae=256)
+    assert {f.name for f in fields(config)} == {f.name for f in fields(Request)}
+    assert None not in vars(config).values()
+    assert (config.chunk_size, config.group_size, config.tokens) == (256, 64, 3_000_000)
+    assert tiny.config(arm="grouped", group_size=500).group_size == 128, "d_in"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (dict(arm="adaptive", forget_features=1025), "--forget_features 1025 must be at most --d_sae 1024"),
+        (dict(activation="batchtopk", k=1024), r"--k 1024 must lie in \[1, --d_sae 1024\)"),
+        (dict(target_l0=1024.0), "--target_l0 1024 must be under --d_sae 1024"),
+        (dict(unlock_steps=190), "--unlock_steps 190: .* training takes 1464 steps"),
+    ],
+)
+def test_what_does_not_fit_the_testbeds_defaults_is_refused_too(asked, said):
+    request = Request(**asked)
+    with pytest.raises(WrongRequest, match=said):
+        tiny.config(**asked)
+    assert request.d_sae is None
+
+
 def test_options_said_to_do_nothing_do_nothing(activations):
     """Trained with another value of each, an SAE is the same to the bit."""
     import torch
@@ -425,21 +484,18 @@ def test_options_said_to_do_nothing_do_nothing(activations):
         "k": 20,
         "temperature": 0.9,
     }
-    assert set(other) == {option for options, *_ in experiment.ONLY_FOR for option in options}
-    for setting, values in (("arm", experiment.ARM_NAMES), ("activation", experiment.ACTIVATION_NAMES)):
+    ever = set()
+    for setting, values in (("arm", ARMS), ("activation", ACTIVATION_NAMES)):
         for value in values:
-            only = [
-                options for options, s, matter in experiment.ONLY_FOR if s == setting and value not in matter
-            ]
-            plain, idle = (
-                replace(SMALL, **{setting: value}),
-                {option: other[option] for options in only for option in options},
-            )
+            plain = replace(SMALL, **{setting: value})
+            idle = {f.name: other[f.name] for f in fields(plain) if not plain.matters(f)}
+            ever |= set(idle)
             trained = [
                 train(config, activations, steps=6)[0].sae.state_dict()
                 for config in (plain, replace(plain, **idle))
             ]
             assert all(torch.equal(tensor, trained[1][name]) for name, tensor in trained[0].items()), value
+    assert ever == set(other)
 
 
 # ---- the LM's folder

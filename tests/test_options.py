@@ -10,7 +10,7 @@ import torch
 from test_trainer import SMALL, train
 
 import experiment
-from experiment import Config, OrthogonalSAE, Trainer, WrongRequest
+from experiment import OrthogonalSAE, Request, Trainer, WrongRequest
 from sae_separation import losses
 from sae_separation.export import export, load_exported
 from sae_separation.sparse import batch_top_k, relu, soft_k_winners
@@ -136,8 +136,8 @@ def test_what_the_format_cannot_hold_is_refused_at_export_and_before_training(tm
         export(soft, tmp_path, META)
     assert not any(tmp_path.iterdir())
     with pytest.raises(WrongRequest, match="--evals none"):
-        Config(skip=0.1)
-    assert Config(skip=0.1, evals=("none",)).skip == 0.1
+        Request(skip=0.1)
+    assert Request(skip=0.1, evals=("none",)).skip == 0.1
 
 
 def test_options_and_their_state_are_in_the_state_dict():
@@ -256,7 +256,7 @@ def test_progressive_unlocking_opens_a_quarter_and_a_tenth_at_every_growth(activ
 
 def test_unlocking_that_would_not_end_is_refused():
     with pytest.raises(WrongRequest, match="--unlock_steps 50.*200 steps"):
-        Config(unlock_steps=50, batch_size=512, tokens=200 * 512)
+        Request(unlock_steps=50, batch_size=512, tokens=200 * 512)
 
 
 # ---- regularisation and the optimiser

@@ -256,7 +256,7 @@ def test_undefined_metrics_are_null_with_a_reason_and_never_a_mean_of_fewer_seed
     import experiment
 
     run = experiment.Run.__new__(experiment.Run)
-    run.config, run.warnings = experiment.Config(seeds=(3, 4)), []
+    run.config, run.warnings = experiment.Request(seeds=(3, 4)), []
     summary = run._summarise("core", {"good": [1.0, 3.0], "bad": [1.0, math.nan], "none": [None, None]})
     assert summary["means"] == {"good": 2.0, "bad": None, "none": None} and summary["stderrs"][
         "good"

@@ -5,14 +5,16 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 
 import experiment
-from experiment import ARMS, SPARSE_SHARE, ActivationBlock, Config, RunFailed, Trainer
+from experiment import ARMS, SPARSE_SHARE, ActivationBlock, RunFailed, Trainer
+from sae_separation import losses
 from sae_separation.losses import omega_all_pairs, pull_grouped
 from sae_separation.sparse import remove_radial
 
-SMALL = Config(
+SMALL = tiny.config(
     arm="vanilla",
     d_sae=256,
     target_l0=8.0,
@@ -105,8 +107,8 @@ def test_a_frozen_decoder_is_never_trained(activations):
 def test_ortsae_visits_a_row_every_fifth_step_with_five_times_the_weight(activations, monkeypatch):
     """256 features in one chunk of 512: all of them at one of five steps, as published; in chunks of 64, one at each of four steps of five."""
     for chunk_size, at in ((512, [0, 5, 10]), (64, [0, 1, 2, 3, 5, 6, 7, 8, 10])):
-        visits, pull = [], experiment.pull_ortsae
-        monkeypatch.setattr(experiment, "pull_ortsae", lambda *args: visits.append(pull(*args)) or visits[-1])
+        visits, pull = [], losses.pull_ortsae
+        monkeypatch.setattr(losses, "pull_ortsae", lambda *args: visits.append(pull(*args)) or visits[-1])
         _, history = train(
             replace(SMALL, arm="ortsae", alpha=0.25, chunk_size=chunk_size), activations, steps=11
         )
@@ -135,7 +137,7 @@ def test_a_round_adds_the_gradient_of_every_row_once_with_the_weight_of_the_roun
     for part in range(trainer.round):
         trainer._pull(alpha, part)
     seen = sae.W_dec.grad.clone()
-    whole = ARMS[arm].pull(sae, trainer.held, 0, 1)
+    whole = trainer.pull(sae.W_dec, sae.groups if arm == "grouped" else trainer.held, 0, 1)
     expected = torch.zeros_like(seen)
     expected[whole[1]] = whole[2]
     torch.testing.assert_close(seen, trainer.round * 0.3 * expected)
@@ -336,7 +338,7 @@ def test_the_longest_rounds_learn_the_curve_of_the_shortest(arm, alpha, activati
 
 def test_a_round_is_long_for_large_dictionaries_and_gentle_losses_only():
     steps = lambda arm, d_sae, alpha=0.1, lr=3e-3: experiment.round_steps(
-        Config(arm=arm, d_sae=d_sae, alpha=alpha, lr=lr)
+        tiny.config(arm=arm, d_sae=d_sae, alpha=alpha, lr=lr)
     )
     assert [steps("fixed", n) for n in (64, 1024, 1025, 4096, 16_384, 131_072)] == [1, 1, 2, 4, 16, 16]
     assert [steps("grouped", 16_384, alpha) for alpha in (0.01, 0.5, 1.0, 10.0)] == [8, 2, 1, 1] and steps(

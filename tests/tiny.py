@@ -58,6 +58,16 @@ WINDOWED_KINDS = {  # layers that see the last 16 tokens alone; or other places 
 }
 
 
+def config(**settings):
+    """A run's Config on the embedded testbed, without loading it."""
+    import experiment
+    from sae_separation.config import complete
+    from sae_separation.specs import SPECS, defaults_of
+
+    request, defaults = experiment.Request(**settings), defaults_of(SPECS["micro"])
+    return complete(request, experiment.Config, "micro", defaults, d_in=128)
+
+
 def save_tokenizer(folder: Path, letters: bool = True):
     """Byte-level with Gemma's special tokens; with `letters`, " A" to " D" are whole tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -1,0 +1,420 @@
+"""What can be asked of a run, and how a command line becomes requests. Imports no torch.
+
+    requests: Request                               # what is asked; what is None or empty is left to the testbed
+    complete(request, Config, name, defaults, d_in) # the same settings, every one with its value
+
+Both get the arms' own options from the table of arms (`with_arms`). The bounds of a setting stand beside it (`option`).
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from decimal import Decimal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal, Protocol, TypeVar
+
+import simple_parsing
+
+from sae_separation import checks
+from sae_separation.errors import WrongRequest
+from sae_separation.run_folder import SECTIONS
+from sae_separation.specs import SCORINGS, Wanted
+
+ACTIVATION_NAMES = ("relu", "batchtopk", "softk")
+EVALS = (*SECTIONS, "none")
+
+# ---- settings and their bounds
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a number, or each of several, may be: at least `least` and more than `above`, at most `most` and less than
+    `below`. `activations`: those under which it does something, if not all. `cut_to`: d_in or d_sae, to which a larger
+    one is cut. `within`: another setting that it may not exceed, in runs where it does something."""
+
+    least: float = 0
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    activations: tuple[str, ...] = ACTIVATION_NAMES
+    cut_to: str = ""
+    within: str = ""
+
+    def check(self, name: str, value: float):
+        """Raises WrongRequest for a value out of bounds."""
+        most = self.most or (1e12 if isinstance(value, int) else 1e30)
+        if value > most or self.below is not None and value >= self.below:
+            limit = f"of at most {most:.15g}" if self.below is None else f"below {self.below:g}"
+            raise WrongRequest(f"--{name} is {value:.6g}: give a smaller number, {limit}")
+        if not value >= self.least or self.above is not None and value <= self.above:
+            limit = f"of at least {self.least:g}" if self.above is None else f"above {self.above:g}"
+            raise WrongRequest(f"--{name} is {value:.6g}: give a finite number {limit}")
+
+
+def option(default, help: str | None = None, metavar: str | None = None, **bounds) -> Any:
+    """A dataclass field for the command line, with its Bounds. Without `help`, the text under the field is its help."""
+    how = {"help": help, "metavar": metavar}
+    how = {k: v for k, v in how.items() if v is not None}
+    return simple_parsing.field(default=default, metadata={"bounds": Bounds(**bounds)}, **how)
+
+
+def bounds_of(f) -> Bounds:
+    return f.metadata.get("bounds", Bounds())
+
+
+def refuse_out_of_bounds(said: Any):
+    """Raises WrongRequest for a number in a dataclass, or one of several, that is not what its field takes."""
+    for f in fields(said):
+        value = getattr(said, f.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                bounds_of(f).check(f.name, number)
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """The settings of a run for which no testbed has a default of its own."""
+
+    arm: str = "vanilla"
+    """which orthogonality loss (see ARMS)"""
+    seeds: tuple[int, ...] = option((0, 1, 2), most=2**31 - 1)
+    """one SAE a seed, trained side by side on one LM pass"""
+    evals: tuple[Literal[EVALS], ...] = option(EVALS[:-1], metavar=f"{{{','.join(EVALS)}}} ...")
+    """which evaluations, or none"""
+
+    batch_size: int = option(2048, least=2, most=2**20)
+    """activations an optimiser step"""
+    buffer_tokens: int = option(131_072, least=1, most=2**26)
+    """activations that are collected and shuffled at once"""
+
+    activation: Literal[ACTIVATION_NAMES] = "relu"
+    """how features compete: relu (sparse by lambda), batchtopk (the k B largest of a batch), softk (soft
+    k-winners-take-all)"""
+    temperature: float = option(0.3, above=0, activations=("softk",))
+    """softk: the gate's temperature at the start; it falls to 0 by the time the learning rate decays"""
+    l1: float = option(0.03, activations=("relu",))
+    """lambda, weight of the sparsity loss: where it starts, or stays without a target"""
+
+    alpha: float = option(0.1)
+    """weight of the orthogonality loss (adaptive: where its steering starts)"""
+    alpha_start: float = option(0.0)
+    """alpha curriculum: alpha starts here and rises geometrically to --alpha half-way; 0: no curriculum"""
+    loss_warmup_steps: int = option(0)
+    """steps over which lambda and alpha count from 0 to full"""
+
+    layer_norm: bool = False
+    """feed the SAE layer-normalised activations"""
+    skip: float = option(0.0, below=1)
+    """share of the centred input that goes past the features; not in the SAELens format, so it needs --evals none"""
+    orthogonal_init: bool = False
+    """start from blocks of orthonormal decoder rows"""
+    feature_dropout: float = option(0.0, below=1)
+    """share of the features left out of each batch"""
+    unlock_steps: int = option(0)
+    """progressive unlocking: a quarter of the features, and every so many steps a tenth more; 0: all at once"""
+
+    lr: float = option(3e-3, above=0)
+    """Adam's learning rate after warm-up"""
+    feature_lr_power: float = option(0.0)
+    """a feature's learning rate is multiplied by (mean firing rate / its own) to this power, within 0.1 to 10"""
+    grad_clip: float = option(0.0)
+    """largest norm of the gradient over all parameters; 0: any"""
+    grad_accumulation: int = option(1, least=1)
+    """batches whose mean gradient makes one optimiser step"""
+    warmup_steps: int = option(100)
+    """steps over which the learning rate rises from 0"""
+    decay_fraction: float = option(0.2, most=1)
+    """last part of training over which the learning rate falls to 0"""
+    compile: bool = False
+    """torch.compile for the SAE's part of a step, made for GPUs: a wait at the start, dense products only; on a CPU
+    sparse ones are faster"""
+    resample_steps: int = option(50)
+    """steps between two resamplings of dead features, until the learning rate decays; 0: never"""
+    dead_tokens: int = option(50_000, least=1)
+    """a feature that has not fired for so many tokens is dead"""
+
+    time_budget_minutes: float = option(110.0, above=0)
+    """training stops when seven tenths of this are used, set-up and the time before an interruption counted in; the
+    rest is left for evaluation, which is not cut short"""
+
+    def __post_init__(self):
+        refuse_out_of_bounds(self)
+        refuse_what_does_not_fit(self)
+
+    def matters(self, f) -> bool:
+        """Whether a setting, given as its dataclass field, does something in this run."""
+        return self.activation in bounds_of(f).activations and self.arm in f.metadata.get("arms", (self.arm,))
+
+
+@dataclass(kw_only=True)
+class Request(Settings, Wanted):
+    """What is asked of one run. What is None or empty takes the testbed's default."""
+
+    tokens: int | None = option(None, least=1, most=10**12)
+    """activations to train on, per SAE"""
+    context_size: int | None = option(None, least=8, most=2**20)
+    """tokens a context, the leading BOS included"""
+    d_sae: int | None = option(None, least=2, most=2**22)
+    """features"""
+    k: int | None = option(None, activations=("batchtopk", "softk"))
+    """batchtopk, softk: active features a token"""
+    target_l0: float | None = option(None, activations=("relu",))
+    """mean active features a token that lambda is steered to; 0 keeps lambda at --l1"""
+
+
+@dataclass(kw_only=True)
+class Config(Settings):
+    """One run with every setting: what a Request leaves open is the testbed's (`complete`)."""
+
+    testbed: str
+    lm: str
+    layer: int
+    forget_text: tuple[str, ...]
+    retain_text: tuple[str, ...]
+    questions: tuple[str, ...]
+    forget_subject: str
+    scoring: Literal[SCORINGS]
+    tokens: int
+    context_size: int
+    d_sae: int
+    k: int
+    target_l0: float
+
+
+def refuse_what_does_not_fit(said: Any):
+    """Raises WrongRequest for settings of a Request or a Config that do not fit together; what is None is left out."""
+    for name in ("seeds", "evals"):
+        values = getattr(said, name)
+        if not values or len(set(values)) != len(values):
+            raise WrongRequest(f"--{name} {values}: give at least one, each once")
+    if "none" in said.evals and len(said.evals) > 1:
+        raise WrongRequest(f"--evals {' '.join(said.evals)}: none stands alone")
+    if said.skip and said.evals != ("none",):
+        why = "cannot be held by the SAELens format that the evaluations read"
+        raise WrongRequest(f"--skip {said.skip} {why}: give --evals none to train without them")
+    if said.buffer_tokens < 4 * said.batch_size:
+        need = f"must hold at least 4 batches of {said.batch_size} to shuffle them"
+        raise WrongRequest(f"--buffer_tokens {said.buffer_tokens} {need}")
+    if said.activation == "relu" and said.target_l0 != 0 and not said.l1:  # None is the testbed's target
+        remedy = "start from a small number, or give --target_l0 0"
+        raise WrongRequest(f"--l1 0 cannot be steered to a target L0: {remedy}")
+    if said.d_sae is not None:
+        if said.activation != "relu" and said.k is not None and not 1 <= said.k < said.d_sae:
+            raise WrongRequest(f"--k {said.k} must lie in [1, --d_sae {said.d_sae})")
+        if said.activation == "relu" and said.target_l0 is not None and said.target_l0 >= said.d_sae:
+            raise WrongRequest(f"--target_l0 {said.target_l0:g} must be under --d_sae {said.d_sae}")
+    for f in fields(said):
+        limit, value = bounds_of(f).within, getattr(said, f.name)
+        most = getattr(said, limit) if limit else None
+        if most is not None and value > most and said.matters(f):
+            raise WrongRequest(f"--{f.name} {value} must be at most --{limit} {most}")
+    if said.tokens is not None:
+        steps = said.tokens // said.batch_size
+        if steps < 100:
+            told = f"{steps} steps of --batch_size {said.batch_size}: training takes at least 100"
+            raise WrongRequest(f"--tokens {said.tokens} is {told}")
+        if said.unlock_steps and 8 * said.unlock_steps >= steps:
+            told = f"all features are open after 8 times that, but training takes {steps} steps"
+            raise WrongRequest(f"--unlock_steps {said.unlock_steps}: {told}")
+
+
+class Arm(Protocol):
+    """What is asked here of a row in the table of arms."""
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Its own options: name -> `option`."""
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether alpha weighs anything."""
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def with_arms(arms: Mapping[str, Arm]) -> Callable[[type[S]], type[S]]:
+    """A class decorator: a Request or a Config that knows the names of these arms and has their own options."""
+    own = {name: made for row in arms.values() for name, made in row.options.items()}
+
+    def add(kind: type[S]) -> type[S]:
+        with_loss = {f.name: f for f in fields(kind) if f.name in ("alpha", "alpha_start")}
+        for name, made in (with_loss | own).items():
+            users = [
+                arm for arm, row in arms.items() if name in row.options or name in with_loss and row.has_loss
+            ]
+            metadata = {**made.metadata, "arms": tuple(users)}
+            setattr(kind, name, field(default=made.default, metadata=metadata))
+            kind.__annotations__[name] = type(made.default)
+        kind.__annotations__["arm"] = Literal[tuple(arms)]
+        kind.arm = Settings.arm
+        return dataclass(kw_only=True)(kind)
+
+    return add
+
+
+def complete(request: Request, kind: type[S], testbed: str, defaults: Mapping[str, Any], d_in: int) -> S:
+    """The Config of a Request on a testbed: what is left open takes the `defaults`, and what cannot be larger than d_in
+    or d_sae is cut to it. Raises WrongRequest for what does not fit together."""
+    said = {f.name: getattr(request, f.name) for f in fields(request)}
+    said |= {name: default for name, default in defaults.items() if said[name] in (None, "", ())}
+    most = {"": float("inf"), "d_in": d_in, "d_sae": said["d_sae"]}
+    said |= {f.name: min(said[f.name], most[to]) for f in fields(request) if (to := bounds_of(f).cut_to)}
+    return kind(**said | {"testbed": testbed})
+
+
+# ---- the command
+
+
+@dataclass
+class Command:
+    """Where the runs of a command go, and how they are kept."""
+
+    out_dir: tuple[str, ...] = ()
+    """run folders; run_0, run_1, ... are the plan's runs, another name needs --arm"""
+    overwrite: bool = False
+    """start anew in a folder that holds a run"""
+    checkpoint_seconds: float = option(60.0)
+    """training time between two checkpoints, at least; writing them takes at most a fiftieth of it"""
+
+    def __post_init__(self):
+        refuse_out_of_bounds(self)
+        self.out_dir = tuple(map(os.path.expanduser, self.out_dir))
+
+
+# Settings of the LM pass, which all runs of a command share. All others are a run's own.
+ONE_PASS = (
+    *(f.name for f in fields(Wanted)),
+    "tokens",
+    "context_size",
+    "batch_size",
+    "buffer_tokens",
+    "time_budget_minutes",
+)
+
+
+def whole_number(said: str) -> int:
+    """200000, 200_000, 200k, 3M, 1B or 4e5. Raises argparse.ArgumentTypeError for what is no whole number."""
+    digits, power = said[:-1], {"k": 3, "m": 6, "b": 9}.get(said[-1:].lower())
+    try:
+        number = Decimal(said) if power is None else Decimal(digits).scaleb(power)
+    except ArithmeticError:
+        number = Decimal("nan")
+    if number.is_finite() and number.adjusted() > 30:
+        raise argparse.ArgumentTypeError(f"{said} is too large: give a smaller number")
+    if not number.is_finite() or number != number.to_integral_value():
+        raise argparse.ArgumentTypeError(f"{said} is not a whole number (200000, 200_000, 200k, 3M, 4e5)")
+    return int(number)
+
+
+def as_options(settings: Mapping[str, Any]) -> str:
+    """As on a command line."""
+    told = ((name, f"{value:g}" if isinstance(value, float) else value) for name, value in settings.items())
+    return " ".join(f"--{name} {value}" for name, value in told)
+
+
+class Parser(simple_parsing.ArgumentParser):
+    """Reads whole numbers as people write them, and raises WrongRequest for what it does not take."""
+
+    def __init__(self, **how):
+        super().__init__(**how, allow_abbrev=False)
+        self.register("type", int, whole_number)
+
+    def error(self, message: str):
+        several = "several values follow their option without =, as in --out_dir run_0 run_1"
+        message = re.sub(r"(unrecognized arguments: [^-].*)", rf"\1; {several}", message)
+        literal = r"invalid typing\.Literal\[(.*)\] value: (.*)"
+        message = re.sub(literal, r"invalid choice: \2 (choose from \1)", message)
+        raise WrongRequest(f"{message} (--help lists the options)")
+
+
+R = TypeVar("R", bound=Request)
+
+
+def parse_command(
+    argv: Sequence[str], plan: Mapping[str, dict], arms: Mapping[str, Arm], kind: type[R], description: str
+) -> tuple[Command, list[R]]:
+    """The command and one request per run folder: the plan's settings, then what the command line says.
+
+    Says what the plan gives to each folder, and warns of options without effect. Raises WrongRequest.
+    """
+
+    def parse(**planned) -> tuple[Command, R]:
+        parser = Parser(prog="experiment.py", description=description)
+        parser.add_arguments(kind, dest="request", default=kind(**planned))
+        parser.add_arguments(Command, dest="command")
+        parsed = parser.parse_args(list(argv))
+        return parsed.command, parsed.request
+
+    (command, first), lacking = parse(), {}
+    given = {said[1] for said in (re.match(r"--?([a-z]\w*)", a) for a in argv) if said}
+    names = [Path(d).name for d in command.out_dir]
+    unplanned = [d for d, name in zip(command.out_dir, names) if name not in plan]
+    if not command.out_dir or "" in command.out_dir:
+        what = f"name a run of the plan ({', '.join(plan)}), or another folder and --arm"
+        lacking["out_dir"] = "mine/it" if "arm" in given else "mine/run_1", what
+    elif unplanned and "arm" not in given:
+        what = f"not in the plan ({', '.join(plan)}); give its --arm ({', '.join(arms)})"
+        lacking["arm"] = "vanilla", f"{' '.join(unplanned)} is {what}"
+    checks.refuse_missing(lacking | checks.missing(first, first.evals), argv)
+    if len(set(names)) != len(names):
+        raise WrongRequest(f"--out_dir gives two runs one name: {' '.join(command.out_dir)}")
+    told, requests = [], []
+    for out_dir, name in zip(command.out_dir, names):
+        planned = plan.get(name, {})
+        requests.append(parse(**planned)[1])
+        if planned:
+            told.append(of_the_plan(out_dir, planned, given, requests[-1]))
+        if requests[-1] in requests[:-1]:
+            twins = f"{command.out_dir[requests.index(requests[-1])]} {out_dir}"
+            remedy = "(options are for all runs): leave one out"
+            raise WrongRequest(f"--out_dir {twins} are two runs with the same settings {remedy}")
+    for line in told:
+        print(line)
+    if idle := without_effect(given, command.out_dir, requests):
+        print(f"warning: without effect: {idle}", file=sys.stderr)
+    return command, requests
+
+
+def of_the_plan(out_dir: str, planned: Mapping[str, Any], given: set[str], request: Request) -> str:
+    """What the plan says of a run, and what is given in its place: all of it, or WrongRequest is raised."""
+    says = f"{out_dir}: run {Path(out_dir).name.removeprefix('run_')} of the plan: {as_options(planned)}"
+    changed = as_options({k: now for k, v in planned.items() if (now := getattr(request, k)) != v})
+    rest = [f"--{k}" for k in planned if k not in given]
+    if changed and rest:
+        remedy = f"name another folder and its --arm, or give {' '.join(rest)} too"
+        raise WrongRequest(f"--out_dir {says}, which {changed} contradicts: {remedy}")
+    return f"{says}; in its place {changed}" if changed else says
+
+
+def without_effect(given: Iterable[str], out_dirs: Sequence[str], requests: Sequence[Request]) -> str:
+    """Which of the options given do nothing in which runs."""
+    idle: dict[str, list[str]] = {}
+    for out_dir, request in zip(out_dirs, requests):
+        for f in fields(request):
+            if f.name in given and not request.matters(f):
+                setting = "activation" if request.activation not in bounds_of(f).activations else "arm"
+                run = f"in {out_dir} ({setting} {getattr(request, setting)})"
+                idle.setdefault(run, []).append(f"--{f.name}")
+    return ", ".join(f"{' '.join(options)} {run}" for run, options in idle.items())
+
+
+def one_pass(out_dirs: Sequence[str], runs: Sequence[Settings]) -> SimpleNamespace:
+    """The settings that all runs share, and no others. Raises WrongRequest where they differ."""
+    for name in ONE_PASS:
+        values = [getattr(run, name) for run in runs]
+        if any(value != values[0] for value in values):
+            told = ", ".join(f"{out_dir} {value}" for out_dir, value in zip(out_dirs, values))
+            remedy = "give it one value, or train these runs by commands of their own"
+            raise WrongRequest(f"--{name} differs between runs on one pass of the LM ({told}): {remedy}")
+    return SimpleNamespace(**{name: getattr(runs[0], name) for name in ONE_PASS})
+
+
+def check(command: Command, requests: Sequence[Request]):
+    """Refuse what can be known to be wrong before anything heavy is imported. Raises WrongRequest."""
+    one_pass(command.out_dir, requests)
+    checks.check(requests[0], {name for request in requests for name in request.evals})
