@@ -61,7 +61,7 @@ from sae_separation.run_folder import SECTIONS
 
 STARTED = time.monotonic()
 
-# ------------------------------------------------------------------------------------------------ plan and arms
+# ------------------------------------------------------------------------------------------- plan and arms
 
 PLAN = {
     "run_0": {"arm": "vanilla"},
@@ -86,19 +86,19 @@ PLAN = {
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the study: alpha times a loss on the rows of W_dec, or a loss on pre-activations that alpha stands in.
+    """One row of the study: alpha times a loss on the rows of W_dec, or a loss on firing that holds alpha.
 
-    `pull`, `prepare` and `firing` name functions of losses.py: it needs torch, and a request is read without. Each is
-    given those of the row's `options` that are among its parameters.
+    `pull`, `prepare` and `firing` name functions of losses.py: it needs torch, and a request is read without.
+    Each is given those of the row's `options` that are among its parameters.
 
-    pull(W_dec, seen, part, parts): gives a losses.Pull for a part of the rows at a time; `seen` is the SAE's groups
-        where the arm `uses_groups`, else what prepare(W_dec) gave at the start of a round over all parts.
-    firing(pre, forget, alpha): the value and the gradient by the pre-activations of the first --forget_features.
+    pull(W_dec, seen, part, parts): gives a losses.Pull for a part of the rows at a time; `seen` is the SAE's
+        groups where the arm `uses_groups`, else what prepare(W_dec) gave at the start of a round over all.
+    firing(pre, forget, alpha): the loss and its gradient by the pre-activations of the forget features.
 
-    `every`: the least steps of a round, whose pulls weigh as much as the round has steps. `longest`: the most, with
-    alpha times the learning rate up to `gentle`, and fewer in proportion beyond: FVU is then within 1 % of the variance
-    all along of what it is with rounds of `every` (tested; notes.txt). `steered`: alpha follows the measured sharing of
-    the first --forget_features features towards --target_sharing.
+    `every`: the least steps of a round, whose pulls weigh as much as the round has steps. `longest`: the
+    most, with alpha times the learning rate up to `gentle`, and fewer beyond: FVU is then within
+    1 % of the variance all along of what it is with rounds of `every` (tested; notes.txt). `steered`: alpha
+    follows the measured sharing of the first --forget_features features towards --target_sharing.
     """
 
     pull: str = ""
@@ -117,7 +117,7 @@ class Arm:
         return bool(self.pull or self.firing)
 
     def function(self, name: str, config: settings.Config, **more) -> Callable | None:
-        """The function of losses.py, with the options (and what `more` there is) that it takes; None for no name."""
+        """The function of losses.py with those of the options and of `more` that it takes; None for no name."""
         if not name:
             return None
         given = {option: getattr(config, option) for option in self.options} | more
@@ -137,7 +137,8 @@ ARMS = {
             "group_size": option(64, "grouped: features a group, at most d_in", least=2, cut_to="d_in"),
             "group_update_steps": option(
                 100,
-                "grouped: optimiser steps between two formations of the groups, to the nearest round over all of them",
+                "grouped: optimiser steps between two formations of the groups, to the nearest round over "
+                "all of them",
                 least=1,
             ),
         },
@@ -151,7 +152,8 @@ ARMS = {
             ),
             "margin": option(
                 1.0,
-                "adaptive: distance from 0, in units of u, that a forget feature's pre-activation keeps on retain text",
+                "adaptive: distance from 0, in units of u, that a forget feature's pre-activation keeps on "
+                "retain text",
             ),
             "gap_weight": option(
                 10.0, "adaptive: weight of the loss on forget tokens that no forget feature fires on"
@@ -177,12 +179,12 @@ ARMS = {
 
 @settings.with_arms(ARMS)
 class Request(settings.Request):
-    """What is asked of one run: the settings of config.py and the arms' own options; None is left to the testbed."""
+    """What is asked of one run. What is None or empty takes the testbed's default."""
 
 
 @settings.with_arms(ARMS)
 class Config(settings.Config):
-    """One run with every setting, the same ones."""
+    """One run with every setting."""
 
 
 def parse_command(argv: Sequence[str]) -> tuple[Command, list[Request]]:

@@ -174,7 +174,7 @@ def test_a_non_finite_term_stops_the_run_and_is_named(where, activations, monkey
     elif where == "weight":
         trainer.sae.b_dec.data[0] = before.new_tensor(math.inf)
     else:
-        monkeypatch.setattr("experiment.gram", lambda W: W.T @ W * math.nan)
+        monkeypatch.setattr(trainer, "prepare", lambda W: W.T @ W * math.nan)
     with pytest.raises(
         RunFailed,
         match=f"{'omega' if where == 'omega' else 'fvu'} = (nan|inf).* at step 10 of arm fixed, seed 0",
