@@ -6,9 +6,9 @@
     python experiment.py --out_dir=run_1                     # again: an interrupted run goes on, a finished one says so
     python plot.py                                           # figures over all run folders
 
-The file reads in the order in which data flows: config and plan -> activation stream -> OrthogonalSAE (its products: features.py) ->
-arms (their losses and groups: losses.py) -> trainer -> run (evaluated by evaluation.py) -> main. DIMENSIONS in names: B batch rows, D d_in,
-F d_sae, G feature groups.
+The file reads in the order in which data flows: plan and arms (settings: config.py, losses: losses.py) -> activation
+stream -> OrthogonalSAE (its products: sparse.py) -> trainer -> run (evaluated by evaluation.py) -> main. DIMENSIONS in
+names: B batch rows, D d_in, F d_sae, G feature groups.
 """
 
 import python_version  # noqa: F401  (first: refuses a Python that this does not work with)
@@ -125,6 +125,7 @@ class Arm:
         return partial(getattr(losses, name), **{k: v for k, v in given.items() if k in takes})
 
 
+CHUNKS = {"chunk_size": option(512, "ortsae: features a random chunk", least=2, cut_to="d_sae")}
 ARMS = {
     "vanilla": Arm(),
     "frozen_decoder": Arm(trains_decoder=False),
@@ -172,7 +173,7 @@ ARMS = {
         prepare="chunks_of_rows",
         every=5,
         gentle=7.5e-4,
-        options={"chunk_size": option(512, "ortsae: features a random chunk", least=2, cut_to="d_sae")},
+        options=CHUNKS,
     ),
 }
 
