@@ -6,9 +6,9 @@
     python experiment.py --out_dir=run_1                     # again: an interrupted run goes on, a finished one says so
     python plot.py                                           # figures over all run folders
 
-The file reads in the order in which data flows: plan and arms (settings: config.py, losses: losses.py) -> activation
-stream -> OrthogonalSAE (its products: sparse.py) -> trainer -> run (evaluated by evaluation.py) -> main. DIMENSIONS in
-names: B batch rows, D d_in, F d_sae, G feature groups.
+The file reads in the order in which data flows: plan and arms (config.py, losses.py) ->
+activation stream -> OrthogonalSAE (its products: sparse.py) -> trainer -> run (evaluated by evaluation.py) ->
+main. DIMENSIONS in names: B batch rows, D d_in, F d_sae, G feature groups.
 """
 
 import python_version  # noqa: F401  (first: refuses a Python that this does not work with)
@@ -117,7 +117,7 @@ class Arm:
         return bool(self.pull or self.firing)
 
     def function(self, name: str, config: settings.Config, **more) -> Callable | None:
-        """The function of losses.py with those of the options and of `more` that it takes; None for no name."""
+        """The function of losses.py, given what it takes of the options and of `more`; None for no name."""
         if not name:
             return None
         given = {option: getattr(config, option) for option in self.options} | more
@@ -1430,7 +1430,7 @@ def run_experiments(command: Command, configs: list[Request], started: float):
 
 
 def resolve(request: Request, testbed: Testbed) -> Config:
-    """Every setting of a run: what the command and the plan leave open is the testbed's. Raises WrongRequest."""
+    """Every setting of a run; what is left open takes the testbed's default. Raises WrongRequest."""
     config = settings.complete(request, Config, testbed.name, testbed.defaults, testbed.d_in)
     longest = most_positions(testbed.lm.config.to_dict())
     if config.context_size > longest:

@@ -1,9 +1,9 @@
 """What can be asked of a run, and how a command line becomes requests. Imports no torch.
 
-    requests: Request                               # what is asked; what is None or empty is left to the testbed
-    complete(request, Config, name, defaults, d_in) # the same settings, every one with its value
+    Request                                          # what is asked; None or empty is left to the testbed
+    complete(request, Config, name, defaults, d_in)  # the same settings, every one with its value
 
-Both get the arms' own options from the table of arms (`with_arms`). The bounds of a setting stand beside it (`option`).
+Both get the arms' own options from the table of arms (`with_arms`). The bounds of a setting stand beside it.
 """
 
 import argparse
@@ -32,9 +32,9 @@ EVALS = (*SECTIONS, "none")
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a number, or each of several, may be: at least `least` and more than `above`, at most `most` and less than
-    `below`. `activations`: those under which it does something, if not all. `cut_to`: d_in or d_sae, to which a larger
-    one is cut. `within`: another setting that it may not exceed, in runs where it does something."""
+    """What a number, or each of several, may be: at least `least` and more than `above`, at most `most` and less
+    than `below`. `activations`: those under which it does something, if not all. `cut_to`: d_in or d_sae, to
+    which a larger one is cut. `within`: another setting that it may not exceed, where it does something."""
 
     least: float = 0
     most: float | None = None
@@ -56,7 +56,7 @@ class Bounds:
 
 
 def option(default, help: str | None = None, metavar: str | None = None, **bounds) -> Any:
-    """A dataclass field for the command line, with its Bounds. Without `help`, the text under the field is its help."""
+    """A dataclass field for the command line, with its Bounds. Its help is `help`, or the text under it."""
     how = {"help": help, "metavar": metavar}
     how = {k: v for k, v in how.items() if v is not None}
     return simple_parsing.field(default=default, metadata={"bounds": Bounds(**bounds)}, **how)
@@ -67,7 +67,7 @@ def bounds_of(f) -> Bounds:
 
 
 def refuse_out_of_bounds(said: Any):
-    """Raises WrongRequest for a number in a dataclass, or one of several, that is not what its field takes."""
+    """Raises WrongRequest for a number in a dataclass that is out of its field's bounds."""
     for f in fields(said):
         value = getattr(said, f.name)
         for number in value if isinstance(value, tuple) else (value,):
@@ -109,18 +109,21 @@ class Settings:
     layer_norm: bool = False
     """feed the SAE layer-normalised activations"""
     skip: float = option(0.0, below=1)
-    """share of the centred input that goes past the features; not in the SAELens format, so it needs --evals none"""
+    """share of the centred input that goes past the features; not in the SAELens format, so it needs --evals
+    none"""
     orthogonal_init: bool = False
     """start from blocks of orthonormal decoder rows"""
     feature_dropout: float = option(0.0, below=1)
     """share of the features left out of each batch"""
     unlock_steps: int = option(0)
-    """progressive unlocking: a quarter of the features, and every so many steps a tenth more; 0: all at once"""
+    """progressive unlocking: a quarter of the features, and every so many steps a tenth more; 0: all at
+    once"""
 
     lr: float = option(3e-3, above=0)
     """Adam's learning rate after warm-up"""
     feature_lr_power: float = option(0.0)
-    """a feature's learning rate is multiplied by (mean firing rate / its own) to this power, within 0.1 to 10"""
+    """a feature's learning rate is multiplied by (mean firing rate / its own) to this power, within 0.1 to
+    10"""
     grad_clip: float = option(0.0)
     """largest norm of the gradient over all parameters; 0: any"""
     grad_accumulation: int = option(1, least=1)
@@ -130,16 +133,16 @@ class Settings:
     decay_fraction: float = option(0.2, most=1)
     """last part of training over which the learning rate falls to 0"""
     compile: bool = False
-    """torch.compile for the SAE's part of a step, made for GPUs: a wait at the start, dense products only; on a CPU
-    sparse ones are faster"""
+    """torch.compile for the SAE's part of a step, made for GPUs: a wait at the start, dense products only; on
+    a CPU sparse ones are faster"""
     resample_steps: int = option(50)
     """steps between two resamplings of dead features, until the learning rate decays; 0: never"""
     dead_tokens: int = option(50_000, least=1)
     """a feature that has not fired for so many tokens is dead"""
 
     time_budget_minutes: float = option(110.0, above=0)
-    """training stops when seven tenths of this are used, set-up and the time before an interruption counted in; the
-    rest is left for evaluation, which is not cut short"""
+    """training stops when seven tenths of this are used, set-up and the time before an interruption counted
+    in; the rest is left for evaluation, which is not cut short"""
 
     def __post_init__(self):
         refuse_out_of_bounds(self)
@@ -186,7 +189,7 @@ class Config(Settings):
 
 
 def refuse_what_does_not_fit(said: Any):
-    """Raises WrongRequest for settings of a Request or a Config that do not fit together; what is None is left out."""
+    """Raises WrongRequest for settings of a Request or a Config that do not fit together. None fits all."""
     for name in ("seeds", "evals"):
         values = getattr(said, name)
         if not values or len(set(values)) != len(values):
@@ -238,7 +241,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def with_arms(arms: Mapping[str, Arm]) -> Callable[[type[S]], type[S]]:
-    """A class decorator: a Request or a Config that knows the names of these arms and has their own options."""
+    """A class decorator: a Request or a Config with the names of these arms, and their own options."""
     own = {name: made for row in arms.values() for name, made in row.options.items()}
 
     def add(kind: type[S]) -> type[S]:
@@ -258,8 +261,8 @@ def with_arms(arms: Mapping[str, Arm]) -> Callable[[type[S]], type[S]]:
 
 
 def complete(request: Request, kind: type[S], testbed: str, defaults: Mapping[str, Any], d_in: int) -> S:
-    """The Config of a Request on a testbed: what is left open takes the `defaults`, and what cannot be larger than d_in
-    or d_sae is cut to it. Raises WrongRequest for what does not fit together."""
+    """The Config of a Request on a testbed: what is left open takes the `defaults`, and what cannot be larger
+    than d_in or d_sae is cut to it. Raises WrongRequest for what does not fit together."""
     said = {f.name: getattr(request, f.name) for f in fields(request)}
     said |= {name: default for name, default in defaults.items() if said[name] in (None, "", ())}
     most = {"": float("inf"), "d_in": d_in, "d_sae": said["d_sae"]}
