@@ -436,7 +436,7 @@ def test_every_option_has_a_help_text(capsys):
         parse_command(["--help"])
     text = capsys.readouterr().out.partition("options:")[2]
     for name in (f.name for kind in (Request, Command) for f in fields(kind)):
-        said = re.search(rf"^  (-k \[int\], )?--{name}\b[^\n]*?(  +|\n {{10,}})\w", text, re.M)
+        said = re.search(rf"^  (-k \[int\], )?--{name}\b[^\n]*?(  +|\n {{10,}})\S", text, re.M)
         assert said, name
 
 
