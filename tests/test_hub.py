@@ -625,7 +625,7 @@ def test_auto_is_micro_without_a_hub_and_decided_in_time(hub, tmp_path):
     silent = client(
         hub,
         tmp_path,
-        "from sae_separation import testbeds\nstarted = time.monotonic()\nprint(json.dumps([testbeds.pythia_can_be_had(), time.monotonic() - started, testbeds.load('auto').name]))",
+        "from sae_separation import testbeds\nstarted = time.monotonic()\nprint(json.dumps([testbeds.first_can_be_had(), time.monotonic() - started, testbeds.load('auto').name]))",
     )
     found, seconds, name = json.loads(silent.stdout)
     assert not found and name == "micro" and seconds < 10

@@ -219,7 +219,7 @@ def test_byte_level_tokens_of_an_exam_are_those_of_question_and_choice_alone(mic
 
 def test_chat_prompts_take_both_spellings_of_a_letter(tmp_path):
     tiny.save_tokenizer(tmp_path)
-    tokenizer = load_tokenizer(tmp_path, "custom")
+    tokenizer = load_tokenizer(tmp_path)
     letters = letter_tokens(tokenizer, "GEMMA_INST_FORMAT")
     assert tokenizer.convert_ids_to_tokens(letters[0]) == ["A", "B", "C", "D"]
     assert tokenizer.convert_ids_to_tokens(letters[1]) == ["ĠA", "ĠB", "ĠC", "ĠD"]
@@ -231,7 +231,7 @@ def test_a_choice_without_a_token_is_refused(prefix_space, tmp_path):
     saved["normalizer"]["normalizers"].insert(0, strip)
     tiny.save_prefix_space_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
-    tokenizer = load_tokenizer(tmp_path, "custom")
+    tokenizer = load_tokenizer(tmp_path)
     with pytest.raises(WrongRequest, match="Which.* has a choice without a token"):
         Exam(tokenizer, [Question("x", "Which?", ("a", "b", " ", "d"), 0)], "cloze")
 
@@ -311,7 +311,7 @@ def with_a_long_embedding(folder, token_id, factor):
 
 def test_an_lm_with_massive_activations_in_most_contexts_is_refused_before_training(own, tmp_path, capsys):
     folder = tiny.save_lm(tmp_path / "lm")
-    tokenizer = load_tokenizer(folder, "custom")
+    tokenizer = load_tokenizer(folder)
     with_a_long_embedding(
         folder, tokenizer.convert_tokens_to_ids("a"), 300
     )  # in every context of forget text

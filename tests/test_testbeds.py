@@ -1,5 +1,6 @@
 """Any LM, any text, any questions: what is read, what is left out, what is refused, and that the rest works on it."""
 
+import ast
 import gzip
 import json
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import tiny
 import torch
 import zstandard
-from conftest import run_script
+from conftest import ROOT, run_script
 
 import experiment
 from sae_separation import evaluation, testbeds
@@ -399,7 +400,7 @@ def test_the_named_testbeds_are_what_the_study_says():
     assert asked == set(published.dataset_names)
     assert smollm.scoring == "cloze" and not smollm.forget_text
     for layer in (5, 19):
-        assert spec_of(Wanted(testbed="gemma-2-2b", layer=layer), "gemma-2-2b").layer == layer
+        assert spec_of(Wanted(testbed="gemma-2-2b", layer=layer), SPECS["gemma-2-2b"]).layer == layer
 
 
 def test_gemma_is_asked_as_its_instructed_sibling_in_bfloat16_with_saebenchs_sweep(
@@ -474,15 +475,24 @@ def test_auto_takes_pythia_where_it_can_be_had_and_a_named_testbed_never_falls_b
         "sae_separation.testbeds.read_questions",
         lambda said: seen.append(said) or (_ for _ in ()).throw(RunFailed("hub")),
     )
-    monkeypatch.setattr("sae_separation.testbeds.pythia_can_be_had", lambda: True)
+    monkeypatch.setattr("sae_separation.testbeds.first_can_be_had", lambda: True)
     for name in ("auto", "pythia-70m"):
         with pytest.raises(RunFailed, match="hub"):
             testbeds.load(name)
     assert seen == [SPECS["pythia-70m"].questions] * 2
-    monkeypatch.setattr("sae_separation.testbeds.pythia_can_be_had", lambda: False)
+    monkeypatch.setattr("sae_separation.testbeds.first_can_be_had", lambda: False)
     assert testbeds.load("auto").name == "micro"
     with pytest.raises(RunFailed, match="hub"):
         testbeds.load("pythia-70m")
+
+
+def test_no_module_but_the_table_of_testbeds_knows_a_testbed_by_name():
+    modules = [*(ROOT / "sae_separation").glob("*.py"), ROOT / "experiment.py"]
+    for path in (path for path in modules if path.name != "specs.py"):
+        strings = (
+            node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)
+        )
+        assert not set(SPECS) & {said for said in strings if isinstance(said, str)}, path
 
 
 def test_smollm2_is_dequantised_once_and_cached(tmp_path, monkeypatch, own):
