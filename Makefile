@@ -1,9 +1,9 @@
-# `make run` and `make test` do everything on a fresh machine: environment, dependencies, then the work.
+# `make run`, `make check` and `make test` do everything on a fresh machine: environment, dependencies, then the work.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run study test docs micro faults bench bench-quick
+.PHONY: run study check test test-fast docs micro faults bench bench-quick
 
 run: $(VENV)/ready
 	$(BIN)/python experiment.py --out_dir reproduced/run_0 reproduced/run_1 --testbed=micro
@@ -12,6 +12,14 @@ run: $(VENV)/ready
 study: $(VENV)/ready  # all runs of the plan, five seeds: an hour on 2 cores, less with bfloat16 instructions
 	$(BIN)/python experiment.py --out_dir $(addprefix reproduced/run_,0 1 2 3 4 5 6 7 8 9 10) --seeds 0 1 2 3 4 --testbed=micro
 	cd reproduced && $(abspath $(BIN))/python ../plot.py $(addprefix run_,0 1 2 3 4 5 6 7 8 9 10)
+
+check: $(VENV)/ready-dev  # form, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test-fast: $(VENV)/ready-dev  # all but what is marked slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" tests
 
 test: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests

@@ -1,10 +1,13 @@
-"""Figures, tables and a report from run folders alone: python plot.py [run_0 run_1 ...]    (default: every run_* folder here)
+"""Figures, tables and a report from run folders alone.
 
-Needs numpy and matplotlib only. Folders that are not complete are skipped, and the reason is printed. Figures are written
-as PNGs and the report as report.html, one page that needs nothing else, into the current folder, each whole
-or not at all; the table goes to the screen. † marks a run whose warnings.json is not empty, or whose files are
-not as they were written. A figure whose data no run has is left out, and the reason is printed. Exit code 2: a wrong
-request, 1: a file could not be written; one last line on stderr says what is wrong.
+    python plot.py [run_0 run_1 ...]    (default: every run_* folder here)
+
+Needs numpy and matplotlib only. Folders that are not complete are skipped, and the reason is printed.
+Figures are written as PNGs and the report as report.html, one page that needs nothing else, into the
+current folder, each whole or not at all; the table goes to the screen. † marks a run whose warnings.json
+is not empty, or whose files are not as they were written. A figure whose data no run has is left out, and
+the reason is printed. Exit code 2: a wrong request, 1: a file could not be written; one last line on
+stderr says what is wrong.
 """
 
 import argparse
@@ -64,7 +67,8 @@ labels = {
     "run_10": "frozen decoder",
 }
 
-# Okabe & Ito's palette, told apart by the colour-blind (grey for its yellow), and three more of Tol's; line styles and markers tell them apart in print
+# Okabe & Ito's palette, told apart by the colour-blind (grey for its yellow), and three more of Tol's; line
+# styles and markers tell them apart in print
 COLOURS = [
     "#000000",
     "#E69F00",
@@ -306,7 +310,8 @@ class Run:
         return [array for seed in cells if len(array := np.array([c for c in seed if not np.isnan(c).any()]))]
 
     def notes(self) -> dict[str, int]:
-        """The warnings without their seeds and how often each stands there; metrics that are merely undefined come last."""
+        """The warnings without their seeds and how often each stands there; metrics that are merely
+        undefined come last."""
         texts = sorted(
             (re.sub(r"^seed \d+: ", "", w) for w in self.warnings), key=lambda text: "is undefined" in text
         )
@@ -447,7 +452,8 @@ def explained_variance(runs: list[Run]):
 
 
 def within(sweep: np.ndarray, budgets: np.ndarray) -> np.ndarray:
-    """The most gained by a cell of the sweep [cell, (cost, gain)] that costs no more than each budget; doing nothing gains 0."""
+    """The most gained by a cell of the sweep [cell, (cost, gain)] that costs no more than each budget;
+    doing nothing gains 0."""
     costs, gains = sweep[np.argsort(sweep[:, 0])].T
     return np.maximum.accumulate([0.0, *gains])[np.searchsorted(costs, budgets + 1e-9, side="right")]
 
@@ -643,14 +649,34 @@ def interventions(runs: list[Run]):
 
 
 FIGURES = {  # drawer -> what it shows, in words; the PNG bears the drawer's name
-    unlearning_tradeoff: "Trade-off between forgetting and retaining under SAEBench's sweep. Left: the lowest accuracy on known forget questions that any setting reaches while keeping at "
-    "least so much accuracy on known retain questions, with chance, SAEBench's bound, and what random features reach within the bound. Right: the same for held-out text, in cross-entropy.",
-    explained_variance: "Explained variance against L0 (left) and against the mean largest cosine between features (right). Bars: standard error over seeds.",
-    alpha_sweep: "The grouped arm over the weight α of its loss, beside the other arms: unlearning score, cross-entropy added on forget text, explained variance. Bars: standard error over seeds.",
-    interventions: "Unlearning under three interventions: clamp, conditional clamp and guardrail; in questions (left) and in held-out text (right). Bars: standard error over seeds.",
-    geometry: "Geometry of forget, retain and shared features: singular values of their decoder rows (mean over seeds as far as the smallest group reaches), condition numbers and effective "
-    "ranks (mean and standard error), and principal angles between the forget and the retain subspaces (0 degrees: a direction in common).",
-    training_curves: "Training: fraction of variance unexplained, L0, λ, α, dead features, and the share of firing that the two domains have in common. Mean over seeds.",
+    unlearning_tradeoff: (
+        "Trade-off between forgetting and retaining under SAEBench's sweep. Left: the lowest accuracy on"
+        " known forget questions that any setting reaches while keeping at least so much accuracy on known"
+        " retain questions, with chance, SAEBench's bound, and what random features reach within the bound."
+        " Right: the same for held-out text, in cross-entropy."
+    ),
+    explained_variance: (
+        "Explained variance against L0 (left) and against the mean largest cosine between features (right)."
+        " Bars: standard error over seeds."
+    ),
+    alpha_sweep: (
+        "The grouped arm over the weight α of its loss, beside the other arms: unlearning score,"
+        " cross-entropy added on forget text, explained variance. Bars: standard error over seeds."
+    ),
+    interventions: (
+        "Unlearning under three interventions: clamp, conditional clamp and guardrail; in questions (left)"
+        " and in held-out text (right). Bars: standard error over seeds."
+    ),
+    geometry: (
+        "Geometry of forget, retain and shared features: singular values of their decoder rows (mean over"
+        " seeds as far as the smallest group reaches), condition numbers and effective ranks (mean and"
+        " standard error), and principal angles between the forget and the retain subspaces (0 degrees: a"
+        " direction in common)."
+    ),
+    training_curves: (
+        "Training: fraction of variance unexplained, L0, λ, α, dead features, and the share of firing that"
+        " the two domains have in common. Mean over seeds."
+    ),
 }
 BAND = " Bands run from the least to the most of the seeds."
 
@@ -696,8 +722,8 @@ def draw(runs: list[Run]) -> dict:
 
 
 def two_sided_p(t: float, df: int) -> float:
-    """Chance that |T| ≥ |t| for Student's T with df ≥ 1 (whole) degrees of freedom: the finite sums 26.7.3 and 26.7.4 of
-    Abramowitz & Stegun, exact to rounding."""
+    """Chance that |T| ≥ |t| for Student's T with df ≥ 1 (whole) degrees of freedom: the finite sums 26.7.3
+    and 26.7.4 of Abramowitz & Stegun, exact to rounding."""
     theta = math.atan(abs(t) / math.sqrt(df))
     sine, cosine = math.sin(theta), math.cos(theta)
     term, total = (cosine, 0.0) if df % 2 else (1.0, 0.0)
@@ -708,8 +734,10 @@ def two_sided_p(t: float, df: int) -> float:
 
 
 def paired_tests(pairs, section: str, metric: str) -> list[dict]:
-    """Pairs of runs on the seeds they share: mean difference, its standard error, and the paired t-test's p, two-sided, as
-    it is and after Holm's correction for the number of tests. p is nan under two seeds, or where the differences do not vary."""
+    """Pairs of runs on the seeds they share: mean difference, its standard error, and the paired t-test's
+    p, two-sided, as it is and after Holm's correction for the number of tests. p is nan under two seeds,
+    or where the differences do not vary.
+    """
     tests = []
     for a, b in pairs:
         x, y = (run.by_seed(section, metric) for run in (a, b))
@@ -769,8 +797,13 @@ def against_table(reference: Run, runs: list[Run]) -> str:
     scores, gains, explained = (
         {t["b"]: t for t in paired_tests(pairs, *metric)} for metric in (SCORE, GAIN, EXPLAINED)
     )
-    difference = lambda t: shown(t["difference"], t["stderr"], "+.3f").replace("± +", "± ") if t else "-"
-    p = lambda t, kind: f"{t[kind]:.2g}" if t and np.isfinite(t[kind]) else "-"
+
+    def difference(t):
+        return shown(t["difference"], t["stderr"], "+.3f").replace("± +", "± ") if t else "-"
+
+    def p(t, kind):
+        return f"{t[kind]:.2g}" if t and np.isfinite(t[kind]) else "-"
+
     rows = [
         [
             f"{run.name} {run.label}",
@@ -800,16 +833,18 @@ def cautions(runs: list[Run], skipped: list[str]) -> list[str]:
     if l0 and max(l0.values()) - min(l0.values()) > MATCHED_L0:
         low, high = min(l0, key=l0.get), max(l0, key=l0.get)
         said.append(
-            f"The runs are not at matched L0: it goes from {l0[low]:.1f} ({low.name}, {low.label}) to {l0[high]:.1f} ({high.name}, {high.label}), more than {MATCHED_L0:g} apart. "
-            "Differences between them may be differences in sparsity."
+            f"The runs are not at matched L0: it goes from {l0[low]:.1f} ({low.name}, {low.label}) to"
+            f" {l0[high]:.1f} ({high.name}, {high.label}), more than {MATCHED_L0:g} apart. Differences"
+            " between them may be differences in sparsity."
         )
     there = {os.path.basename(os.path.realpath(run.folder)) for run in runs}
     if missing := [f"{name} ({label})" for name, label in labels.items() if name not in there]:
         said.append(f"Runs of the plan that are missing here: {', '.join(missing)}.")
     said += [f"Skipped: {reason}." for reason in skipped]
-    testbed = lambda run, key: (
-        run.config["testbed"].get(key) if isinstance(run.config.get("testbed"), dict) else None
-    )
+
+    def testbed(run, key):
+        return run.config["testbed"].get(key) if isinstance(run.config.get("testbed"), dict) else None
+
     compared = {
         "seeds": lambda r: r.seeds,
         "testbed": lambda r: testbed(r, "name"),
@@ -835,7 +870,8 @@ def esc(value) -> str:
 
 
 def table(caption: str, head: list[str], rows: list[list], kind="sortable") -> str:
-    """A table in a frame that scrolls on a narrow screen. A cell is a text, or (text, value to sort by, small print)."""
+    """A table in a frame that scrolls on a narrow screen. A cell is a text, or (text, value to sort by,
+    small print)."""
 
     def cell(value, tag: str) -> str:
         text, key, small = value if isinstance(value, tuple) else (value, value, "")
@@ -849,7 +885,8 @@ def table(caption: str, head: list[str], rows: list[list], kind="sortable") -> s
     ]
     heads = "".join(f'<th scope="col">{esc(title)}</th>' for title in head)
     return (
-        f'<div class="frame" role="region" tabindex="0" aria-label="{esc(caption)}"><table class="{kind}"><caption><span>{esc(caption)}</span></caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n'
+        f'<div class="frame" role="region" tabindex="0" aria-label="{esc(caption)}"><table class="{kind}">'
+        f"<caption><span>{esc(caption)}</span></caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n"
         + "\n".join(lines)
         + "\n</tbody></table></div>"
     )
@@ -866,11 +903,17 @@ def summary(runs: list[Run]) -> str:
     if not scored:
         return f"<p>{esc(setup)} No run has an unlearning score.</p>"
     best = max(scored, key=lambda run: scored[run][0])
-    told = f"Highest mean unlearning score: {shown(*scored[best])} ({best.name}, {best.label}); the same procedure on random features: {shown(*best.mean('unlearning', 'random_feature_score'))}."
+    told = (
+        f"Highest mean unlearning score: {shown(*scored[best])} ({best.name}, {best.label}); the same"
+        f" procedure on random features: {shown(*best.mean('unlearning', 'random_feature_score'))}."
+    )
     if (vanilla := next((run for run in runs if run.arm == "vanilla"), best)) is not best:
         for test in paired_tests([(best, vanilla)], *SCORE):
             p = f"{test['p']:.2g}" if np.isfinite(test["p"]) else "not defined"
-            told += f" Against {vanilla.name} ({vanilla.label}), seed by seed: {test['difference']:+.3f} (paired t-test, {test['n']} shared seeds, p {p}, not corrected for having picked the highest)."
+            told += (
+                f" Against {vanilla.name} ({vanilla.label}), seed by seed: {test['difference']:+.3f} (paired"
+                f" t-test, {test['n']} shared seeds, p {p}, not corrected for having picked the highest)."
+            )
     return f"<p>{esc(setup)} {esc(told)}</p>"
 
 
@@ -893,7 +936,10 @@ def results(runs: list[Run]) -> str:
 
 def tests(runs: list[Run], metric: tuple[str, str], name: str) -> str:
     """The table of the paired tests; nothing where no two runs share a seed."""
-    number = lambda p: ("-" if np.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001", p, "")
+
+    def number(p):
+        return ("-" if np.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001", p, "")
+
     rows = []
     for t in sorted(paired_tests(combinations(runs, 2), *metric), key=lambda t: (math.isnan(t["p"]), t["p"])):
         pair = f"{t['a'].name} {t['a'].label} against {t['b'].name} {t['b'].label}"
@@ -913,7 +959,8 @@ def tests(runs: list[Run], metric: tuple[str, str], name: str) -> str:
     if not rows:
         return f"<p>{esc(name)}: no two runs share a seed.</p>"
     return table(
-        f"{name}: first run minus second, on the seeds they share (mean ± standard error; under it, the seeds).",
+        f"{name}: first run minus second, on the seeds they share (mean ± standard error; under it, the"
+        " seeds).",
         ["runs", "seeds", "difference", "p", "p (Holm)"],
         rows,
     )
@@ -956,12 +1003,21 @@ def picture(png: bytes, words: str) -> str:
 
 
 def report(runs: list[Run], skipped: list[str], figures: dict) -> str:
-    """The page: everything that comes from a run folder is escaped, and its policy lets no other script run and nothing load."""
+    """The page: everything that comes from a run folder is escaped, and its policy lets no other script
+    run and nothing load."""
     cautious = "".join(f"<li>{esc(text)}</li>" for text in cautions(runs, skipped))
-    about = """<p class="note">Two-sided paired t-tests on per-seed differences; seeds share the text and its order. p (Holm) is corrected for the number of tests in the table.
-With few seeds a t-test rests on the differences being about normal, and finds only large effects; a sign-flip permutation test, which does not,
-cannot give less than 2/2<sup>n</sup> with n seeds (0.25 with 3, 0.0625 with 5), which is why it is not used.</p>"""
-    words = lambda drawer: FIGURES[drawer] + BAND * (drawer in (unlearning_tradeoff, training_curves))
+    about = (
+        '<p class="note">Two-sided paired t-tests on per-seed differences; seeds share the text and its'
+        " order. p (Holm) is corrected for the number of tests in the table.\n"
+        "With few seeds a t-test rests on the differences being about normal, and finds only large effects;"
+        " a sign-flip permutation test, which does not,\n"
+        "cannot give less than 2/2<sup>n</sup> with n seeds (0.25 with 3, 0.0625 with 5), which is why it is"
+        " not used.</p>"
+    )
+
+    def words(drawer):
+        return FIGURES[drawer] + BAND * (drawer in (unlearning_tradeoff, training_curves))
+
     body = [
         summary(runs),
         f'<div class="caution"><h2>Before reading on</h2><ul>{cautious}</ul></div>' if cautious else "",

@@ -3,10 +3,11 @@
     make bench            # or: python benchmarks/bench.py [--quick] [--only peers quality curves]
     make bench-quick
 
-Every system runs in a process of its own (worker.py), peers in the environment of `--peers_python`. All processes of one size stand by and
-are measured in turns, so that what the machine does meanwhile meets all of them alike. The work: activations after layer 3 of a
-GPT-NeoX of Pythia-70M's dimensions (random weights, fixed seed), contexts of 128, batches of 2,048, one ReLU SAE with L1. Writes
-results.json, results.md and scaling.png (results_quick.* with --quick) beside this file.
+Every system runs in a process of its own (worker.py), peers in the environment of `--peers_python`. All
+processes of one size stand by and are measured in turns, so that what the machine does meanwhile meets all
+of them alike. The work: activations after layer 3 of a GPT-NeoX of Pythia-70M's dimensions (random
+weights, fixed seed), contexts of 128, batches of 2,048, one ReLU SAE with L1. Writes results.json,
+results.md and scaling.png (results_quick.* with --quick) beside this file.
 """
 
 import argparse
@@ -119,7 +120,7 @@ class Session:
         return worker.about | answer | worker.stop()
 
     def prepare(self):
-        """The LM, and contexts of Zipf-distributed tokens, half of each context from the topic of its document."""
+        """The LM, and contexts of Zipf-distributed tokens, half of each from its document's topic."""
         import torch
         from safetensors.torch import save_file
         from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -150,7 +151,8 @@ class Session:
 
     @cached_property
     def precisions(self) -> dict:
-        """What products run in here; without the instructions for it, bfloat16 is hundreds of times slower and measures nothing."""
+        """What products run in here; without the instructions for it, bfloat16 is hundreds of times slower
+        and measures nothing."""
         import torch
 
         return {"fp32": torch.float32} | (
@@ -182,7 +184,7 @@ class Session:
         return out
 
     def limits(self, d_sae: int) -> dict:
-        """Tokens/s if every dense product ran at the measured peak: the LM's layers, and six products of the SAE."""
+        """Tokens/s if every dense product ran at the measured peak: the LM's layers, six of the SAE's."""
         lm, sae = LAYERS * (24 * D_IN**2 + 4 * CONTEXT * D_IN), 12 * D_IN * d_sae
         return {
             name: {"lm": 1e9 * peak / lm, "step": 1e9 * peak / sae, "end_to_end": 1e9 * peak / (lm + sae)}
@@ -198,7 +200,8 @@ def spread(values: list[float]) -> dict:
 
 
 def peers(session: Session, d_sae: int, systems: list[tuple[str, str]], repetitions: int) -> dict:
-    """Tokens/s of the LM to the hook, of the SAE's step and end to end, by turns; ratios are ours over theirs of the same turn."""
+    """Tokens/s of the LM to the hook, of the SAE's step and end to end, by turns; ratios are ours over
+    theirs of the same turn."""
     workers, out = {}, {}
     for system, variant in systems:
         try:
@@ -239,7 +242,7 @@ def peers(session: Session, d_sae: int, systems: list[tuple[str, str]], repetiti
         if name.startswith("ours"):
             out[name]["l0"] = rates[name]["l0"]
     limits = session.limits(d_sae)
-    for name, result in out.items():
+    for result in out.values():
         if "failed" in result:
             continue
         for what in ("lm", "step", "end_to_end"):
@@ -252,18 +255,25 @@ def peers(session: Session, d_sae: int, systems: list[tuple[str, str]], repetiti
 
 
 def quality(session: Session, d_sae: int, steps: int, peers: list[tuple[str, str]]) -> dict:
-    """Explained variance and L0 on held-out rows after training on the same rows in the same order with the same lambda and
-    learning rate, translated into each system's own units; ours also with lambda steered to each peer's L0."""
+    """Explained variance and L0 on held-out rows after training on the same rows in the same order with
+    the same lambda and learning rate, translated into each system's own units; ours also with lambda
+    steered to each peer's L0.
+    """
     path, lr, l1 = str(session.folder / "activations.safetensors"), 1e-3, 0.15
     variance = session.once("store", {"n": (steps + 8) * BATCH, "path": path}, system="ours", d_sae=64)[
         "variance"
     ]
     warm, decay = steps // 10, steps // 5
     common = {"d_sae": d_sae, "activations": path, "steps": steps}
-    train = lambda **spec: session.once("quality", **common, **spec)
-    ours = lambda **settings: train(
-        system="ours", settings={"lr": lr, "warmup_steps": warm, "l1": l1, "target_l0": 0.0} | settings
-    )
+
+    def train(**spec):
+        return session.once("quality", **common, **spec)
+
+    def ours(**settings):
+        return train(
+            system="ours", settings={"lr": lr, "warmup_steps": warm, "l1": l1, "target_l0": 0.0} | settings
+        )
+
     out = {"tokens": steps * BATCH, "lambda": l1, "lr": lr, "ours": ours()}
     session.say(
         f"quality at {d_sae}: ours {out['ours']['explained_variance']:.4f} at L0 {out['ours']['l0']:.1f}"
@@ -292,19 +302,21 @@ def quality(session: Session, d_sae: int, steps: int, peers: list[tuple[str, str
             continue
         out[f"ours at the L0 of {system} {variant}"] = same = ours(target_l0=theirs["l0"])
         session.say(
-            f"quality at {d_sae}: {system} {variant} {theirs['explained_variance']:.4f} at L0 {theirs['l0']:.1f}; "
-            f"ours steered there {same['explained_variance']:.4f} at {same['l0']:.1f}"
+            f"quality at {d_sae}: {system} {variant} {theirs['explained_variance']:.4f} at L0"
+            f" {theirs['l0']:.1f}; ours steered there {same['explained_variance']:.4f} at {same['l0']:.1f}"
         )
     return out
 
 
 def by_phase(seconds: list[float], period: int = 16) -> float:
-    """Mean over the steps of a round of losses on W_dec, the median of each: what happens once in a round counts once."""
+    """Mean over the steps of a round of losses on W_dec, the median of each: what happens once in a round
+    counts once."""
     return statistics.mean(statistics.median(seconds[phase::period]) for phase in range(period))
 
 
 def arms_side_by_side(session: Session, d_sae: int) -> list[dict]:
-    """ms of a step of each arm, all on the same batches by turns; and what forming groups adds to a step of `grouped`, which forms them once in 96 steps."""
+    """ms of a step of each arm, all on the same batches by turns; and what forming groups adds to a step
+    of `grouped`, which forms them once in 96 steps."""
     arms = ("vanilla", "fixed", "grouped", "ortsae", "adaptive")
     worker = session.start(
         "ours",
@@ -338,8 +350,8 @@ def arms_side_by_side(session: Session, d_sae: int) -> list[dict]:
 
 
 def memory(session: Session, d_sae: int) -> dict:
-    """Peak memory of a run of one arm beyond the interpreter, its libraries and an LM that has read a batch, over what must be there: weights,
-    Adam's moments, one buffer."""
+    """Peak memory of a run of one arm beyond the interpreter, its libraries and an LM that has read a
+    batch, over what must be there: weights, Adam's moments, one buffer."""
     worker = session.start("ours", d_sae=d_sae, settings=STEADY, layer=0, buffer_tokens=131_072)
     worker.ask("end_to_end", n=300_000 if d_sae < 10_000 else 1)  # whole buffers: the most is taken early
     parts = worker.ask("memory")
@@ -352,7 +364,8 @@ def memory(session: Session, d_sae: int) -> dict:
 
 
 def curves(session: Session) -> dict:
-    """How our cost grows: with d_sae (each arm), with the number of SAEs on one pass of the LM, with the context, with the tokens; and what nnsight adds."""
+    """How our cost grows: with d_sae (each arm), with the number of SAEs on one pass of the LM, with the
+    context, with the tokens; and what nnsight adds."""
     quick, out = session.quick, {"d_sae": [], "memory": [], "arms": [], "context": [], "tokens": []}
     for d_sae in (4096,) if quick else (1024, 4096, 16_384, 131_072):
         out["d_sae"] += arms_side_by_side(session, d_sae)
@@ -425,12 +438,20 @@ def table(results: dict) -> str:
     """The results as Markdown."""
     about, lines = results["about"], []
     lines += [
-        f"{about['date']}, code of commit {about['commit']}, {about['machine']}, torch {about['torch']}; matmul peak {' and '.join(f'{v:.0f} ({k})' for k, v in about['peak'].items())} GFLOP/s{'' if 'bf16' in about['peak'] else ': no bfloat16 instructions, so all in fp32'}. Tokens/s, median [least, most]",
+        (
+            f"{about['date']}, code of commit {about['commit']}, {about['machine']}, torch {about['torch']};"
+            f" matmul peak {' and '.join(f'{v:.0f} ({k})' for k, v in about['peak'].items())}"
+            f" GFLOP/s{'' if 'bf16' in about['peak'] else ': no bfloat16 instructions, so all in fp32'}."
+            " Tokens/s, median [least, most]"
+        ),
         "",
     ]
     for d_sae, result in results.get("peers", {}).items():
         lines += [
-            f"| d_sae {int(d_sae):,} | LM to the hook | SAE step | end to end | ours is faster end to end | share of the {list(result['limits'])[-1]} limit | peak RSS, MB |",
+            (
+                f"| d_sae {int(d_sae):,} | LM to the hook | SAE step | end to end | ours is faster end to end"
+                f" | share of the {list(result['limits'])[-1]} limit | peak RSS, MB |"
+            ),
             "| --- | --- | --- | --- | --- | --- | --- |",
         ]
         for name, r in result["systems"].items():
@@ -443,16 +464,22 @@ def table(results: dict) -> str:
             ]
             ratio = r["end_to_end"]["ours_over_this"]
             lines.append(
-                f"| {name} | {' | '.join(shown)} | {ratio['median']:.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}] | {r['end_to_end']['share_of_limit'][list(result['limits'])[-1]]:.0%} | {r['peak_rss_mb']:,.0f} |"
+                f"| {name} | {' | '.join(shown)} | {ratio['median']:.2f} [{ratio['min']:.2f},"
+                f" {ratio['max']:.2f}] | {r['end_to_end']['share_of_limit'][list(result['limits'])[-1]]:.0%}"
+                f" | {r['peak_rss_mb']:,.0f} |"
             )
         for precision, limit in result["limits"].items():
             lines.append(
-                f"| dense limit, {precision} | {limit['lm']:,.0f} | {limit['step']:,.0f} | {limit['end_to_end']:,.0f} |  |  |  |"
+                f"| dense limit, {precision} | {limit['lm']:,.0f} | {limit['step']:,.0f} |"
+                f" {limit['end_to_end']:,.0f} |  |  |  |"
             )
         lines.append("")
     for d_sae, result in results.get("quality", {}).items():
         lines += [
-            f"| d_sae {int(d_sae):,}, after {result['tokens']:,} tokens | explained variance | L0 | SAE seconds |",
+            (
+                f"| d_sae {int(d_sae):,}, after {result['tokens']:,} tokens | explained variance | L0 | SAE"
+                " seconds |"
+            ),
             "| --- | --- | --- | --- |",
         ]
         for name, r in result.items():
@@ -478,30 +505,37 @@ def curves_table(curves: dict) -> list[str]:
         at = {p["arm"]: p for p in curves["d_sae"] if p["d_sae"] == d_sae}
         shown = ["{ms_per_step:.0f} ({over_vanilla:.3f})".format(**at[arm]) for arm in arms]
         lines.append(
-            f"| d_sae {d_sae:,} | {' | '.join(shown)} | {sum(p['forming_ms_per_step'] for p in at.values()):.1f} |"
+            f"| d_sae {d_sae:,} | {' | '.join(shown)} |"
+            f" {sum(p['forming_ms_per_step'] for p in at.values()):.1f} |"
         )
     lines += (
         []
         if not curves["memory"]
         else [
             "",
-            "| memory, MB | interpreter and LM | weights and moments | buffer | peak | peak less the first over the others |",
+            (
+                "| memory, MB | interpreter and LM | weights and moments | buffer | peak | peak less the"
+                " first over the others |"
+            ),
             "| --- | --- | --- | --- | --- | --- |",
         ]
     )
     lines += [
-        "| d_sae {d_sae:,} | {base_mb:,.0f} | {weights_and_moments_mb:,.0f} | {buffer_mb:,.0f} | {peak_mb:,.0f} | {over_needed:.2f} |".format(
-            **p
-        )
+        "| d_sae {d_sae:,} | {base_mb:,.0f} | {weights_and_moments_mb:,.0f} | {buffer_mb:,.0f} |"
+        " {peak_mb:,.0f} | {over_needed:.2f} |".format(**p)
         for p in curves["memory"]
     ]
     lines += [
         "",
-        "| SAEs on one LM pass, d_sae 4,096 | seconds a million tokens | share of separate runs | peak RSS, MB |",
+        (
+            "| SAEs on one LM pass, d_sae 4,096 | seconds a million tokens | share of separate runs | peak"
+            " RSS, MB |"
+        ),
         "| --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {p['arms']} | {p['seconds_per_million_tokens']:.0f} | {p['share_of_separate_runs']:.0%} | {p['peak_rss_mb']:,.0f} |"
+        f"| {p['arms']} | {p['seconds_per_million_tokens']:.0f} | {p['share_of_separate_runs']:.0%} |"
+        f" {p['peak_rss_mb']:,.0f} |"
         for p in curves["arms"]
     ]
     lines += [
@@ -510,7 +544,8 @@ def curves_table(curves: dict) -> list[str]:
         "| --- | --- | --- | --- |",
     ]
     lines += [
-        f"| context {p['context']:,} | {p['tokens_per_second']['median']:,.0f} | {p['nnsight_over_hook']:.3f} | {p['draw_ms']:.3f} |"
+        f"| context {p['context']:,} | {p['tokens_per_second']['median']:,.0f} | {p['nnsight_over_hook']:.3f}"
+        f" | {p['draw_ms']:.3f} |"
         for p in curves["context"]
     ]
     lines += ["", "| one run, layer 0, d_sae 1,024 | seconds | peak RSS, MB |", "| --- | --- | --- |"]
@@ -577,7 +612,10 @@ def machine() -> str:
         ),
         platform.processor(),
     )
-    return f"{cpu}, {os.cpu_count()} cores, {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GB"
+    return (
+        f"{cpu}, {os.cpu_count()} cores,"
+        f" {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GB"
+    )
 
 
 def main():
@@ -587,7 +625,10 @@ def main():
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a shortened form; the whole takes 26 to 44 minutes on 2 cores with bfloat16 instructions, 70 without",
+        help=(
+            "a shortened form; the whole takes 26 to 44 minutes on 2 cores with bfloat16 instructions, 70"
+            " without"
+        ),
     )
     parser.add_argument(
         "--only",
@@ -606,7 +647,8 @@ def main():
     args.only = args.only or (["peers", "curves"] if args.quick else ["peers", "quality", "curves"])
     if set(args.only) != {"curves"} and not Path(args.peers_python).exists():
         parser.error(
-            f"--peers_python {args.peers_python} is not there: make benchmarks/.venv/ready makes it, and --only curves needs none"
+            f"--peers_python {args.peers_python} is not there: make benchmarks/.venv/ready makes it, and"
+            " --only curves needs none"
         )
     out, quick = args.out or HERE / ("results_quick" if args.quick else "results"), args.quick
     file = out.with_suffix(".json")

@@ -1,12 +1,13 @@
 """The fault campaign: break a run in every way we know, and count what came of it.
 
-    python -m benchmarks.faults                       # all, 60 kills; writes benchmarks/faults.json and faults.md
+    python -m benchmarks.faults                  # all, 60 kills; writes benchmarks/faults.json and faults.md
     python -m benchmarks.faults --only kills --kills 200
 
-Every trial is a real process that runs experiment.main on the embedded LM, forked from one that has imported what it needs and read
-the LM, so that many fit into minutes. After each fault that may be survived, the same command is given again and what it writes is
-compared, byte for byte and without times, with what an undisturbed command wrote. Instants are chosen in processor time of the trial,
-so that they are as random on a busy machine.
+Every trial is a real process that runs experiment.main on the embedded LM, forked from one that has
+imported what it needs and read the LM, so that many fit into minutes. After each fault that may be
+survived, the same command is given again and what it writes is compared, byte for byte and without times,
+with what an undisturbed command wrote. Instants are chosen in processor time of the trial, so that they
+are as random on a busy machine.
 """
 
 import argparse
@@ -115,7 +116,8 @@ class Trial:
         return self.ended
 
     def runs_for(self, cpu: float) -> bool:
-        """Whether it still runs after it has had so many seconds of the processor (and some hundredths, at random)."""
+        """Whether it still runs after it has had so many seconds of the processor (and some hundredths, at
+        random)."""
         while self.poll() is None:
             if self.used() >= cpu:
                 time.sleep(RNG.uniform(0, 0.03))
@@ -253,7 +255,7 @@ class Campaign:
         return self.scratch / f"{self.n:04d}"
 
     def undisturbed(self, runs=("run_1",), extra=GEOMETRY) -> tuple[Path, float]:
-        """A folder with what the command writes when left alone, and the seconds of processor time it took."""
+        """A folder with what the command writes when left alone, and its seconds of processor time."""
         if (runs, extra) not in self.alone:
             trial = Trial(folder := self.folder(), runs, extra)
             assert trial.wait() == 0, trial.text
@@ -280,7 +282,8 @@ class Campaign:
     # ---- interruption
 
     def kills_at_random(self):
-        """Every command is killed up to six times, twice of these while it writes a checkpoint or a result, and then left alone."""
+        """Every command is killed up to six times, twice of these while it writes a checkpoint or a
+        result, and then left alone."""
         phases, ends, good, left = collections.Counter(), 0, 0, self.kills
         forms = [(("run_1",), GEOMETRY), (("run_1", "run_6"), CORE), (("run_2", "run_8"), GEOMETRY)]
         while left:
@@ -306,12 +309,14 @@ class Campaign:
             "SIGKILL at a random instant",
             self.kills,
             good,
-            f"{ends} commands, killed again and again, end with the same bytes as one left alone and leave no temporary folder; killed in: {where}",
+            f"{ends} commands, killed again and again, end with the same bytes as one left alone and leave no"
+            f" temporary folder; killed in: {where}",
         )
 
     @staticmethod
     def killed(trial: Trial, cpu: float, folder: Path, wanted: str | None) -> bool:
-        """Kill the trial after so many seconds, or then as soon as a `wanted` file is being written; False if it ends before."""
+        """Kill the trial after so many seconds, or then as soon as a `wanted` file is being written; False
+        if it ends before."""
         if not trial.runs_for(cpu):
             return False
         there = half_written(folder, wanted) if wanted else set()
@@ -330,9 +335,7 @@ class Campaign:
                     folder := self.folder(),
                     runs,
                     CORE,
-                    prepare=(lambda: setattr(testbeds, "load", LOAD))
-                    if loads
-                    else lambda: None,
+                    prepare=(lambda: setattr(testbeds, "load", LOAD)) if loads else lambda: None,
                 )
                 first = (
                     trial.end(number)
@@ -514,7 +517,10 @@ class Campaign:
     def numbers(self):
         for name, arms, act, said in INJECTED:
             for arm in arms:
-                prepare = lambda: do_at(60, act, seed=1)
+
+                def prepare():
+                    return do_at(60, act, seed=1)
+
                 trial = Trial(folder := self.folder(), ("x",), (*GEOMETRY, "--arm", arm), prepare=prepare)
                 code = trial.wait()
                 warned = json.loads((folder / "x/warnings.json").read_text())
@@ -533,7 +539,8 @@ class Campaign:
                     f"{name} not finite in one seed ({arm})",
                     1,
                     int(ok),
-                    "named with step, arm, seed and entries; exit 1; no final_info.json; the other seed finished",
+                    "named with step, arm, seed and entries; exit 1; no final_info.json; the other seed"
+                    " finished",
                 )
                 if not ok:
                     print(trial.text)
@@ -604,7 +611,8 @@ class Campaign:
         )
 
     def survived(self, fault: str, alone: Path, prepare, said: str):
-        """Two checkpoints, the fault (at step 130, behind both) in the third process, one line, and the same command again."""
+        """Two checkpoints, the fault (at step 130, behind both) in the third process, one line, and the
+        same command again."""
         good, source = 0, self.stopped(at=30)
         for _ in range(3):
             shutil.copytree(source, folder := self.folder())
@@ -729,7 +737,8 @@ class Campaign:
 
 
 def do_at(step: int, act, seed: int = 1):
-    """Have act(trainer, x) done before that step of the trainers of that seed; a tensor that it returns takes the place of x."""
+    """Have act(trainer, x) done before that step of the trainers of that seed; a tensor that it returns
+    takes the place of x."""
     take = experiment.Trainer.step
 
     def stepped(self, x, forget):
@@ -829,10 +838,7 @@ INJECTED = [
         for name in ("W_enc_FD", "W_dec", "b_enc", "b_dec")
     ),
     ("lambda", ("vanilla",), spoil("log_l1", INF), "l1_coefficient = inf"),
-    *(
-        (("alpha"), (arm,), spoil("log_alpha", INF), "alpha = inf")
-        for arm in ("fixed", "grouped", "adaptive")
-    ),
+    *(("alpha", (arm,), spoil("log_alpha", INF), "alpha = inf") for arm in ("fixed", "grouped", "adaptive")),
 ]
 
 

@@ -1,10 +1,12 @@
-"""One system under measurement, in a process and an interpreter of its own; bench.py starts it and tells it what to do.
+"""One system under measurement, in a process and an interpreter of its own; bench.py starts it and tells it
+what to do.
 
     worker.py '{"system": "sae_lens", "variant": "best", "folder": ..., "d_sae": 4096, ...}'
 
-Reads one command a line from stdin, {"do": "lm" | "step" | "end_to_end" | "train" | "stop", ...}, and answers each with one line of JSON
-on stdout, after a first line when it is ready. What libraries print goes to stderr. Every system reads the same LM and the same
-contexts from `folder`, holds one ReLU SAE (sparsify: TopK, all that it has) and takes batches of 2,048 activations.
+Reads one command a line from stdin, {"do": "lm" | "step" | "end_to_end" | "train" | "stop", ...}, and
+answers each with one line of JSON on stdout, after a first line when it is ready. What libraries print
+goes to stderr. Every system reads the same LM and the same contexts from `folder`, holds one ReLU SAE
+(sparsify: TopK, all that it has) and takes batches of 2,048 activations.
 """
 
 import itertools
@@ -44,7 +46,8 @@ def load_contexts(folder: str, size: int = 128):
 
 
 class System:
-    """What all have in common. `lm(n)`, `step(n)` and `end_to_end(n)` return how many tokens went through; `train(xs)` trains on given batches."""
+    """What all have in common. `lm(n)`, `step(n)` and `end_to_end(n)` return how many tokens went through;
+    `train(xs)` trains on given batches."""
 
     def __init__(self, spec: dict):
         self.spec, self.d_sae = spec, spec["d_sae"]
@@ -138,8 +141,10 @@ class Ours(System):
         return done
 
     def settle(self, n: int, l0: float) -> int:
-        """Train the first SAE up to n steps, until its features are as few as in most of a run: what a step costs depends on it. All take over
-        its state, Adam's moments among it, and go on from step 0 of the learning rate's rise: otherwise they would soon differ in L0."""
+        """Train the first SAE up to n steps, until its features are as few as in most of a run: what a
+        step costs depends on it. All take over its state, Adam's moments among it, and go on from step 0
+        of the learning rate's rise: otherwise they would soon differ in L0.
+        """
         done = 0
         while not done or done < n and self.l0 > l0:
             done += self.step(10, arm=0) // BATCH
@@ -160,8 +165,10 @@ class Ours(System):
         return n * BATCH
 
     def side_by_side(self, n: int) -> dict[str, dict]:
-        """Seconds of each of n steps, of every arm by turns on the same batch, so that what the machine does meanwhile meets all alike; and its mean
-        L0. Losses on W_dec count next to nothing: all of their work is done, and their SAEs stay as sparse as vanilla's, whose step they are held to."""
+        """Seconds of each of n steps, of every arm by turns on the same batch, so that what the machine
+        does meanwhile meets all alike; and its mean L0. Losses on W_dec count next to nothing: all of
+        their work is done, and their SAEs stay as sparse as vanilla's, whose step they are held to.
+        """
         out = {trainer.config.arm: {"seconds": [], "l0": []} for trainer in self.trainers}
         for trainer in self.trainers:
             if trainer.arm.pull:
@@ -189,7 +196,10 @@ class Ours(System):
 
     def memory(self) -> dict[str, float]:
         """MB of the weights with Adam's moments of all SAEs, and of one buffer of activations."""
-        size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors) / 2**20
+
+        def size(tensors):
+            return sum(t.numel() * t.element_size() for t in tensors) / 2**20
+
         weights = sum(
             size(t for name, t in trainer.state()[0].items() if name.startswith(("sae.", "adam.")))
             for trainer in self.trainers
@@ -197,7 +207,8 @@ class Ours(System):
         return {"weights_and_moments_mb": weights, "buffer_mb": size([self.stream.block.x])}
 
     def nnsight(self, n: int) -> dict[str, list[float]]:
-        """Seconds of n LM batches through nnsight, stopped after the hook, and of the same through a forward hook that stops the LM."""
+        """Seconds of n LM batches through nnsight, stopped after the hook, and of the same through a
+        forward hook that stops the LM."""
         import torch
 
         from sae_separation.lm import parameters_as
@@ -258,8 +269,9 @@ class Ours(System):
 
 
 class DictionaryLearning(System):
-    """0.1.0: bf16 can be asked of the LM only (`autocast_dtype` is ignored on a CPU). The default buffer of 30,000 contexts would
-    take eleven minutes to fill and 7.9 GB: 320 contexts, which also makes drawing a batch cheaper."""
+    """0.1.0: bf16 can be asked of the LM only (`autocast_dtype` is ignored on a CPU). The default buffer
+    of 30,000 contexts would take eleven minutes to fill and 7.9 GB: 320 contexts, which also makes drawing
+    a batch cheaper."""
 
     def build(self):
         import torch
@@ -348,7 +360,8 @@ class DictionaryLearning(System):
 
 
 class SAELens(System):
-    """Defaults (fp32), the SAE's step compiled, and both with autocast in bfloat16 for LM and SAE; its HookedProxyLM stops at the hook."""
+    """Defaults (fp32), the SAE's step compiled, and both with autocast in bfloat16 for LM and SAE; its
+    HookedProxyLM stops at the hook."""
 
     def build(self):
         import datasets
@@ -431,7 +444,8 @@ class SAELens(System):
 
 
 class Sparsify(System):
-    """TopK only, and the whole LM without its head (AutoModel, as its own command takes it): fp32, and the LM in bfloat16."""
+    """TopK only, and the whole LM without its head (AutoModel, as its own command takes it): fp32, and the
+    LM in bfloat16."""
 
     def build(self):
         import datasets
@@ -502,7 +516,8 @@ def stored(path: str, start: int, end: int):
 
 
 def store(system: Ours, command: dict) -> dict:
-    """Write activations of the stream, scaled so that the mean of ||x||² is D; `variance` is their total variance over D."""
+    """Write activations of the stream, scaled so that the mean of ||x||² is D; `variance` is their total
+    variance over D."""
     import torch
     from safetensors.torch import save_file
 
@@ -537,7 +552,8 @@ def scaling(system: Ours, command: dict) -> dict:
 
 
 def quality(system: System, command: dict) -> dict:
-    """Train on the stored activations, in their order; then FVU and L0 on the last rows, which are not trained on."""
+    """Train on the stored activations, in their order; then FVU and L0 on the last rows, which are not
+    trained on."""
     path, n = system.spec["activations"], system.spec["steps"] * BATCH
     started = time.perf_counter()
     system.train(stored(path, i, i + BATCH) for i in range(0, n, BATCH))
@@ -549,7 +565,10 @@ def quality(system: System, command: dict) -> dict:
 def main():
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print
-    say = lambda value: print(json.dumps(value), file=answer, flush=True)
+
+    def say(value):
+        return print(json.dumps(value), file=answer, flush=True)
+
     spec, started = json.loads(sys.argv[1]), time.perf_counter()
     import torch
 

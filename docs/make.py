@@ -1,9 +1,9 @@
 """Writes what the documents quote from the committed run folders: make docs
 
 In README.md and docs/results.md, what stands between <!-- NAME --> and <!-- /NAME --> is made anew. In
-notes.txt, the numbers `section.metric = mean ± standard error` and the intervals under each run's heading are, and
-the table of paired tests. All other text is left as it is. `--check` writes nothing: exit code 1 where a
-document is out of date.
+notes.txt, the numbers `section.metric = mean ± standard error` and the intervals under each run's heading
+are, and the table of paired tests. All other text is left as it is. `--check` writes nothing: exit code 1
+where a document is out of date.
 """
 
 import argparse

@@ -274,7 +274,9 @@ def report_knowledge(lm, tokenizer, world: World) -> dict:
                 )
         return out
 
-    rate = lambda right: round(right.float().mean().item(), 4)
+    def rate(right):
+        return round(right.float().mean().item(), 4)
+
     return {
         "letter_all_24_permutations": {s: rate(right.all(1)) for s, right in letter.items()},
         "letter_accuracy": {s: rate(right) for s, right in letter.items()},

@@ -303,7 +303,7 @@ def changed_files(out_dir: Path) -> list[str]:
                 told.append(f"{out_dir / name} is missing")
             elif sha256_of(out_dir / name) != known:
                 told.append(f"{out_dir / name} is not as it was written: its checksum is wrong")
-    except (Unusable, KeyError) as why:
+    except (Unusable, WrongRequest, KeyError) as why:
         told.append(str(why))
     for path in sorted(out_dir.glob("eval/seed*_metrics.json")):
         try:

@@ -1,10 +1,12 @@
-"""How long a round of the losses on W_dec may be (experiment.round_steps): what training loses when a row is pulled every n-th step only.
+"""How long a round of the losses on W_dec may be (experiment.round_steps): what training loses when a row is
+pulled every n-th step only.
 
     python -m studies.rounds                                     # 15 minutes on 2 cores
     python -m studies.rounds --only fixed:0.1 grouped:0.1        # some
 
-On the embedded LM: d_sae 512, batches of 1,024, 600 steps, L0 8, four seeds. Prints a row a variant: FVU over the last 50 steps and Ω
-over all pairs at the end, each over that of the same seed with the shortest rounds, less 1; mean ± standard error.
+On the embedded LM: d_sae 512, batches of 1,024, 600 steps, L0 8, four seeds. Prints a row a variant: FVU
+over the last 50 steps and Ω over all pairs at the end, each over that of the same seed with the shortest
+rounds, less 1; mean ± standard error.
 """
 
 import argparse

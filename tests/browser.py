@@ -1,9 +1,10 @@
-"""Opens a page from disk in Chromium (Qt WebEngine, off screen, no network), uses it, and prints what it saw as JSON:
+"""Opens a page from disk in Chromium (Qt WebEngine, off screen, no network), uses it, and prints what it saw
+as JSON:
 
     python tests/browser.py report.html [folder for screenshots]
 
-A process of its own, so that a browser's crash is a failed test and no more. Exit code 3 and a line on stderr where this
-machine has no browser that starts.
+A process of its own, so that a browser's crash is a failed test and no more. Exit code 3 and a line on
+stderr where this machine has no browser that starts.
 """
 
 import json
@@ -30,7 +31,10 @@ except ImportError as error:
     print(f"no browser: {error}", file=sys.stderr)
     sys.exit(3)
 
-ORDER = "Array.from(document.querySelector('table.sortable').tBodies[0].rows).map(row => row.cells[0].textContent)"
+ORDER = (
+    "Array.from(document.querySelector('table.sortable').tBodies[0].rows).map(row =>"
+    " row.cells[0].textContent)"
+)
 HEADS = "document.querySelector('table.sortable').tHead.rows[0].cells"
 
 
@@ -138,7 +142,8 @@ class Once:
 
 
 def use(browser: Browser, path: Path) -> dict:
-    """Look at the page, sort its first table by mouse and by keyboard, make the window a phone's, print, and turn scripts off."""
+    """Look at the page, sort its first table by mouse and by keyboard, make the window a phone's, print,
+    and turn scripts off."""
     seen = {
         "opened": browser.open(path),
         "title": browser.page.title(),

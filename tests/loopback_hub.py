@@ -1,4 +1,5 @@
-"""A stand-in for the Hugging Face hub on loopback: what huggingface_hub, transformers and datasets ask of the real one, and its faults.
+"""A stand-in for the Hugging Face hub on loopback: what huggingface_hub, transformers and datasets ask of the
+real one, and its faults.
 
     with Hub() as hub:
         hub.add("owner/name", {"config.json": b"{}", "model.safetensors": Path(...)}, kind="model")
@@ -6,9 +7,10 @@
         hub.fail("503", "model.safetensors", times=2)
         subprocess.run(..., env=hub.environment(tmp_path))
 
-As there: a commit hash for every repo, listings by page of the tree, HEAD and GET of files with ETag, size and Range; large
-files (LARGE) by a redirect to a storage host of its own, which must never see a token (`hub.leaks`). `hub.asked` lists the
-requests. Written from what the clients send; nothing here imports them.
+As there: a commit hash for every repo, listings by page of the tree, HEAD and GET of files with ETag, size
+and Range; large files (LARGE) by a redirect to a storage host of its own, which must never see a token
+(`hub.leaks`). `hub.asked` lists the requests. Written from what the clients send; nothing here imports
+them.
 """
 
 import hashlib
@@ -102,9 +104,10 @@ class Repo:
 
 @dataclass
 class Fault:
-    """`kind` is 503, 429, hang (no answer), or one of BODY: cut (half of the body, then the end), reset (the same, the hard way),
-    corrupt (a byte is wrong). It meets the next `times` requests of `methods` whose address holds `match`; one of BODY, those that
-    are answered with a file. A `deaf` one ignores where a body is to go on."""
+    """`kind` is 503, 429, hang (no answer), or one of BODY: cut (half of the body, then the end), reset
+    (the same, the hard way), corrupt (a byte is wrong). It meets the next `times` requests of `methods`
+    whose address holds `match`; one of BODY, those that are answered with a file. A `deaf` one ignores
+    where a body is to go on."""
 
     kind: str
     match: str
@@ -183,7 +186,8 @@ class Hub:
         return None
 
     def environment(self, home: Path, **changes: str) -> dict[str, str]:
-        """Environment of a process that takes this for the hub, keeps all it gets under `home`, and waits 2 s for an answer."""
+        """Environment of a process that takes this for the hub, keeps all it gets under `home`, and waits
+        2 s for an answer."""
         kept = {
             k: v
             for k, v in os.environ.items()
@@ -272,8 +276,10 @@ def handler(hub: Hub, storage: bool) -> type[BaseHTTPRequestHandler]:
             """The repo, or None when the request was refused."""
             repo = hub.repos.get((kind, name))
             if repo is None:
-                self.refuse(404, "RepoNotFound", "Repository not found") if self.token() else self.refuse(
-                    401, "", "Invalid username or password."
+                (
+                    self.refuse(404, "RepoNotFound", "Repository not found")
+                    if self.token()
+                    else self.refuse(401, "", "Invalid username or password.")
                 )
             elif revision not in (None, "main", repo.commit):
                 self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -294,7 +300,10 @@ def handler(hub: Hub, storage: bool) -> type[BaseHTTPRequestHandler]:
             if not found:
                 return self.refuse(404, "EntryNotFound", f"{under} does not exist on {revision}")
             start = int(query.get("cursor", ["0"])[0])
-            more = f'<{hub.url}{urlsplit(self.path).path}?recursive={query.get("recursive", ["false"])[0]}&cursor={start + hub.page}>; rel="next"'
+            more = (
+                f"<{hub.url}{urlsplit(self.path).path}?recursive={query.get('recursive', ['false'])[0]}"
+                f'&cursor={start + hub.page}>; rel="next"'
+            )
             self.json(
                 found[start : start + hub.page], {"Link": more} if start + hub.page < len(found) else {}
             )
@@ -310,7 +319,8 @@ def handler(hub: Hub, storage: bool) -> type[BaseHTTPRequestHandler]:
                 return self.refuse(
                     401,
                     "GatedRepo",
-                    f"Access to {kind} {name} is restricted. You must be authenticated to access it. Please log in.",
+                    f"Access to {kind} {name} is restricted. You must be authenticated to access it. Please"
+                    " log in.",
                 )
             if repo.gated and self.token() == "hf_expired":
                 return self.refuse(401, "", "Invalid credentials in Authorization header")
@@ -331,7 +341,11 @@ def handler(hub: Hub, storage: bool) -> type[BaseHTTPRequestHandler]:
                 302,
                 b"",
                 about
-                | {"X-Linked-Size": str(file.size), "X-Linked-Etag": f'"{file.etag}"', "Location": where},
+                | {
+                    "X-Linked-Size": str(file.size),
+                    "X-Linked-Etag": f'"{file.etag}"',
+                    "Location": where,
+                },
             )
 
         def stored(self, path: str):

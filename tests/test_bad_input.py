@@ -1,6 +1,7 @@
 """Wrong requests: one line that says what is wrong and what to do, exit code 2, nothing written, and soon.
 
-Most are asked in this process through the script's own parsing; the ones under REAL, one of each kind, of the real command.
+Most are asked in this process through the script's own parsing; the ones under REAL, one of each kind, of
+the real command.
 """
 
 import json

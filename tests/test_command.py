@@ -1,4 +1,5 @@
-"""What is asked on the command line: what each run gets of it, what is shared, what is said, and what is refused."""
+"""What is asked on the command line: what each run gets of it, what is shared, what is said, and what is
+refused."""
 
 import json
 import re
@@ -22,9 +23,10 @@ from sae_separation.specs import Wanted
 # ---- what runs on one LM pass share
 
 A_RUNS_OWN = set(
-    "arm seeds evals d_sae activation k temperature target_l0 l1 alpha group_size chunk_size group_update_steps forget_features margin gap_weight "
-    "target_sharing alpha_start loss_warmup_steps layer_norm skip orthogonal_init feature_dropout unlock_steps lr feature_lr_power grad_clip "
-    "grad_accumulation warmup_steps decay_fraction compile resample_steps dead_tokens".split()
+    "arm seeds evals d_sae activation k temperature target_l0 l1 alpha group_size chunk_size"
+    " group_update_steps forget_features margin gap_weight target_sharing alpha_start loss_warmup_steps"
+    " layer_norm skip orthogonal_init feature_dropout unlock_steps lr feature_lr_power grad_clip"
+    " grad_accumulation warmup_steps decay_fraction compile resample_steps dead_tokens".split()
 )
 ANOTHER = {
     "testbed": "micro",
@@ -408,7 +410,8 @@ def test_an_option_that_does_nothing_in_a_run_is_told_in_one_line(argv, said, ca
 
 
 def test_an_arm_brings_its_options_by_its_row_alone(capsys):
-    """A row more in the table: its name can be asked for, its option is bounded, and told where it does nothing."""
+    """A row more in the table: its name can be asked for, its option is bounded, and told where it does
+    nothing."""
     row = experiment.Arm(pull="pull_all_pairs", options={"tau": option(0.3, "cosines that are free", most=1)})
     arms = ARMS | {"hinge": row}
 

@@ -1,4 +1,5 @@
-"""The evaluation on the embedded LM: asking, intervening, scoring and measuring, against slow or hand-made answers."""
+"""The evaluation on the embedded LM: asking, intervening, scoring and measuring, against slow or hand-made
+answers."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -53,7 +54,10 @@ def test_letter_answers_equal_asking_one_prompt_at_a_time(micro):
     for question in questions:
         for permutation in ((0, 1, 2, 3), (3, 1, 0, 2)):
             choices = [question.choices[i] for i in permutation]
-            text = f"The following are multiple choice questions (with answers) about {question.subject}.\n{question.question}"
+            text = (
+                "The following are multiple choice questions (with answers) about"
+                f" {question.subject}.\n{question.question}"
+            )
             text += "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCD", choices)) + "\nAnswer:"
             ids = [micro.tokenizer.bos_token_id] + micro.tokenizer(text, add_special_tokens=False)[
                 "input_ids"
@@ -139,7 +143,8 @@ def test_clamping_the_chosen_features_alone_equals_clamping_within_the_whole_sae
     "activation", ["relu", "batchtopk"]
 )  # features that are encoded alone, and with all others
 def test_clamping_knows_layer_normalised_saes(activation, evaluator, tmp_path):
-    """Against the definition; SAEBench's clamp decodes twice, and sae_lens forgets a layer norm after the first time."""
+    """Against the definition; SAEBench's clamp decodes twice, and sae_lens forgets a layer norm after the
+    first time."""
     sae = experiment.OrthogonalSAE(128, 64, 0, activation=activation, layer_norm=True)
     export(
         sae,
@@ -161,7 +166,8 @@ def test_clamping_knows_layer_normalised_saes(activation, evaluator, tmp_path):
 
 
 def test_remembered_answers_equal_saebenchs_clamp_asked_afresh(exported, evaluator, micro):
-    """Nested feature sets, of which later ones find many rows remembered, against SAEBench's hook on all rows."""
+    """Nested feature sets, of which later ones find many rows remembered, against SAEBench's hook on all
+    rows."""
     from sae_bench.evals.unlearning.utils.intervention import anthropic_clamp_resid_SAE_features as clamp
 
     *rates, unit = evaluator.firing(exported)
@@ -195,8 +201,10 @@ def slow_logits(lm, batch):
 
 
 class ToyLM(torch.nn.Module):
-    """Tokens: 0 padding, 1 BOS, 2 "bio" (2, 0), 3 "geo" (0, 2), 4 a word (1, 0) that retain text has now and then. One layer, the
-    identity; an answer is right (logit 0 above logit 1, which is 0) while the embeddings up to it sum to more than 0."""
+    """Tokens: 0 padding, 1 BOS, 2 "bio" (2, 0), 3 "geo" (0, 2), 4 a word (1, 0) that retain text has now
+    and then. One layer, the identity; an answer is right (logit 0 above logit 1, which is 0) while the
+    embeddings up to it sum to more than 0.
+    """
 
     def __init__(self):
         super().__init__()
@@ -216,7 +224,8 @@ class ToyLM(torch.nn.Module):
 
 @pytest.fixture
 def toy():
-    """The toy LM; an SAE whose feature 0 reads and writes the first direction; six forget and two retain questions, right-padded."""
+    """The toy LM; an SAE whose feature 0 reads and writes the first direction; six forget and two retain
+    questions, right-padded."""
     lm = ToyLM()
     sae = SimpleNamespace(
         W_enc=torch.eye(2),
@@ -244,7 +253,8 @@ def right(batch, logits):
 
 
 def test_a_guard_saves_retain_answers_where_the_clamp_does_not(toy):
-    """The word of feature 0 in one retain question is as frequent and as strong as in retain text: one token of four, activation 1."""
+    """The word of feature 0 in one retain question is as frequent and as strong as in retain text: one
+    token of four, activation 1."""
     lm, features, questions = toy
     answers = {}
     for how in evaluation.INTERVENTIONS:
@@ -449,13 +459,14 @@ def test_bootstrap_interval_by_hand():
         0.4 + 1.96 * 0.049, abs=0.03
     )
     cells[1]["retain"] = np.array([0.0] * 150 + [1.0] * 150)
-    assert evaluation.bootstrap_interval(cells, 0) == [0.0, 0.0], (
-        "a cell that harms retain questions never counts"
-    )
+    assert evaluation.bootstrap_interval(cells, 0) == [
+        0.0,
+        0.0,
+    ], "a cell that harms retain questions never counts"
 
 
 def test_geometry_of_a_dictionary_made_by_hand(evaluator, micro, monkeypatch):
-    """Forget rows span axes 0-3 with one row twice as close, retain rows axes 4-7, shared rows repeat axis 8."""
+    """Forget rows span axes 0-3, one row twice as close; retain rows axes 4-7; shared rows repeat axis 8."""
     W = torch.zeros(10, micro.d_in)
     for i in range(4):
         W[i, i], W[4 + i, 4 + i] = 1.0, 1.0
@@ -496,7 +507,8 @@ def test_dead_features_do_not_enter_the_geometry(evaluator, micro, monkeypatch):
 
 
 def test_the_forget_group_of_an_sae_is_left_alone_on_special_tokens_of_an_exam(toy):
-    """BOS in front, and whatever special token stands in a prompt: both fire feature 0 and neither is touched."""
+    """BOS in front, and whatever special token stands in a prompt: both fire feature 0 and neither is
+    touched."""
     lm, features, _ = toy
     tokens = torch.tensor([[1, 2, 4, 2, 0]])
     batch = Batch(tokens, trained_on(tokens, torch.tensor([0, 1, 4])), torch.tensor([[3]]))
@@ -507,7 +519,8 @@ def test_the_forget_group_of_an_sae_is_left_alone_on_special_tokens_of_an_exam(t
 
 
 def test_which_tokens_an_sae_is_trained_on(micro, tmp_path):
-    """Neither special tokens nor the first of a row, whatever it is; a pad token that is an ordinary word is a word."""
+    """Neither special tokens nor the first of a row, whatever it is; a pad token that is an ordinary word
+    is a word."""
     from transformers import AutoTokenizer
 
     special = special_ids(micro.tokenizer)
@@ -516,9 +529,12 @@ def test_which_tokens_an_sae_is_trained_on(micro, tmp_path):
     )
     tiny.save_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert special_ids(tokenizer).tolist() == [1, 2, 3, 4], (
-        "EOS, BOS and turn markers; nothing is ever padded"
-    )
+    assert special_ids(tokenizer).tolist() == [
+        1,
+        2,
+        3,
+        4,
+    ], "EOS, BOS and turn markers; nothing is ever padded"
     tokenizer.pad_token = "a"
     tokenizer.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)

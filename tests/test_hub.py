@@ -1,4 +1,5 @@
-"""The hub's faults, through the real clients and a stand-in hub: what passes is cured, what stays ends in one line."""
+"""The hub's faults, through the real clients and a stand-in hub: what passes is cured, what stays ends in
+one line."""
 
 import io
 import json
@@ -53,10 +54,16 @@ def hub():
 
 
 def fetching(files, repo=NAME, kind="model") -> str:
-    return f"commit = hub.revision({repo!r}, {kind!r})\nfor path in hub.fetch({repo!r}, {list(files)!r}, commit, {kind!r}):\n    print(path)"
+    return (
+        f"commit = hub.revision({repo!r}, {kind!r})\nfor path in hub.fetch({repo!r}, {list(files)!r}, commit,"
+        f" {kind!r}):\n    print(path)"
+    )
 
 
-PIECES = "hub.constants.DOWNLOAD_CHUNK_SIZE = 2**16  # small enough for a download of these files to have come some way\n"
+PIECES = (
+    "hub.constants.DOWNLOAD_CHUNK_SIZE = 2**16  # small enough for a download of these files to have come"
+    " some way\n"
+)
 PASSING = {  # file -> (fault, how often, extra, what its line on stderr says)
     "busy.json": ("503", 2, {}, "the hub answers 503"),
     "busy.safetensors": ("503", 2, {"methods": ("GET",)}, "the hub answers 503"),
@@ -84,7 +91,7 @@ def test_faults_that_pass_are_cured_and_told(hub, tmp_path):
     lines = done.stderr.splitlines()
     assert all(line.startswith("hub: owner/model") for line in lines), done.stderr
     assert "hub: owner/model: the hub answers 503 (Service Unavailable); attempt 2 of 5 in 1 s" in lines
-    for name, (kind, times, _, told) in PASSING.items():
+    for name, (_, times, _, told) in PASSING.items():
         mine = [line for line in lines if f"file {name}:" in line]
         assert len(mine) == times and told in mine[0], (name, mine)
 
@@ -93,7 +100,10 @@ CASES = {  # what is asked for -> (exit code, what its line says)
     "busy.json": (1, "the hub answers 503 (Service Unavailable), 3 times; run the same command again later"),
     "limited.json": (
         1,
-        "the hub answers 429 (Too Many Requests), 1 time; run the same command again in 3600 s, as the hub asks",
+        (
+            "the hub answers 429 (Too Many Requests), 1 time; run the same command again in 3600 s, as the"
+            " hub asks"
+        ),
     ),
     "silent.json": (1, "no answer within 2 s, 3 times; run the same command again later"),
     "deaf.safetensors": (1, "broken off 4 times; run the same command again later"),
@@ -104,7 +114,8 @@ CASES = {  # what is asked for -> (exit code, what its line says)
 
 @pytest.fixture(scope="module")
 def lasting(tmp_path_factory):
-    """Each lasting fault met once in one process with three attempts and three resumptions: the error lines, and the requests."""
+    """Each lasting fault met once in one process with three attempts and three resumptions: the error
+    lines, and the requests."""
     with Hub() as hub:
         files = {name: large(i) for i, name in enumerate(CASES) if name != "missing.json"}
         hub.add(NAME, files)
@@ -156,22 +167,34 @@ def test_what_is_not_on_the_hub_is_a_wrong_request(lasting):
     told = lasting[0]
     assert told["no repo"][:2] == [
         2,
-        "owner/nothing, file a: not on the hub, or private; check the name, or log in with an account that may read it (`hf auth login`)",
+        (
+            "owner/nothing, file a: not on the hub, or private; check the name, or log in with an account"
+            " that may read it (`hf auth login`)"
+        ),
     ]
     assert told["no revision"][:2] == [
         2,
-        "owner/model, file a: there is no such revision; take one that https://huggingface.co/owner/model lists",
+        (
+            "owner/model, file a: there is no such revision; take one that https://huggingface.co/owner/model"
+            " lists"
+        ),
     ]
     assert told["no name"][:2] == [
         2,
-        "not/a/name, file a: neither a folder here nor a name that the hub can have; give owner/name or an existing folder",
+        (
+            "not/a/name, file a: neither a folder here nor a name that the hub can have; give owner/name or"
+            " an existing folder"
+        ),
     ]
 
 
 ACCESS = {  # token -> (exit code, what the line says)
     None: (
         2,
-        "only with access, and no token is set; ask for it at https://huggingface.co/datasets/owner/gated and log in (`hf auth login`, or HF_TOKEN)",
+        (
+            "only with access, and no token is set; ask for it at https://huggingface.co/datasets/owner/gated"
+            " and log in (`hf auth login`, or HF_TOKEN)"
+        ),
     ),
     "hf_SomeoneElses0123456789": (
         2,
@@ -233,8 +256,8 @@ def test_reachable_is_told_in_time(hub, tmp_path, state):
     done = client(
         hub,
         tmp_path,
-        slow
-        + "started = time.monotonic()\nprint(json.dumps([hub.reachable(timeout=3.0), time.monotonic() - started]))",
+        slow + "started = time.monotonic()\nprint(json.dumps([hub.reachable(timeout=3.0), time.monotonic() -"
+        " started]))",
         **changes,
     )
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -257,7 +280,8 @@ def test_a_warm_cache_serves_without_the_hub(hub, tmp_path):
     assert away.stdout == offline.stdout and time.monotonic() - started < 10
     assert (
         away.stderr
-        == f"hub: owner/model: no connection to 127.0.0.1, 1 time; going on with commit {commit[:12]} in the cache\n"
+        == f"hub: owner/model: no connection to 127.0.0.1, 1 time; going on with commit {commit[:12]} in the"
+        " cache\n"
     )
     missing = client(hub, tmp_path, fetching(["other.json"]), HF_HUB_OFFLINE="1")
     assert missing.returncode == 1 and missing.stderr.splitlines()[-1].startswith(
@@ -296,7 +320,7 @@ def test_a_new_commit_is_taken_and_an_old_one_stays_pinned(hub, tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- transformers, datasets, the experiment
+# --------------------------------------------------------------------- transformers, datasets, the experiment
 
 SUBJECTS = ("high_school_us_history", "college_computer_science", "high_school_geography", "human_aging")
 
@@ -331,11 +355,15 @@ def worlds_text():
 
 @pytest.fixture(scope="session")
 def data_repos(worlds_text) -> list[dict]:
-    """The study's data sets as they are laid out on the hub, small, with the embedded world's text and questions."""
+    """The study's data sets as they are laid out on the hub, small, with the embedded world's text and
+    questions."""
     import zstandard
 
     questions = json.loads((ROOT / "micro_pythia" / "questions.json").read_text())
-    asked = lambda n: {k: [q[k] for q in questions[n : n + 4]] for k in ("question", "choices", "answer")}
+
+    def asked(n):
+        return {k: [q[k] for q in questions[n : n + 4]] for k in ("question", "choices", "answer")}
+
     half = len(worlds_text["retain"]) // 2
     lines = "".join(
         json.dumps({"text": d, "meta": {"pile_set_name": "Pile-CC"}}) + "\n"
@@ -360,7 +388,10 @@ def data_repos(worlds_text) -> list[dict]:
         )
     }
     wmdp = {"wmdp-bio/test-00000-of-00001.parquet": parquet(asked(0))}
-    parts = lambda split, *names: card(*((name, split, f"{name}/{split}-*") for name in names))
+
+    def parts(split, *names):
+        return card(*((name, split, f"{name}/{split}-*") for name in names))
+
     return [
         dict(
             name="Salesforce/wikitext",
@@ -394,12 +425,15 @@ lm, told = {NAME!r}, {{}}
 commit = hub.revision(lm)
 with hub.plain_errors(lm):
     told["tokenizer"] = len(transformers.AutoTokenizer.from_pretrained(lm, revision=commit))
-    told["weights"] = transformers.AutoModelForCausalLM.from_pretrained(lm, revision=commit).get_input_embeddings().weight.double().abs().sum().item()
+    model = transformers.AutoModelForCausalLM.from_pretrained(lm, revision=commit)
+    told["weights"] = model.get_input_embeddings().weight.double().abs().sum().item()
 """
 STREAM = """
 for repo, config in (("Salesforce/wikitext", "wikitext-103-raw-v1"), ("monology/pile-uncopyrighted", None)):
     with hub.plain_errors(repo):
-        told[repo] = [row["text"] for row in datasets.load_dataset(repo, config, split="train", streaming=True, revision=hub.revision(repo, "dataset"))]
+        newest = hub.revision(repo, "dataset")
+        rows = datasets.load_dataset(repo, config, split="train", streaming=True, revision=newest)
+        told[repo] = [row["text"] for row in rows]
 """
 
 
@@ -451,9 +485,10 @@ def test_transformers_and_datasets_end_in_one_line(hub, tmp_path, data_repos):
         hub.add(f"owner/{name}", files, "dataset")
     hub.fail("503", "01.jsonl.zst", 999)
     hub.fail("503", "/model.safetensors", 999)
-    ask = lambda repo, config=None: (
-        f'list(datasets.load_dataset("{repo}", {config!r}, split="train", streaming=True))'
-    )
+
+    def ask(repo, config=None):
+        return f'list(datasets.load_dataset("{repo}", {config!r}, split="train", streaming=True))'
+
     asked = {
         "monology/pile-uncopyrighted": ask("monology/pile-uncopyrighted"),
         "cais/wmdp-bio-forget-corpus": ask("cais/wmdp-bio-forget-corpus"),
@@ -477,24 +512,27 @@ for repo, code in {asked!r}.items():
     done = client(hub, tmp_path, code)
     assert done.returncode == 0, done.stderr[-3000:]
     told = {repo: (code, line) for repo, code, line in map(json.loads, done.stdout.splitlines())}
-    busy = "the hub answers 503 (Service Unavailable), 2 times; run the same command again later, or see whether the network and 127.0.0.1 are up"
+    busy = (
+        "the hub answers 503 (Service Unavailable), 2 times; run the same command again later, or see whether"
+        " the network and 127.0.0.1 are up"
+    )
     assert told["monology/pile-uncopyrighted"] == (
         1,
         f"monology/pile-uncopyrighted, file train/01.jsonl.zst: {busy}",
     )
     assert told[NAME] == (1, f"{NAME}, file model.safetensors: {busy}")
     code, line = told["cais/wmdp-bio-forget-corpus"]
-    assert (
-        code == 2
-        and "ask for it at https://huggingface.co/datasets/cais/wmdp-bio-forget-corpus and log in (`hf auth login`, or HF_TOKEN)"
-        in line
-    )
+    remedy = "ask for it at https://huggingface.co/datasets/cais/wmdp-bio-forget-corpus and log in"
+    assert code == 2 and f"{remedy} (`hf auth login`, or HF_TOKEN)" in line
     assert line.endswith("or go without: --forget_text takes another text")
     for repo in ("owner/garbage", "owner/rubbish"):
         assert told[repo][0] == 1 and told[repo][1].startswith(f"{repo}: what came cannot be read")
     assert told["owner/empty"] == (
         2,
-        "owner/empty: there is no data in it that can be read (.parquet, .jsonl, .txt, ...); take another, or download it and give files",
+        (
+            "owner/empty: there is no data in it that can be read (.parquet, .jsonl, .txt, ...); take"
+            " another, or download it and give files"
+        ),
     )
     for repo in ("owner/nothing", "owner/no-model"):
         assert (
@@ -625,7 +663,9 @@ def test_auto_is_micro_without_a_hub_and_decided_in_time(hub, tmp_path):
     silent = client(
         hub,
         tmp_path,
-        "from sae_separation import testbeds\nstarted = time.monotonic()\nprint(json.dumps([testbeds.first_can_be_had(), time.monotonic() - started, testbeds.load('auto').name]))",
+        "from sae_separation import testbeds\nstarted = time.monotonic()\n"
+        "had = testbeds.first_can_be_had()\n"
+        "print(json.dumps([had, time.monotonic() - started, testbeds.load('auto').name]))",
     )
     found, seconds, name = json.loads(silent.stdout)
     assert not found and name == "micro" and seconds < 10

@@ -205,7 +205,9 @@ def test_choices_that_change_the_questions_last_token_are_scored_from_where_they
 
 
 def test_byte_level_tokens_of_an_exam_are_those_of_question_and_choice_alone(micro):
-    encode = lambda text: micro.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def encode(text):
+        return micro.tokenizer(text, add_special_tokens=False)["input_ids"]
+
     questions = [q for some in micro.questions.values() for q in some[:10]]
     letters = letter_tokens(micro.tokenizer).tolist()
     assert letters == [[encode(f" {letter}")[0] for letter in "ABCD"]]

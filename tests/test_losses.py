@@ -105,8 +105,8 @@ def test_the_loss_between_domains_and_its_gradient_equal_the_naive_double_loop(W
 
 @pytest.mark.parametrize("name", ["all_pairs", "grouped", "ortsae"])
 def test_the_fast_dtype_gives_the_exact_loss_and_a_gradient_within_a_few_per_cent(name, monkeypatch):
-    """In bfloat16, wherever the test runs: value and tangential gradient against float64, on rows that lean on each other and so have a gradient
-    to speak of."""
+    """In bfloat16, wherever the test runs: value and tangential gradient against float64, on rows that
+    lean on each other and so have a gradient to speak of."""
     monkeypatch.setattr("sae_separation.losses.has_bf16", lambda device: True)
     lean = torch.randn(512, 64, generator=torch.Generator().manual_seed(3)) + torch.randn(
         64, generator=torch.Generator().manual_seed(4)
@@ -139,7 +139,8 @@ def test_independent_random_rows_give_one_and_orthogonal_rows_give_zero():
 
 
 def test_all_pairs_cannot_fall_under_the_welch_floor_and_a_tight_frame_reaches_it():
-    # two orthonormal bases side by side: n = 2 d, each row has d - 1 zeros and d overlaps whose squares sum to 1
+    # two orthonormal bases side by side: n = 2 d, each row has d - 1 zeros and d overlaps whose squares sum
+    # to 1
     basis = torch.linalg.qr(torch.randn(32, 32, dtype=torch.double))[0]
     frame = torch.cat([torch.eye(32, dtype=torch.double), basis])
     assert omega_all_pairs(frame).item() == pytest.approx(32 / 63, rel=1e-9)
@@ -157,7 +158,8 @@ def test_a_single_domain_or_dead_features_give_zero_not_nan():
 
 
 def naive_ortsae(W, chunk_size, generator):
-    """The published formula in few lines: random chunks, largest signed cosine of each row, squared, mean over rows."""
+    """The published formula in few lines: random chunks, largest signed cosine of each row, squared, mean
+    over rows."""
     order, total = torch.randperm(len(W), generator=generator).tolist(), 0.0
     for start in range(0, len(W), chunk_size):
         chunk = order[start : start + chunk_size]
@@ -170,7 +172,9 @@ def naive_ortsae(W, chunk_size, generator):
 @pytest.mark.parametrize("parts", [1, 5, 16])
 @pytest.mark.parametrize("chunk_size", [8, 13, 39, 40, 64])
 def test_ortsae_equals_the_published_formula(W, chunk_size, parts):
-    draw = lambda: torch.Generator().manual_seed(9)
+    def draw():
+        return torch.Generator().manual_seed(9)
+
     naive = naive_ortsae(W, chunk_size, draw())
     values, sizes, grad = whole(pull_ortsae, W.detach(), random_chunks(N, chunk_size, draw()), parts)
     assert naive.item() > 0.01

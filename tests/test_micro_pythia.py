@@ -1,4 +1,5 @@
-"""The embedded LM and its world: shape, balance, no leak, and that the shipped LM knows what its report says."""
+"""The embedded LM and its world: shape, balance, no leak, and that the shipped LM knows what its report
+says."""
 
 import json
 import random

@@ -1,4 +1,5 @@
-"""The options that any arm may switch on: what each claims, by hand or against a naive twin, and that it costs nothing when off."""
+"""The options that any arm may switch on: what each claims, by hand or against a naive twin, and that it
+costs nothing when off."""
 
 import math
 from copy import deepcopy
@@ -115,9 +116,8 @@ def test_the_exported_file_is_the_same_function_and_locked_features_never_fire(k
     loaded = load_exported(tmp_path)
     f = loaded.encode(x)
     assert f[:, 60:].max() == 0 < f[:, :60].max()
-    if (
-        kind != "softk"
-    ):  # in softk locked features that win leave their place empty in training, and are never among the winners in the file
+    # softk: in training, locked features that win leave their place empty; in the file they never win
+    if kind != "softk":
         torch.testing.assert_close(f * sae.scale, sae.encode(x), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(loaded(x), sae(x), atol=1e-5, rtol=1e-5)
     else:
@@ -303,9 +303,11 @@ def test_accumulation_takes_half_the_optimiser_steps_and_the_same_schedule(activ
     assert trainer.adam.param_groups[0]["lr"] == pytest.approx(SMALL.lr)
     _, history = train(replace(SMALL, arm="ortsae", alpha=0.25, grad_accumulation=2), activations, steps=22)
     omegas = [r.get("omega") for r in history]
-    assert [i for i in range(len(history)) if omegas[i] != (omegas[i - 1] if i else None)] == [1, 11, 21], (
-        "every fifth optimiser step"
-    )
+    assert [i for i in range(len(history)) if omegas[i] != (omegas[i - 1] if i else None)] == [
+        1,
+        11,
+        21,
+    ], "every fifth optimiser step"
 
 
 def test_gradients_are_clipped_to_the_norm_given(activations, monkeypatch):

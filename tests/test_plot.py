@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import warnings
+from functools import partial
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
@@ -55,9 +56,54 @@ def edit(path: Path, change):
     path.write_text(json.dumps(value))
 
 
+def standard_error(values: list[float]) -> float:
+    mean = sum(values) / len(values)
+    return (sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)) ** 0.5
+
+
+def scaled(rng, value, spread):
+    return value * rng.uniform(1 - spread, 1 + spread) if isinstance(value, float) else value
+
+
+def scaled_metric(rng, m, v, shift):
+    if v is None:
+        return None
+    return scaled(rng, v, 0.02) * shift + (rng.uniform(0.001, 0.01) if m == "unlearning_score" else 0)
+
+
+def scale_metrics(rng, info):
+    for parts in info.values():
+        by_seed, shift = parts["final_info_dict"], rng.uniform(0.85, 1.0)
+        for m, values in list(by_seed.items()):
+            by_seed[m] = [scaled_metric(rng, m, v, shift) for v in values]
+            if m in ("unlearning_score", "forget_ce_gain_at_retain_ce_cost_0.05"):
+                by_seed |= {
+                    m + suffix: [scaled(rng, v, 0.5) for v in by_seed[m]]
+                    for suffix in ("_conditional", "_guardrail")
+                }
+        for m, values in by_seed.items():
+            whole = None not in values
+            parts["means"][m] = sum(values) / len(values) if whole else None
+            parts["stderrs"][m] = standard_error(values) if whole else None
+    info["core"]["means"]["l0"] = 16.0
+
+
+def scale_sweep(rng, details):
+    cells = [c for c in details["sweep"] if c.get("intervention", "clamp") == "clamp"]
+    for c in cells:
+        c.update(
+            {
+                k: scaled(rng, v, 0.1) if k.endswith(("gain", "cost")) else min(1.0, scaled(rng, v, 0.02))
+                for k, v in c.items()
+                if k.endswith(("gain", "cost", "accuracy"))
+            }
+        )
+    details["sweep"] = cells + [{**c, "intervention": "conditional"} for c in cells]
+
+
 def made_up(folder: Path, name: str, arm: str, warnings=()) -> Path:
-    """A run folder with invented numbers: a committed one, its metrics, log, sweeps and spectra scaled at random, and those of
-    other interventions put in; without the checksums of the committed one."""
+    """A run folder with invented numbers: a committed one, its metrics, log, sweeps and spectra scaled at
+    random, and those of other interventions put in; without the checksums of the committed one."""
     rng, run = random.Random(name), folder / name
     shutil.copytree(
         ROOT / ("run_0" if arm in ("vanilla", "adaptive") else "run_1"),
@@ -66,48 +112,9 @@ def made_up(folder: Path, name: str, arm: str, warnings=()) -> Path:
     )
     bend = rng.uniform(0.8, 1.3)
 
-    def scaled(value, spread):
-        return value * rng.uniform(1 - spread, 1 + spread) if isinstance(value, float) else value
-
-    def metrics(info):
-        for parts in info.values():
-            by_seed, shift = parts["final_info_dict"], rng.uniform(0.85, 1.0)
-            for m, values in list(by_seed.items()):
-                by_seed[m] = [
-                    None
-                    if v is None
-                    else scaled(v, 0.02) * shift
-                    + (rng.uniform(0.001, 0.01) if m == "unlearning_score" else 0)
-                    for v in values
-                ]
-                if m in ("unlearning_score", "forget_ce_gain_at_retain_ce_cost_0.05"):
-                    by_seed |= {
-                        m + suffix: [scaled(v, 0.5) for v in by_seed[m]]
-                        for suffix in ("_conditional", "_guardrail")
-                    }
-            for m, values in by_seed.items():
-                parts["means"][m] = mean = None if None in values else sum(values) / len(values)
-                parts["stderrs"][m] = (
-                    None
-                    if mean is None
-                    else (sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)) ** 0.5
-                )
-        info["core"]["means"]["l0"] = 16.0
-
-    def sweep(details):
-        cells = [c for c in details["sweep"] if c.get("intervention", "clamp") == "clamp"]
-        for c in cells:
-            c.update(
-                {
-                    k: scaled(v, 0.1) if k.endswith(("gain", "cost")) else min(1.0, scaled(v, 0.02))
-                    for k, v in c.items()
-                    if k.endswith(("gain", "cost", "accuracy"))
-                }
-            )
-        details["sweep"] = cells + [{**c, "intervention": "conditional"} for c in cells]
-
-    edit(run / "final_info.json", metrics)
+    edit(run / "final_info.json", partial(scale_metrics, rng))
     edit(run / "config.json", lambda c: c["config"].update(arm=arm, alpha=ALPHA.get(name, 0.1)))
+    edit(run / "config.json", lambda c: c.pop("sha256", None))  # as of a run folder without checksums
     log = [json.loads(line) for line in (run / "train_log.jsonl").read_text().splitlines()]
     (run / "train_log.jsonl").write_text(
         "".join(
@@ -119,7 +126,7 @@ def made_up(folder: Path, name: str, arm: str, warnings=()) -> Path:
         )
     )
     for path in run.glob("eval/*unlearning.json"):
-        edit(path, sweep)
+        edit(path, partial(scale_sweep, rng))
     for path in run.glob("eval/*geometry.json"):
         edit(
             path,
@@ -148,7 +155,7 @@ def scores(folder: Path) -> dict[str, float | None]:
 
 
 class Outline(HTMLParser):
-    """Tags with their attributes, the text, and whether every element that was opened is closed in its turn."""
+    """Tags with their attributes, the text, and whether every opened element is closed in its turn."""
 
     VOID = ("meta", "img", "br", "link")
 
@@ -175,20 +182,23 @@ HOSTILE = "</script><script>alert('x')</script><img src=https://example.org/x.pn
 
 @pytest.fixture(scope="module")
 def eleven(tmp_path_factory) -> Path:
-    """All runs of the plan, and plot.py run over them: run_8 is flagged and hostile, run_4 has no score, run_10 another L0."""
+    """All runs of the plan, and plot.py run over them: run_8 is flagged and hostile, run_4 has no score,
+    run_10 another L0."""
     folder = tmp_path_factory.mktemp("eleven")
     for i, arm in enumerate(ARMS):
         made_up(
             folder,
             f"run_{i}",
             arm,
-            [
-                "seed 0: more than half of the features are dead",
-                "seed 2: more than half of the features are dead",
-                HOSTILE,
-            ]
-            if i == 8
-            else [],
+            (
+                [
+                    "seed 0: more than half of the features are dead",
+                    "seed 2: more than half of the features are dead",
+                    HOSTILE,
+                ]
+                if i == 8
+                else []
+            ),
         )
     edit(folder / "run_4" / "final_info.json", no_score)
     edit(folder / "run_10" / "final_info.json", lambda info: info["core"]["means"].update(l0=19.1))
@@ -336,17 +346,19 @@ BREAKS = {
     "no config.json": lambda run: (run / "config.json").unlink(),
     "no log": lambda run: (run / "train_log.jsonl").unlink(),
     "no warnings.json": lambda run: (run / "warnings.json").unlink(),
-    "truncated final_info.json": lambda run: (run / "final_info.json").write_text(
-        (run / "final_info.json").read_text()[:2000]
+    "truncated final_info.json": (
+        lambda run: (run / "final_info.json").write_text((run / "final_info.json").read_text()[:2000])
     ),
-    "truncated log": lambda run: (run / "train_log.jsonl").write_text(
-        (run / "train_log.jsonl").read_text()[:-20]
+    "truncated log": (
+        lambda run: (run / "train_log.jsonl").write_text((run / "train_log.jsonl").read_text()[:-20])
     ),
-    "truncated details": lambda run: (run / "eval" / "seed1_geometry.json").write_text(
-        '{"singular_values": {'
+    "truncated details": (
+        lambda run: (run / "eval" / "seed1_geometry.json").write_text('{"singular_values": {')
     ),
-    "log of one seed lost": lambda run: (run / "train_log.jsonl").write_text(
-        (run / "train_log.jsonl").read_text().splitlines()[0]
+    "log of one seed lost": (
+        lambda run: (run / "train_log.jsonl").write_text(
+            (run / "train_log.jsonl").read_text().splitlines()[0]
+        )
     ),
     "a list for a table": lambda run: edit(
         run / "final_info.json", lambda info: info["core"].update(means=[1])
@@ -486,8 +498,8 @@ def test_paired_tests_use_shared_seeds_and_agree_with_scipy(eleven, tmp_path):
 
 BLOCKED = """
 import runpy, sys
-ALLOWED = {"numpy", "matplotlib", "mpl_toolkits", "PIL", "dateutil", "six", "pyparsing", "packaging", "cycler", "kiwisolver", "contourpy", "fontTools",
-           "sae_separation"}  # our own, of the standard library alone
+ALLOWED = {"numpy", "matplotlib", "mpl_toolkits", "PIL", "dateutil", "six", "pyparsing", "packaging",
+           "cycler", "kiwisolver", "contourpy", "fontTools", "sae_separation"}
 class Block:
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
@@ -516,7 +528,8 @@ def test_plot_runs_where_only_numpy_and_matplotlib_are_installed(tmp_path):
 
 
 def browse(page: Path) -> dict:
-    """What tests/browser.py saw. Skips where there is no browser; that is said in the summary of warnings too."""
+    """What tests/browser.py saw. Skips where there is no browser; that is said in the summary of warnings
+    too."""
     done = run_script("tests/browser.py", page, timeout=120)
     if done.returncode == 3:
         warnings.warn(f"THE REPORT WAS NOT TESTED IN A BROWSER: {done.stderr.strip()}", stacklevel=2)
@@ -536,9 +549,11 @@ def test_the_report_works_in_chromium_from_disk_without_network(eleven):
     assert len(seen["images"]) == len(PNGS) and all(alt and decoded for alt, decoded in seen["images"])
     score = scores(eleven)
     rising = sorted((run for run in score if score[run] is not None), key=score.get)
-    assert seen["order"] == [list(plot.labels), rising + ["run_4"], rising[::-1] + ["run_4"]], (
-        "a run without a score stays last"
-    )
+    assert seen["order"] == [
+        list(plot.labels),
+        rising + ["run_4"],
+        rising[::-1] + ["run_4"],
+    ], "a run without a score stays last"
     assert [[s for s in sort if s] for sort in seen["aria_sort"]] == [["ascending"], ["descending"]]
     keyboard = seen["by_keyboard"]
     assert (
@@ -562,7 +577,8 @@ def test_the_report_works_in_chromium_from_disk_without_network(eleven):
 def test_the_browser_notices_errors_requests_and_broken_images(tmp_path):
     page = tmp_path / "bad.html"
     page.write_text(
-        '<!DOCTYPE html><title>bad</title><img alt="none" src="https://example.invalid/x.png"><p style="width: 900px">wide</p><script>console.log("hello"); missing()</script>'
+        '<!DOCTYPE html><title>bad</title><img alt="none" src="https://example.invalid/x.png"><p'
+        ' style="width: 900px">wide</p><script>console.log("hello"); missing()</script>'
     )
     seen = browse(page)
     assert set(seen["blocked"]) == {"https://example.invalid/x.png"} and seen["images"] == [["none", False]]

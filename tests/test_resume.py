@@ -1,4 +1,5 @@
-"""Nothing that a run did is lost and nothing is told that is not so: interruption, damage, faults, determinism."""
+"""Nothing that a run did is lost and nothing is told that is not so: interruption, damage, faults,
+determinism."""
 
 import errno
 import json
@@ -91,7 +92,8 @@ def results(folder) -> tuple:
 
 
 def at_step(monkeypatch, step, act, seed=1, times=1):
-    """Have act(trainer, x) done before the trainers of `seed` take that step; what it returns, if anything, takes the place of x."""
+    """Have act(trainer, x) done before the trainers of `seed` take that step; what it returns, if
+    anything, takes the place of x."""
     take, left = experiment.Trainer.step, [times]
 
     def stepped(self, x, forget):
@@ -154,7 +156,9 @@ def test_a_trainer_goes_on_from_its_checkpoint_to_the_same_bits(form, activation
 
 
 def test_the_stream_goes_on_behind_any_block_to_the_same_bits(micro):
-    stream = lambda: experiment.ActivationStream(micro, 128, 8192, lm_tokens=4096)
+    def stream():
+        return experiment.ActivationStream(micro, 128, 8192, lm_tokens=4096)
+
     whole, skipped = stream(), stream()
     blocks = [whole.next_block() for _ in range(4)]
     skipped.skip_blocks(2)
@@ -165,20 +169,23 @@ def test_the_stream_goes_on_behind_any_block_to_the_same_bits(micro):
 
 def test_killed_at_random_instants_a_command_ends_as_if_left_alone(tmp_path):
     """The real thing: two folders on one LM pass, SIGKILL wherever it hits."""
-    argv = lambda where: [
-        sys.executable,
-        str(ROOT / "experiment.py"),
-        "--out_dir",
-        str(tmp_path / where / "run_1"),
-        str(tmp_path / where / "run_6"),
-        "--seeds",
-        "0",
-        "1",
-        "--evals",
-        "core",
-        "geometry",
-        *map(str, TINY),
-    ]
+
+    def argv(where):
+        return [
+            sys.executable,
+            str(ROOT / "experiment.py"),
+            "--out_dir",
+            str(tmp_path / where / "run_1"),
+            str(tmp_path / where / "run_6"),
+            "--seeds",
+            "0",
+            "1",
+            "--evals",
+            "core",
+            "geometry",
+            *map(str, TINY),
+        ]
+
     alone = subprocess.Popen(argv("alone"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     started, folder = time.monotonic(), tmp_path / "alone/run_1"
     while not list(folder.glob("checkpoints/*.safetensors")) and alone.poll() is None:
@@ -191,9 +198,9 @@ def test_killed_at_random_instants_a_command_ends_as_if_left_alone(tmp_path):
         process = subprocess.Popen(argv("killed"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
             process.communicate(
-                timeout=300
-                if fraction is None
-                else begun + (fraction + rng.uniform(-0.1, 0.1)) * (ended - begun)
+                timeout=(
+                    300 if fraction is None else begun + (fraction + rng.uniform(-0.1, 0.1)) * (ended - begun)
+                )
             )
         except subprocess.TimeoutExpired:
             process.kill()
@@ -215,7 +222,8 @@ def test_a_signal_leaves_a_checkpoint_and_one_line(number, code, here, tmp_path,
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert (
         last
-        == f"error: interrupted by {signal.Signals(number).name}: at step 42 of {STEPS}; the same command (without --overwrite) goes on from there"
+        == f"error: interrupted by {signal.Signals(number).name}: at step 42 of {STEPS}; the same command"
+        " (without --overwrite) goes on from there"
     )
     assert signal.getsignal(number) == before
     assert [checkpoint.steps_in(tmp_path / "b" / run) for run in ("run_1", "run_6")] == [[42], [42]]
@@ -300,7 +308,11 @@ def test_finished_evaluations_are_not_done_again(here, tmp_path, monkeypatch):
 def test_a_second_process_is_refused_at_once_and_a_dead_one_does_not_block(tmp_path):
     folder = tmp_path / "run_1"
     folder.mkdir()
-    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from sae_separation import run_folder; from pathlib import Path; run_folder.own(Path({str(folder)!r})); print('mine', flush=True); time.sleep(60)"
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from sae_separation import run_folder; from"
+        f" pathlib import Path; run_folder.own(Path({str(folder)!r})); print('mine', flush=True);"
+        " time.sleep(60)"
+    )
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert owner.stdout.readline() == "mine\n"
     started = time.monotonic()
@@ -322,16 +334,22 @@ def test_a_second_process_is_refused_at_once_and_a_dead_one_does_not_block(tmp_p
 
 def test_a_private_folder_of_a_killed_process_is_removed_and_no_other(tmp_path, monkeypatch):
     code = (
-        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from sae_separation import process; user = type('', (), {{}})(); folder = process.private_folder(user, 'saebench');"
-        "(folder / 'sweep.pkl').touch(); print(folder, flush=True); time.sleep(float(sys.argv[1]))"
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from sae_separation import process; user ="
+        " type('', (), {})(); folder = process.private_folder(user, 'saebench');(folder /"
+        " 'sweep.pkl').touch(); print(folder, flush=True); time.sleep(float(sys.argv[1]))"
     )
-    begin = lambda seconds: subprocess.Popen(
-        [sys.executable, "-c", code, seconds],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-    )
-    folder_of = lambda process: Path(process.stdout.readline().strip())
+
+    def begin(seconds):
+        return subprocess.Popen(
+            [sys.executable, "-c", code, seconds],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+        )
+
+    def folder_of(process):
+        return Path(process.stdout.readline().strip())
+
     killed, lives, leaves = (begin(seconds) for seconds in ("60", "60", "0"))
     left, kept, gone = (folder_of(process) for process in (killed, lives, leaves))
     killed.kill()
@@ -535,7 +553,7 @@ def test_changed_weights_measurements_and_settings_are_noticed(here, tmp_path, m
         here("run_1", evals=["geometry"])
 
 
-# ------------------------------------------------------------------------------------------------ numbers that are none
+# -------------------------------------------------------------------------------------- numbers that are none
 
 
 def bad_gradient(trainer, x):
@@ -586,7 +604,8 @@ INJECTED = {
 def test_a_number_that_is_none_fails_its_seed_by_name_and_no_other(
     where, here, tmp_path, monkeypatch, capsys
 ):
-    """In run_1 and run_6 alike; the second seed fails, the first is trained to the end, and neither folder has a result."""
+    """In run_1 and run_6 alike; the second seed fails, the first is trained to the end, and neither folder
+    has a result."""
     act, said = INJECTED[where]
     at_step(monkeypatch, 60, act, times=100)
     assert here("run_1", "run_6", extra=["--checkpoint_seconds", 1000]) == 1
@@ -643,7 +662,7 @@ def test_a_metric_that_is_not_finite_fails_its_seed_alone(here, tmp_path, monkey
     assert (tmp_path / "run_0/eval/seed0_geometry.json").exists()
 
 
-# ------------------------------------------------------------------------------------------------ the machine's faults
+# --------------------------------------------------------------------------------------- the machine's faults
 
 
 def no_space(*_):
@@ -735,7 +754,7 @@ def test_the_time_budget_ends_training_and_the_rest_is_done(here, tmp_path):
     assert here("run_1", evals=["geometry"], extra=["--tokens", 10**9, "--time_budget_minutes", 0.2]) == 0
 
 
-# ------------------------------------------------------------------------------------------------ the same again
+# --------------------------------------------------------------------------------------------- the same again
 
 
 def test_the_same_command_writes_the_same_bytes_and_leaves_global_state_alone(here, tmp_path, monkeypatch):
@@ -809,12 +828,14 @@ def test_a_signal_that_python_drops_in_a_finaliser_is_raised_at_the_next_held():
 
 
 def test_the_recorded_commit_is_dirty_for_changed_code_and_not_for_changed_runs(tmp_path, monkeypatch):
-    git = lambda *args: subprocess.run(
-        ["git", "-c", "user.name=a", "-c", "user.email=a@b", *args],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-    )
+    def git(*args):
+        return subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *args],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+        )
+
     git("init")
     (tmp_path / "run_0").mkdir()
     for name in ("experiment.py", "run_0/config.json"):

@@ -10,12 +10,26 @@ import pytest
 from conftest import ROOT, run_script
 
 NEEDED = {
-    "training": "tokens_trained final_loss final_fvu final_l0 l1_coefficient alpha tokens_per_second train_seconds",
-    "core": "explained_variance mse cossim l0 l1 ce_loss_score ce_loss_with_sae ce_loss_without_sae kl_div_score l2_ratio frac_alive",
-    "unlearning": "unlearning_score forget_accuracy retain_accuracy lm_forget_accuracy lm_retain_accuracy n_known_forget n_known_retain random_feature_score",
-    "corpus_unlearning": "forget_ce_gain_at_retain_ce_cost_0.01 forget_ce_gain_at_retain_ce_cost_0.05 forget_ce_gain_at_retain_ce_cost_0.1",
-    "geometry": "omega omega_floor mean_max_cosine frac_pairs_above_0.2 condition_number_forget condition_number_retain condition_number_shared "
-    "effective_rank_forget effective_rank_retain effective_rank_shared max_principal_cosine_forget_retain",
+    "training": (
+        "tokens_trained final_loss final_fvu final_l0 l1_coefficient alpha tokens_per_second train_seconds"
+    ),
+    "core": (
+        "explained_variance mse cossim l0 l1 ce_loss_score ce_loss_with_sae ce_loss_without_sae kl_div_score"
+        " l2_ratio frac_alive"
+    ),
+    "unlearning": (
+        "unlearning_score forget_accuracy retain_accuracy lm_forget_accuracy lm_retain_accuracy"
+        " n_known_forget n_known_retain random_feature_score"
+    ),
+    "corpus_unlearning": (
+        "forget_ce_gain_at_retain_ce_cost_0.01 forget_ce_gain_at_retain_ce_cost_0.05"
+        " forget_ce_gain_at_retain_ce_cost_0.1"
+    ),
+    "geometry": (
+        "omega omega_floor mean_max_cosine frac_pairs_above_0.2 condition_number_forget"
+        " condition_number_retain condition_number_shared effective_rank_forget effective_rank_retain"
+        " effective_rank_shared max_principal_cosine_forget_retain"
+    ),
 }
 
 

@@ -439,7 +439,9 @@ def test_a_run_whose_reader_goes_away_is_complete_all_the_same(here, tmp_path, m
 
 
 def test_every_ending_is_an_exit_code_and_a_line(monkeypatch, capsys):
-    because = lambda error, cause: setattr(error, "__cause__", cause) or error
+    def because(error, cause):
+        return setattr(error, "__cause__", cause) or error
+
     no_memory = ImportError("libtorch_cpu.so: failed to map segment from shared object")
     for error, code, said in (
         (WrongRequest("no such\nfolder"), 2, "error: no such folder"),
@@ -499,7 +501,10 @@ def test_too_little_address_space_is_told_in_one_line(tmp_path):
         str(tmp_path / "run_0"),
         "--testbed=micro",
     ]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (2 * 10**9, 2 * 10**9))
+
+    def limit():
+        return resource.setrlimit(resource.RLIMIT_AS, (2 * 10**9, 2 * 10**9))
+
     done = subprocess.run(asked, preexec_fn=limit, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: out of memory (ulimit -v allows 2.0 GB of address space: raise it)")
@@ -526,7 +531,8 @@ def test_a_lost_connection_leaves_a_checkpoint_and_one_line(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert (
         last
-        == "error: interrupted by SIGHUP: at step 42 of 100; the same command (without --overwrite) goes on from there"
+        == "error: interrupted by SIGHUP: at step 42 of 100; the same command (without --overwrite) goes on"
+        " from there"
     )
     assert checkpoint.steps_in(tmp_path / "run_1")[-1] == 42
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
@@ -554,14 +560,20 @@ def test_a_lost_connection_before_anything_is_begun(ignored, tmp_path):
         str(tmp_path / "asked.jsonl"),
         "--forget_subject=x",
     ]
-    prepare = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+
+    def prepare():
+        return signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+
     process = subprocess.Popen(
         asked, preexec_fn=prepare, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     status = Path(f"/proc/{process.pid}/status")
-    mask = lambda kind: int(
-        next(line for line in status.read_text().splitlines() if line.startswith(kind)).split()[1], 16
-    )
+
+    def mask(kind):
+        return int(
+            next(line for line in status.read_text().splitlines() if line.startswith(kind)).split()[1], 16
+        )
+
     while not mask("SigCgt") >> (signal.SIGTERM - 1) & 1:
         time.sleep(0.01)
     process.send_signal(signal.SIGHUP)

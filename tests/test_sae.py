@@ -138,7 +138,8 @@ def test_a_sketch_sums_the_signs_of_the_rows_that_a_feature_fires_on(activation,
 
 
 def test_features_are_found_a_part_at_a_time_as_all_at_once(x, monkeypatch):
-    """Parts of 7 features; for batchtopk also where the moving border was far too high, so that more must be looked at."""
+    """Parts of 7 features; for batchtopk also where the moving border was far too high, so that more must
+    be looked at."""
     for activation, threshold in (("relu", 0.0), ("batchtopk", 0.5), ("batchtopk", 100.0)):
         seen = []
         for rows in (2**21, 256 * 7):

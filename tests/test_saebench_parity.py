@@ -1,7 +1,9 @@
-"""Our way into SAEBench's unlearning protocol gives the numbers of SAEBench's own, on an LM that it accepts by itself.
+"""Our way into SAEBench's unlearning protocol gives the numbers of SAEBench's own, on an LM that it accepts
+by itself.
 
-SAEBench knows Gemma by name. A small Gemma-2 with random weights, once as a HookedTransformer called gemma-2-2b-it in
-SAEBench's unpatched code, once as a transformers model in ours: same prompts, same answers, same sweep, same score.
+SAEBench knows Gemma by name. A small Gemma-2 with random weights, once as a HookedTransformer called
+gemma-2-2b-it in SAEBench's unpatched code, once as a transformers model in ours: same prompts, same
+answers, same sweep, same score.
 """
 
 import random
@@ -120,7 +122,10 @@ def gemma(tmp_path_factory):
 @pytest.fixture(scope="module")
 def questions():
     rng = random.Random(3)
-    word = lambda: "".join(rng.choices("abcdefghij", k=rng.randint(3, 6)))
+
+    def word():
+        return "".join(rng.choices("abcdefghij", k=rng.randint(3, 6)))
+
     return {
         s: [
             Question(
@@ -216,7 +221,8 @@ def test_letter_answers_equal_saebench_unpatched_with_and_without_question(gemma
 
 
 def test_the_sweep_and_its_score_equal_saebench_unpatched(gemma, questions, ours, sae, tmp_path, monkeypatch):
-    """SAEBench clamps the turn markers of a chat prompt, on which no SAE is trained; for the comparison we do, too."""
+    """SAEBench clamps the turn markers of a chat prompt, on which no SAE is trained; for the comparison we
+    do, too."""
     monkeypatch.setattr(
         "sae_separation.exam.special_ids", lambda tokenizer: torch.tensor([tokenizer.bos_token_id])
     )
@@ -231,7 +237,8 @@ def test_the_sweep_and_its_score_equal_saebench_unpatched(gemma, questions, ours
     settings = {"retain_thresholds": [0.001, 0.01], "n_features_list": [5, 20], "multipliers": [2, 20]}
 
     def prepare(folder):
-        """A random LM knows nothing: let the known questions be those it gets right as listed (SAEBench then skips its search)."""
+        """A random LM knows nothing: let the known questions be those it gets right as listed (SAEBench
+        then skips its search)."""
         for name in SUBJECTS:
             right = ours.mcq_metrics(ours.lm, 64, None, name)["is_correct"].nonzero()[0]
             full = name if name == "wmdp-bio" else f"mmlu-{name.replace('_', '-')}"

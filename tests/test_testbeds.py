@@ -1,4 +1,5 @@
-"""Any LM, any text, any questions: what is read, what is left out, what is refused, and that the rest works on it."""
+"""Any LM, any text, any questions: what is read, what is left out, what is refused, and that the rest
+works on it."""
 
 import ast
 import gzip
@@ -114,7 +115,8 @@ def test_one_bad_line_in_a_hundred_is_left_out_and_named_and_more_are_refused(tm
 
 
 def test_odd_documents_reach_the_stream_whole(micro, tmp_path):
-    """Empty ones are counted; one-token ones and ones longer than many contexts are packed; special tokens in text are text's."""
+    """Empty ones are counted; one-token ones and ones longer than many contexts are packed; special tokens
+    in text are text's."""
     long = " ".join(tiny.documents(40, 3))
     path = tiny.save_jsonl(
         tmp_path / "odd.jsonl", ["", " \n", {"text": None}, "a", "b", long, *tiny.documents(50, 4)]
@@ -131,7 +133,9 @@ def test_odd_documents_reach_the_stream_whole(micro, tmp_path):
 
 
 def test_text_of_no_tokens_and_of_fewer_than_a_batch_is_refused_with_the_numbers(micro):
-    nothing = lambda texts, **_: {"input_ids": [[] for _ in texts]}
+    def nothing(texts, **_):
+        return {"input_ids": [[] for _ in texts]}
+
     text = split_text(tiny.documents(20, 0))
     with pytest.raises(WrongRequest, match="--forget_text holds 0 tokens to train on"):
         check_amount("forget_text", text, nothing, 128)
@@ -406,7 +410,8 @@ def test_the_named_testbeds_are_what_the_study_says():
 def test_gemma_is_asked_as_its_instructed_sibling_in_bfloat16_with_saebenchs_sweep(
     lms, own, monkeypatch, tmp_path
 ):
-    """The wiring of gemma-2-2b on small random weights of its architecture: SAE trained on one LM, questions asked of the other."""
+    """The wiring of gemma-2-2b on small random weights of its architecture: SAE trained on one LM,
+    questions asked of the other."""
     base, told = lms("gemma", seed=1), lms("gemma", seed=2)
     asked = tiny.save_jsonl(
         tmp_path / "asked.jsonl", tiny.questions("biology", 6) + tiny.questions("history", 6)
@@ -557,7 +562,10 @@ def make_smollm2(site):
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
     rng = np.random.default_rng(0)
-    tensor = lambda *shape: rng.normal(0, 0.2, shape).astype(np.float32)
+
+    def tensor(*shape):
+        return rng.normal(0, 0.2, shape).astype(np.float32)
+
     writer.add_tensor("token_embd.weight", tensor(len(tokens), tiny.D_IN))
     writer.add_tensor("output_norm.weight", np.ones(tiny.D_IN, np.float32))
     for i in range(tiny.N_LAYERS):

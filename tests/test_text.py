@@ -1,4 +1,5 @@
-"""A user's text in every form that people have: read whole or refused with the true reason, never cut in silence."""
+"""A user's text in every form that people have: read whole or refused with the true reason, never cut in
+silence."""
 
 import contextlib
 import csv
@@ -326,7 +327,7 @@ def memory_under(most):
 
 
 def test_one_document_without_end_takes_little_memory(tmp_path, monkeypatch):
-    """Of 60 MB in 6 kB: as a line of JSON it is refused by name, as text it is read as far as text is read."""
+    """60 MB in 6 kB: as a line of JSON it is refused by name, as text it is read as far as text is read."""
     monkeypatch.setattr("sae_separation.text.MOST_CHARACTERS", 10**6)
     monkeypatch.setattr("sae_separation.text.MOST_DOCUMENT", 10**5)
     endless = b"many_words_" * 5_500_000

@@ -105,7 +105,8 @@ def test_a_frozen_decoder_is_never_trained(activations):
 
 
 def test_ortsae_visits_a_row_every_fifth_step_with_five_times_the_weight(activations, monkeypatch):
-    """256 features in one chunk of 512: all of them at one of five steps, as published; in chunks of 64, one at each of four steps of five."""
+    """256 features in one chunk of 512: all of them at one of five steps, as published; in chunks of 64,
+    one at each of four steps of five."""
     for chunk_size, at in ((512, [0, 5, 10]), (64, [0, 1, 2, 3, 5, 6, 7, 8, 10])):
         visits, pull = [], losses.pull_ortsae
         monkeypatch.setattr(losses, "pull_ortsae", lambda *args: visits.append(pull(*args)) or visits[-1])
@@ -183,7 +184,9 @@ def test_a_non_finite_term_stops_the_run_and_is_named(where, activations, monkey
     assert torch.equal(trainer.sae.W_dec, before), "no step was taken on it"
 
 
-CHANGES = {  # field -> (what else is set: an arm, or settings; changed value); what a field must change is the trained weights
+# field -> (what else is set: an arm, or settings; changed value); what a field must change is the trained
+# weights
+CHANGES = {
     "alpha": ("fixed", 0.7),
     "l1": ("vanilla", 0.1),
     "lr": ("vanilla", 5e-4),
@@ -277,7 +280,8 @@ def test_a_single_domain_in_the_stream_trains_too(activations):
 
 @pytest.mark.parametrize("settings", [{"l1": 0.05}, {"activation": "batchtopk"}, {"activation": "softk"}])
 def test_the_sparse_path_learns_the_curve_of_the_dense_one(settings, activations, monkeypatch):
-    """Same seed, all steps but the first on one path: the FVU curves stay within 1 % of the variance of each other."""
+    """Same seed, all steps but the first on one path: the FVU curves stay within 1 % of the variance of
+    each other."""
     curves = []
     for share in (2.0, 0.0):
         monkeypatch.setattr("experiment.SPARSE_SHARE", dict.fromkeys(SPARSE_SHARE, share))
@@ -296,8 +300,9 @@ def test_the_sparse_path_learns_the_curve_of_the_dense_one(settings, activations
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("settings", [{"arm": "adaptive"}, {"activation": "batchtopk"}])
 def test_the_compiled_step_learns_the_curve_of_the_plain_one(settings, activations, monkeypatch):
-    """Same seed, two SAEs after one another: FVU within half a per cent of the variance all along (in fp32 it is a tenth: fused operations are not
-    rounded to bfloat16 between them); the second SAE runs what was compiled for the first."""
+    """Same seed, two SAEs after one another: FVU within half a per cent of the variance all along (in fp32
+    it is a tenth: fused operations are not rounded to bfloat16 between them); the second SAE runs what was
+    compiled for the first."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     config = replace(SMALL, resample_steps=0, **settings)
@@ -313,7 +318,8 @@ def test_the_compiled_step_learns_the_curve_of_the_plain_one(settings, activatio
 
 @pytest.mark.parametrize(("arm", "alpha"), [("fixed", 0.1), ("grouped", 0.1), ("ortsae", 0.25)])
 def test_the_longest_rounds_learn_the_curve_of_the_shortest(arm, alpha, activations, monkeypatch):
-    """Same seed: FVU, averaged over 50 steps, within 1 % of the variance all along, Ω within 5 %; without the loss, Ω is another."""
+    """Same seed: FVU, averaged over 50 steps, within 1 % of the variance all along, Ω within 5 %; without
+    the loss, Ω is another."""
     curves, omegas = [], []
     longest = ARMS[arm].longest
     for name, rows in ((arm, 32), (arm, 512), ("vanilla", 512)):
@@ -337,9 +343,9 @@ def test_the_longest_rounds_learn_the_curve_of_the_shortest(arm, alpha, activati
 
 
 def test_a_round_is_long_for_large_dictionaries_and_gentle_losses_only():
-    steps = lambda arm, d_sae, alpha=0.1, lr=3e-3: experiment.round_steps(
-        tiny.config(arm=arm, d_sae=d_sae, alpha=alpha, lr=lr)
-    )
+    def steps(arm, d_sae, alpha=0.1, lr=0.003):
+        return experiment.round_steps(tiny.config(arm=arm, d_sae=d_sae, alpha=alpha, lr=lr))
+
     assert [steps("fixed", n) for n in (64, 1024, 1025, 4096, 16_384, 131_072)] == [1, 1, 2, 4, 16, 16]
     assert [steps("grouped", 16_384, alpha) for alpha in (0.01, 0.5, 1.0, 10.0)] == [8, 2, 1, 1] and steps(
         "grouped", 16_384, 1.0, 3e-4
@@ -352,7 +358,8 @@ def test_a_round_is_long_for_large_dictionaries_and_gentle_losses_only():
 
 @pytest.mark.parametrize("clip", [0.0, 0.02])
 def test_a_pull_weighs_on_the_second_moment_as_if_it_had_come_at_every_step(clip, activations, monkeypatch):
-    """v after a step, from the gradient taken apart: (g + n p)² of Adam, less what n pulls at once weigh more than one a step, n² p² - n p²."""
+    """v after a step, from the gradient taken apart: (g + n p)² of Adam, less what n pulls at once weigh
+    more than one a step, n² p² - n p²."""
     monkeypatch.setattr(experiment, "ROWS_A_STEP", 64)  # four steps a round
     trainer, _ = train(replace(SMALL, arm="fixed", grad_clip=clip, resample_steps=0), activations, steps=7)
     sae, seen = trainer.sae, {}
@@ -383,8 +390,8 @@ def test_a_pull_weighs_on_the_second_moment_as_if_it_had_come_at_every_step(clip
 
 
 def test_the_fast_step_follows_autograd_and_plain_adam(activations):
-    """Same weights, same batches: hand-written gradients in the machine's fast dtype with fused Adam against autograd in fp32
-    with plain Adam; the FVU curves stay within 1 % of the variance of each other."""
+    """Same weights, same batches: hand-written gradients in the machine's fast dtype with fused Adam
+    against autograd in fp32 with plain Adam; the FVU curves stay within 1 % of the variance of each other."""
     trainer = Trainer(
         replace(SMALL, target_l0=0.0, resample_steps=0), 0, activations.x.shape[1], 200, activations
     )

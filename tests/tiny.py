@@ -137,7 +137,10 @@ def save_jsonl(path: Path, rows: list) -> Path:
 
 def questions(subject: str, n: int, seed: int = 0) -> list[dict]:
     rng = random.Random(f"{subject}{seed}")
-    word = lambda: "".join(rng.choices("abcdefgh", k=rng.randint(4, 9)))
+
+    def word():
+        return "".join(rng.choices("abcdefgh", k=rng.randint(4, 9)))
+
     return [
         {
             "subject": subject,
