@@ -21,6 +21,27 @@ def run_script(*args, cwd=ROOT, timeout=1800) -> subprocess.CompletedProcess:
     )
 
 
+SLOW_FILES = {  # real commands, kills, whole runs and LMs of many kinds
+    "test_command",
+    "test_evaluation",
+    "test_hub",
+    "test_lms",
+    "test_resume",
+    "test_run",
+    "test_run_folder",
+    "test_saebench_parity",
+    "test_testbeds",
+    "test_trainer",
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def micro():
     from sae_separation import testbeds
