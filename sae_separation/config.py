@@ -15,16 +15,17 @@ from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import simple_parsing
 
 from sae_separation import checks
 from sae_separation.errors import WrongRequest
 from sae_separation.run_folder import SECTIONS
-from sae_separation.specs import SCORINGS, Wanted
+from sae_separation.specs import Scoring, Wanted
 
-ACTIVATION_NAMES = ("relu", "batchtopk", "softk")
+Activation = Literal["relu", "batchtopk", "softk"]
+ACTIVATION_NAMES = get_args(Activation)
 EVALS = (*SECTIONS, "none")
 
 # ---- settings and their bounds
@@ -57,7 +58,7 @@ class Bounds:
 
 def option(default, help: str | None = None, metavar: str | None = None, **bounds) -> Any:
     """A dataclass field for the command line, with its Bounds. Its help is `help`, or the text under it."""
-    how = {"help": help, "metavar": metavar}
+    how: dict[str, Any] = {"help": help, "metavar": metavar}
     how = {k: v for k, v in how.items() if v is not None}
     return simple_parsing.field(default=default, metadata={"bounds": Bounds(**bounds)}, **how)
 
@@ -91,7 +92,7 @@ class Settings:
     buffer_tokens: int = option(131_072, least=1, most=2**26)
     """activations that are collected and shuffled at once"""
 
-    activation: Literal[ACTIVATION_NAMES] = "relu"
+    activation: Activation = "relu"
     """how features compete: relu (sparse by lambda), batchtopk (the k B largest of a batch), softk (soft
     k-winners-take-all)"""
     temperature: float = option(0.3, above=0, activations=("softk",))
@@ -180,7 +181,7 @@ class Config(Settings):
     retain_text: tuple[str, ...]
     questions: tuple[str, ...]
     forget_subject: str
-    scoring: Literal[SCORINGS]
+    scoring: Scoring
     tokens: int
     context_size: int
     d_sae: int
@@ -231,10 +232,12 @@ class Arm(Protocol):
     @property
     def options(self) -> Mapping[str, Any]:
         """Its own options: name -> `option`."""
+        ...
 
     @property
     def has_loss(self) -> bool:
         """Whether alpha weighs anything."""
+        ...
 
 
 S = TypeVar("S", bound=Settings)
@@ -263,7 +266,7 @@ def with_arms(arms: Mapping[str, Arm]) -> Callable[[type[S]], type[S]]:
 def complete(request: Request, kind: type[S], testbed: str, defaults: Mapping[str, Any], d_in: int) -> S:
     """The Config of a Request on a testbed: what is left open takes the `defaults`, and what cannot be larger
     than d_in or d_sae is cut to it. Raises WrongRequest for what does not fit together."""
-    said = {f.name: getattr(request, f.name) for f in fields(request)}
+    said: dict[str, Any] = {f.name: getattr(request, f.name) for f in fields(request)}
     said |= {name: default for name, default in defaults.items() if said[name] in (None, "", ())}
     most = {"": float("inf"), "d_in": d_in, "d_sae": said["d_sae"]}
     said |= {f.name: min(said[f.name], most[to]) for f in fields(request) if (to := bounds_of(f).cut_to)}

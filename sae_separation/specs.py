@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import simple_parsing
 
 HERE = Path(__file__).resolve().parent.parent
 
 
-SCORINGS = ("letter", "cloze")
+Scoring = Literal["letter", "cloze"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Spec:
     published: dict = field(default_factory=dict)
 
 
-WMDP = dict(
+WMDP: dict[str, Any] = dict(
     forget_text=("cais/wmdp-bio-forget-corpus",),
     retain_text=("Salesforce/wikitext:wikitext-103-raw-v1", "monology/pile-uncopyrighted"),
     questions=(
@@ -145,7 +145,7 @@ class Wanted:
     file's name, or subject=file), also in the forms of MMLU, WMDP and ARC"""
     forget_subject: str = ""
     """the subject of the questions that is to be forgotten"""
-    scoring: Literal[SCORINGS] | None = simple_parsing.field(default=None, metavar="{letter,cloze}")
+    scoring: Scoring | None = simple_parsing.field(default=None, metavar="{letter,cloze}")
     """how questions are answered: the letter (SAEBench's), or cloze (the likeliest choice)"""
 
     @property
