@@ -191,7 +191,7 @@ class Config(settings.Config):
 
 def parse_command(argv: Sequence[str]) -> tuple[Command, list[Request]]:
     """The command and one request per run folder (config.parse_command). Raises WrongRequest."""
-    return settings.parse_command(argv, PLAN, ARMS, Request, __doc__)
+    return settings.parse_command(argv, PLAN, ARMS, Request, __doc__ or "")
 
 
 def unfinished(command: Command, configs: list[Request]) -> tuple[Command, list[Request]]:

@@ -270,7 +270,8 @@ def complete(request: Request, kind: type[S], testbed: str, defaults: Mapping[st
     said |= {name: default for name, default in defaults.items() if said[name] in (None, "", ())}
     most = {"": float("inf"), "d_in": d_in, "d_sae": said["d_sae"]}
     said |= {f.name: min(said[f.name], most[to]) for f in fields(request) if (to := bounds_of(f).cut_to)}
-    return kind(**said | {"testbed": testbed})
+    said["testbed"] = testbed
+    return kind(**said)
 
 
 # ---- the command
