@@ -110,8 +110,8 @@ def make_model(vocab_size: int) -> GPTNeoXForCausalLM:
     )
     with torch.no_grad():
         for layer in lm.gpt_neox.layers:
-            layer.attention.dense.weight.mul_((2 * LAYERS) ** -0.5)
-            layer.mlp.dense_4h_to_h.weight.mul_(0.5 * (2 * LAYERS) ** -0.5)
+            layer.get_parameter("attention.dense.weight").mul_((2 * LAYERS) ** -0.5)
+            layer.get_parameter("mlp.dense_4h_to_h.weight").mul_(0.5 * (2 * LAYERS) ** -0.5)
         look_back(lm.gpt_neox.layers[0].attention, distances=(1, 2))
     return lm
 
@@ -236,7 +236,8 @@ def train(lm, reader: Reader, probe: Exam, max_steps=5_000, lr=2e-3, tail=900, d
             if hits == 2 and end == max_steps:
                 end = min(step + tail, max_steps)
         if step == end:
-            return step
+            break
+    return end
 
 
 @torch.no_grad()
@@ -274,7 +275,7 @@ def report_knowledge(lm, tokenizer, world: World) -> dict:
                 )
         return out
 
-    def rate(right):
+    def rate(right) -> float:
         return round(right.float().mean().item(), 4)
 
     return {
@@ -345,7 +346,7 @@ def main():
     steps = train(lm, Reader(tokenizer, pools, args.world_seed), probe, args.max_steps, args.lr)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    lm.to(torch.bfloat16).save_pretrained(args.out)
+    lm.bfloat16().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     questions = [
         {"subject": f.subject, "question": f.question, "choices": f.choices, "answer": f.answer}

@@ -597,7 +597,7 @@ class World:
         parts = []
         for _ in range(n_questions):
             fact = rng.choice(self.of_entity[subject, rng.choice(self.entities[subject])])
-            others, choices = [v for v in fact.relation.values if v != fact.value], fact.choices
+            others, choices = [v for v in fact.relation.values if v != fact.value], list(fact.choices)
             while set(choices) == set(fact.choices):
                 choices = rng.sample(others, 3) + [fact.value]
             rng.shuffle(choices)

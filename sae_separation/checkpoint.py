@@ -156,7 +156,10 @@ def offenders(name: str, values) -> str | None:
     bad = ~torch.isfinite(values)
     if not bad.any():
         return None
-    place = lambda flat: "[" + ", ".join(str(int(i)) for i in torch.unravel_index(flat, values.shape)) + "]"
+
+    def place(flat) -> str:
+        return "[" + ", ".join(str(int(i)) for i in torch.unravel_index(flat, values.shape)) + "]"
+
     if not values.dim():
         return f"{name} = {values.item()}"
     first = ", ".join(f"{place(i)} = {values.flatten()[i].item()}" for i in bad.flatten().nonzero()[:3, 0])

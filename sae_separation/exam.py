@@ -98,9 +98,10 @@ def logits_at(lm, tokens: Tensor, positions: Tensor | None, **seen) -> Tensor:
     unembedded."""
     if positions is None:
         return lm(tokens, use_cache=False, **seen).logits
-    gather = lambda head, hidden: (
-        hidden[0].gather(1, positions[..., None].expand(-1, -1, hidden[0].shape[-1])),
-    )
+
+    def gather(head, hidden):
+        return (hidden[0].gather(1, positions[..., None].expand(-1, -1, hidden[0].shape[-1])),)
+
     handle = lm.get_output_embeddings().register_forward_pre_hook(gather)
     try:
         return lm(tokens, use_cache=False, **seen).logits
@@ -142,7 +143,10 @@ class Exam:
         self.answers = torch.tensor([list(p).index(q.answer) for q in questions for p in permutations])
         in_chat = scoring == "letter" and prompt_format is not None  # where the prompt spells its BOS out
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and not in_chat else []
-        encode = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+        def encode(texts: list[str]) -> list[list[int]]:
+            return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
         if scoring == "letter":
             self.letters = letter_tokens(tokenizer, prompt_format).to(device)
             prompts = [
@@ -274,7 +278,10 @@ def letter_tokens(tokenizer, prompt_format=None) -> Tensor:
     chat formats by themselves, with and without the space (as SAEBench). Raises WrongRequest for a letter of
     more than one token."""
     before, spellings = ("", ["", " "]) if prompt_format else ("Answer:", [" "])
-    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
     ids = [[encode(before + space + letter) for letter in "ABCD"] for space in spellings]
     stem = encode(before)
     if any(i[:-1] != stem for row in ids for i in row):

@@ -85,7 +85,10 @@ def revision(repo: str, kind: str = "model") -> str:
     before = _attempts.set(1 if cached else None)
     try:
         with plain_errors(repo):
-            return HfApi().repo_info(repo, repo_type=kind).sha
+            commit = HfApi().repo_info(repo, repo_type=kind).sha
+        if commit is None:
+            raise RunFailed(f"{repo}: the hub names no commit of it; run the same command again later")
+        return commit
     except RunFailed as failed:
         if cached is None:
             raise
@@ -164,8 +167,9 @@ class PatientClient(httpx2.Client):
         }
         if how.get("stream"):
             _note_begin(request)
-        attempts, waited = _attempts.get() or ATTEMPTS, 0.0
-        for attempt in range(1, attempts + 1):
+        attempts, attempt, waited = _attempts.get() or ATTEMPTS, 0, 0.0
+        while True:
+            attempt += 1
             wait = float(2 ** (attempt - 1))
             try:
                 response = super().send(request, **how)
@@ -245,29 +249,14 @@ def _plain(error: BaseException | None, repo: str, file: str | None) -> Exceptio
         return type(error)(*error.args)
     if error is None:
         return None
-    kind = type(error).__name__
     response = getattr(error, "response", None)
     if response is not None and file is None:
         file = _repo_and_file(response.request)[1]
     where = _named(repo, file)
-    if isinstance(error, hub_errors.GatedRepoError) or (
-        kind == "DatasetNotFoundError" and "gated" in str(error)
-    ):
-        return _gated(where, repo, "DatasetNotFound" in kind or "/datasets/" in str(response.request.url))
-    if isinstance(error, hub_errors.RevisionNotFoundError):
-        return WrongRequest(
-            f"{where}: there is no such revision; take one that https://huggingface.co/{repo} lists"
-        )
-    status = response.status_code if response is not None else None
-    if (
-        isinstance(error, hub_errors.RepositoryNotFoundError)
-        or kind == "DatasetNotFoundError"
-        or (status == 401 and get_token() is None)
-    ):
-        return WrongRequest(
-            f"{where}: not on the hub, or private; check the name, or log in with an account that may read it"
-            " (`hf auth login`)"
-        )
+    status = None if response is None else response.status_code
+    asked = "" if response is None else str(response.request.url)
+    if refused := _no_access(error, repo, where, status, asked):
+        return refused
     if isinstance(error, hub_errors.LocalEntryNotFoundError | hub_errors.OfflineModeIsEnabled):
         if constants.is_offline_mode():
             return RunFailed(
@@ -277,6 +266,46 @@ def _plain(error: BaseException | None, repo: str, file: str | None) -> Exceptio
         return _plain(error.__cause__, repo, file) or RunFailed(
             f"{where}: not in the cache, and {_host()} does not give it; see whether it is up"
         )
+    if found := _wrong_answer(error, repo, where, status) or _broken_transfer(error, where):
+        return found
+    plain = _plain(error.__cause__, repo, file)
+    if plain is None and isinstance(error, ConnectionError):  # datasets drops the cause
+        return RunFailed(
+            f"{where}: the hub cannot be asked; see whether the network and {_host()} are up, unset"
+            " HF_HUB_OFFLINE, or give local files"
+        )
+    return plain
+
+
+def _no_access(
+    error: BaseException, repo: str, where: str, status: int | None, asked: str
+) -> WrongRequest | None:
+    """For a repository or revision that is gated, private or not there; `asked` is the URL."""
+    kind = type(error).__name__
+    if isinstance(error, hub_errors.GatedRepoError) or (
+        kind == "DatasetNotFoundError" and "gated" in str(error)
+    ):
+        return _gated(where, repo, "DatasetNotFound" in kind or "/datasets/" in asked)
+    if isinstance(error, hub_errors.RevisionNotFoundError):
+        return WrongRequest(
+            f"{where}: there is no such revision; take one that https://huggingface.co/{repo} lists"
+        )
+    if (
+        isinstance(error, hub_errors.RepositoryNotFoundError)
+        or kind == "DatasetNotFoundError"
+        or (status == 401 and get_token() is None)
+    ):
+        return WrongRequest(
+            f"{where}: not on the hub, or private; check the name, or log in with an account that may read it"
+            " (`hf auth login`)"
+        )
+    return None
+
+
+def _wrong_answer(
+    error: BaseException, repo: str, where: str, status: int | None
+) -> RunFailed | WrongRequest | None:
+    """For a file that is not there, a name or token that the hub does not take, and for other HTTP errors."""
     if isinstance(error, hub_errors.EntryNotFoundError):
         return WrongRequest(
             f"{where}: there is no such file; take one that https://huggingface.co/{repo} lists"
@@ -297,6 +326,12 @@ def _plain(error: BaseException | None, repo: str, file: str | None) -> Exceptio
         )
     if isinstance(error, hub_errors.HfHubHTTPError):
         return RunFailed(f"{where}: the hub answers {status}; run the same command again later")
+    return None
+
+
+def _broken_transfer(error: BaseException, where: str) -> RunFailed | WrongRequest | None:
+    """For a connection that broke, and for bytes that came and cannot be used."""
+    kind = type(error).__name__
     if isinstance(error, httpx2.TransportError):
         return RunFailed(
             f"{where}: {_spoken(error)}; run the same command again, or see whether the network and {_host()}"
@@ -318,13 +353,7 @@ def _plain(error: BaseException | None, repo: str, file: str | None) -> Exceptio
             f"{where}: what came cannot be read ({kind}), so it was damaged on the way or there; run the same"
             " command again, or take another"
         )
-    plain = _plain(error.__cause__, repo, file)
-    if plain is None and isinstance(error, ConnectionError):  # datasets drops the cause
-        return RunFailed(
-            f"{where}: the hub cannot be asked; see whether the network and {_host()} are up, unset"
-            " HF_HUB_OFFLINE, or give local files"
-        )
-    return plain
+    return None
 
 
 def _gated(where: str, repo: str, dataset: bool) -> WrongRequest:
@@ -361,7 +390,7 @@ def _repo_and_file(request: httpx2.Request) -> tuple[str | None, str | None]:
         return None, None
     path = unquote(urlsplit(url.removeprefix(constants.ENDPOINT)).path)
     parts = re.match(r"/(?:api/)?(?:(?:models|datasets|spaces)/)?([^/]+/[^/]+)(?:/resolve/[^/]+/(.+))?", path)
-    return parts.groups() if parts else (None, None)
+    return (parts[1], parts[2]) if parts else (None, None)
 
 
 def _asked_for(request: httpx2.Request) -> str:

@@ -43,28 +43,39 @@ class ChosenFeatures:
         """f [..., chosen] -> what the chosen features write into x [..., D]; x matters where the SAE
         layer-normalises its input."""
         written = f @ self.W_dec
-        return (
-            written * x.std(-1, keepdim=True) if self.cfg.normalize_activations == "layer_norm" else written
-        )
+        if self.cfg.normalize_activations != "layer_norm":
+            return written
+        if x is None:
+            raise ValueError("an SAE that layer-normalises its input decodes in units of that: give x")
+        return written * x.std(-1, keepdim=True)
 
     def on(self, batch: Batch) -> Tensor:
         """[row, pos, chosen] on the tokens that may be touched, 0 on the others; encoded once a batch."""
+        if batch.resid is None:
+            raise ValueError("the batch holds no residual stream to encode")
         if batch not in self.encoded:
             self.encoded[batch] = self.encode(batch.resid) * batch.trained[..., None]
         return self.encoded[batch]
+
+    def _calibration(self) -> Batch:
+        if self.retain is None:
+            raise ValueError("these features were made without retain text, which guards are calibrated on")
+        return self.retain
 
     @cached_property
     def limit(self) -> Tensor:
         """The activation that at most RETAIN_SHARE of the tokens of retain text exceed, [chosen]; 0 for a
         feature that fires no more."""
-        f = self.on(self.retain)[self.retain.trained]
+        retain = self._calibration()
+        f = self.on(retain)[retain.trained]
         return f.kthvalue(math.ceil((1 - RETAIN_SHARE) * len(f)), 0).values
 
     def guard(self, features: list[int]) -> float:
         """The GUARD_QUANTILE over retain contexts of the share of tokens that fire one of the features."""
         key = tuple(features)
         if key not in self.guards:
-            share = firing_share(self.on(self.retain)[..., key] > 0, self.retain.trained)
+            retain = self._calibration()
+            share = firing_share(self.on(retain)[..., key] > 0, retain.trained)
             self.guards[key] = share.quantile(GUARD_QUANTILE).item()
         return self.guards[key]
 

@@ -368,7 +368,9 @@ def shared_proxy(lm: InterventionLM, testbed: Testbed, most_bytes: int = 2**29):
 
     class SharedProxy(HookedProxyLM):
         def run_with_hooks(self, tokens, fwd_hooks, **kwargs):
-            run = lambda: super(SharedProxy, self).run_with_hooks(tokens, fwd_hooks=fwd_hooks, **kwargs)
+            def run():
+                return super(SharedProxy, self).run_with_hooks(tokens, fwd_hooks=fwd_hooks, **kwargs)
+
             if getattr(fwd_hooks[0][1], "__name__", "") == "standard_zero_ablate_hook":
                 return once("ablated", tokens, run)
             with lm.resumed_from(once("resid", tokens, lambda: lm.resid(tokens))):
@@ -379,7 +381,9 @@ def shared_proxy(lm: InterventionLM, testbed: Testbed, most_bytes: int = 2**29):
                 return super().run_with_cache(tokens, **kwargs)
 
         def forward(self, tokens, **kwargs):
-            run = lambda: super(SharedProxy, self).forward(tokens, **kwargs)
+            def run():
+                return super(SharedProxy, self).forward(tokens, **kwargs)
+
             return (
                 run()
                 if any(point.fwd_hooks for point in self.hook_dict.values())

@@ -141,11 +141,12 @@ def keep_freed_memory():
     """glibc gives every tensor of over 32 MB back to the system when it is freed, and takes the next one page
     by page: a third of a step at d_sae 16,384. From here on it keeps those of up to 128 MB; of larger ones
     kept, memory grew by a tenth over 10 million tokens."""
-    if hasattr(libc(), "mallopt"):
+    c = libc()
+    if c is not None and hasattr(c, "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-        libc().mallopt(M_ARENA_MAX, 1)
-        libc().mallopt(M_MMAP_THRESHOLD, 2**27)
-        libc().mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        c.mallopt(M_ARENA_MAX, 1)
+        c.mallopt(M_MMAP_THRESHOLD, 2**27)
+        c.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def make_collections_short():
@@ -159,8 +160,9 @@ def make_collections_short():
 def return_freed_memory():
     """Give back what `keep_freed_memory` kept: between the LM's work and training, which can hardly use what
     the other leaves."""
-    if hasattr(libc(), "malloc_trim"):
-        libc().malloc_trim(0)
+    c = libc()
+    if c is not None and hasattr(c, "malloc_trim"):
+        c.malloc_trim(0)
 
 
 def libc() -> ctypes.CDLL | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 from sae_separation.errors import WrongRequest
 from sae_separation.text import LONGEST, Source, _open, kind_of, one_line, parse_source, read_hub, reading
@@ -73,7 +74,7 @@ def to_question(record: dict, subject: str, place: str, in_words: bool) -> Quest
     looked for among the choices' own texts. Raises WrongRequest, with place and remedy, for what is not a
     question with four choices and an answer among them."""
 
-    def refuse(what: str):
+    def refuse(what: str) -> NoReturn:
         form = "{question, choices: four texts, answer: 0 to 3, A to D, a label or a choice's text, subject}"
         raise WrongRequest(f"{place}: {what}; a question is {form}")
 
@@ -163,7 +164,9 @@ def _question_tables(source: Source) -> tuple[list[tuple[str, str, list[tuple[ob
     if not source.local:
         rows, revision = read_hub(source, float("inf"), None, "questions")
         subject = source.config or source.repo.split("/")[1]
-        table = [(row, f"--questions {source.said} row {i}") for i, row in enumerate(rows, 1)]
+        table: list[tuple[object, str]] = [
+            (row, f"--questions {source.said} row {i}") for i, row in enumerate(rows, 1)
+        ]
         return [(source.said, subject, table)], revision
     tables = []
     for path in source.files:
@@ -176,8 +179,8 @@ def _question_tables(source: Source) -> tuple[list[tuple[str, str, list[tuple[ob
 
 
 def refuse_two_readings(asked: list[tuple[dict, Question, str]]):
-    """Raises WrongRequest for a file (record, question and place of each) in which every answer is both a letter
-    or an index and the text of a choice, and one of them thereby names two choices."""
+    """Raises WrongRequest for a file (record, question and place of each) in which every answer is both a
+    letter or an index and the text of a choice, and one of them thereby names two choices."""
     written = [
         (record, question, place) for record, question, place in asked if isinstance(record["answer"], str)
     ]
@@ -195,6 +198,22 @@ def refuse_two_readings(asked: list[tuple[dict, Question, str]]):
             )
 
 
+def _questions_of(table: list[tuple[object, str]], subject: str, given: dict) -> list[tuple[Question, str]]:
+    """The questions of one file and their places; `given` fields stand in place of a record's own. Raises
+    WrongRequest for a record that is no question."""
+    found = []
+    for record, place in table:
+        if not isinstance(record, dict):
+            raise WrongRequest(f"{place}: {type(record).__name__} instead of a question; take it out")
+        found.append((common_form(record) | given, place))
+    answers = [(record.get("answer"), record["labels"]) for record, _ in found]
+    in_words = any(isinstance(a, str) and named_choice(a, labels) is None for a, labels in answers)
+    asked = [(to_question(record, subject, place, in_words), place) for record, place in found]
+    if not in_words:
+        refuse_two_readings([(record, *there) for (record, _), there in zip(found, asked)])
+    return asked
+
+
 @cache
 def read_questions(said: tuple[str, ...]) -> tuple[dict[str, list[Question]], list[dict], list[str]]:
     """Questions by subject, a record of each source for config.json, and notes on what was left out.
@@ -210,17 +229,9 @@ def read_questions(said: tuple[str, ...]) -> tuple[dict[str, list[Question]], li
         double, n, first, given = 0, 0, "", {"subject": source.subject} if source.subject else {}
         tables, revision = _question_tables(source)
         for file, subject, table in tables:
-            found = []
-            for record, place in table:
-                if not isinstance(record, dict):
-                    raise WrongRequest(f"{place}: {type(record).__name__} instead of a question; take it out")
-                found.append((common_form(record) | given, place))
-            notes += [] if found else [f"--questions {file} was passed over: no questions were found in it"]
-            answers = [(record.get("answer"), record["labels"]) for record, _ in found]
-            in_words = any(isinstance(a, str) and named_choice(a, labels) is None for a, labels in answers)
-            asked = [(to_question(record, subject, place, in_words), place) for record, place in found]
-            if not in_words:
-                refuse_two_readings([(record, *there) for (record, _), there in zip(found, asked)])
+            asked = _questions_of(table, subject, given)
+            if not asked:
+                notes.append(f"--questions {file} was passed over: no questions were found in it")
             for question, place in asked:
                 n += 1
                 same = (question.question, tuple(sorted(question.choices)))
@@ -230,8 +241,9 @@ def read_questions(said: tuple[str, ...]) -> tuple[dict[str, list[Question]], li
                     there, its_right = seen.get(same, ("", right))
                     there = there.removeprefix("--questions ")
                     if its_right != right:
-                        told = f"stands at {there} too, with another answer ({right!r} here, {its_right!r} there)"
-                        raise WrongRequest(f"{place} {told}: take one of them out")
+                        answers = f"({right!r} here, {its_right!r} there)"
+                        told = f"{place} stands at {there} too, with another answer {answers}"
+                        raise WrongRequest(f"{told}: take one of them out")
                     first = (
                         first or f"{place} {f'stands at {there} too' if there else 'holds a choice twice'}"
                     )

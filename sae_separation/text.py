@@ -27,8 +27,12 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sae_separation.errors import RunFailed, WrongRequest
+
+if TYPE_CHECKING:
+    import datasets
 
 HELD_OUT = 0.1  # of a text's characters
 
@@ -132,18 +136,7 @@ def _files(option: str, path: str, expanded: str) -> tuple[tuple[Path, ...], tup
                 f"--{option} {path}: files of this kind are not read; give {known} (also as .gz or .zst)"
             )
         return (Path(expanded),), ()
-    if folder:
-        inside = (Path(here) / name for here in _walk(expanded) for name in os.listdir(here))
-    elif glob.has_magic(expanded):
-        inside = map(Path, _glob(expanded))
-    elif os.path.islink(expanded):
-        target = os.readlink(expanded)
-        raise WrongRequest(f"--{option} {path} is a link to {target}, which is not there: mend it")
-    else:
-        raise WrongRequest(
-            f"--{option} {path} does not exist here and is no hub data set (owner/name:config@split): give a"
-            " file, a folder, a glob or a data set"
-        )
+    inside = _candidates(option, path, expanded)
     files, left_out = {}, []
     with reading(option, path):
         for file in sorted(inside):
@@ -160,6 +153,21 @@ def _files(option: str, path: str, expanded: str) -> tuple[tuple[Path, ...], tup
     if not files:
         raise WrongRequest(f"--{option} {path} holds no {known} file{f'; {told}' if left_out else ''}")
     return tuple(files.values()), (f"--{option} {path}: {told}",) if left_out else ()
+
+
+def _candidates(option: str, path: str, expanded: str) -> Iterator[Path]:
+    """Every file that a folder holds or a glob finds. Raises WrongRequest for a path that is neither."""
+    if os.path.isdir(expanded):
+        return (Path(here) / name for here in _walk(expanded) for name in os.listdir(here))
+    if glob.has_magic(expanded):
+        return map(Path, _glob(expanded))
+    if os.path.islink(expanded):
+        target = os.readlink(expanded)
+        raise WrongRequest(f"--{option} {path} is a link to {target}, which is not there: mend it")
+    raise WrongRequest(
+        f"--{option} {path} does not exist here and is no hub data set (owner/name:config@split): give a"
+        " file, a folder, a glob or a data set"
+    )
 
 
 def kind_of(file: Path) -> str:
@@ -226,8 +234,8 @@ class Text:
     """Documents of one domain; the two parts share no document. Both are datasets.Dataset with a column
     `text`."""
 
-    train: object
-    held_out: object
+    train: "datasets.Dataset"
+    held_out: "datasets.Dataset"
 
 
 class Tally:
@@ -242,8 +250,8 @@ class Tally:
         self.cut = ""  # place of the first that is not read, after MOST_CHARACTERS
 
     def add(self, text, place: str, column: str = "", why: str = "") -> str | None:
-        """The document's text without white space around it, so that one document is the same in every kind of
-        file; None for one that is left out, be it for the reason `why`."""
+        """The document's text without white space around it, so that one document is the same in every kind
+        of file; None for one that is left out, be it for the reason `why`."""
         self.records += 1
         self.place = place
         if not why and text is not None and not isinstance(text, str):
@@ -354,21 +362,23 @@ def _lines(file: io.TextIOBase) -> Iterator[tuple[int, str | None]]:
 def _from_lines(path: Path, column: str, tally: Tally) -> Iterator[str | None]:
     with _open(path) as file:
         for number, line in _lines(file):
-            record, why = None, ""
-            try:
-                record = json.loads(line) if line else None
-            except (ValueError, RecursionError):
-                why = ZEROS if "\0" in line else "no JSON"
-            if line is None:
-                why = f"longer than {MOST_DOCUMENT:,} characters"
-            elif not why and not (isinstance(record, dict) and column in record):
-                has = (
-                    f"columns {', '.join(record)}"[:LONGEST]
-                    if isinstance(record, dict)
-                    else type(record).__name__
-                )
-                why = f"no column {column} but {has}"
-            yield tally.add(None if why else record[column], f"{path} line {number}", column, why)
+            text, why = _field(line, column)
+            yield tally.add(text, f"{path} line {number}", column, why)
+
+
+def _field(line: str | None, column: str) -> tuple[object, str]:
+    """What a line of JSON holds in a column, else why it holds nothing; None is a line that is too long."""
+    if line is None:
+        return None, f"longer than {MOST_DOCUMENT:,} characters"
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None, ZEROS if "\0" in line else "no JSON"
+    if isinstance(record, dict) and column in record:
+        return record[column], ""
+    is_table = isinstance(record, dict)
+    has = f"columns {', '.join(record)}"[:LONGEST] if is_table else type(record).__name__
+    return None, f"no column {column} but {has}"
 
 
 def _from_table(path: Path, column: str, tally: Tally) -> Iterator[str | None]:
@@ -550,8 +560,8 @@ def split_text(documents: list[str]) -> Text:
     while at < len(unique) - 1 and held < most:
         held += len(unique[at])
         at += 1
-    part = lambda texts: datasets.Dataset.from_dict({"text": texts})
-    return Text(part(unique[at:]), part(unique[:at]))
+    train, held_out = (datasets.Dataset.from_dict({"text": some}) for some in (unique[at:], unique[:at]))
+    return Text(train, held_out)
 
 
 def check_overlap(forget: list[str], retain: list[str]) -> list[str]:
@@ -640,7 +650,7 @@ def _stream(
                     f"--{option} {source.said} has no column {missing[0]} but {', '.join(row)}: name one with"
                     " #column"
                 )
-            row = {k: v for k, v in row.items() if keep is None or k in keep}
+            row = {k: v for k, v in dict(row).items() if keep is None or k in keep}
             yield row
             total += sum(len(v) for v in row.values() if isinstance(v, str))
             if total >= n_characters:
