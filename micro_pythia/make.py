@@ -105,7 +105,8 @@ def make_model(vocab_size: int) -> GPTNeoXForCausalLM:
             eos_token_id=0,
             tie_word_embeddings=False,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
-            attn_implementation="eager",
+            # PreTrainedConfig takes it among its other arguments, which the stubs do not show
+            attn_implementation="eager",  # type: ignore[reportCallIssue]
         )
     )
     with torch.no_grad():

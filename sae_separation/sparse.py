@@ -1,9 +1,28 @@
 """The features of a batch in training, dense or sparse: products with the decoder, gradients by hand."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from sae_separation.losses import tangential
+
+
+class Encoder(Protocol):
+    """What activation functions read of an SAE: b_enc [F], the name of its activation, k active features a
+    row, and the 0-d buffers threshold (batchtopk) and temperature (softk)."""
+
+    @property
+    def activation(self) -> str: ...
+    @property
+    def k(self) -> int: ...
+    @property
+    def b_enc(self) -> Tensor: ...
+    @property
+    def threshold(self) -> Tensor: ...
+    @property
+    def temperature(self) -> Tensor: ...
+    def pre_activations(self, u: Tensor, some: slice = ..., out_FB: Tensor | None = None) -> Tensor: ...
 
 
 class DenseFeatures:
@@ -152,7 +171,7 @@ def true_places(t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sparse_features(
-    sae: torch.nn.Module, u_BD: Tensor, dtype: torch.dtype, gain_F: Tensor | None, forget: Tensor
+    sae: Encoder, u_BD: Tensor, dtype: torch.dtype, gain_F: Tensor | None, forget: Tensor
 ) -> SparseFeatures:
     """The features of u [B, D], less b_dec, on a CPU. The matrix product runs in `dtype`."""
     F, u_low = len(sae.b_enc), u_BD.to(dtype)
@@ -178,7 +197,7 @@ def sparse_features(
 ENTRIES_AT_ONCE = 2**21  # pre-activations that entries_above holds, 8 MB in fp32
 
 
-def entries_above(floor: float, sae: torch.nn.Module, u_low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def entries_above(floor: float, sae: Encoder, u_low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """col, row and value (fp32) of the pre-activations above a floor of at least 0, in the order of features.
     A NaN is above. A few features at a time, whose pre-activations (8 MB) stay in cache: all of them, [B, F],
     are never in memory. They share one place, as freed ones with what is found between them would leave holes
@@ -187,17 +206,18 @@ def entries_above(floor: float, sae: torch.nn.Module, u_low: Tensor) -> tuple[Te
     room_FB = u_low.new_empty(min(F, max(1, ENTRIES_AT_ONCE // len(u_low))), len(u_low))
     for first in range(0, F, len(room_FB)):
         pre_FB = sae.pre_activations(u_low, slice(first, first + len(room_FB)), room_FB[: F - first])
-        place = true_places(torch.nn.functional.threshold_(pre_FB, floor, 0.0))
+        place = true_places(torch.threshold_(pre_FB, floor, 0.0))
         col = place // len(u_low)
         found.append((col + first, place - col * len(u_low), pre_FB.flatten()[place].float()))
-    return tuple(map(torch.cat, zip(*found)))
+    cols, rows, values = zip(*found)
+    return torch.cat(cols), torch.cat(rows), torch.cat(values)
 
 
-def relu(pre: Tensor, sae: torch.nn.Module) -> tuple[Tensor, None]:
+def relu(pre: Tensor, sae: Encoder) -> tuple[Tensor, None]:
     return pre.relu_(), None
 
 
-def batch_border(few: Tensor, n: int, sae: torch.nn.Module) -> Tensor:
+def batch_border(few: Tensor, n: int, sae: Encoder) -> Tensor:
     """The n-th largest feature of a batch, 0 if fewer are active, from all candidates; a moving average of it
     is the threshold at inference."""
     border = few.kthvalue(len(few) - n + 1).values if len(few) >= n else few.new_zeros(())
@@ -205,7 +225,7 @@ def batch_border(few: Tensor, n: int, sae: torch.nn.Module) -> Tensor:
     return border
 
 
-def batch_top_k(pre: Tensor, sae: torch.nn.Module) -> tuple[Tensor, None]:
+def batch_top_k(pre: Tensor, sae: Encoder) -> tuple[Tensor, None]:
     """The k·B largest of a batch (Bussmann et al., BatchTopK, arXiv 2412.06410); equals at the border are
     kept."""
     f = torch.relu(pre)
@@ -216,7 +236,7 @@ def batch_top_k(pre: Tensor, sae: torch.nn.Module) -> tuple[Tensor, None]:
     return f.masked_fill_(f < batch_border(few if len(few) >= n else f.flatten().float(), n, sae), 0), None
 
 
-def soft_k_winners(pre: Tensor, sae: torch.nn.Module) -> tuple[Tensor, Tensor | None]:
+def soft_k_winners(pre: Tensor, sae: Encoder) -> tuple[Tensor, Tensor | None]:
     """relu(pre) · σ((pre - θ) / T), θ midway between the k-th and the next largest of the row and held
     constant in the gradient; gates under 1 % are shut. At temperature T = 0 this is top-k."""
     top = pre.topk(sae.k + 1, dim=-1).values

@@ -574,7 +574,7 @@ def check_overlap(forget: list[str], retain: list[str]) -> list[str]:
 
 def check_amount(option: str, text: Text, tokenizer, least: int):
     """Raises WrongRequest for text of fewer than `least` tokens, what one batch or one context takes."""
-    total, few = 0, (piece for row in text.train for piece in pieces(row["text"], 10_000))
+    total, few = 0, (piece for row in text.train for piece in pieces(dict(row)["text"], 10_000))
     while batch := list(islice(few, 16)):  # a tokenizer takes a hundred times the text's memory
         total += sum(map(len, tokenizer(batch, add_special_tokens=False)["input_ids"]))
         if total >= least:
