@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -44,21 +44,19 @@ if __name__ == "__main__":  # from here on, whatever ends the command ends with 
     for number in stops():
         signal.signal(number, leave_at_once)
 
-from sae_separation import checkpoint, process, run_folder
+from sae_separation import checkpoint, evals, process, results, run_folder
 from sae_separation import config as settings
-from sae_separation.config import Command, check, one_pass, option
+from sae_separation.config import Command, check, one_pass, option, to_train
 from sae_separation.files import (
     CannotWrite,
     Unusable,
-    read_sealed,
     seal,
     sync,
     write_json,
     write_whole,
     writing,
 )
-from sae_separation.run_folder import SECTIONS
-from sae_separation.specs import CUSTOM
+from sae_separation.specs import ASKED, CUSTOM
 
 STARTED = time.monotonic()
 
@@ -195,9 +193,11 @@ def parse_command(argv: Sequence[str]) -> tuple[Command, list[Request]]:
 
 
 def unfinished(command: Command, configs: list[Request]) -> tuple[Command, list[Request]]:
-    """What of the command is left to do: complete runs are named and left alone; this process owns the folders of the others.
+    """What of the command is left to do: runs to train, and complete ones to evaluate where evaluations are named; other
+    complete runs are named and left alone. This process owns the folders that are left.
 
-    Raises WrongRequest for a folder that is no folder, cannot be written, has another owner, or holds a run made with other settings.
+    Raises WrongRequest for a folder that is no folder, cannot be written, has another owner, holds a run made with other
+    settings, or is to be evaluated and holds no SAE.
     """
     left = []
     for out_dir, config in zip(map(Path, command.out_dir), configs):
@@ -205,32 +205,60 @@ def unfinished(command: Command, configs: list[Request]) -> tuple[Command, list[
         run_folder.refuse_foreign(out_dir, config.seeds)
         if (out_dir / "config.json").exists() and not command.overwrite:
             made = run_folder.read_run_json(out_dir / "config.json", {"requested", "config"})
-            wanted = json.loads(json.dumps(asdict(config)))
-            asked = (
-                json.loads(json.dumps(asdict(Request()))) | made["requested"]
-            )  # a setting that is newer than the folder had its default
-            complete = (out_dir / "final_info.json").exists() and run_folder.read_run_json(
+            complete = run_folder.is_complete(out_dir) and run_folder.read_run_json(
                 out_dir / "final_info.json", {"training"}
             )
-            differs = [k for k, v in wanted.items() if v not in (asked[k], made["config"].get(k), "auto")]
-            if complete and set(config.seeds) <= set(asked["seeds"]):  # more seeds than asked for
-                differs = [k for k in differs if k != "seeds"]
-            if differs:
-                told = ", ".join(f"{k} {made['config'].get(k)} there, {wanted[k]} wanted" for k in differs)
-                raise WrongRequest(
-                    f"--out_dir {out_dir} holds a run with other settings ({told}); name another folder, or --overwrite it"
-                )
+            again = complete and command.evals not in ((), ("none",))
+            refuse_other_settings(out_dir, config, made, bool(complete), again)
             if complete:
-                print(f"{out_dir} is complete: {out_dir / 'final_info.json'} (--overwrite starts anew)")
-                run_folder.clear_left(out_dir)
-                process.remove_left("saebench")
                 for changed in run_folder.changed_files(out_dir):
                     print(f"warning: {changed}", file=sys.stderr)
+            if again:
+                run_folder.refuse_without_saes(out_dir, made["config"]["seeds"])
+                config = as_made(config, made)
+            elif complete:
+                print(f"{out_dir} is complete: {out_dir / 'final_info.json'} (--overwrite starts anew)")
+                if lacking := [r.name for r in evals.ROWS if r.section not in complete] * (not config.skip):
+                    how = "the same command adds them with"
+                    print(f"{out_dir} lacks evaluations; {how} --evals {' '.join(lacking)}")
+                run_folder.clear_left(out_dir)
+                process.remove_left("saebench")
                 continue
         if out_dir.is_dir():
             run_folder.own(out_dir)
         left.append((str(out_dir), config))
     return replace(command, out_dir=tuple(d for d, _ in left)), [c for _, c in left]
+
+
+def refuse_other_settings(out_dir: Path, config: Request, made: dict, complete: bool, again: bool):
+    """Raises WrongRequest where a folder's run was `made` with other settings than the ones wanted. Of a complete run
+    that is evaluated `again` those count that were asked for; what evaluations alone need counts for neither that one
+    nor a run that goes on."""
+    wanted = json.loads(json.dumps(asdict(config)))
+    default, planned = (
+        json.loads(json.dumps(asdict(c))) for c in (Request(), Request(**PLAN.get(out_dir.name, {})))
+    )
+    asked = default | made["requested"]  # a setting that is newer than the folder had its default
+    differs = [k for k, v in wanted.items() if v not in (asked[k], made["config"].get(k), "auto")]
+    if complete and set(config.seeds) <= set(asked["seeds"]):  # more seeds than asked for
+        differs = [k for k in differs if k != "seeds"]
+    if again or not complete:
+        differs = [k for k in differs if k not in ASKED]
+    if again:
+        differs = [k for k in differs if wanted[k] != planned[k]]
+    if differs:
+        told = ", ".join(f"{k} {made['config'].get(k)} there, {wanted[k]} wanted" for k in differs)
+        remedy = "name another folder, or --overwrite it"
+        raise WrongRequest(f"--out_dir {out_dir} holds a run with other settings ({told}); {remedy}")
+
+
+def as_made(config: Request, made: dict) -> Request:
+    """The settings that a complete run was made with, and what is wanted for its evaluation."""
+    known = {f.name: made["requested"][f.name] for f in fields(Request) if f.name in made["requested"]}
+    known |= {k: getattr(config, k) for k in ASKED if getattr(config, k)}
+    testbed = made["config"]["testbed"]
+    known |= {"testbed": "auto" if testbed == CUSTOM else testbed}
+    return replace(Request(), **{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
 
 
 if __name__ == "__main__":  # answer --help and wrong requests before anything heavy is imported
@@ -257,9 +285,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_separation import losses, testbeds
-from sae_separation.evaluation import SWEEP, Evaluator, evaluation_contexts
+from sae_separation.evaluation import Evaluator, evaluation_contexts
 from sae_separation.exam import most_positions, special_ids
-from sae_separation.export import export, load_exported
+from sae_separation.export import export
 from sae_separation.lm import Testbed, bfloat16_twins, fast_lm_tokens, hidden_of, massive, parameters_as
 from sae_separation.losses import (
     firing_profile,
@@ -945,19 +973,10 @@ class Run:
         self.about = {
             "requested": asdict(requested),
             "config": asdict(config),
-            "testbed": {
-                "name": testbed.name,
-                "hook_name": testbed.hook_name,
-                "d_in": testbed.d_in,
-                "scoring": testbed.scoring,
-                "clamp_scale": testbed.clamp_scale,
-            }
-            | testbed.describe,
-            "sweep": SWEEP | testbed.sweep,
+            "testbed": results.described(testbed),
         }
-        self.made_by = hashlib.sha256(
-            json.dumps([self.about["config"], self.about["testbed"]], sort_keys=True).encode()
-        ).hexdigest()
+        identity = results.what_trained(self.about["config"], self.about["testbed"])
+        self.made_by = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.warnings: list[str] = list(testbed.notes)
         self.passes: dict[str, int] = {}  # over each domain's text, by the stream
 
@@ -1085,74 +1104,40 @@ class Run:
         last = self.training[-1].history[-1:] if self.training else []
         return f"{self.folder.name}: " + (f"fvu {last[0]['fvu']:.3f} l0 {last[0]['l0']:.1f}" if last else "-")
 
-    def evaluate(self, evaluator: Evaluator | None, train_seconds: float, bar: tqdm):
+    def evaluate(self, rows, evaluator: Evaluator | None, made_by: dict, train_seconds: float, bar: tqdm):
         """Export every SAE, evaluate what was exported, and write final_info.json, last and whole; not if a seed has failed."""
-        results: dict[str, dict[str, list]] = {}
+        training, records = {}, {}
         for trainer in self.training:
             with self._left_behind(trainer):
-                sections = {"training": self._training(trainer, train_seconds)} | (
-                    {} if self.config.evals == ("none",) else self._evaluated(trainer, evaluator, bar)
-                )
-                self._gate(trainer, sections)
-                for section, metrics in sections.items():
-                    for name, value in metrics.items():
-                        results.setdefault(section, {}).setdefault(name, []).append(value)
+                measured = self._training(trainer, train_seconds)
+                record = self._exported(trainer)
+                results.measure(self.folder, "eval", trainer.seed, record, rows, evaluator, made_by, bar)
+                training[trainer.seed], records[trainer.seed] = measured, record
+                self.warnings += [f"seed {trainer.seed}: {text}" for text in self._cut_short(trainer)]
+        self.warnings += results.warnings_of(rows, records, training, self.config, self.testbed.d_in)
         failed = [t for t in self.trainers if t.failed]
         self.warnings += [f"seed {t.seed} failed: {t.failed}" for t in failed]
-        self.info = (
-            {}
-            if failed
-            else {section: self._summarise(section, metrics) for section, metrics in results.items()}
-        )
         write_json(self.folder / "warnings.json", self.warnings)
+        self.info = {}
         if not failed:
+            self.info = {"training": results.summarise(results.by_metric(list(training.values())))}
+            self.info |= {row.section: results.summary_of(row.section, records) for row in rows}
             run_folder.write_result(self.folder, self.info)
             run_folder.clear_complete(self.folder)  # not before: one killed in between would be lost
 
-    def _evaluated(self, trainer: Trainer, evaluator: Evaluator, bar: tqdm) -> dict[str, dict]:
-        """The metrics of every evaluation of one seed. Each is written when it is done (eval/seed*_metrics.json) and not done again."""
-        path = run_folder.record_of(self.folder, trainer.seed)
-        record, sae = self._exported(trainer, path), None
-        for name, section in SECTIONS.items():
-            if name not in self.config.evals:
-                continue
-            bar.set_postfix_str(f"{self.folder.name} seed {trainer.seed}: {name}")
-            bar.update()
-            if section in record["sections"]:
-                continue
-            if sae is None:
-                sae = load_exported(run_folder.sae_folder(self.folder, trainer.seed), self.testbed.lm.device)
-            with process.global_state_kept(seed=trainer.seed):
-                args = (
-                    (sae, trainer.seed, f"{self.folder.name}_seed{trainer.seed}")
-                    if name == "unlearning"
-                    else (sae,)
-                )
-                metrics, details, *notes = getattr(
-                    evaluator.examiner if name == "unlearning" else evaluator, name
-                )(*args)
-            write_json(self.folder / "eval" / f"seed{trainer.seed}_{section}.json", details, indent=None)
-            record["sections"][section] = metrics
-            record["notes"] += sum(notes, [])
-            with process.signals.held():
-                write_json(path, seal({k: record[k] for k in ("files", "sections", "notes")}))
-        self.warnings += [f"seed {trainer.seed}: {note}" for note in record["notes"]]
-        return {
-            section: record["sections"][section]
-            for name, section in SECTIONS.items()
-            if name in self.config.evals
-        }
-
-    def _exported(self, trainer: Trainer, path: Path) -> dict:
-        """Export the SAE, once: the record of its files' checksums and of what was measured on them."""
+    def _exported(self, trainer: Trainer) -> dict:
+        """Export the SAE, once, if SAELens' format holds it: the record of its files' checksums and of what was measured on them."""
         folder = run_folder.sae_folder(self.folder, trainer.seed)
+        path = run_folder.record_of(self.folder, trainer.seed)
+        if self.config.skip:
+            return results.new_record({})
         try:
-            record = read_sealed(path)
+            record = results.read_record(path)
         except Unusable as why:
             print(f"warning: {why}; evaluated anew")
             record = None
         if record is None:
-            record = {"files": {}, "sections": {}, "notes": []}
+            record = results.new_record({})
             write_json(path, seal(record))  # by which the SAE's folder is known to be this run's
         if record["files"] and run_folder.files_of(folder) == record["files"]:
             return record
@@ -1177,8 +1162,10 @@ class Run:
             )
             for file in (*run_folder.written(folder, "sae_seed*"), folder):
                 sync(file)
-        files = run_folder.files_of(folder)
-        return record if record["files"] == files else {"files": files, "sections": {}, "notes": []}
+        record = results.new_record(run_folder.files_of(folder))
+        with process.signals.held():
+            write_json(path, seal(record))
+        return record
 
     def _training(self, trainer: Trainer, seconds: float) -> dict:
         if not trainer.history:
@@ -1199,79 +1186,15 @@ class Run:
             "tokens_per_second": tokens / seconds,
         } | {f"{domain}_text_passes": n for domain, n in self.passes.items()}
 
-    def _gate(self, trainer: Trainer, sections: dict):
-        """What makes a number not to be taken at its face goes into warnings.json and the last lines of the output."""
-        t, core = sections["training"], sections.get("core", {})
-        say = lambda text: self.warnings.append(f"seed {trainer.seed}: {text}")
-        l0 = core.get("l0", t["final_l0"])
-        target = self.config.target_l0 if self.config.activation == "relu" else self.config.k
-        if target and abs(l0 - target) > 2:
-            say(f"L0 is {l0:.1f}, more than 2 from the target {target:g}")
-        if t["final_fvu"] >= 1:
-            say(
-                f"fraction of variance unexplained is {t['final_fvu']:.3f}: no better than predicting the mean"
-            )
-        if (core.get("explained_variance") or 1) <= 0:
-            say(
-                f"explained variance on held-out text is {core['explained_variance']:.3f}: no better than predicting the mean"
-            )
-        if not 0 < l0 <= self.testbed.d_in:
-            say(f"L0 is {l0:.1f}, outside (0, d_in]")
-        if 1 - core.get("frac_alive", 1 - t["frac_dead"]) > 0.5:
-            say("more than half of the features are dead")
-        if len(trainer.history) > 1 and t["final_loss"] >= trainer.history[0]["loss"]:
-            say("the loss did not fall")
+    def _cut_short(self, trainer: Trainer) -> list[str]:
+        """What its training alone tells of why a seed's numbers are not to be taken at their face."""
+        told = []
+        losses = [record["loss"] for record in trainer.history]
+        if len(losses) > 1 and np.mean(losses[-max(1, len(losses) // 20) :]) >= losses[0]:
+            told.append("the loss did not fall")
         if trainer.steps < trainer.n_steps:
-            say(f"the time budget ended training after {trainer.steps} of {trainer.n_steps} steps")
-
-    def _summarise(self, section: str, metrics: dict[str, list]) -> dict:
-        means, stderrs = {}, {}
-        for name, values in metrics.items():
-            undefined = [i for i, v in enumerate(values) if v is None or not math.isfinite(v)]
-            if undefined:
-                metrics[name] = [None if i in undefined else v for i, v in enumerate(values)]
-                self.warnings.append(
-                    f"{section}.{name} is undefined for seeds {[self.config.seeds[i] for i in undefined]}: its mean is null"
-                )
-            means[name] = None if undefined else float(np.mean(values))
-            stderrs[name] = (
-                None
-                if undefined or len(values) < 2
-                else float(np.std(values, ddof=1) / math.sqrt(len(values)))
-            )
-        return {"means": means, "stderrs": stderrs, "final_info_dict": metrics}
-
-    def print_summary(self):
-        shown = {
-            "training": ("tokens_trained", "l1_coefficient", "alpha", "tokens_per_second"),
-            "core": ("l0", "explained_variance", "ce_loss_score", "frac_alive"),
-            "unlearning": (
-                "unlearning_score",
-                "unlearning_score_conditional",
-                "unlearning_score_guardrail",
-                "random_feature_score",
-                "forget_accuracy",
-                "retain_accuracy",
-            ),
-            "corpus_unlearning": ("forget_ce_gain_at_retain_ce_cost_0.05",),
-            "geometry": ("omega", "mean_max_cosine", "omega_between_domains"),
-        }
-        number = lambda v: "null" if v is None else f"{v:.4g}"
-        for section, names in shown.items():
-            for name in names:
-                if name in self.info.get(section, {}).get("means", {}):
-                    print(
-                        f"{self.folder.name} {section}.{name}: {number(self.info[section]['means'][name])} +- {number(self.info[section]['stderrs'][name])}"
-                    )
-        for name, value in self.testbed.published.items():
-            if name in self.info.get("core", {}).get("means", {}):
-                print(
-                    f"{self.folder.name} core.{name}: {number(self.info['core']['means'][name])} here, {value} in dictionary_learning's end-to-end test of a standard SAE"
-                )
-        for text in self.warnings:
-            print(f"{self.folder.name} warning: {text}")
-        if self.info:
-            print(f"{self.folder.name} complete: {self.folder / 'final_info.json'}")
+            told.append(f"the time budget ended training after {trainer.steps} of {trainer.n_steps} steps")
+        return told
 
 
 def train(
@@ -1367,25 +1290,62 @@ def refuse_more_than_memory(configs: list[Config], testbed: Testbed):
 
 
 def run_experiments(command: Command, configs: list[Request], started: float):
-    """Train and evaluate all runs of one command, from where their checkpoints stand."""
+    """Train the runs that are not complete, from where their checkpoints stand, and evaluate all of them."""
     process.keep_freed_memory()
-    if not command.overwrite and any(checkpoint.steps_in(Path(folder)) for folder in command.out_dir):
+    names, asked = to_train(command, configs)
+    one_pass(names, asked)
+    complete = [pair for pair in zip(command.out_dir, configs) if pair[0] not in names]
+    if complete or not command.overwrite and any(checkpoint.steps_in(Path(name)) for name in names):
         process.signals.something_is_kept()
-    shared = one_pass(command.out_dir, configs)
-    evals = {name for config in configs for name in config.evals} - {"none"}
-    least = max(shared.batch_size, shared.context_size or 0)
-    testbed = testbeds.load(configs[0], shared.tokens, least, "unlearning" in evals)
-    if shared.testbed == "auto" and testbed.name != CUSTOM:
+    rows = evals.rows_of(command.evals)
+    wanted = (asked or configs)[0]
+    least = max(wanted.batch_size, wanted.context_size or 0)
+    testbed = testbeds.load(wanted, wanted.tokens, least, any(row.asks for row in rows))
+    if wanted.testbed == "auto" and testbed.name != CUSTOM:
         print(f"testbed: auto means {testbed.name}")
-    resolved = [resolve(c, testbed) for c in configs]
-    shared = one_pass(command.out_dir, resolved)
+    resolved = [resolve(c, testbed) for c in asked]
+    context_size = one_pass(names, resolved).context_size if asked else resolve(wanted, testbed).context_size
+    finished = [results.Finished(Path(name), resolve(config, testbed), testbed) for name, config in complete]
+    if rows:
+        evaluation_contexts(testbed, context_size)  # refuses text that is too short before training
+    runs, train_seconds = [], 0.0
+    if asked:
+        runs, train_seconds = train_runs(command, asked, resolved, names, testbed, bool(rows), started)
+    some_left = finished or any(run.training for run in runs)
+    evaluator = Evaluator(testbed, context_size) if rows and some_left else None
+    made_by = results.maker(evaluator) if evaluator else {}
+    parts = len(rows) * sum(len(run.training) for run in runs)
+    parts += len(rows) * sum(len(run.seeds) for run in finished)
+    with tqdm(total=parts, desc="evaluating", unit="part") as bar:
+        for run in runs:
+            run.evaluate(rows, evaluator, made_by, train_seconds, bar)
+        for run in finished:
+            run.evaluate(rows, evaluator, made_by, bar)
+    print("---")
+    for run in (*runs, *finished):
+        told = run.info, run.warnings, evals.ROWS, testbed.published
+        results.print_summary(run.folder.name, run.folder, *told)
+    print(f"total_seconds: {time.monotonic() - started:.0f}")
+    failed = [(run, trainer) for run in runs for trainer in run.trainers if trainer.failed]
+    if failed:
+        where = ", ".join(f"{run.folder} seed {trainer.seed}" for run, trainer in failed)
+        raise RunFailed(f"{failed[0][1].failed} (no final_info.json where a seed failed: {where})")
+
+
+def train_runs(
+    command: Command,
+    asked: list[Request],
+    resolved: list[Config],
+    names: list[str],
+    testbed: Testbed,
+    evaluated: bool,
+    started: float,
+) -> tuple[list[Run], float]:
+    """Train all runs that are not complete on one pass of the LM; the runs, and the seconds that training took."""
+    shared = one_pass(names, resolved)
     n_steps = shared.tokens // shared.batch_size
-    if evals:
-        evaluation_contexts(testbed, shared.context_size)  # refuses text that is too short before training
     refuse_more_than_memory(resolved, testbed)
-    runs = [
-        Run(out_dir, *pair, testbed, n_steps) for out_dir, *pair in zip(command.out_dir, configs, resolved)
-    ]
+    runs = [Run(out_dir, *pair, testbed, n_steps) for out_dir, *pair in zip(names, asked, resolved)]
     saved = None if command.overwrite else checkpoint.newest_common({run.folder: run.made_by for run in runs})
     if not saved and not command.overwrite:
         for run in runs:
@@ -1397,7 +1357,7 @@ def run_experiments(command: Command, configs: list[Request], started: float):
         stream = ActivationStream(testbed, shared.context_size, shared.buffer_tokens)
         stream.skip_blocks(at.block)
         block = stream.next_block()
-        if evals and not saved and stream.with_massive > 1 / 8:
+        if evaluated and not saved and stream.with_massive > 1 / 8:
             Evaluator(testbed, shared.context_size)  # refuses an LM that it would refuse after training
     for run, state in zip(runs, saved or [None] * len(runs)):
         run.start(block, state)
@@ -1405,7 +1365,6 @@ def run_experiments(command: Command, configs: list[Request], started: float):
     if not at.over:
         deadline = started + 0.7 * 60 * shared.time_budget_minutes - at.used_seconds
         train(runs, stream, at, n_steps, started, deadline, command.checkpoint_seconds)
-    del stream  # and its last block
     for run in runs:
         run.passes = at.passes
         run.warnings += [
@@ -1414,20 +1373,7 @@ def run_experiments(command: Command, configs: list[Request], started: float):
             if n > 10
         ]
     print("; ".join(f"{domain} text: pass {n}" for domain, n in at.passes.items()))
-    some_left = any(run.training for run in runs)
-    evaluator = Evaluator(testbed, shared.context_size) if evals and some_left else None
-    parts = sum(len(run.training) * len({*run.config.evals} & evals) for run in runs)
-    with tqdm(total=parts, desc="evaluating", unit="part") as bar:
-        for run in runs:
-            run.evaluate(evaluator, at.train_seconds, bar)
-    print("---")
-    for run in runs:
-        run.print_summary()
-    print(f"total_seconds: {time.monotonic() - started:.0f}")
-    failed = [(run, trainer) for run in runs for trainer in run.trainers if trainer.failed]
-    if failed:
-        where = ", ".join(f"{run.folder} seed {trainer.seed}" for run, trainer in failed)
-        raise RunFailed(f"{failed[0][1].failed} (no final_info.json where a seed failed: {where})")
+    return runs, at.train_seconds
 
 
 def resolve(request: Request, testbed: Testbed) -> Config:

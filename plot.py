@@ -31,7 +31,7 @@ from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
-from sae_separation import process, run_folder
+from sae_separation import evals, process, run_folder
 from sae_separation.errors import Interrupted, RunFailed, WrongRequest, leave_at_once, stops
 from sae_separation.files import REMEDIES, content_of
 
@@ -96,19 +96,6 @@ INTERVENTIONS = {
 }  # and the suffix of their metrics
 GROUPS = ("forget", "retain", "shared")
 MATCHED_L0 = 2.0  # arms whose mean L0 lies further apart are not compared at the same sparsity
-TABLE = (
-    ("core", "l0", "L0"),
-    ("core", "explained_variance", "expl. var."),
-    ("core", "ce_loss_score", "CE recovered"),
-    ("core", "frac_alive", "alive"),
-    ("unlearning", "unlearning_score", "unlearning"),
-    ("unlearning", "unlearning_score_guardrail", "with guardrail"),
-    ("unlearning", "random_feature_score", "random floor"),
-    ("corpus_unlearning", "forget_ce_gain_at_retain_ce_cost_0.05", "forget CE gain"),
-    ("geometry", "omega", "Ω"),
-    ("geometry", "mean_max_cosine", "mean max cos"),
-)
-
 KINDS = ("means", "stderrs", "final_info_dict")
 # where a sweep stands, and its cells' cost and gain
 QUESTIONS = ("unlearning", "retain_accuracy", "forget_accuracy")
@@ -781,14 +768,25 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 def summary_table(runs: list[Run]) -> str:
     """Markdown: mean ± standard error over seeds."""
-    head = ["run", "arm", "seeds"] + [title for _, _, title in TABLE] + ["warnings"]
+    shown_columns = columns(runs)
+    head = ["run", "arm", "seeds"] + [title for _, _, title in shown_columns] + ["warnings"]
     rows = [
         [r.name, r.label, str(len(r.seeds))]
-        + [shown(*r.mean(s, m)) for s, m, _ in TABLE]
+        + [shown(*r.mean(s, m)) for s, m, _ in shown_columns]
         + [str(len(r.warnings))]
         for r in runs
     ]
     return markdown(head, rows)
+
+
+def columns(runs: list[Run]) -> list[tuple[str, str, str]]:
+    """(section, metric, head) of the columns of a table: those of the evaluations that some run has."""
+    return [
+        (row.section, metric, head)
+        for row in evals.ROWS
+        for metric, head in row.columns.items()
+        if any(metric in run.info.get(row.section, {}).get("means", {}) for run in runs)
+    ]
 
 
 def against_table(reference: Run, runs: list[Run]) -> str:
@@ -918,10 +916,10 @@ def summary(runs: list[Run]) -> str:
 
 
 def results(runs: list[Run]) -> str:
-    rows = []
+    rows, shown_columns = [], columns(runs)
     for i, run in enumerate(runs):
         cells = [(run.name, i, ""), (run.label, run.label, ""), (len(run.seeds), len(run.seeds), "")]
-        for section, metric, _ in TABLE:
+        for section, metric, _ in shown_columns:
             seeds = ", ".join(
                 f"{v:.3f}" if np.isfinite(v) else "-" for v in run.by_seed(section, metric).values()
             )
@@ -929,7 +927,7 @@ def results(runs: list[Run]) -> str:
         rows.append(cells + [(len(run.warnings), len(run.warnings), "")])
     return table(
         "Mean ± standard error over seeds; under it, the seeds.",
-        ["run", "arm", "seeds", *[title for _, _, title in TABLE], "warnings"],
+        ["run", "arm", "seeds", *[title for _, _, title in shown_columns], "warnings"],
         rows,
     )
 
@@ -974,6 +972,8 @@ def details(run: Run) -> str:
         if isinstance(v, dict) and k != "requested"
         for k2, v2 in v.items()
     ] + [(k, v) for k, v in run.config.items() if not isinstance(v, dict)]
+    made = [(section, parts.get("made_by")) for section, parts in run.info.items()]
+    settings += [(f"{s}.made_by.{k}", v) for s, m in made if isinstance(m, dict) for k, v in m.items()]
     metrics = []
     for section, metric in [(s, m) for s, parts in run.info.items() for m in parts["means"]]:
         seeds = [f"{v:.4g}" if np.isfinite(v) else "-" for v in run.by_seed(section, metric).values()]

@@ -157,6 +157,8 @@ def results(folder: Path):
     info = json.loads((folder / "final_info.json").read_text())
     for part in info["training"].values():
         del part["train_seconds"], part["tokens_per_second"]
+    for section in info.values():
+        section.pop("made_by", None)
     return (
         info,
         (folder / "train_log.jsonl").read_bytes(),

@@ -105,7 +105,6 @@ class Ours(System):
         for seed, arm in enumerate(arms):
             request = experiment.Request(
                 arm=arm,
-                evals=("none",),
                 tokens=10**9,
                 d_sae=self.d_sae,
                 k=32,

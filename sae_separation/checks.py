@@ -3,10 +3,11 @@
 import importlib.util
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sae_separation.errors import WrongRequest
+from sae_separation.evals import ROWS, Row
 from sae_separation.questions import check_subjects, read_questions
 from sae_separation.specs import Spec, Wanted, spec_of
 from sae_separation.text import HUB_NAME, cache_folder, one_line, parse_source, read_text
@@ -24,12 +25,12 @@ VOCABULARIES = (
 )  # a tokenizer needs one of these
 
 
-def check(wanted: Wanted, evals: Iterable[str] = ()):
+def check(wanted: Wanted, rows: Sequence[Row] = ()):
     """Refuse what can be known to be wrong without an LM and without the hub. Raises WrongRequest."""
     for option in ("forget_text", "retain_text", "questions"):
         for source in getattr(wanted, option):
             parse_source(option, source)
-    refuse_missing(missing(wanted, evals))
+    refuse_missing(missing(wanted, rows))
     spec = spec_of(wanted, wanted.row)
     if not wanted.questions and wanted.forget_subject not in ("", wanted.row.forget_subject):
         raise WrongRequest(
@@ -42,7 +43,7 @@ def check(wanted: Wanted, evals: Iterable[str] = ()):
             read_text(option, getattr(wanted, option))
 
 
-def missing(wanted: Wanted, evals: Iterable[str] = ()) -> dict[str, tuple[str, str]]:
+def missing(wanted: Wanted, rows: Sequence[Row] = ()) -> dict[str, tuple[str, str]]:
     """Options that must be given and are not -> a value as an example, and what the option asks for.
 
     Raises WrongRequest for an LM or a layer that cannot be, and for questions that cannot be read.
@@ -60,8 +61,9 @@ def missing(wanted: Wanted, evals: Iterable[str] = ()) -> dict[str, tuple[str, s
         lacking["forget_text"] = "FORGET.jsonl", "text to forget (files, a folder, a glob or a hub data set)"
     if not spec.retain_text:
         lacking["retain_text"] = "RETAIN.jsonl", "text to keep (likewise)"
-    if not spec.questions and "unlearning" in evals:
-        lacking["questions"] = "QUESTIONS.jsonl", "questions for unlearning (or --evals core corpus geometry)"
+    if not spec.questions and (asking := [row.name for row in rows if row.asks]):
+        others = " ".join(row.name for row in ROWS if not row.asks)
+        lacking["questions"] = "QUESTIONS.jsonl", f"questions for {', '.join(asking)} (or --evals {others})"
     if not spec.forget_subject and (spec.questions or "questions" in lacking):
         local = spec.questions and all(parse_source("questions", q).local for q in spec.questions)
         subjects = list(read_questions(spec.questions)[0]) if local else ["SUBJECT"]

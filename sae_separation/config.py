@@ -19,14 +19,13 @@ from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import simple_parsing
 
-from sae_separation import checks
+from sae_separation import checks, evals
 from sae_separation.errors import WrongRequest
-from sae_separation.run_folder import SECTIONS
+from sae_separation.run_folder import is_complete
 from sae_separation.specs import Scoring, Wanted
 
 Activation = Literal["relu", "batchtopk", "softk"]
 ACTIVATION_NAMES = get_args(Activation)
-EVALS = (*SECTIONS, "none")
 
 # ---- settings and their bounds
 
@@ -84,8 +83,6 @@ class Settings:
     """which orthogonality loss (see ARMS)"""
     seeds: tuple[int, ...] = option((0, 1, 2), most=2**31 - 1)
     """one SAE a seed, trained side by side on one LM pass"""
-    evals: tuple[Literal[EVALS], ...] = option(EVALS[:-1], metavar=f"{{{','.join(EVALS)}}} ...")
-    """which evaluations, or none"""
 
     batch_size: int = option(2048, least=2, most=2**20)
     """activations an optimiser step"""
@@ -191,15 +188,8 @@ class Config(Settings):
 
 def refuse_what_does_not_fit(said: Any):
     """Raises WrongRequest for settings of a Request or a Config that do not fit together. None fits all."""
-    for name in ("seeds", "evals"):
-        values = getattr(said, name)
-        if not values or len(set(values)) != len(values):
-            raise WrongRequest(f"--{name} {values}: give at least one, each once")
-    if "none" in said.evals and len(said.evals) > 1:
-        raise WrongRequest(f"--evals {' '.join(said.evals)}: none stands alone")
-    if said.skip and said.evals != ("none",):
-        why = "cannot be held by the SAELens format that the evaluations read"
-        raise WrongRequest(f"--skip {said.skip} {why}: give --evals none to train without them")
+    if not said.seeds or len(set(said.seeds)) != len(said.seeds):
+        raise WrongRequest(f"--seeds {said.seeds}: give at least one, each once")
     if said.buffer_tokens < 4 * said.batch_size:
         need = f"must hold at least 4 batches of {said.batch_size} to shuffle them"
         raise WrongRequest(f"--buffer_tokens {said.buffer_tokens} {need}")
@@ -285,12 +275,23 @@ class Command:
     """run folders; run_0, run_1, ... are the plan's runs, another name needs --arm"""
     overwrite: bool = False
     """start anew in a folder that holds a run"""
+    evals: tuple[str, ...] = option((), metavar=f"{{{','.join((*evals.names(), 'none'))}}} ...")
+    """which evaluations, or none; if none are named, all of a run that is trained. Those named are made of a complete
+    run, too, or made anew"""
     checkpoint_seconds: float = option(60.0)
     """training time between two checkpoints, at least; writing them takes at most a fiftieth of it"""
 
     def __post_init__(self):
         refuse_out_of_bounds(self)
         self.out_dir = tuple(map(os.path.expanduser, self.out_dir))
+        for name in set(self.evals) - {*evals.names(), "none"}:
+            choices = ", ".join(map(repr, (*evals.names(), "none")))
+            told = f"argument --evals: invalid choice: {name!r} (choose from {choices})"
+            raise WrongRequest(f"{told} (--help lists the options)")
+        if len(set(self.evals)) != len(self.evals):
+            raise WrongRequest(f"--evals {' '.join(self.evals)}: give each once")
+        if "none" in self.evals and len(self.evals) > 1:
+            raise WrongRequest(f"--evals {' '.join(self.evals)}: none stands alone")
 
 
 # Settings of the LM pass, which all runs of a command share. All others are a run's own.
@@ -367,7 +368,12 @@ def parse_command(
     elif unplanned and "arm" not in given:
         what = f"not in the plan ({', '.join(plan)}); give its --arm ({', '.join(arms)})"
         lacking["arm"] = "vanilla", f"{' '.join(unplanned)} is {what}"
-    checks.refuse_missing(lacking | checks.missing(first, first.evals), argv)
+    if "evals" in given and not command.evals:
+        raise WrongRequest(f"--evals: give at least one ({', '.join(evals.names())}), or none")
+    if first.skip and command.evals != ("none",):
+        why = "cannot be held by the SAELens format that the evaluations read"
+        raise WrongRequest(f"--skip {first.skip} {why}: give --evals none to train without them")
+    checks.refuse_missing(lacking | checks.missing(first, evals.rows_of(command.evals)), argv)
     if len(set(names)) != len(names):
         raise WrongRequest(f"--out_dir gives two runs one name: {' '.join(command.out_dir)}")
     told, requests = [], []
@@ -410,18 +416,31 @@ def without_effect(given: Iterable[str], out_dirs: Sequence[str], requests: Sequ
     return ", ".join(f"{' '.join(options)} {run}" for run, options in idle.items())
 
 
-def one_pass(out_dirs: Sequence[str], runs: Sequence[Settings]) -> SimpleNamespace:
+def one_pass(
+    out_dirs: Sequence[str], runs: Sequence[Settings], names: Sequence[str] = ONE_PASS
+) -> SimpleNamespace:
     """The settings that all runs share, and no others. Raises WrongRequest where they differ."""
-    for name in ONE_PASS:
+    for name in names if runs else ():
         values = [getattr(run, name) for run in runs]
         if any(value != values[0] for value in values):
             told = ", ".join(f"{out_dir} {value}" for out_dir, value in zip(out_dirs, values))
             remedy = "give it one value, or train these runs by commands of their own"
             raise WrongRequest(f"--{name} differs between runs on one pass of the LM ({told}): {remedy}")
-    return SimpleNamespace(**{name: getattr(runs[0], name) for name in ONE_PASS})
+    return SimpleNamespace(**{name: getattr(run, name) for run in runs[:1] for name in names})
 
 
 def check(command: Command, requests: Sequence[Request]):
     """Refuse what can be known to be wrong before anything heavy is imported. Raises WrongRequest."""
-    one_pass(command.out_dir, requests)
-    checks.check(requests[0], {name for request in requests for name in request.evals})
+    one_pass(command.out_dir, requests, [f.name for f in fields(Wanted)])
+    one_pass(*to_train(command, requests))
+    checks.check(requests[0], evals.rows_of(command.evals))
+
+
+def to_train(command: Command, requests: Sequence[R]) -> tuple[list[str], list[R]]:
+    """The run folders that are not complete, or are to be overwritten, and what is asked for them."""
+    left = [
+        (out_dir, request)
+        for out_dir, request in zip(command.out_dir, requests)
+        if command.overwrite or not is_complete(Path(out_dir))
+    ]
+    return [out_dir for out_dir, _ in left], [request for _, request in left]

@@ -138,6 +138,13 @@ class Evaluator:
         return SWEEP | self.testbed.sweep
 
     @property
+    def asked(self) -> dict:
+        """What the questions are, as config.json describes them."""
+        testbed = self.testbed
+        questions = testbed.describe.get("sources", {}).get("questions")
+        return {"scoring": testbed.scoring, "forget_subject": testbed.forget_subject, "questions": questions}
+
+    @property
     def guarded_thresholds(self) -> list[float]:
         return [*self.settings["retain_thresholds"], GUARDED_RETAIN_THRESHOLD]
 
@@ -169,7 +176,7 @@ class Evaluator:
 
     # ---- core
 
-    def core(self, sae) -> tuple[dict, dict]:
+    def core(self, sae, *_) -> tuple[dict, dict]:
         """SAEBench's core evaluation, unchanged, on held-out text, half forget and half retain: metrics by leaf name,
         and SAEBench's own output."""
         from sae_bench.evals.core import main as core
@@ -406,6 +413,8 @@ class Evaluator:
         The guarded interventions also try features with a retain rate of up to 0.1: a guard exists to make such features safe,
         and SAEBench's limits leave it little to guard. Without a limit, what fires on any text would come first.
         """
+        if self.examiner is not self:
+            return self.examiner.unlearning(sae, seed, name)
         n_forget, n_retain = (
             self.n_known["wmdp-bio"],
             sum(n for s, n in self.n_known.items() if s != "wmdp-bio"),
@@ -543,7 +552,7 @@ class Evaluator:
         self.lm.reset_hooks()
         return self._held_out_ce()
 
-    def corpus(self, sae) -> tuple[dict, dict]:
+    def corpus(self, sae, *_) -> tuple[dict, dict]:
         """Cross-entropy gained on held-out forget text against cross-entropy paid on held-out retain text, in nats a token,
         under the sweeps of `unlearning`: the most gained at a cost of at most 0.01, 0.05 and 0.1, for each intervention."""
         from sae_bench.evals.unlearning.utils.feature_activation import get_top_features
@@ -602,7 +611,7 @@ class Evaluator:
     # ---- geometry
 
     @torch.no_grad()
-    def geometry(self, sae) -> tuple[dict, dict]:
+    def geometry(self, sae, *_) -> tuple[dict, dict]:
         """Directions of the living features: overlaps of all, and spectra of the forget (affinity > 0.5), retain (< -0.5)
         and shared groups. Undefined values are None."""
         forget_rate, retain_rate, _ = self.firing(sae)

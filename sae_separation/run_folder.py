@@ -16,8 +16,10 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from sae_separation import evals
 from sae_separation.errors import WrongRequest
 from sae_separation.files import (
     HALF_WRITTEN,
@@ -31,14 +33,6 @@ from sae_separation.files import (
     write_whole,
 )
 
-SECTIONS = {  # evaluation -> its name in the results
-    "core": "core",
-    "unlearning": "unlearning",
-    "corpus": "corpus_unlearning",
-    "geometry": "geometry",
-}
-
-
 FILES = ("config.json", "final_info.json", "warnings.json", "checksums.json", "train_log.jsonl")
 
 
@@ -48,7 +42,8 @@ SAE_FILES = ("cfg.json", "sae_weights.safetensors")
 WRITTEN = {  # part of a run folder -> names of what the program writes into it. It removes nothing else
     ".": "|".join(map(re.escape, FILES)),
     "checkpoints": r"step_(\d{8,})\.safetensors",
-    "eval": rf"seed(\d+)_(metrics|{'|'.join(SECTIONS.values())})\.json",
+    "eval": r"seed(\d+)_(metrics|SECTION)\.json",
+    "evaluating": r"seed(\d+)_(metrics|SECTION)\.json",  # of a complete run, until all that was asked for is measured
     "sae_seed*": "|".join(map(re.escape, SAE_FILES)),
 }
 
@@ -57,14 +52,19 @@ def sae_folder(folder: Path, seed: int | str) -> Path:
     return folder / f"sae_seed{seed}"
 
 
-def record_of(folder: Path, seed: int | str) -> Path:
+def record_of(folder: Path, seed: int | str, part: str = "eval") -> Path:
     """What an SAE's files are and what was measured on them. It is there before the SAE is."""
-    return folder / "eval" / f"seed{seed}_metrics.json"
+    return folder / part / f"seed{seed}_metrics.json"
+
+
+def is_complete(folder: Path) -> bool:
+    return (folder / "final_info.json").exists()
 
 
 def written(place: Path, part: str) -> list[Path]:
     """What the program wrote into a part of a run folder, or was writing (HALF_WRITTEN), by name; links too."""
-    name = re.compile(rf"({WRITTEN[part]})({re.escape(HALF_WRITTEN)})?")
+    names = WRITTEN[part].replace("SECTION", "|".join(row.section for row in evals.ROWS))
+    name = re.compile(rf"({names})({re.escape(HALF_WRITTEN)})?")
     there = sorted(place.iterdir()) if place.is_dir() else []
     return [path for path in there if name.fullmatch(path.name) and (path.is_symlink() or path.is_file())]
 
@@ -86,7 +86,7 @@ def remove_folder(place: Path, part: str):
 
 def remove_half_written(folder: Path):
     """Remove what a process was writing when it was killed."""
-    for part in (".", "checkpoints", "eval"):
+    for part in (".", "checkpoints", "eval", "evaluating"):
         for path in written(folder / part, part):
             if path.name.endswith(".tmp"):
                 path.unlink(missing_ok=True)
@@ -104,16 +104,18 @@ def start_anew(folder: Path):
             remove_folder(sae_folder(folder, seed[1]), "sae_seed*")
     for part in ("eval", "checkpoints"):
         remove_part(folder / part, part)
+    remove_folder(folder / "evaluating", "evaluating")
     for path in written(folder, "."):
         if path.name != "config.json":
             path.unlink(missing_ok=True)
 
 
 def clear_complete(folder: Path):
-    """Remove what a complete run needs no more: its checkpoints, and what was half written. A run that
-    cannot be cleared is complete all the same."""
+    """Remove what a complete run needs no more: its checkpoints, what was half written, and what an evaluation
+    has measured and final_info.json now holds. A run that cannot be cleared is complete all the same."""
     try:
-        remove_folder(folder / "checkpoints", "checkpoints")
+        for part in ("checkpoints", "evaluating"):
+            remove_folder(folder / part, part)
         remove_half_written(folder)
     except OSError as error:
         why = f"is needed no more and cannot be removed: {error.strerror}"
@@ -121,11 +123,13 @@ def clear_complete(folder: Path):
 
 
 def clear_left(folder: Path):
-    """`clear_complete`, for a process that was killed before it; not while another one owns the folder."""
-    if (folder / "checkpoints").is_dir() or any(path.name.endswith(".tmp") for path in written(folder, ".")):
+    """`clear_complete`, for a process that was killed before it; not while another one owns the folder, and not
+    while an evaluation waits to be gone on with."""
+    left = (folder / "checkpoints").is_dir() or any(p.name.endswith(".tmp") for p in written(folder, "."))
+    if left and not (folder / "evaluating").is_dir():
         with contextlib.suppress(WrongRequest):  # another owner, or a folder that one may only read
             own(folder)
-            if (folder / "final_info.json").exists():
+            if is_complete(folder):
                 clear_complete(folder)
             disown(folder)
 
@@ -183,7 +187,8 @@ def refuse_foreign(folder: Path, seeds: tuple[int, ...]):
     for path in (folder / name for name in FILES):
         if path.is_dir():
             raise WrongRequest(f"{path} is a folder, and this program would write a file there: move it")
-    for place in (folder / "checkpoints", folder / "eval", *(sae_folder(folder, seed) for seed in seeds)):
+    parts = (folder / part for part in ("checkpoints", "eval", "evaluating"))
+    for place in (*parts, *(sae_folder(folder, seed) for seed in seeds)):
         if (place.exists() or place.is_symlink()) and not place.is_dir():
             raise WrongRequest(f"{place} is no folder, and this program would make one there: move it")
     for seed in seeds:
@@ -193,6 +198,23 @@ def refuse_foreign(folder: Path, seeds: tuple[int, ...]):
             told = f"{sae} holds {there[0]}, which is not known to be of this run"
             why = f"{record_of(folder, seed)} is not there"
             raise WrongRequest(f"{told} ({why}), and this program would write it: move that folder")
+
+
+def refuse_without_saes(folder: Path, seeds: Sequence[int]):
+    """Raises WrongRequest for a complete run whose exported SAEs are not there (they are not committed), or
+    are not as they were written."""
+    for seed in seeds:
+        sae = sae_folder(folder, seed)
+        if lacking := [name for name in SAE_FILES if not (sae / name).exists()]:
+            told = f"{folder} is complete, and its SAEs are not there to be evaluated: {sae / lacking[0]} is missing"
+            raise WrongRequest(f"{told}; bring it back, or train again into another folder")
+        try:
+            record = read_sealed(record_of(folder, seed))
+        except Unusable as why:
+            raise WrongRequest(f"{why}; bring it back, or train again into another folder") from why
+        if record is None or files_of(sae) != record["files"]:
+            told = f"{sae} is not as it was written: the checksum of a file is wrong"
+            raise WrongRequest(f"{told}; bring it back, or train again into another folder")
 
 
 def provenance() -> dict:
@@ -238,32 +260,58 @@ def files_of(folder: Path) -> dict[str, str]:
     return {name: sha256_of(folder / name) for name in SAE_FILES if (folder / name).exists()}
 
 
+def sealed_by_checksums(folder: Path) -> list[Path]:
+    """The files behind final_info.json that do not carry a checksum of their own."""
+    details = written(folder / "eval", "eval")
+    details = [path for path in details if not path.name.endswith(("_metrics.json", ".tmp"))]
+    return [folder / "warnings.json", folder / "train_log.jsonl", *details]
+
+
 def write_result(out_dir: Path, info: dict):
     """final_info.json, last; just before it, in checksums.json, its sha256 and that of every file behind it that is not sealed."""
     content = as_json(info)
-    details = written(out_dir / "eval", "eval")
-    details = [path for path in details if not path.name.endswith(("_metrics.json", ".tmp"))]
-    behind = [out_dir / "warnings.json", out_dir / "train_log.jsonl", *details]
-    files = {str(p.relative_to(out_dir)): sha256_of(p) for p in behind} | {
+    files = {str(p.relative_to(out_dir)): sha256_of(p) for p in sealed_by_checksums(out_dir)} | {
         "final_info.json": hashlib.sha256(content).hexdigest()
     }
     write_json(out_dir / "checksums.json", seal({"files": files}))
     write_whole(out_dir / "final_info.json", content)
 
 
-def recorded_sums(out_dir: Path) -> dict[str, str]:
-    """What checksums.json says: name of a file -> sha256; older run folders have none. Raises Unusable."""
+def renew(out_dir: Path, contents: dict[str, bytes]):
+    """Replace files of a complete run, by name. Whenever the process is killed, every file is as checksums.json
+    says: while they are replaced it has both sums of each. Raises CannotWrite; WrongRequest where it is damaged."""
+    try:
+        recorded = recorded_sums(out_dir)
+    except Unusable as why:
+        raise WrongRequest(f"{why}; bring it back, or train again into another folder") from why
+    if not recorded:  # an older run folder
+        recorded = {str(p.relative_to(out_dir)): {sha256_of(p)} for p in sealed_by_checksums(out_dir)}
+    there = {name: sha256_of(out_dir / name) for name in recorded | contents}
+    files = {name: there[name] if there[name] in sums else min(sums) for name, sums in recorded.items()}
+    new = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    new = {name: known for name, known in new.items() if not name.endswith("_metrics.json")}  # sealed
+    before = {name: there[name] for name in new}
+    write_json(out_dir / "checksums.json", seal({"files": files | new, "before": before}))
+    for name, content in contents.items():
+        write_whole(out_dir / name, content)
+    write_json(out_dir / "checksums.json", seal({"files": files | new}))
+
+
+def recorded_sums(out_dir: Path) -> dict[str, set[str | None]]:
+    """What checksums.json says: name of a file -> its sha256, or those before and after a replacement that was not
+    finished (None: it was not there); older run folders have none. Raises Unusable."""
     path = out_dir / "checksums.json"
-    files = (read_sealed(path) or {"files": {}}).get("files")
+    said = read_sealed(path) or {"files": {}}
+    files, before = said.get("files"), said.get("before", {})
     if not isinstance(files, dict) or any(Path(n).is_absolute() or ".." in Path(n).parts for n in files):
         raise Unusable(f"{path} does not list files of its folder with their checksums")
-    return files
+    return {name: {known, before.get(name, known)} for name, known in files.items()}
 
 
 def is_as_recorded(path: Path) -> bool:
     """Whether a file is the one that checksums.json beside it names, or that cannot be told."""
     try:
-        return sha256_of(path) == recorded_sums(path.parent).get(path.name, sha256_of(path))
+        return sha256_of(path) in recorded_sums(path.parent).get(path.name, {sha256_of(path)})
     except (Unusable, KeyError):
         return True  # `changed_files` names checksums.json
 
@@ -299,9 +347,9 @@ def changed_files(out_dir: Path) -> list[str]:
                 f"{out_dir / 'checksums.json'} is missing: whether the results were changed is not known"
             )
         for name, known in sums.items():
-            if not (out_dir / name).exists():
+            if not (out_dir / name).exists() and None not in known:
                 told.append(f"{out_dir / name} is missing")
-            elif sha256_of(out_dir / name) != known:
+            elif sha256_of(out_dir / name) not in known:
                 told.append(f"{out_dir / name} is not as it was written: its checksum is wrong")
     except (Unusable, WrongRequest, KeyError) as why:
         told.append(str(why))

@@ -12,6 +12,9 @@ HERE = Path(__file__).resolve().parent.parent
 Scoring = Literal["letter", "cloze"]
 
 
+ASKED = ("questions", "forget_subject", "scoring")  # settings that evaluations alone need, no training
+
+
 @dataclass(frozen=True)
 class Spec:
     """What a testbed is made of.

@@ -38,7 +38,6 @@ def trained(arm: str, alpha: float, seed: int, block: experiment.ActivationBlock
         chunk_size=64,
         warmup_steps=20,
         resample_steps=0,
-        evals=("none",),
     )
     defaults, d_in = defaults_of(SPECS["micro"]), block.x.shape[1]
     config = complete(request, experiment.Config, "micro", defaults, d_in)

@@ -6,6 +6,7 @@ import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -14,7 +15,7 @@ from test_bad_input import OWN, here, refused, request  # noqa: F401  (here is a
 
 import experiment
 from experiment import ARMS, PLAN, Command, Request, parse_command
-from sae_separation import checks
+from sae_separation import checks, evaluation
 from sae_separation import config as settings
 from sae_separation.config import ACTIVATION_NAMES, ONE_PASS, check, option, whole_number, with_arms
 from sae_separation.errors import WrongRequest
@@ -23,7 +24,7 @@ from sae_separation.specs import Wanted
 # ---- what runs on one LM pass share
 
 A_RUNS_OWN = set(
-    "arm seeds evals d_sae activation k temperature target_l0 l1 alpha group_size chunk_size"
+    "arm seeds d_sae activation k temperature target_l0 l1 alpha group_size chunk_size"
     " group_update_steps forget_features margin gap_weight target_sharing alpha_start loss_warmup_steps"
     " layer_norm skip orthogonal_init feature_dropout unlock_steps lr feature_lr_power grad_clip"
     " grad_accumulation warmup_steps decay_fraction compile resample_steps dead_tokens".split()
@@ -82,14 +83,13 @@ def test_a_plan_whose_runs_cannot_share_a_pass_is_refused_before_anything_heavy(
 class Measured:
     """Stands for the evaluator: one number a section."""
 
-    @property
-    def examiner(self):
-        return self
+    settings, asked = {}, {}
+    testbed = SimpleNamespace(lm=SimpleNamespace(device="cpu"))
 
-    def core(self, sae):
+    def core(self, sae, *_):
         return {"features": float(sae.W_dec.shape[0])}, {}
 
-    def geometry(self, sae):
+    def geometry(self, sae, *_):
         return {"features": float(sae.W_dec.shape[0])}, {}
 
     def unlearning(self, sae, seed, name):
@@ -107,16 +107,18 @@ def test_what_is_a_runs_own_takes_effect_in_each_run(micro, monkeypatch, tmp_pat
     monkeypatch.setattr("sae_separation.testbeds.load", lambda *args: loaded.append(args) or micro)
     monkeypatch.setattr(experiment, "evaluation_contexts", lambda *args: checked.append(args))
     monkeypatch.setattr(experiment, "Evaluator", lambda *_: Measured())
+    for name in ("core", "unlearning", "geometry"):
+        monkeypatch.setattr(evaluation.Evaluator, name, getattr(Measured, name))
     monkeypatch.setattr(experiment, "tqdm", Bar)
     small = dict(testbed="micro", tokens=51_200, batch_size=512, buffer_tokens=16_384, target_l0=8.0)
     configs = [
-        Request(**small, seeds=(3,), evals=("none",), d_sae=96, arm="fixed", alpha=0.3),
-        Request(**small, seeds=(0,), evals=("core",), d_sae=64, lr=1e-3),
-        Request(
-            **small, seeds=(0, 1), evals=("unlearning", "geometry"), d_sae=128, k=8, activation="batchtopk"
-        ),
+        Request(**small, seeds=(3,), d_sae=96, arm="fixed", alpha=0.3),
+        Request(**small, seeds=(0,), d_sae=64, lr=1e-3),
+        Request(**small, seeds=(0, 1), d_sae=128, k=8, activation="batchtopk"),
     ]
-    command = Command(out_dir=tuple(str(tmp_path / name) for name in "abc"))
+    command = Command(
+        out_dir=tuple(str(tmp_path / name) for name in "abc"), evals=("core", "unlearning", "geometry")
+    )
     assert experiment.main(command, configs) == 0, capsys.readouterr().err
     assert [args[3] for args in loaded] == [True], (
         "as one that is asked questions, as one of the runs wants them"
@@ -124,14 +126,10 @@ def test_what_is_a_runs_own_takes_effect_in_each_run(micro, monkeypatch, tmp_pat
     assert len(checked) == 1
     assert [(bar.desc, bar.n, bar.total) for bar in bars] == [
         ("training", 51_200, 51_200),
-        ("evaluating", 5, 5),
+        ("evaluating", 12, 12),
     ]
     info = [json.loads((tmp_path / name / "final_info.json").read_text()) for name in "abc"]
-    assert [set(i) for i in info] == [
-        {"training"},
-        {"training", "core"},
-        {"training", "unlearning", "geometry"},
-    ]
+    assert [set(i) for i in info] == [{"training", "core", "unlearning", "geometry"}] * 3
     assert info[1]["core"]["final_info_dict"] == {"features": [64.0]}
     assert info[2]["geometry"]["final_info_dict"] == {"features": [128.0, 128.0]}
     assert info[2]["unlearning"]["final_info_dict"] == {"seed": [0.0, 1.0]}
@@ -310,8 +308,8 @@ def test_numbers_of_any_length_are_refused_at_once():
 
 
 def test_evaluations_keep_the_order_given_and_unknown_ones_are_refused():
-    (config,) = parse_command(["--out_dir=run_0", "--evals", "geometry", "core"])[1]
-    assert config.evals == ("geometry", "core")
+    command, _ = parse_command(["--out_dir=run_0", "--evals", "geometry", "core"])
+    assert command.evals == ("geometry", "core")
     with pytest.raises(
         WrongRequest, match="argument --evals: invalid choice: 'vibes' .choose from 'core', 'unlearning'"
     ) as wrong:

@@ -29,7 +29,7 @@ def evaluator(micro):
 @pytest.fixture(scope="module")
 def exported(micro, activations, tmp_path_factory):
     """An SAE that has learned something, as read back from disk."""
-    config = tiny.config(arm="vanilla", d_sae=1024, target_l0=16.0, tokens=10**6, evals=("none",))
+    config = tiny.config(arm="vanilla", d_sae=1024, target_l0=16.0, tokens=10**6)
     trainer, folder = train(config, activations, steps=200)[0], tmp_path_factory.mktemp("sae")
     export(
         trainer.sae,

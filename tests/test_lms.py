@@ -119,7 +119,7 @@ def test_contexts_and_questions_are_held_against_the_positions_that_the_config_n
     for kind, told in (("mpt", 1024), ("openai", 1024), ("stablelm", 1024), ("bloom", float("inf"))):
         testbed = load(tiny.save_lm(tmp_path / kind, kind), own)
         assert most_positions(testbed.lm.config.to_dict()) == told
-        config = experiment.Request(context_size=1025, tokens=10**6, evals=("none",))
+        config = experiment.Request(context_size=1025, tokens=10**6)
         if kind == "mpt":
             with pytest.raises(WrongRequest, match="--context_size 1025 is more than the 1024 positions"):
                 experiment.resolve(config, testbed)
@@ -318,8 +318,9 @@ def test_an_lm_with_massive_activations_in_most_contexts_is_refused_before_train
         folder, tokenizer.convert_tokens_to_ids("a"), 300
     )  # in every context of forget text
     sizes = dict(tokens=25_600, batch_size=256, buffer_tokens=4096, context_size=32, d_sae=64, target_l0=8.0)
-    how = own | sizes | dict(lm=str(folder), evals=("core",), seeds=(0,))
-    run, request = experiment.Command(out_dir=(str(tmp_path / "run"),)), experiment.Request(**how)
+    how = own | sizes | dict(lm=str(folder), seeds=(0,))
+    run = experiment.Command(out_dir=(str(tmp_path / "run"),), evals=("core",))
+    request = experiment.Request(**how)
     assert experiment.main(run, [request]) == 2
     said = capsys.readouterr().err
     told = "contexts hold activations of over 10 times the median norm at layer 1: choose another --layer"

@@ -136,8 +136,9 @@ def test_what_the_format_cannot_hold_is_refused_at_export_and_before_training(tm
         export(soft, tmp_path, META)
     assert not any(tmp_path.iterdir())
     with pytest.raises(WrongRequest, match="--evals none"):
-        Request(skip=0.1)
-    assert Request(skip=0.1, evals=("none",)).skip == 0.1
+        experiment.parse_command(["--out_dir=run_0", "--skip=0.1"])
+    (request,) = experiment.parse_command(["--out_dir=run_0", "--skip=0.1", "--evals=none"])[1]
+    assert request.skip == 0.1
 
 
 def test_options_and_their_state_are_in_the_state_dict():
@@ -214,7 +215,7 @@ def test_temperature_falls_in_a_line_to_0_where_the_learning_rate_decays(activat
 
 def test_the_alpha_curriculum_rises_geometrically_until_half_way(activations):
     trainer = Trainer(
-        replace(SMALL, arm="fixed", alpha=0.1, alpha_start=0.001, evals=("none",)),
+        replace(SMALL, arm="fixed", alpha=0.1, alpha_start=0.001),
         0,
         activations.x.shape[1],
         200,

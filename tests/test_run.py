@@ -267,13 +267,12 @@ def test_plot_needs_no_torch():
 
 
 def test_undefined_metrics_are_null_with_a_reason_and_never_a_mean_of_fewer_seeds():
-    import experiment
+    from sae_separation import results
 
-    run = experiment.Run.__new__(experiment.Run)
-    run.config, run.warnings = experiment.Request(seeds=(3, 4)), []
-    summary = run._summarise("core", {"good": [1.0, 3.0], "bad": [1.0, math.nan], "none": [None, None]})
+    summary = results.summarise({"good": [1.0, 3.0], "bad": [1.0, math.nan], "none": [None, None]})
     assert summary["means"] == {"good": 2.0, "bad": None, "none": None} and summary["stderrs"][
         "good"
     ] == pytest.approx(1.0)
     assert summary["final_info_dict"]["bad"] == [1.0, None]
-    assert any("core.bad is undefined for seeds [4]" in w for w in run.warnings)
+    told = results.undefined("core", summary, (3, 4))
+    assert told[0] == "core.bad is undefined for seeds [4]: its mean is null" and len(told) == 2

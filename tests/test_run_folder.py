@@ -18,7 +18,7 @@ from conftest import ROOT, run_script
 from test_resume import at_step, here, interrupt
 
 import experiment
-from sae_separation import checkpoint, errors, process, run_folder
+from sae_separation import checkpoint, errors, evals, process, run_folder
 from sae_separation.errors import Interrupted, Output, RunFailed, WrongRequest, tell
 from sae_separation.files import HALF_WRITTEN, write_json
 
@@ -161,9 +161,10 @@ def test_what_is_removed_is_what_the_program_writes_by_name(tmp_path):
         "sae_seed0/cfg.json",
         "sae_seed0/sae_weights.safetensors",
     ]
-    ours += [f"eval/seed12_{section}.json" for section in run_folder.SECTIONS.values()]
+    ours += [f"{part}/seed12_{row.section}.json" for row in evals.ROWS for part in ("eval", "evaluating")]
     ours += [f"{name}{HALF_WRITTEN}" for name in ours if not name.startswith("sae_seed")]
     fill(tmp_path)
+    (tmp_path / "evaluating").mkdir()
     for name in ours:
         (tmp_path / name).write_text("ours")
     run_folder.start_anew(tmp_path)

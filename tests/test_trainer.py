@@ -26,7 +26,6 @@ SMALL = tiny.config(
     dead_tokens=20_000,
     warmup_steps=20,
     k=8,
-    evals=("none",),
 )
 
 
@@ -229,7 +228,6 @@ ELSEWHERE = {
     "forget_subject",
     "scoring",
     "seeds",
-    "evals",
     "tokens",
     "context_size",
     "buffer_tokens",

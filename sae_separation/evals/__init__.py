@@ -1,0 +1,88 @@
+"""The evaluations of an SAE: one row each. Imports no torch, so that the command line and plot.py can read the rows.
+
+An evaluation is a function and a row. The function takes the Evaluator (LM, contexts, residuals), an SAE as read back
+from its files, the seed and a name that no other SAE has. It returns metrics (name -> number, or None where undefined),
+details (what eval/ keeps of them) and, if there are any, notes: warnings of how the metrics are to be read.
+"""
+
+import pkgutil
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Row:
+    """One evaluation: its name on the command line, its section in final_info.json, its function (module:name), the
+    metrics that are `shown` in the summary of a run, and those with a column (metric -> its head) in the tables of
+    plot.py. `asks`: it asks the LM questions."""
+
+    name: str
+    section: str
+    function: str
+    shown: tuple[str, ...] = ()
+    columns: dict[str, str] = field(default_factory=dict)
+    asks: bool = False
+
+    def measure(self, evaluator, sae, seed: int, name: str) -> tuple[dict, dict, list[str]]:
+        """Metrics, details and notes of one SAE."""
+        metrics, details, *notes = pkgutil.resolve_name(self.function)(evaluator, sae, seed, name)
+        return metrics, details, sum(notes, [])
+
+
+GAIN = "forget_ce_gain_at_retain_ce_cost_0.05"
+ROWS = [
+    Row(
+        "core",
+        "core",
+        "sae_separation.evaluation:Evaluator.core",
+        shown=("l0", "explained_variance", "ce_loss_score", "frac_alive"),
+        columns={
+            "l0": "L0",
+            "explained_variance": "expl. var.",
+            "ce_loss_score": "CE recovered",
+            "frac_alive": "alive",
+        },
+    ),
+    Row(
+        "unlearning",
+        "unlearning",
+        "sae_separation.evaluation:Evaluator.unlearning",
+        shown=(
+            "unlearning_score",
+            "unlearning_score_conditional",
+            "unlearning_score_guardrail",
+            "random_feature_score",
+            "forget_accuracy",
+            "retain_accuracy",
+        ),
+        columns={
+            "unlearning_score": "unlearning",
+            "unlearning_score_guardrail": "with guardrail",
+            "random_feature_score": "random floor",
+        },
+        asks=True,
+    ),
+    Row(
+        "corpus",
+        "corpus_unlearning",
+        "sae_separation.evaluation:Evaluator.corpus",
+        shown=(GAIN,),
+        columns={GAIN: "forget CE gain"},
+    ),
+    Row(
+        "geometry",
+        "geometry",
+        "sae_separation.evaluation:Evaluator.geometry",
+        shown=("omega", "mean_max_cosine", "omega_between_domains"),
+        columns={"omega": "Ω", "mean_max_cosine": "mean max cos"},
+    ),
+]
+
+
+def names() -> tuple[str, ...]:
+    """As the command line has them."""
+    return tuple(row.name for row in ROWS)
+
+
+def rows_of(evals: tuple[str, ...]) -> list[Row]:
+    """The rows that a command asks for, in the order of the registry; none given are all, "none" is none."""
+    return [row for row in ROWS if row.name in evals or not evals]

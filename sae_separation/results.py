@@ -1,0 +1,253 @@
+"""What is measured on the exported SAEs of a run folder: by seed, as sections over seeds, and what makes one doubt.
+
+    measure(folder, "eval", seed, record, rows, evaluator, maker, bar)   # seed*_metrics.json, seed*_<section>.json
+    summary_of("geometry", records)                                      # a section of final_info.json
+    Finished(folder, config, testbed).evaluate(rows, evaluator, maker, bar)   # a complete run gains or renews sections
+
+A record is what eval/seed*_metrics.json holds of one SAE: the sha256 of its files, and by section the metrics, the
+notes (warnings) and what made them. torch is imported where it is used.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from sae_separation import process, run_folder
+from sae_separation.errors import RunFailed, WrongRequest
+from sae_separation.evals import Row
+from sae_separation.files import Unusable, as_json, read_sealed, seal, write_json
+from sae_separation.specs import ASKED
+
+SHOWN = {"training": ("tokens_trained", "l1_coefficient", "alpha", "tokens_per_second")}
+
+
+def what_trained(config: dict, testbed: dict) -> list[dict]:
+    """The settings and the testbed of a run without what only its evaluations need: the run's identity."""
+    sources = {k: v for k, v in testbed.get("sources", {}).items() if k not in ("questions", "exam_lm")}
+    testbed = {k: v for k, v in testbed.items() if k not in ("scoring", "clamp_scale")} | {"sources": sources}
+    config = {k: v for k, v in config.items() if k not in ("evals", *ASKED)}
+    return json.loads(json.dumps([config, testbed]))
+
+
+def described(testbed) -> dict:
+    """A testbed as config.json records it."""
+    names = ("name", "hook_name", "d_in", "scoring", "clamp_scale")
+    return {name: getattr(testbed, name) for name in names} | testbed.describe
+
+
+def new_record(files: dict[str, str]) -> dict:
+    return {"files": files, "sections": {}, "notes": {}, "made_by": {}}
+
+
+def read_record(path: Path) -> dict | None:
+    """None if there is no such file. Older records list their notes, which were all of the unlearning evaluation.
+    Raises Unusable."""
+    record = read_sealed(path)
+    if record is None:
+        return None
+    notes = record["notes"] if isinstance(record["notes"], dict) else {"unlearning": record["notes"]}
+    return {k: record[k] for k in ("files", "sections")} | {
+        "notes": notes,
+        "made_by": record.get("made_by", {}),
+    }
+
+
+def maker(evaluator) -> dict:
+    """What makes a section: the commit, and the settings of the sweep and of the questions."""
+    return {"git": run_folder.commit_of_code(), "settings": evaluator.settings | evaluator.asked}
+
+
+def measure(
+    folder: Path, part: str, seed: int, record: dict, rows: Sequence[Row], evaluator, made_by: dict, bar
+):
+    """Make the evaluations of one exported SAE that its record lacks, or that another commit or other settings made.
+
+    Each is written into `part` of the run folder when it is done, and not done again. Raises RunFailed."""
+    from sae_separation.export import load_exported
+
+    sae = None
+    for row in rows:
+        bar.set_postfix_str(f"{folder.name} seed {seed}: {row.name}")
+        bar.update()
+        made = record["made_by"].get(row.section, {})
+        if row.section in record["sections"] and {k: made.get(k) for k in made_by} == made_by:
+            continue
+        if sae is None:
+            sae = load_exported(run_folder.sae_folder(folder, seed), evaluator.testbed.lm.device)
+        began = time.monotonic()
+        with process.global_state_kept(seed=seed):
+            metrics, details, notes = row.measure(evaluator, sae, seed, f"{folder.name}_seed{seed}")
+        took = {"date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "seconds": time.monotonic() - began}
+        write_json(folder / part / f"seed{seed}_{row.section}.json", details, indent=None)
+        record["sections"][row.section], record["notes"][row.section] = metrics, notes
+        record["made_by"][row.section] = made_by | took
+        with process.signals.held():
+            write_json(run_folder.record_of(folder, seed, part), seal(record))
+
+
+def by_metric(values: Sequence[dict]) -> dict[str, list]:
+    """Metrics of one seed after the other -> the values of all seeds by metric."""
+    out: dict[str, list] = {}
+    for metrics in values:
+        for name, value in metrics.items():
+            out.setdefault(name, []).append(value)
+    return out
+
+
+def summarise(metrics: dict[str, list]) -> dict[str, dict]:
+    """Means and standard errors over seeds; None where a seed's value is undefined."""
+    import numpy as np
+
+    means, stderrs, by_seed = {}, {}, {}
+    for name, values in metrics.items():
+        by_seed[name] = [None if v is None or not math.isfinite(v) else v for v in values]
+        whole = None not in by_seed[name]
+        means[name] = float(np.mean(values)) if whole else None
+        several = whole and len(values) > 1
+        stderrs[name] = float(np.std(values, ddof=1) / math.sqrt(len(values))) if several else None
+    return {"means": means, "stderrs": stderrs, "final_info_dict": by_seed}
+
+
+def undefined(section: str, summary: dict, seeds: Sequence[int]) -> list[str]:
+    """A warning for each metric that some seeds lack."""
+    return [
+        f"{section}.{name} is undefined for seeds {[s for s, v in zip(seeds, values) if v is None]}: its mean is null"
+        for name, values in summary["final_info_dict"].items()
+        if None in values
+    ]
+
+
+def summary_of(section: str, records: dict[int, dict]) -> dict:
+    """A section of final_info.json from the records of all seeds: metrics, and what made them in how many seconds."""
+    made = [record["made_by"][section] for record in records.values()]
+    took = {"date": max(m["date"] for m in made), "seconds": sum(m["seconds"] for m in made)}
+    metrics = by_metric([record["sections"][section] for record in records.values()])
+    return summarise(metrics) | {"made_by": made[0] | took}
+
+
+def doubts(training: dict, core: dict, config, d_in: int) -> list[str]:
+    """What makes the numbers of a seed not to be taken at their face, from its metrics."""
+    told, l0 = [], core.get("l0", training["final_l0"])
+    target = config.target_l0 if config.activation == "relu" else config.k
+    if target and abs(l0 - target) > 2:
+        told.append(f"L0 is {l0:.1f}, more than 2 from the target {target:g}")
+    no_better = "no better than predicting the mean"
+    if training["final_fvu"] >= 1:
+        told.append(f"fraction of variance unexplained is {training['final_fvu']:.3f}: {no_better}")
+    if (core.get("explained_variance") or 1) <= 0:
+        told.append(f"explained variance on held-out text is {core['explained_variance']:.3f}: {no_better}")
+    if not 0 < l0 <= d_in:
+        told.append(f"L0 is {l0:.1f}, outside (0, d_in]")
+    if 1 - core.get("frac_alive", 1 - training["frac_dead"]) > 0.5:
+        told.append("more than half of the features are dead")
+    return told
+
+
+def warnings_of(rows: Sequence[Row], records: dict[int, dict], training: dict[int, dict], config, d_in: int):
+    """The warnings that come from the metrics of all seeds, and the notes of the evaluations of these rows."""
+    told = []
+    for seed, record in records.items():
+        core = record["sections"].get("core", {})
+        told += [f"seed {seed}: {text}" for text in doubts(training[seed], core, config, d_in)]
+        there = [row.section for row in rows if row.section in record["sections"]]
+        told += [f"seed {seed}: {note}" for section in there for note in record["notes"].get(section, [])]
+    for section in (row.section for row in rows):
+        values = [record["sections"][section] for record in records.values() if section in record["sections"]]
+        told += undefined(section, summarise(by_metric(values)), list(records))
+    return told
+
+
+def print_summary(name: str, folder: Path, info: dict, warnings: list[str], rows, published: dict):
+    """The last lines of a run: the metrics that the rows show, and every warning."""
+
+    def number(value: float | None) -> str:
+        return "null" if value is None else f"{value:.4g}"
+
+    for section, names in (SHOWN | {row.section: row.shown for row in rows}).items():
+        means, stderrs = (info.get(section, {}).get(kind, {}) for kind in ("means", "stderrs"))
+        for metric in (metric for metric in names if metric in means):
+            print(f"{name} {section}.{metric}: {number(means[metric])} +- {number(stderrs[metric])}")
+    for metric, value in published.items():
+        if metric in (means := info.get("core", {}).get("means", {})):
+            here = f"{number(means[metric])} here, {value} in dictionary_learning's end-to-end test of a standard SAE"
+            print(f"{name} core.{metric}: {here}")
+    for text in warnings:
+        print(f"{name} warning: {text}")
+    if info:
+        print(f"{name} complete: {folder / 'final_info.json'}")
+
+
+class Finished:
+    """A complete run whose exported SAEs are evaluated: it gains sections, or they are renewed."""
+
+    def __init__(self, folder: Path, config, testbed):
+        """Raises WrongRequest where the LM or the text is not the one the SAEs were trained on."""
+        self.folder, self.config, self.testbed = folder, config, testbed
+        made = run_folder.read_run_json(folder / "config.json", {"requested", "config"})
+        now, then = (what_trained({}, t)[1] for t in (described(testbed), made.get("testbed", {})))
+        differs = [k for k in then if k in now and now[k] != then[k]]
+        if config.context_size != made["config"]["context_size"]:
+            differs.append("context_size")
+        if differs:
+            told = f"{folder} was trained on another LM or text ({', '.join(differs)} differ)"
+            raise WrongRequest(f"{told}: its SAEs can be evaluated on the same ones only")
+        self.seeds = made["config"]["seeds"]
+        self.info = run_folder.read_run_json(folder / "final_info.json", {"training"})
+        try:
+            self.warnings = json.loads((folder / "warnings.json").read_text())
+        except (OSError, ValueError) as error:
+            told = f"{folder / 'warnings.json'} cannot be read ({error})"
+            raise WrongRequest(f"{told}; bring it back, or train again into another folder") from error
+
+    def evaluate(self, rows: Sequence[Row], evaluator, made_by: dict, bar):
+        """Measure every SAE, then renew what the run folder says. Raises RunFailed; the run then is as before."""
+        known = {seed: read_record(run_folder.record_of(self.folder, seed)) for seed in self.seeds}
+        (self.folder / "evaluating").mkdir(exist_ok=True)
+        measured = {seed: self._begun(seed, known[seed]["files"]) for seed in self.seeds}
+        for seed, record in measured.items():
+            try:
+                measure(self.folder, "evaluating", seed, record, rows, evaluator, made_by, bar)
+            except RunFailed as failed:
+                raise RunFailed(f"{self.folder} seed {seed}: {failed}; the run is as it was") from failed
+        with process.signals.held():
+            self._renew(rows, known, measured)
+
+    def _begun(self, seed: int, files: dict) -> dict:
+        """What an earlier start of this evaluation has measured."""
+        try:
+            record = read_record(run_folder.record_of(self.folder, seed, "evaluating"))
+        except Unusable as why:
+            print(f"warning: {why}; evaluated anew")
+            record = None
+        return record if record and record["files"] == files else new_record(files)
+
+    def _renew(self, rows: Sequence[Row], known: dict[int, dict], measured: dict[int, dict]):
+        """final_info.json, warnings.json, eval/ and checksums.json with the new sections in place of the old."""
+        by_seed = self.info["training"]["final_info_dict"]
+        training = {s: {k: v[i] for k, v in by_seed.items()} for i, s in enumerate(self.seeds)}
+        renewed = {
+            seed: {
+                k: v if k == "files" else v | {r.section: measured[seed][k][r.section] for r in rows}
+                for k, v in record.items()
+            }
+            for seed, record in known.items()
+        }
+        old, new = (
+            warnings_of(rows, records, training, self.config, self.testbed.d_in)
+            for records in (known, renewed)
+        )
+        for text in old:
+            if text in self.warnings and text not in new:
+                self.warnings.remove(text)
+        self.warnings += [text for text in new if text not in self.warnings]
+        self.info |= {row.section: summary_of(row.section, renewed) for row in rows}
+        contents = {}
+        for seed, record in renewed.items():
+            for name in (f"seed{seed}_{row.section}.json" for row in rows):
+                contents[f"eval/{name}"] = (self.folder / "evaluating" / name).read_bytes()
+            contents[f"eval/seed{seed}_metrics.json"] = as_json(seal(record))
+        contents |= {"warnings.json": as_json(self.warnings), "final_info.json": as_json(self.info)}
+        run_folder.renew(self.folder, contents)
+        run_folder.clear_complete(self.folder)
