@@ -200,6 +200,7 @@ def unfinished(command: Command, configs: list[Request]) -> tuple[Command, list[
     settings, or is to be evaluated and holds no SAE.
     """
     left = []
+    run_folder.refuse_same(command.out_dir)
     for out_dir, config in zip(map(Path, command.out_dir), configs):
         run_folder.refuse_place(out_dir)
         run_folder.refuse_foreign(out_dir, config.seeds)
@@ -210,6 +211,8 @@ def unfinished(command: Command, configs: list[Request]) -> tuple[Command, list[
             )
             again = complete and command.evals not in ((), ("none",))
             refuse_other_settings(out_dir, config, made, bool(complete), again)
+            if not complete:
+                run_folder.refuse_lost_result(out_dir)
             if complete:
                 for changed in run_folder.changed_files(out_dir):
                     print(f"warning: {changed}", file=sys.stderr)
@@ -982,7 +985,7 @@ class Run:
 
     def start(self, block: ActivationBlock, saved: tuple[dict, dict] | None):
         """Make the trainers and the log: anew from the stream's first block, or as a checkpoint holds them. Raises WrongRequest, RunFailed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        run_folder.make(self.folder)
         run_folder.refuse_foreign(self.folder, self.config.seeds)
         run_folder.own(self.folder)
         run_folder.remove_half_written(self.folder)

@@ -98,7 +98,8 @@ def start_anew(folder: Path):
     The process may be killed at any point of it: the result goes first, and an SAE's record after the SAE.
     """
     (folder / "checkpoints").mkdir(exist_ok=True)  # without it, Run.tell_restart says that they were lost
-    (folder / "final_info.json").unlink(missing_ok=True)
+    for name in ("checksums.json", "final_info.json"):  # in this order: see refuse_lost_result
+        (folder / name).unlink(missing_ok=True)
     for record in written(folder / "eval", "eval"):
         if seed := re.fullmatch(r"seed(\d+)_metrics\.json", record.name):
             remove_folder(sae_folder(folder, seed[1]), "sae_seed*")
@@ -160,6 +161,34 @@ def refuse_place(folder: Path):
         raise WrongRequest(f"{said}: {place} is a file; name a folder")
     if not os.access(place, os.W_OK | os.X_OK | (os.R_OK if place == folder else 0)):
         raise WrongRequest(f"{said}: {place} is not writable; name another folder")
+
+
+def refuse_same(said: tuple[str, ...]):
+    """Raises WrongRequest where two of the folders are one, by links."""
+    real = [os.path.realpath(folder) for folder in said]
+    for i, folder in enumerate(real):
+        if folder in real[:i]:
+            raise WrongRequest(
+                f"--out_dir {said[real.index(folder)]} and {said[i]} are the same folder: name two"
+            )
+
+
+def make(folder: Path):
+    """Make a run's folder. Raises WrongRequest where none can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WrongRequest(
+            f"--out_dir {folder} cannot be made: {error.strerror}; name another folder"
+        ) from error
+
+
+def refuse_lost_result(folder: Path):
+    """Raises WrongRequest for a run that was complete and has lost its final_info.json: checksums.json is written just
+    before that file, and checkpoints are removed after it. Training it again would remove what is left of it."""
+    if (folder / "checksums.json").exists() and not written(folder / "checkpoints", "checkpoints"):
+        told = f"--out_dir {folder} holds a complete run whose final_info.json is gone"
+        raise WrongRequest(f"{told}: restore that file, or --overwrite to train it again")
 
 
 def refuse_foreign(folder: Path, seeds: tuple[int, ...]):

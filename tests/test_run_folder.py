@@ -600,3 +600,30 @@ def test_another_ones_file_that_ends_in_tmp_keeps_a_folder_from_being_used(tmp_p
     (tmp_path / "config.json.tmp").write_text("precious")
     with pytest.raises(WrongRequest, match="holds 'config.json.tmp' and no config.json of this program"):
         run_folder.refuse_foreign(tmp_path, (0,))
+
+
+def test_a_complete_run_that_lost_its_result_is_not_trained_again_unasked(complete):
+    (complete / "final_info.json").unlink()
+    before = files(complete)
+    asked = ["--out_dir", str(complete), "--seeds", *"01234", "--testbed=micro"]
+    with pytest.raises(
+        WrongRequest, match="complete run whose final_info.json is gone: restore that file, or --over"
+    ):
+        experiment.unfinished(*experiment.parse_command(asked))
+    assert files(complete) == before
+    assert experiment.unfinished(*experiment.parse_command([*asked, "--overwrite"]))[1]
+    run_folder.disown()
+
+
+def test_two_links_to_one_folder_are_the_same_folder(tmp_path):
+    (tmp_path / "zz").mkdir()
+    for name in ("run_0", "run_1"):
+        (tmp_path / name).symlink_to("zz")
+    both = [str(tmp_path / name) for name in ("run_0", "run_1")]
+    with pytest.raises(WrongRequest, match="run_0 and .*run_1 are the same folder: name two"):
+        experiment.unfinished(*experiment.parse_command(["--out_dir", *both]))
+
+
+def test_a_folder_that_cannot_be_made_is_a_wrong_request():
+    with pytest.raises(WrongRequest, match="--out_dir /proc/x cannot be made: .*; name another folder"):
+        run_folder.make(Path("/proc/x"))
