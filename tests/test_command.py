@@ -489,7 +489,7 @@ def test_options_said_to_do_nothing_do_nothing(activations):
     for setting, values in (("arm", ARMS), ("activation", ACTIVATION_NAMES)):
         for value in values:
             plain = replace(SMALL, **{setting: value})
-            idle = {f.name: other[f.name] for f in fields(plain) if not plain.matters(f)}
+            idle = {f.name: other[f.name] for f in fields(Request) if not plain.matters(f)}
             ever |= set(idle)
             trained = [
                 train(config, activations, steps=6)[0].sae.state_dict()
