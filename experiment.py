@@ -200,9 +200,10 @@ def unfinished(command: Command, configs: list[Request]) -> tuple[Command, list[
     settings, or is to be evaluated and holds no SAE.
     """
     left = []
+    for out_dir in map(Path, command.out_dir):
+        run_folder.refuse_place(out_dir)
     run_folder.refuse_same(command.out_dir)
     for out_dir, config in zip(map(Path, command.out_dir), configs):
-        run_folder.refuse_place(out_dir)
         run_folder.refuse_foreign(out_dir, config.seeds)
         if (out_dir / "config.json").exists() and not command.overwrite:
             made = run_folder.read_run_json(out_dir / "config.json", {"requested", "config"})
