@@ -229,7 +229,7 @@ def unfinished(command: Command, configs: list[Request]) -> tuple[Command, list[
                 process.remove_left("saebench")
                 continue
         if out_dir.is_dir():
-            run_folder.own(out_dir)
+            run_folder.lock(out_dir)
         left.append((str(out_dir), config))
     return replace(command, out_dir=tuple(d for d, _ in left)), [c for _, c in left]
 
@@ -266,7 +266,7 @@ def as_made(config: Request, made: dict) -> Request:
 
 
 if __name__ == "__main__":  # answer --help and wrong requests before anything heavy is imported
-    atexit.register(run_folder.disown)
+    atexit.register(run_folder.unlock)
     try:
         COMMAND, CONFIGS = unfinished(*parse_command(sys.argv[1:]))
         if not CONFIGS:
@@ -906,7 +906,7 @@ class Trainer:
 
     def refuse_non_finite(self, named: dict[str, Tensor]):
         """Raises RunFailed, naming the tensors with entries that are not finite, if there are any."""
-        told = [t for name, values in named.items() if (t := checkpoint.offenders(name, values))]
+        told = [t for name, values in named.items() if (t := checkpoint.describe_nonfinite(name, values))]
         if told:
             remedy = (
                 "see to the LM, its dtype and --layer"
@@ -988,7 +988,7 @@ class Run:
         """Make the trainers and the log: anew from the stream's first block, or as a checkpoint holds them. Raises WrongRequest, RunFailed."""
         run_folder.make(self.folder)
         run_folder.refuse_foreign(self.folder, self.config.seeds)
-        run_folder.own(self.folder)
+        run_folder.lock(self.folder)
         run_folder.remove_half_written(self.folder)
         if not saved:
             run_folder.start_anew(self.folder)
@@ -1399,7 +1399,7 @@ def main(command: Command, configs: list[Request], started: float | None = None)
     except (Exception, Interrupted) as error:
         return tell(error)
     finally:
-        run_folder.disown()
+        run_folder.unlock()
 
 
 def leave(number, frame):

@@ -149,7 +149,7 @@ def newest_common(made_by: dict[Path, str]) -> list[tuple[dict, dict]] | None:
     return found
 
 
-def offenders(name: str, values) -> str | None:
+def describe_nonfinite(name: str, values) -> str | None:
     """Which entries of a tensor are not finite, and where it is largest; None when all are finite."""
     import torch
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from sae_separation.errors import WrongRequest
 from sae_separation.evals import ROWS, Row
 from sae_separation.questions import check_subjects, read_questions
-from sae_separation.specs import Spec, Wanted, spec_of
+from sae_separation.specs import DataConfig, Spec, spec_of
 from sae_separation.text import HUB_NAME, cache_folder, one_line, parse_source, read_text
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # most LMs, GPT-2, GPT-Neo, MPT
@@ -25,7 +25,7 @@ VOCABULARIES = (
 )  # a tokenizer needs one of these
 
 
-def check(wanted: Wanted, rows: Sequence[Row] = ()):
+def check(wanted: DataConfig, rows: Sequence[Row] = ()):
     """Refuse what can be known to be wrong without an LM and without the hub. Raises WrongRequest."""
     for option in ("forget_text", "retain_text", "questions"):
         for source in getattr(wanted, option):
@@ -43,7 +43,7 @@ def check(wanted: Wanted, rows: Sequence[Row] = ()):
             read_text(option, getattr(wanted, option))
 
 
-def missing(wanted: Wanted, rows: Sequence[Row] = ()) -> dict[str, tuple[str, str]]:
+def missing(wanted: DataConfig, rows: Sequence[Row] = ()) -> dict[str, tuple[str, str]]:
     """Options that must be given and are not -> a value as an example, and what the option asks for.
 
     Raises WrongRequest for an LM or a layer that cannot be, and for questions that cannot be read.
@@ -84,7 +84,7 @@ def refuse_missing(lacking: dict[str, tuple[str, str]], said: Iterable[str] = ()
     raise WrongRequest(f"{names} {are} missing: {what}; for example: {command}")
 
 
-def check_lm(wanted: Wanted) -> int | None:
+def check_lm(wanted: DataConfig) -> int | None:
     """How many layers the LM has, if known without the hub. Raises WrongRequest for what can be no LM."""
     row = wanted.row
     if wanted.lm and row.lm and not row.has_world:

@@ -22,7 +22,7 @@ import simple_parsing
 from sae_separation import checks, evals
 from sae_separation.errors import WrongRequest
 from sae_separation.run_folder import is_complete
-from sae_separation.specs import Scoring, Wanted
+from sae_separation.specs import DataConfig, Scoring
 
 Activation = Literal["relu", "batchtopk", "softk"]
 ACTIVATION_NAMES = get_args(Activation)
@@ -152,7 +152,7 @@ class Settings:
 
 
 @dataclass(kw_only=True)
-class Request(Settings, Wanted):
+class Request(Settings, DataConfig):
     """What is asked of one run. What is None or empty takes the testbed's default."""
 
     tokens: int | None = option(None, least=1, most=10**12)
@@ -296,7 +296,7 @@ class Command:
 
 # Settings of the LM pass, which all runs of a command share. All others are a run's own.
 ONE_PASS = (
-    *(f.name for f in fields(Wanted)),
+    *(f.name for f in fields(DataConfig)),
     "tokens",
     "context_size",
     "batch_size",
@@ -431,7 +431,7 @@ def one_pass(
 
 def check(command: Command, requests: Sequence[Request]):
     """Refuse what can be known to be wrong before anything heavy is imported. Raises WrongRequest."""
-    one_pass(command.out_dir, requests, [f.name for f in fields(Wanted)])
+    one_pass(command.out_dir, requests, [f.name for f in fields(DataConfig)])
     one_pass(*to_train(command, requests))
     checks.check(requests[0], evals.rows_of(command.evals))
 

@@ -126,11 +126,11 @@ class Evaluator:
         """Contexts [n, pos] without a massive row, and their resid [n, pos, D]. Raises WrongRequest when
         fewer than half are left."""
         resid = torch.cat([self.lm.resid(t) for t in tokens.split(64)])
-        tame = ~massive(resid, trained_on(tokens, self.special)).any(1)
-        if 2 * tame.sum() < len(tame):
-            told = f"{int((~tame).sum())} of {len(tame)} contexts hold activations of over 10 times the"
+        within_norm = ~massive(resid, trained_on(tokens, self.special)).any(1)
+        if 2 * within_norm.sum() < len(within_norm):
+            told = f"{int((~within_norm).sum())} of {len(within_norm)} contexts hold activations of over 10 times the"
             raise WrongRequest(f"{told} median norm at layer {self.testbed.layer}: choose another --layer")
-        return tokens[tame], resid[tame]
+        return tokens[within_norm], resid[within_norm]
 
     @property
     def settings(self) -> dict:

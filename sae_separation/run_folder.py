@@ -1,7 +1,7 @@
 """The run folder: what the program writes there, who owns it, and what made it.
 
 refuse_foreign(folder, seeds)                    # nothing is removed but WRITTEN
-own(folder)                                      # one process a run folder (flock)
+lock(folder)                                     # one process a run folder (flock)
 write_result(folder, info)                       # final_info.json, and checksums of what a run left
 """
 
@@ -129,10 +129,10 @@ def clear_left(folder: Path):
     left = (folder / "checkpoints").is_dir() or any(p.name.endswith(".tmp") for p in written(folder, "."))
     if left and not (folder / "evaluating").is_dir():
         with contextlib.suppress(WrongRequest):  # another owner, or a folder that one may only read
-            own(folder)
+            lock(folder)
             if is_complete(folder):
                 clear_complete(folder)
-            disown(folder)
+            unlock(folder)
 
 
 def is_settings(value) -> bool:
@@ -396,8 +396,8 @@ def changed_files(out_dir: Path) -> list[str]:
 _owned: dict[Path, int] = {}
 
 
-def own(folder: Path):
-    """Make this process the folder's owner until `disown` or its death. Raises WrongRequest, naming the
+def lock(folder: Path):
+    """Make this process the folder's owner until `unlock` or its death. Raises WrongRequest, naming the
     present owner, or what stands in the lock's place."""
     path = (folder / ".lock").absolute()
     while path not in _owned:
@@ -440,7 +440,7 @@ def _is_at(path: Path, file: int) -> bool:
         return False
 
 
-def disown(*folders: Path):
+def unlock(*folders: Path):
     """Give up some folders, or every one."""
     for path in [(folder / ".lock").absolute() for folder in folders] or list(_owned):
         file = _owned.pop(path)

@@ -128,7 +128,7 @@ GIVEN = ("lm", "layer", "forget_text", "retain_text", "questions", "forget_subje
 
 
 @dataclass
-class Wanted:
+class DataConfig:
     """What the command line says about LM, text and questions; what is left empty takes the testbed's own."""
 
     testbed: Literal[TESTBEDS] = "auto"
@@ -172,7 +172,7 @@ def defaults_of(spec: Spec) -> dict:
     return spec.defaults | {name: getattr(spec, name) for name in GIVEN}
 
 
-def spec_of(wanted: Wanted, row: Spec) -> Spec:
+def spec_of(wanted: DataConfig, row: Spec) -> Spec:
     """The testbed of this row with what the command line puts in its place."""
     given = {name: getattr(wanted, name) for name in GIVEN}
     return replace(row, **{k: v for k, v in given.items() if v not in (None, "", ())})

@@ -1,6 +1,6 @@
 """Testbeds: which LM, which text, which questions.
 
-    testbed = load("micro")          # or "auto", or a specs.Wanted
+    testbed = load("micro")          # or "auto", or a specs.DataConfig
     testbed.lm, testbed.tokenizer, testbed.hook_name, testbed.d_in
     testbed.forget.train, testbed.forget.held_out, testbed.questions["biology"]
 
@@ -28,7 +28,7 @@ from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.exam import Exam, logits_at, most_positions, pad_alone
 from sae_separation.lm import InterventionLM, Testbed, load_lm, load_tokenizer, without_bars
 from sae_separation.questions import Question, check_subjects, read_questions
-from sae_separation.specs import AUTO, SPECS, Wanted, defaults_of, lm_path, spec_of
+from sae_separation.specs import AUTO, SPECS, DataConfig, defaults_of, lm_path, spec_of
 from sae_separation.text import (
     LONGEST,
     Text,
@@ -43,14 +43,14 @@ from sae_separation.text import (
 
 
 def load(
-    wanted: Wanted | str = "auto", tokens: int | None = None, least_tokens: int = 1, examined: bool = True
+    wanted: DataConfig | str = "auto", tokens: int | None = None, least_tokens: int = 1, examined: bool = True
 ) -> Testbed:
     """The testbed that is wanted: text and questions first, for they are wrong more often, then the LM.
 
     `tokens` to train on (None: the testbed's default) say how much text is read from the hub; text of fewer tokens than
     `least_tokens`, or than a context, is refused; `examined` says whether questions will be asked. Raises WrongRequest and RunFailed.
     """
-    wanted = Wanted(testbed=wanted) if isinstance(wanted, str) else wanted
+    wanted = DataConfig(testbed=wanted) if isinstance(wanted, str) else wanted
     name = wanted.name if wanted.name != "auto" else AUTO[0 if first_can_be_had() else 1]
     row = SPECS[name]
     spec = spec_of(wanted, row)

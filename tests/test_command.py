@@ -19,7 +19,7 @@ from sae_separation import checks, evaluation
 from sae_separation import config as settings
 from sae_separation.config import ACTIVATION_NAMES, ONE_PASS, check, option, whole_number, with_arms
 from sae_separation.errors import WrongRequest
-from sae_separation.specs import Wanted
+from sae_separation.specs import DataConfig
 
 # ---- what runs on one LM pass share
 
@@ -247,7 +247,7 @@ def test_a_home_folder_is_expanded_in_every_path(here, monkeypatch):  # noqa: F8
             "--forget_subject=biology",
         ]
     )
-    assert checks.check_lm(Wanted(lm="~/lm")) == 3
+    assert checks.check_lm(DataConfig(lm="~/lm")) == 3
 
 
 NUMBERS = {

@@ -14,7 +14,7 @@ from sae_separation.errors import WrongRequest
 from sae_separation.exam import Exam, letter_prompt, letter_tokens, most_positions, special_ids
 from sae_separation.lm import InterventionLM, fast_lm_tokens, load_tokenizer, shared_proxy
 from sae_separation.questions import Question
-from sae_separation.specs import Wanted
+from sae_separation.specs import DataConfig
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def own(tmp_path_factory):
 
 
 def load(lm, own, **settings):
-    return testbeds.load(Wanted(lm=str(lm), **own | settings))
+    return testbeds.load(DataConfig(lm=str(lm), **own | settings))
 
 
 def every_question(testbed):

@@ -18,7 +18,7 @@ from sae_separation.errors import WrongRequest
 from sae_separation.exam import letter_prompt
 from sae_separation.export import export, load_exported
 from sae_separation.questions import Question, read_questions
-from sae_separation.specs import Wanted
+from sae_separation.specs import DataConfig
 
 ROWS = [{k: v for k, v in q.items() if k != "subject"} for q in tiny.questions("astronomy", 12)]
 RIGHT = [row["answer"] for row in ROWS]
@@ -320,7 +320,7 @@ def test_subjects_are_counted_apart_whatever_their_names(own, tmp_path, monkeypa
     """An LM is right on all that it knows, unless SAEBench's files mix two subjects."""
     asked = [q for i, s in enumerate(SUBJECTS) for q in tiny.questions(s, 16 + 2 * i)]
     paths = (str(tiny.save_jsonl(tmp_path / "asked.jsonl", asked)),)
-    testbed = testbeds.load(Wanted(**own | {"questions": paths}))
+    testbed = testbeds.load(DataConfig(**own | {"questions": paths}))
     sweep = {"retain_thresholds": [0.01], "n_features_list": [5], "multipliers": [10]}
     evaluator = evaluation.Evaluator(replace(testbed, n_held_out=16, sweep=sweep), 32, n_contexts=16)
     (
@@ -371,10 +371,10 @@ def test_a_choice_without_a_token_is_refused_before_anything_is_trained(own, tmp
             match=r"the choice '五' of 'How many\?' \(history\) is no token of this LM's",
         ):
             read_questions.cache_clear()
-            testbeds.load(Wanted(**wanted))
+            testbeds.load(DataConfig(**wanted))
     rows[30]["choices"][0] = "5 五"
     tiny.save_jsonl(tmp_path / "q.jsonl", rows), read_questions.cache_clear()
-    assert testbeds.load(Wanted(**wanted)).questions["history"][10].choices[0] == "5 五"
+    assert testbeds.load(DataConfig(**wanted)).questions["history"][10].choices[0] == "5 五"
 
 
 def test_one_question_with_two_answers_is_refused(tmp_path):

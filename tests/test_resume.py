@@ -312,7 +312,7 @@ def test_a_second_process_is_refused_at_once_and_a_dead_one_does_not_block(tmp_p
     folder.mkdir()
     code = (
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from sae_separation import run_folder; from"
-        f" pathlib import Path; run_folder.own(Path({str(folder)!r})); print('mine', flush=True);"
+        f" pathlib import Path; run_folder.lock(Path({str(folder)!r})); print('mine', flush=True);"
         " time.sleep(60)"
     )
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -328,9 +328,9 @@ def test_a_second_process_is_refused_at_once_and_a_dead_one_does_not_block(tmp_p
     owner.kill()
     owner.wait()
     assert (folder / ".lock").exists()
-    run_folder.own(folder)
-    run_folder.own(folder)
-    run_folder.disown()
+    run_folder.lock(folder)
+    run_folder.lock(folder)
+    run_folder.unlock()
     assert not list(folder.iterdir())
 
 

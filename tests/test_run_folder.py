@@ -66,7 +66,7 @@ def refuse(folder: Path, *more: str) -> str:
     """What the command says to a folder, before it imports anything heavy."""
     with pytest.raises(WrongRequest) as wrong:
         experiment.unfinished(*experiment.parse_command(["--out_dir", str(folder), "--arm=vanilla", *more]))
-    run_folder.disown()
+    run_folder.unlock()
     assert len(str(wrong.value).splitlines()) == 1
     return str(wrong.value)
 
@@ -108,7 +108,7 @@ def test_a_first_start_that_was_killed_at_once_is_no_folder_of_other_files(tmp_p
             *experiment.parse_command(["--out_dir", str(tmp_path), "--arm=vanilla"])
         )
         assert len(left) == 1
-        run_folder.disown()
+        run_folder.unlock()
     (tmp_path / "eval/mine.json").write_text("[]")
     assert "holds 'eval'" in refuse(tmp_path)
 
@@ -200,7 +200,7 @@ def test_a_link_in_a_run_folder_is_removed_or_replaced_and_what_it_leads_to_stay
     assert files(elsewhere) == before and not (folder / "checkpoints").is_symlink()
     (folder / ".lock").symlink_to(elsewhere / "a")
     with pytest.raises(WrongRequest, match="remove it if it is not in use"):
-        run_folder.own(folder)
+        run_folder.lock(folder)
     assert files(elsewhere) == before
 
 
@@ -230,13 +230,13 @@ def test_a_private_folder_that_only_looks_like_one_of_ours_is_left(tmp_path, mon
 
 
 def test_a_lock_is_removed_by_its_owner_only_while_it_is_his(tmp_path):
-    run_folder.own(tmp_path)
+    run_folder.lock(tmp_path)
     (tmp_path / ".lock").unlink()
     (tmp_path / ".lock").write_text("another's")
-    run_folder.disown()
+    run_folder.unlock()
     assert (tmp_path / ".lock").read_text() == "another's"
     with pytest.raises(WrongRequest, match="was not written by this program"):
-        run_folder.own(tmp_path)
+        run_folder.lock(tmp_path)
     assert (tmp_path / ".lock").read_text() == "another's"
 
 
@@ -318,13 +318,13 @@ def test_a_complete_run_that_was_killed_before_it_was_cleared_is_cleared_when_it
     assert checkpoint.steps_in(tmp_path / "run_1")
     (tmp_path / "run_1/warnings.json.sae.tmp").write_text("half")
     (tmp_path / "run_1/checkpoints/mine.txt").write_text("mine")
-    run_folder.own(tmp_path / "run_1")
+    run_folder.lock(tmp_path / "run_1")
     (owned := dict(run_folder._owned)) and run_folder._owned.clear()  # as by another process
     assert here("run_1", seeds=(0,)) == 0 and checkpoint.steps_in(tmp_path / "run_1"), (
         "not while another owns it"
     )
     run_folder._owned.update(owned)
-    run_folder.disown()
+    run_folder.unlock()
     assert here("run_1", seeds=(0,)) == 0
     left = set(files(tmp_path / "run_1"))
     assert "checkpoints/mine.txt" in left and not any(
@@ -612,7 +612,7 @@ def test_a_complete_run_that_lost_its_result_is_not_trained_again_unasked(comple
         experiment.unfinished(*experiment.parse_command(asked))
     assert files(complete) == before
     assert experiment.unfinished(*experiment.parse_command([*asked, "--overwrite"]))[1]
-    run_folder.disown()
+    run_folder.unlock()
 
 
 def test_two_links_to_one_folder_are_the_same_folder(tmp_path):

@@ -24,7 +24,7 @@ from sae_separation.export import export, load_exported
 from sae_separation.interventions import whole_contexts
 from sae_separation.lm import InterventionLM
 from sae_separation.questions import read_questions
-from sae_separation.specs import SPECS, Wanted, spec_of
+from sae_separation.specs import SPECS, DataConfig, spec_of
 from sae_separation.text import Text, check_amount, check_overlap, parse_source, read_text, split_text
 
 
@@ -50,7 +50,7 @@ def lms(tmp_path_factory):
 
 
 def load(lm, own, **settings):
-    return testbeds.load(Wanted(lm=str(lm), **dict(layer=1) | own | settings))
+    return testbeds.load(DataConfig(lm=str(lm), **dict(layer=1) | own | settings))
 
 
 # ---- text
@@ -404,7 +404,7 @@ def test_the_named_testbeds_are_what_the_study_says():
     assert asked == set(published.dataset_names)
     assert smollm.scoring == "cloze" and not smollm.forget_text
     for layer in (5, 19):
-        assert spec_of(Wanted(testbed="gemma-2-2b", layer=layer), SPECS["gemma-2-2b"]).layer == layer
+        assert spec_of(DataConfig(testbed="gemma-2-2b", layer=layer), SPECS["gemma-2-2b"]).layer == layer
 
 
 def test_gemma_is_asked_as_its_instructed_sibling_in_bfloat16_with_saebenchs_sweep(
@@ -506,7 +506,7 @@ def test_smollm2_is_dequantised_once_and_cached(tmp_path, monkeypatch, own):
     make_smollm2(tmp_path / "site")
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    testbed = testbeds.load(Wanted(testbed="smollm2-135m", **own | {"layer": 1}))
+    testbed = testbeds.load(DataConfig(testbed="smollm2-135m", **own | {"layer": 1}))
     assert (
         testbed.name == "smollm2-135m"
         and testbed.d_in == tiny.D_IN
@@ -515,7 +515,7 @@ def test_smollm2_is_dequantised_once_and_cached(tmp_path, monkeypatch, own):
     (cached,) = (tmp_path / "cache" / "orthogonal-sae").iterdir()
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in cached.iterdir()}
     written = (cached / "model.safetensors").stat().st_mtime_ns
-    again = testbeds.load(Wanted(testbed="smollm2-135m", **own | {"layer": 1}))
+    again = testbeds.load(DataConfig(testbed="smollm2-135m", **own | {"layer": 1}))
     assert (cached / "model.safetensors").stat().st_mtime_ns == written
     for name, value in testbed.lm.state_dict().items():
         assert torch.equal(value, again.lm.state_dict()[name])
@@ -625,7 +625,7 @@ def test_a_whole_run_on_a_users_own_lm_text_and_questions(lms, own, tmp_path):
     )
     assert (
         config["testbed"]["sources"]["forget_text"][0]["documents"] == 300
-        and asdict(Wanted()).keys() <= config["config"].keys()
+        and asdict(DataConfig()).keys() <= config["config"].keys()
     )
     again = run_script("experiment.py", "--out_dir", tmp_path / "mine", "--arm=fixed", *settings, *sizes)
     assert again.returncode == 0 and "is complete" in again.stdout
