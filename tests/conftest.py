@@ -1,5 +1,6 @@
-"""Shared fixtures: the real command, the embedded testbed and a block of its activations."""
+"""Shared fixtures: the real command, the embedded testbed, whole or small, and a block of its activations."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,50 @@ def micro():
     from sae_separation import testbeds
 
     return testbeds.load("micro")
+
+
+SMALL_SWEEP = {"retain_thresholds": [0.01], "n_features_list": [10, 50], "multipliers": [10]}
+SMALL_ROW = f"""
+import dataclasses, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+from sae_separation.specs import SPECS
+SPECS["micro"] = dataclasses.replace(SPECS["micro"], n_held_out=16, sweep={SMALL_SWEEP!r})
+sys.argv[0] = {str(ROOT / "experiment.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def small_command(*args) -> list[str]:
+    """Argv of the real command, but that the embedded testbed is evaluated by a small sweep on few contexts."""
+    return [sys.executable, "-c", SMALL_ROW, *map(str, args)]
+
+
+def run_here(*args) -> int:
+    """The command in this process: its exit code."""
+    import experiment
+    from sae_separation.errors import WrongRequest, tell
+
+    try:
+        command, configs = experiment.unfinished(*experiment.parse_command([str(a) for a in args]))
+    except WrongRequest as error:
+        return tell(error, began=False)
+    return experiment.main(command, configs) if configs else 0
+
+
+@pytest.fixture(scope="session")
+def small_micro(tmp_path_factory) -> dict[str, tuple[str, ...]]:
+    """Settings of the embedded testbed with 1,000 documents of the 27,000 of each domain, and 40 of its 500
+    questions."""
+    from micro_pythia.world import FORGET, RETAIN, World
+
+    folder = tmp_path_factory.mktemp("small_micro")
+    for name, subjects in (("forget", (FORGET,)), ("retain", RETAIN)):
+        documents = World(0).documents(1000, subjects, seed=1)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    questions = json.loads((ROOT / "micro_pythia/questions.json").read_text())
+    (folder / "asked.json").write_text(json.dumps(questions[:20] + questions[-20:]))
+    files = {"forget_text": "forget.jsonl", "retain_text": "retain.jsonl", "questions": "asked.json"}
+    return {setting: (str(folder / name),) for setting, name in files.items()}
 
 
 @pytest.fixture(scope="session")
