@@ -2,9 +2,9 @@
 
     python plot.py [run_0 run_1 ...]    (default: every run_* folder here)
 
-Needs numpy and matplotlib only. Folders that are not complete are skipped, and the reason is printed.
-Figures are written as PNGs and the report as report.html, one page that needs nothing else, into the
-current folder, each whole or not at all; the table goes to the screen. † marks a run whose warnings.json
+Needs numpy, scipy, matplotlib and Jinja2 only. Folders that are not complete are skipped, and the reason is
+printed. Figures are written as PNGs and the report as report.html, one page that needs nothing else, into
+the current folder, each whole or not at all; the table goes to the screen. † marks a run whose warnings.json
 is not empty, or whose files are not as they were written. A figure whose data no run has is left out, and
 the reason is printed. Exit code 2: a wrong request, 1: a file could not be written; one last line on
 stderr says what is wrong.
@@ -14,43 +14,65 @@ import argparse
 import base64
 import errno
 import hashlib
-import html
 import io
 import json
 import math
 import os
 import re
 import signal
-import string
 import struct
 import sys
 import tempfile
 import textwrap
-import traceback
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from sae_separation import evals, process, run_folder
-from sae_separation.errors import Interrupted, RunFailed, WrongRequest, leave_at_once, stops
+from sae_separation.errors import (
+    Interrupted,
+    RunFailed,
+    WrongRequest,
+    keep_output_open,
+    leave_at_once,
+    plain,
+    stops,
+    tell,
+)
 from sae_separation.files import REMEDIES, content_of
 
+
+def stdout_lost(error: OSError):
+    """The table is what was asked for: raises RunFailed where it cannot be written, as on a full disk. Where
+    the reader has gone (| head) the work goes on."""
+    if not isinstance(error, BrokenPipeError):
+        raise RunFailed(f"stdout cannot be written: {error.strerror}; send it elsewhere") from error
+
+
 if __name__ == "__main__":  # before what takes long to import
+    keep_output_open(stdout_lost)
     for ending in stops():
         signal.signal(ending, leave_at_once)
 try:
+    import jinja2
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
+    from scipy.special import stdtr
 except (ImportError, OSError) as missing:  # an OSError where matplotlib has no room for its cache
     if __name__ != "__main__":
         raise
     remedy = "free disk space" if isinstance(missing, OSError) else "pip install -r requirements.txt"
-    sys.exit(f"error: numpy and matplotlib cannot be imported: {missing}; {remedy}")
+    sys.exit(tell(RunFailed(f"what plot.py needs cannot be imported: {missing}; {remedy}")))
 matplotlib.rcParams |= {"savefig.dpi": 150, "axes.formatter.useoffset": False}
 
 labels = {
@@ -89,12 +111,13 @@ SCORE, GAIN, EXPLAINED = (
     ("corpus_unlearning", "forget_ce_gain_at_retain_ce_cost_0.05"),
     ("core", "explained_variance"),
 )
-INTERVENTIONS = {
-    "clamp": "",
-    "conditional": "_conditional",
-    "guardrail": "_guardrail",
-}  # and the suffix of their metrics
+# intervention -> suffix of its metrics
+INTERVENTIONS = {"clamp": "", "conditional": "_conditional", "guardrail": "_guardrail"}
 GROUPS = ("forget", "retain", "shared")
+TESTED = {
+    "Unlearning score": SCORE,
+    "Cross-entropy added on forget text at 0.05 nats a token on retain text": GAIN,
+}
 MATCHED_L0 = 2.0  # arms whose mean L0 lies further apart are not compared at the same sparsity
 KINDS = ("means", "stderrs", "final_info_dict")
 # where a sweep stands, and its cells' cost and gain
@@ -104,13 +127,6 @@ MOST = float(np.finfo(np.float32).max)  # no number of a run is larger
 DEEPEST = 50  # lists in lists and objects in objects in a run's JSON
 
 # ------------------------------------------------------------------------------------------------ words
-
-
-def plain(text: str) -> str:
-    """One line: what is not printable (line ends, terminal escapes, lone surrogates) as Python writes it."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def cut(text: str, most: int) -> str:
@@ -124,26 +140,15 @@ def first(texts: list[str], most: int) -> list[str]:
 
 
 def say(text: str, stderr: bool = False):
-    """Lines for the user, in what the terminal can show. Where the reader has gone (| true) the work goes on.
-
-    Raises RunFailed when stdout cannot be written for another reason, as on a full disk."""
-    stream = sys.stderr if stderr else sys.stdout
-    if stream is None:  # closed from the start
-        return
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    text = "\n".join(plain(line) for line in text.split("\n"))
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is still buffered fails no more
-        if not stderr and not isinstance(error, BrokenPipeError):
-            raise RunFailed(f"stdout cannot be written: {error.strerror}; send it elsewhere") from error
+    """Lines for the user; what is not printable in them is shown as Python writes it."""
+    lines = "\n".join(plain(line) for line in text.split("\n"))
+    print(lines, file=sys.stderr if stderr else sys.stdout, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ run folders
 
 
-def need(holds: bool, otherwise: str):
+def need(holds: object, otherwise: str):
     if not holds:
         raise ValueError(otherwise)
 
@@ -169,7 +174,7 @@ def undefined(text: str) -> None:
     """NaN or infinity in a training log, which says so of what is undefined at a step."""
 
 
-def parsed(text: str, where: str, constant=float):
+def parsed(text: str, where: str, constant: Callable[[str], float | None] = float):
     """JSON that a run may have written. Raises ValueError with the place and what is wrong there."""
     try:
         value = json.loads(text, parse_constant=constant)
@@ -205,8 +210,24 @@ def are_numbers(values) -> bool:
     return isinstance(values, list) and all(v is None or isinstance(v, int | float) for v in values)
 
 
+def are_seeds(values) -> bool:
+    """A list of whole numbers, at least one, each once."""
+    return (
+        isinstance(values, list)
+        and len(values) > 0
+        and all(type(s) is int for s in values)
+        and len(set(values)) == len(values)
+    )
+
+
 class Run:
     """One complete run folder. Raises ValueError with the reason when it is not complete or not a run's."""
+
+    label: str  # what the run is called in tables; this and the next four are set by `name_and_style`
+    mark: str  # the same in figures
+    order: int  # of its colour, line style and marker
+    style: dict
+    band: float  # opacity of the band from the least to the most of its seeds
 
     def __init__(self, folder: Path):
         self.folder, self.name = folder, plain(os.path.basename(os.path.realpath(folder)))
@@ -214,21 +235,20 @@ class Run:
         need(os.path.lexists(folder / "final_info.json"), "no final_info.json: the run is not complete")
         names = ("final_info", "config", "warnings")
         self.info, self.config, warnings = (read(folder / f"{name}.json") for name in names)
-        self.settings = self.config.get("config") if isinstance(self.config, dict) else None
-        need(isinstance(self.settings, dict), "config.json: no settings under config")
-        self.seeds = self.settings.get("seeds")
-        whole = isinstance(self.seeds, list) and self.seeds and all(type(s) is int for s in self.seeds)
-        whole = whole and len(set(self.seeds)) == len(self.seeds)
-        need(whole, "config.json: seeds are not different whole numbers")
-        whole = isinstance(warnings, list) and all(isinstance(w, str) for w in warnings)
-        need(whole, "warnings.json: not a list of texts")
+        settings = self.config.get("config") if isinstance(self.config, dict) else None
+        if not isinstance(settings, dict):
+            raise ValueError("config.json: no settings under config")
+        self.settings, self.seeds = settings, settings.get("seeds", [])
+        need(are_seeds(self.seeds), "config.json: seeds are not different whole numbers")
+        are_texts = isinstance(warnings, list) and all(isinstance(w, str) for w in warnings)
+        need(are_texts, "warnings.json: not a list of texts")
         self._check_info()
         self.log = self._read_log(folder / "train_log.jsonl")
         paths = {s: [folder / "eval" / f"seed{seed}_{s}.json" for seed in self.seeds] for s in self.info}
         self.evals = {s: [self._read_details(p) for p in paths[s] if os.path.lexists(p)] for s in self.info}
         self.warnings = [cut(plain(w), 1000) for w in (*warnings, *run_folder.changed_files(folder))]
-        self.arm = cut(plain(str(self.settings.get("arm"))), 60)
-        self.alpha = finite(self.settings.get("alpha"))
+        self.arm = cut(plain(str(settings.get("arm"))), 60)
+        self.alpha = finite(settings.get("alpha"))
 
     def _check_info(self):
         need(isinstance(self.info, dict) and "training" in self.info, "final_info.json: no section training")
@@ -240,8 +260,8 @@ class Run:
             for kind in KINDS:
                 for metric, value in parts[kind].items():
                     place, by_seed = f"{where}.{kind}.{cut(metric, 60)}", kind == "final_info_dict"
-                    told = f"{place} is not a number{' for each seed' * by_seed}"
-                    need(are_numbers(value if by_seed else [value]), told)
+                    reason = f"{place} is not a number{' for each seed' * by_seed}"
+                    need(are_numbers(value if by_seed else [value]), reason)
                     need(kind != "stderrs" or value is None or value >= 0, f"{place} is negative")
         need(self.info["training"]["means"], "final_info.json: no training results")
 
@@ -273,127 +293,295 @@ class Run:
 
     def mean(self, section: str, metric: str) -> tuple[float, float]:
         """Mean and standard error over seeds; nan where the run has none."""
-        return tuple(
-            finite(self.info.get(section, {}).get(kind, {}).get(metric)) for kind in ("means", "stderrs")
-        )
+        parts = self.info.get(section, {})
+        mean, stderr = (finite(parts.get(kind, {}).get(metric)) for kind in ("means", "stderrs"))
+        return mean, stderr
 
     def by_seed(self, section: str, metric: str) -> dict[int, float]:
         """The values of the seeds; empty where the run has none."""
         values = self.info.get(section, {}).get("final_info_dict", {}).get(metric) or []
-        return (
-            {seed: finite(v) for seed, v in zip(self.seeds, values)} if len(values) == len(self.seeds) else {}
-        )
+        if len(values) != len(self.seeds):
+            return {}
+        return {seed: finite(v) for seed, v in zip(self.seeds, values)}
 
     def sweeps(self, section: str, cost: str, gain: str) -> list[np.ndarray]:
         """(cost, gain) of the clamp's cells, [cell, 2], for each seed that has any."""
-        cells = [
-            [
-                (finite(c.get(cost)), finite(c.get(gain)))
-                for c in d.get("sweep") or []
-                if c.get("intervention", "clamp") == "clamp"
-            ]
-            for d in self.evals.get(section, [])
-        ]
-        return [array for seed in cells if len(array := np.array([c for c in seed if not np.isnan(c).any()]))]
+        sweeps = []
+        for details in self.evals.get(section, []):
+            cells = [c for c in details.get("sweep") or [] if c.get("intervention", "clamp") == "clamp"]
+            pairs = [(finite(c.get(cost)), finite(c.get(gain))) for c in cells]
+            sweeps.append(np.array([pair for pair in pairs if not np.isnan(pair).any()]))
+        return [sweep for sweep in sweeps if len(sweep)]
 
-    def notes(self) -> dict[str, int]:
+    def notes(self) -> Counter[str]:
         """The warnings without their seeds and how often each stands there; metrics that are merely
         undefined come last."""
-        texts = sorted(
-            (re.sub(r"^seed \d+: ", "", w) for w in self.warnings), key=lambda text: "is undefined" in text
+        texts = [re.sub(r"^seed \d+: ", "", w) for w in self.warnings]
+        return Counter(
+            [t for t in texts if "is undefined" not in t] + [t for t in texts if "is undefined" in t]
         )
-        return Counter(texts)
+
+
+def in_order(folder: Path) -> list[tuple[bool, int, str]]:
+    """What run folders are sorted by: run_2 comes before run_10."""
+    parts = folder.name.split("_")
+    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 def find_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
     """The complete runs, and why the other folders are skipped."""
     runs, skipped = [], []
-    for folder in sorted(
-        set(folders),
-        key=lambda p: [(not t.isdecimal(), int(t) if t.isdecimal() else 0, t) for t in p.name.split("_")],
-    ):
+    for folder in sorted(set(folders), key=in_order):
         try:
             runs.append(Run(folder))
         except ValueError as reason:
             skipped.append(plain(f"{folder}: {reason}"))
             say(f"skipping {skipped[-1]}", stderr=True)
-    names = [run.name for run in runs]
+    name_and_style(runs)
+    return runs, skipped
+
+
+def name_and_style(runs: list[Run]):
+    """Give each run its label and its look; a run of the plan looks the same whichever others are drawn."""
+    names = Counter(run.name for run in runs)
     for run in runs:
-        run.name = plain(str(run.folder)) if names.count(run.name) > 1 else run.name
+        run.name = plain(str(run.folder)) if names[run.name] > 1 else run.name
         run.label = labels.get(run.name, f"{run.name} ({run.arm})") + " †" * bool(run.warnings)
         run.mark = run.label.replace("$", r"\$").lstrip("_")  # as matplotlib takes a text literally
-    others = [run.name for run in runs if run.name not in labels]
-    for run in runs:  # a run of the plan looks the same whichever others are drawn
-        run.order = (
-            list(labels).index(run.name) if run.name in labels else len(labels) + others.index(run.name)
-        )
-        run.band = min(0.15, 0.5 / len(runs))  # opacity
+    places = [*labels, *(run.name for run in runs if run.name not in labels)]
+    for run in runs:
+        run.order = places.index(run.name)
+        run.band = min(0.15, 0.5 / len(runs))
         run.style = {
             "color": COLOURS[run.order % len(COLOURS)],
             "linestyle": STYLES[run.order % len(STYLES)],
             "marker": MARKERS[run.order % len(MARKERS)],
             "markersize": 5,
         }
-    return runs, skipped
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """The p-values [test] after Holm's correction for the number of tests; undefined ones (nan) stay so and
+    do not count."""
+    # by hand: statsmodels has it too, but takes longer to import than all else here together
+    defined = np.argsort(p_values, kind="stable")[: np.isfinite(p_values).sum()]
+    corrected = np.full(len(p_values), np.nan)
+    times_tests = p_values[defined] * np.arange(len(defined), 0, -1)
+    corrected[defined] = np.maximum.accumulate(np.minimum(1.0, times_tests))
+    return corrected
+
+
+def paired_tests(pairs: Iterable[tuple[Run, Run]], section: str, metric: str) -> list[dict]:
+    """Pairs of runs on the seeds they share: mean difference, its standard error, and the paired t-test's
+    p, two-sided, as it is and after Holm's correction for the number of tests. p is nan under two seeds,
+    or where the differences do not vary.
+    """
+    tests = []
+    for a, b in pairs:
+        x, y = (run.by_seed(section, metric) for run in (a, b))
+        differences = np.array([x[s] - y[s] for s in x if s in y and np.isfinite(x[s] - y[s])])
+        n = len(differences)
+        if n:
+            mean, stderr = differences.mean(), differences.std(ddof=1) / n**0.5 if n > 1 else math.nan
+            p = 2 * stdtr(n - 1, -abs(mean / stderr)) if stderr > 1e-12 else math.nan  # Student's t
+            tests.append({"a": a, "b": b, "n": n, "difference": mean, "stderr": stderr, "p": p})
+            tests[-1]["by_seed"] = differences
+    for test, p in zip(tests, holm(np.array([test["p"] for test in tests]))):
+        test["holm"] = p
+    return tests
+
+
+def shown(mean: float, stderr: float, digits=".3f") -> str:
+    if np.isnan(mean):
+        return "-"
+    return f"{mean:{digits}}" if np.isnan(stderr) else f"{mean:{digits}} ± {stderr:{digits}}"
+
+
+def difference(test: dict) -> str:
+    """Of a paired test: mean with its sign ± standard error."""
+    return shown(test["difference"], test["stderr"], "+.3f").replace("± +", "± ")
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    escaped = [[cell.replace("|", r"\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
+
+
+def columns(runs: list[Run]) -> list[tuple[str, str, str]]:
+    """(section, metric, head) of the columns of a table: those of the evaluations that some run has."""
+    return [
+        (row.section, metric, head)
+        for row in evals.ROWS
+        for metric, head in row.columns.items()
+        if any(metric in run.info.get(row.section, {}).get("means", {}) for run in runs)
+    ]
+
+
+def summary_table(runs: list[Run]) -> str:
+    """Markdown: mean ± standard error over seeds."""
+    shown_columns = columns(runs)
+    head = ["run", "arm", "seeds", *(title for _, _, title in shown_columns), "warnings"]
+    rows = []
+    for run in runs:
+        means = [shown(*run.mean(section, metric)) for section, metric, _ in shown_columns]
+        rows.append([run.name, run.label, str(len(run.seeds)), *means, str(len(run.warnings))])
+    return markdown(head, rows)
+
+
+def against_table(reference: Run, runs: list[Run]) -> str:
+    """Markdown: the reference less each other run, seed by seed, with Holm's correction over the rows."""
+    pairs = [(reference, run) for run in runs if run is not reference]
+    scores, gains, explained = (
+        {test["b"]: test for test in paired_tests(pairs, *metric)} for metric in (SCORE, GAIN, EXPLAINED)
+    )
+
+    def p(run: Run, kind: str) -> str:
+        return f"{scores[run][kind]:.2g}" if run in scores and np.isfinite(scores[run][kind]) else "-"
+
+    rows = []
+    for _, run in pairs:
+        score, gain, fit = (difference(t[run]) if run in t else "-" for t in (scores, gains, explained))
+        rows.append([f"{run.name} {run.label}", score, p(run, "p"), p(run, "holm"), gain, fit])
+    head = [f"{reference.name} less", "unlearning", "p", "p (Holm)", "forget CE gain", "expl. var."]
+    return markdown(head, rows)
+
+
+def unmatched_l0(runs: list[Run]) -> list[str]:
+    """Where the runs are not at matched L0: one sentence."""
+    l0 = {}
+    for run in runs:
+        evaluated, trained = run.mean("core", "l0")[0], run.mean("training", "final_l0")[0]
+        l0[run] = evaluated if np.isfinite(evaluated) else trained
+    l0 = {run: v for run, v in l0.items() if np.isfinite(v)}
+    if not l0 or max(l0.values()) - min(l0.values()) <= MATCHED_L0:
+        return []
+    ends = min(l0, key=l0.__getitem__), max(l0, key=l0.__getitem__)
+    low, high = (f"{l0[run]:.1f} ({run.name}, {run.label})" for run in ends)
+    return [
+        f"The runs are not at matched L0: it goes from {low} to {high}, more than {MATCHED_L0:g} apart."
+        " Differences between them may be differences in sparsity."
+    ]
+
+
+def compared(run: Run) -> dict[str, object]:
+    """What runs must share to be compared, by name."""
+    testbed = run.config.get("testbed")
+    testbed = testbed if isinstance(testbed, dict) else {}
+    return {
+        "seeds": run.seeds,
+        "testbed": testbed.get("name"),
+        "hook": testbed.get("hook_name"),
+        "tokens": run.settings.get("tokens"),
+        "d_sae": run.settings.get("d_sae"),
+    }
+
+
+def cautions(runs: list[Run], skipped: list[str]) -> list[str]:
+    """What keeps the runs from being compared as they stand, in sentences."""
+    messages = unmatched_l0(runs)
+    there = {os.path.basename(os.path.realpath(run.folder)) for run in runs}
+    if missing := [f"{name} ({label})" for name, label in labels.items() if name not in there]:
+        messages.append(f"Runs of the plan that are missing here: {', '.join(missing)}.")
+    messages += [f"Skipped: {reason}." for reason in skipped]
+    every = [compared(run) for run in runs]
+    if differing := [key for key in every[0] if len({json.dumps(each[key]) for each in every}) > 1]:
+        messages.append(
+            f"The runs do not share their {', '.join(differing)}; the settings of each stand below."
+        )
+    for run in runs:
+        notes = [f"{text}{f' ({n} times)' if n > 1 else ''}" for text, n in run.notes().items()]
+        messages += [f"† {run.name} ({run.label.removesuffix(' †')}): {note}." for note in first(notes, 10)]
+    return messages
+
+
+def summary(runs: list[Run]) -> str:
+    """What was run and what came out, in two or three sentences."""
+    settings, seeds = runs[0].settings, len(runs[0].seeds)
+    tokens, testbed = finite(settings.get("tokens")), cut(str(settings.get("testbed")), 60)
+    trained = "an unknown number of" if math.isnan(tokens) else f"{tokens:,.0f}"
+    setup = f"{len(runs)} run{'s' * (len(runs) > 1)} on testbed {testbed}, "
+    setup += f"{seeds} seed{'s' * (seeds > 1)} each, {trained} training tokens a SAE."
+    scores = {run: run.mean(*SCORE)[0] for run in runs if np.isfinite(run.mean(*SCORE)[0])}
+    if not scores:
+        return f"{setup} No run has an unlearning score."
+    best = max(scores, key=scores.__getitem__)
+    text = (
+        f"{setup} Highest mean unlearning score: {shown(*best.mean(*SCORE))} ({best.name}, {best.label}); the"
+        f" same procedure on random features: {shown(*best.mean('unlearning', 'random_feature_score'))}."
+    )
+    vanilla = next((run for run in runs if run.arm == "vanilla"), best)
+    for test in paired_tests([(best, vanilla)], *SCORE) if vanilla is not best else []:
+        p = f"{test['p']:.2g}" if np.isfinite(test["p"]) else "not defined"
+        text += (
+            f" Against {vanilla.name} ({vanilla.label}), seed by seed: {test['difference']:+.3f} (paired"
+            f" t-test, {test['n']} shared seeds, p {p}, not corrected for having picked the highest)."
+        )
+    return text
 
 
 # ------------------------------------------------------------------------------------------------ figures
 
 
-def plain_ticks(axis, scale: str):
+def minor_tick(value: float, position: float) -> str:
+    """A label for 2, 3 and 5 of each decade alone."""
+    return f"{value:g}" if f"{value:e}"[0] in "235" else ""
+
+
+def plain_ticks(axis: Axes, scale: str):
     """A scale whose ticks read 0.2, not 2 × 10⁻¹."""
     axis.set_yscale(scale, **({"linthresh": 0.01} if scale == "symlog" else {}))
     axis.yaxis.set_major_formatter("{x:g}")
     if scale == "log":
-        axis.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "235" else "")
+        axis.yaxis.set_minor_formatter(minor_tick)
         axis.tick_params(axis="y", which="minor", labelsize=7)
 
 
-def curve(axis, run: Run, x: np.ndarray, ys: np.ndarray):
+def curve(axis: Axes, run: Run, x: np.ndarray, ys: np.ndarray):
     """The mean of ys [seed, point] over seeds, and a band from the least to the most."""
     step = max(1, len(x) // 6)
     axis.plot(x, ys.mean(0), markevery=(run.order * 3 % step, step), linewidth=1.4, **run.style)
     axis.fill_between(x, ys.min(0), ys.max(0), color=run.style["color"], alpha=run.band, linewidth=0)
 
 
-def point(axis, run: Run, x, y, **kind):
+def ranked(axis: Axes, run: Run, values: np.ndarray, step: int):
+    """Values over their ranks from 1, with a marker at every step-th."""
+    ranks = 1 + np.arange(len(values))
+    axis.plot(ranks, values, markevery=(run.order % step, step), linewidth=1.3, **run.style)
+
+
+def point(axis: Axes, run: Run, x, y, **kind):
     """(mean, standard error) on one axis or on both; a plain number has no error."""
     (x, xerr), (y, yerr) = (v if isinstance(v, tuple) else (v, math.nan) for v in (x, y))
     bars = {k: v for k, v in (("xerr", xerr), ("yerr", yerr)) if np.isfinite(v)}
     axis.errorbar(x, y, **bars, **(run.style | {"linestyle": "none", "markersize": 7, "capsize": 3} | kind))
 
 
-def finish(figure, runs: list[Run], **legend):
+def finish(figure: Figure, runs: list[Run], **legend) -> Figure:
     """The legend under the panels, headed by what † stands for."""
-    flagged = [
-        f"{run.name}: {next(iter(run.notes()))}"
-        + (f" (and {len(run.notes()) - 1} more)" if len(run.notes()) > 1 else "")
-        for run in runs
-        if run.warnings
-    ]
-    told = (
-        "\n".join(textwrap.wrap("† " + "; ".join(flagged).replace("$", r"\$"), 150, max_lines=4))
-        if flagged
-        else None
-    )
-    legend = {
-        "handles": [Line2D([], [], label=run.mark, **run.style) for run in runs],
-        "ncol": min(len(runs), 4),
-    } | legend
+    flagged = []
+    for run in runs:
+        if notes := list(run.notes()):
+            more = f" (and {len(notes) - 1} more)" if len(notes) > 1 else ""
+            flagged.append(f"{run.name}: {notes[0]}{more}")
+    text = "† " + "; ".join(flagged).replace("$", r"\$")
+    handles = [Line2D([], [], label=run.mark, **run.style) for run in runs]
     figure.legend(
         loc="outside lower center",
-        title=told,
+        title="\n".join(textwrap.wrap(text, 150, max_lines=4)) if flagged else None,
         title_fontsize=7,
         alignment="left",
         fontsize=8,
         frameon=False,
         handlelength=4,
-        **legend,
+        **{"handles": handles, "ncol": min(len(runs), 4)} | legend,
     )
     return figure
 
 
-def training_curves(runs: list[Run]):
+def training_curves(runs: list[Run]) -> Figure:
     panels = (
         ("fvu", "fraction of variance unexplained", "log"),
         ("l0", "active features a token (L0)", "log"),
@@ -420,7 +608,7 @@ def training_curves(runs: list[Run]):
     return finish(figure, runs)
 
 
-def explained_variance(runs: list[Run]):
+def explained_variance(runs: list[Run]) -> Figure | str:
     if not (shown := [run for run in runs if np.isfinite(run.mean(*EXPLAINED)[0])]):
         return "no run has an explained variance"
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
@@ -445,43 +633,40 @@ def within(sweep: np.ndarray, budgets: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate([0.0, *gains])[np.searchsorted(costs, budgets + 1e-9, side="right")]
 
 
-def unlearning_tradeoff(runs: list[Run]):
-    figure, (questions, corpus) = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
-    shares, nats = np.linspace(0, 0.25, 251), np.geomspace(1e-3, 3, 300)
-    for run in runs:
-        exams = [1 - sweep for sweep in run.sweeps(*QUESTIONS)]
-        if exams:
-            curve(questions, run, 1 - shares, 1 - np.array([within(e, shares) for e in exams]))
-        if texts := run.sweeps(*TEXT):
-            curve(corpus, run, nats, np.array([within(t, nats) for t in texts]))
-    if not questions.lines and not corpus.lines:
-        plt.close(figure)
-        return "no run has a sweep"
-    floors = [
-        1 - f
-        for run in runs
-        for f in run.by_seed("unlearning", "random_feature_score").values()
-        if np.isfinite(f)
-    ]
+def mark_bounds(axis: Axes, floors: list[float]):
+    """Chance, SAEBench's bound, and the accuracies that random features reach within it."""
     if floors:
-        questions.fill_between(
-            [0.99, 1.004], min(floors) - 0.004, 1.004, color="grey", alpha=0.4, linewidth=0
-        )
-        questions.annotate(
+        low = min(floors)
+        axis.fill_between([0.99, 1.004], low - 0.004, 1.004, color="grey", alpha=0.4, linewidth=0)
+        axis.annotate(
             "random features\nwithin the bound",
-            (0.99, min(floors)),
+            (0.99, low),
             (0.985, 1.035),
             fontsize=8,
             color="#444444",
             va="bottom",
             arrowprops={"arrowstyle": "-", "color": "grey"},
         )
-    questions.axhline(0.25, color="grey", linewidth=1)
-    questions.text(0.751, 0.26, "chance", ha="right", fontsize=8, color="#444444")
-    questions.axvline(0.99, color="grey", linewidth=1, linestyle=":")
-    questions.text(
-        0.988, 0.27, "SAEBench's bound (0.99)", rotation=90, fontsize=8, color="#444444", va="bottom"
-    )
+    look = {"fontsize": 8, "color": "#444444"}
+    axis.axhline(0.25, color="grey", linewidth=1)
+    axis.text(0.751, 0.26, "chance", ha="right", **look)
+    axis.axvline(0.99, color="grey", linewidth=1, linestyle=":")
+    axis.text(0.988, 0.27, "SAEBench's bound (0.99)", rotation=90, va="bottom", **look)
+
+
+def unlearning_tradeoff(runs: list[Run]) -> Figure | str:
+    figure, (questions, corpus) = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
+    shares, nats = np.linspace(0, 0.25, 251), np.geomspace(1e-3, 3, 300)
+    for run in runs:
+        if exams := [1 - sweep for sweep in run.sweeps(*QUESTIONS)]:
+            curve(questions, run, 1 - shares, 1 - np.array([within(e, shares) for e in exams]))
+        if texts := run.sweeps(*TEXT):
+            curve(corpus, run, nats, np.array([within(t, nats) for t in texts]))
+    if not questions.lines and not corpus.lines:
+        plt.close(figure)
+        return "no run has a sweep"
+    scores = [s for run in runs for s in run.by_seed("unlearning", "random_feature_score").values()]
+    mark_bounds(questions, [1 - score for score in scores if np.isfinite(score)])
     questions.set(
         xlabel="accuracy on known retain questions that is kept, at least",
         ylabel="lowest accuracy on known forget questions",
@@ -501,10 +686,8 @@ def unlearning_tradeoff(runs: list[Run]):
     return finish(figure, runs)
 
 
-def alpha_sweep(runs: list[Run]):
-    grouped = sorted(
-        [run for run in runs if run.arm == "grouped" and run.alpha > 0], key=lambda run: run.alpha
-    )
+def alpha_sweep(runs: list[Run]) -> Figure | str:
+    grouped = sorted((r for r in runs if r.arm == "grouped" and r.alpha > 0), key=attrgetter("alpha"))
     others = [run for run in runs if run.arm in ("vanilla", "fixed", "adaptive", "ortsae")]
     if not grouped:
         return "no run of the grouped arm"
@@ -539,45 +722,15 @@ def shortest_mean(rows: list[list]) -> np.ndarray:
     return np.array([row[: min(map(len, rows))] for row in rows]).mean(0) if rows else np.array([])
 
 
-def geometry(runs: list[Run]):
-    if not (shown := [run for run in runs if run.evals.get("geometry")]):
-        return "no run has eval/seed*_geometry.json"
-    figure, axes = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
-    (condition, angles, ranks), offsets = (
-        axes[1],
-        np.linspace(-0.3, 0.3, len(shown)) if len(shown) > 1 else [0.0],
-    )
-    for run, offset in zip(shown, offsets):
-        for place, (axis, group) in enumerate(zip(axes[0], GROUPS)):
-            spectra = [d.get("singular_values") or {} for d in run.evals["geometry"]]
-            values = shortest_mean([groups.get(group) for groups in spectra])
-            axis.plot(
-                1 + np.arange(len(values)), values, markevery=(run.order % 12, 12), linewidth=1.3, **run.style
-            )
-            point(
-                condition,
-                run,
-                place + offset,
-                run.mean("geometry", f"condition_number_{group}"),
-                markersize=5,
-            )
-            point(ranks, run, place + offset, run.mean("geometry", f"effective_rank_{group}"), markersize=5)
-        cosines = shortest_mean([d.get("principal_cosines_forget_retain") for d in run.evals["geometry"]])
-        angles.plot(
-            1 + np.arange(len(cosines)),
-            np.degrees(np.arccos(np.clip(cosines, -1, 1))),
-            markevery=(run.order % 4, 4),
-            linewidth=1.3,
-            **run.style,
-        )
-    for axis, group in zip(axes[0], GROUPS):
+def label_geometry(spectra: Sequence[Axes], condition: Axes, angles: Axes, ranks: Axes):
+    for axis, group in zip(spectra, GROUPS):
         axis.set(
             title=f"singular values, {group} features",
             xlabel="rank of the value",
             ylabel="singular value of the decoder rows",
         )
+    for axis in (*spectra, condition):
         plain_ticks(axis, "log")
-    plain_ticks(condition, "log")
     condition.set(
         title="condition number of the group's decoder rows", ylabel="largest over smallest singular value"
     )
@@ -590,21 +743,35 @@ def geometry(runs: list[Run]):
     for axis in (condition, ranks):
         axis.set_xticks(range(3), GROUPS)
         axis.set_xlim(-0.5, 2.5)
-    for axis in (*axes[0], angles):
+    for axis in (*spectra, angles):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axis in axes.flat:
+    for axis in (*spectra, condition, angles, ranks):
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.3)
+
+
+def geometry(runs: list[Run]) -> Figure | str:
+    if not (shown := [run for run in runs if run.evals.get("geometry")]):
+        return "no run has eval/seed*_geometry.json"
+    figure, (spectra, (condition, angles, ranks)) = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
+    offsets = np.linspace(-0.3, 0.3, len(shown)) if len(shown) > 1 else [0.0]
+    for run, offset in zip(shown, offsets):
+        seeds = run.evals["geometry"]
+        for place, (axis, group) in enumerate(zip(spectra, GROUPS)):
+            values = [(seed.get("singular_values") or {}).get(group) or [] for seed in seeds]
+            ranked(axis, run, shortest_mean(values), 12)
+            for panel, metric in ((condition, "condition_number"), (ranks, "effective_rank")):
+                mean = run.mean("geometry", f"{metric}_{group}")
+                point(panel, run, place + offset, mean, markersize=5)
+        cosines = shortest_mean([seed.get("principal_cosines_forget_retain") or [] for seed in seeds])
+        ranked(angles, run, np.degrees(np.arccos(np.clip(cosines, -1, 1))), 4)
+    label_geometry(spectra, condition, angles, ranks)
     return finish(figure, shown)
 
 
-def interventions(runs: list[Run]):
-    if not any(
-        np.isfinite(run.mean(section, metric + suffix)[0])
-        for run in runs
-        for section, metric in (SCORE, GAIN)
-        for suffix in list(INTERVENTIONS.values())[1:]
-    ):
+def interventions(runs: list[Run]) -> Figure | str:
+    asked = [(section, metric + s) for section, metric in (SCORE, GAIN) for s in INTERVENTIONS.values() if s]
+    if not any(np.isfinite(run.mean(*metric)[0]) for run in runs for metric in asked):
         return "no run was evaluated under conditional clamping or the guardrail"
     figure, axes = plt.subplots(1, 2, figsize=(11, 2 + 0.5 * len(runs)), sharey=True, layout="constrained")
     for axis, (section, metric), title in zip(
@@ -668,384 +835,117 @@ FIGURES = {  # drawer -> what it shows, in words; the PNG bears the drawer's nam
 BAND = " Bands run from the least to the most of the seeds."
 
 
-def write(name: str, content: bytes):
-    """A file in the current folder, whole or not at all: what stood there stays until the new one is there.
-
-    Raises RunFailed where that cannot be, or where what stands there is not a file or is write-protected."""
-    try:
-        target = Path(os.path.realpath(name))
-        if os.path.lexists(target) and not os.path.isfile(target):
-            raise RunFailed(f"{name} cannot be written: what stands there is not a file; move it away")
-        if os.path.lexists(target) and not os.access(target, os.W_OK):
-            raise RunFailed(f"{name} cannot be written: it is write-protected; move it away or permit it")
-        with tempfile.TemporaryDirectory(prefix=".plot_", dir=target.parent) as beside:
-            part = Path(beside, target.name)
-            part.write_bytes(content)
-            part.replace(target)
-    except OSError as error:
-        remedies = REMEDIES | {errno.ENOENT: "start this in a folder that can be written"}
-        remedy = remedies.get(error.errno, remedies[errno.ENOENT])
-        raise RunFailed(f"{name} cannot be written: {error.strerror}; {remedy}") from error
-    say(f"wrote {name}")
-
-
-def draw(runs: list[Run]) -> dict:
-    """Write the figures; the PNGs that were made, by drawer."""
-    made = {}
-    for drawer in FIGURES:
-        name, figure = f"{drawer.__name__}.png", drawer(runs)
-        if isinstance(figure, str):
-            say(f"no {name}: {figure}")
-            continue
-        png = io.BytesIO()
-        figure.savefig(png)
-        plt.close(figure)
-        write(name, png.getvalue())
-        made[drawer] = png.getvalue()
-    return made
-
-
-# ------------------------------------------------------------------------------------------------ numbers
-
-
-def two_sided_p(t: float, df: int) -> float:
-    """Chance that |T| ≥ |t| for Student's T with df ≥ 1 (whole) degrees of freedom: the finite sums 26.7.3
-    and 26.7.4 of Abramowitz & Stegun, exact to rounding."""
-    theta = math.atan(abs(t) / math.sqrt(df))
-    sine, cosine = math.sin(theta), math.cos(theta)
-    term, total = (cosine, 0.0) if df % 2 else (1.0, 0.0)
-    for k in range(1 + df % 2, df, 2):  # the terms before cos^(df - 2)
-        total += term
-        term *= cosine**2 * k / (k + 1)
-    return max(0.0, 1 - (2 / math.pi * (theta + sine * total) if df % 2 else sine * total))
-
-
-def paired_tests(pairs, section: str, metric: str) -> list[dict]:
-    """Pairs of runs on the seeds they share: mean difference, its standard error, and the paired t-test's
-    p, two-sided, as it is and after Holm's correction for the number of tests. p is nan under two seeds,
-    or where the differences do not vary.
-    """
-    tests = []
-    for a, b in pairs:
-        x, y = (run.by_seed(section, metric) for run in (a, b))
-        differences = np.array([x[s] - y[s] for s in x if s in y and np.isfinite(x[s] - y[s])])
-        n = len(differences)
-        if n:
-            stderr = differences.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
-            p = two_sided_p(differences.mean() / stderr, n - 1) if stderr > 1e-12 else math.nan
-            tests.append(
-                {
-                    "a": a,
-                    "b": b,
-                    "n": n,
-                    "difference": differences.mean(),
-                    "stderr": stderr,
-                    "by_seed": differences,
-                    "p": p,
-                    "holm": math.nan,
-                }
-            )
-    defined, least = sorted((t for t in tests if np.isfinite(t["p"])), key=lambda t: t["p"]), 0.0
-    for rank, test in enumerate(defined):
-        least = test["holm"] = max(least, min(1.0, test["p"] * (len(defined) - rank)))
-    return tests
-
-
-def shown(mean: float, stderr: float, digits=".3f") -> str:
-    return (
-        "-"
-        if np.isnan(mean)
-        else f"{mean:{digits}}"
-        if np.isnan(stderr)
-        else f"{mean:{digits}} ± {stderr:{digits}}"
-    )
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    escaped = [[cell.replace("|", r"\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in escaped)
-
-
-def summary_table(runs: list[Run]) -> str:
-    """Markdown: mean ± standard error over seeds."""
-    shown_columns = columns(runs)
-    head = ["run", "arm", "seeds"] + [title for _, _, title in shown_columns] + ["warnings"]
-    rows = [
-        [r.name, r.label, str(len(r.seeds))]
-        + [shown(*r.mean(s, m)) for s, m, _ in shown_columns]
-        + [str(len(r.warnings))]
-        for r in runs
-    ]
-    return markdown(head, rows)
-
-
-def columns(runs: list[Run]) -> list[tuple[str, str, str]]:
-    """(section, metric, head) of the columns of a table: those of the evaluations that some run has."""
-    return [
-        (row.section, metric, head)
-        for row in evals.ROWS
-        for metric, head in row.columns.items()
-        if any(metric in run.info.get(row.section, {}).get("means", {}) for run in runs)
-    ]
-
-
-def against_table(reference: Run, runs: list[Run]) -> str:
-    """Markdown: the reference less each other run, seed by seed, with Holm's correction over the rows."""
-    pairs = [(reference, run) for run in runs if run is not reference]
-    scores, gains, explained = (
-        {t["b"]: t for t in paired_tests(pairs, *metric)} for metric in (SCORE, GAIN, EXPLAINED)
-    )
-
-    def difference(t):
-        return shown(t["difference"], t["stderr"], "+.3f").replace("± +", "± ") if t else "-"
-
-    def p(t, kind):
-        return f"{t[kind]:.2g}" if t and np.isfinite(t[kind]) else "-"
-
-    rows = [
-        [
-            f"{run.name} {run.label}",
-            difference(scores.get(run)),
-            p(scores.get(run), "p"),
-            p(scores.get(run), "holm"),
-            difference(gains.get(run)),
-            difference(explained.get(run)),
-        ]
-        for _, run in pairs
-    ]
-    head = [f"{reference.name} less", "unlearning", "p", "p (Holm)", "forget CE gain", "expl. var."]
-    return markdown(head, rows)
-
-
-def cautions(runs: list[Run], skipped: list[str]) -> list[str]:
-    """What keeps the runs from being compared as they stand, in sentences."""
-    said = []
-    l0 = {
-        run: next(
-            (m for m in (run.mean("core", "l0")[0], run.mean("training", "final_l0")[0]) if np.isfinite(m)),
-            math.nan,
-        )
-        for run in runs
-    }
-    l0 = {run: v for run, v in l0.items() if np.isfinite(v)}
-    if l0 and max(l0.values()) - min(l0.values()) > MATCHED_L0:
-        low, high = min(l0, key=l0.get), max(l0, key=l0.get)
-        said.append(
-            f"The runs are not at matched L0: it goes from {l0[low]:.1f} ({low.name}, {low.label}) to"
-            f" {l0[high]:.1f} ({high.name}, {high.label}), more than {MATCHED_L0:g} apart. Differences"
-            " between them may be differences in sparsity."
-        )
-    there = {os.path.basename(os.path.realpath(run.folder)) for run in runs}
-    if missing := [f"{name} ({label})" for name, label in labels.items() if name not in there]:
-        said.append(f"Runs of the plan that are missing here: {', '.join(missing)}.")
-    said += [f"Skipped: {reason}." for reason in skipped]
-
-    def testbed(run, key):
-        return run.config["testbed"].get(key) if isinstance(run.config.get("testbed"), dict) else None
-
-    compared = {
-        "seeds": lambda r: r.seeds,
-        "testbed": lambda r: testbed(r, "name"),
-        "hook": lambda r: testbed(r, "hook_name"),
-        "tokens": lambda r: r.settings.get("tokens"),
-        "d_sae": lambda r: r.settings.get("d_sae"),
-    }
-    if differing := [
-        key for key, value in compared.items() if len({json.dumps(value(run)) for run in runs}) > 1
-    ]:
-        said.append(f"The runs do not share their {', '.join(differing)}; the settings of each stand below.")
-    for run in runs:
-        notes = [f"{text}{f' ({n} times)' if n > 1 else ''}" for text, n in run.notes().items()]
-        said += [f"† {run.name} ({run.label.removesuffix(' †')}): {note}." for note in first(notes, 10)]
-    return said
-
-
 # ------------------------------------------------------------------------------------------------ report
 
 
-def esc(value) -> str:
-    return html.escape(plain(str(value)))
+class Cell(NamedTuple):
+    """A cell of a table that can be sorted: text, what it is sorted by, small print under it."""
+
+    text: object
+    key: object
+    small: str = ""
 
 
-def table(caption: str, head: list[str], rows: list[list], kind="sortable") -> str:
-    """A table in a frame that scrolls on a narrow screen. A cell is a text, or (text, value to sort by,
-    small print)."""
-
-    def cell(value, tag: str) -> str:
-        text, key, small = value if isinstance(value, tuple) else (value, value, "")
-        key = "" if isinstance(key, float) and math.isnan(key) else key
-        small = f"<small>{esc(small)}</small>" if small else ""
-        return f'<{tag} data-value="{esc(key)}">{esc(text)}{small}</{tag.split()[0]}>'
-
-    lines = [
-        "<tr>" + "".join(cell(v, "td" if i else 'th scope="row"') for i, v in enumerate(row)) + "</tr>"
-        for row in rows
-    ]
-    heads = "".join(f'<th scope="col">{esc(title)}</th>' for title in head)
-    return (
-        f'<div class="frame" role="region" tabindex="0" aria-label="{esc(caption)}"><table class="{kind}">'
-        f"<caption><span>{esc(caption)}</span></caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n"
-        + "\n".join(lines)
-        + "\n</tbody></table></div>"
-    )
+def numeric(text: str, value: float, small: str = "") -> Cell:
+    """The cell of a number; nan has nothing to be sorted by and stays last."""
+    return Cell(text, "" if math.isnan(value) else value, small)
 
 
-def summary(runs: list[Run]) -> str:
-    """What was run and what came out, in two or three sentences."""
-    settings, seeds = runs[0].settings, len(runs[0].seeds)
-    tokens, testbed = finite(settings.get("tokens")), cut(str(settings.get("testbed")), 60)
-    trained = "an unknown number of" if math.isnan(tokens) else f"{tokens:,.0f}"
-    setup = f"{len(runs)} run{'s' * (len(runs) > 1)} on testbed {testbed}, "
-    setup += f"{seeds} seed{'s' * (seeds > 1)} each, {trained} training tokens a SAE."
-    scored = {run: run.mean(*SCORE) for run in runs if np.isfinite(run.mean(*SCORE)[0])}
-    if not scored:
-        return f"<p>{esc(setup)} No run has an unlearning score.</p>"
-    best = max(scored, key=lambda run: scored[run][0])
-    told = (
-        f"Highest mean unlearning score: {shown(*scored[best])} ({best.name}, {best.label}); the same"
-        f" procedure on random features: {shown(*best.mean('unlearning', 'random_feature_score'))}."
-    )
-    if (vanilla := next((run for run in runs if run.arm == "vanilla"), best)) is not best:
-        for test in paired_tests([(best, vanilla)], *SCORE):
-            p = f"{test['p']:.2g}" if np.isfinite(test["p"]) else "not defined"
-            told += (
-                f" Against {vanilla.name} ({vanilla.label}), seed by seed: {test['difference']:+.3f} (paired"
-                f" t-test, {test['n']} shared seeds, p {p}, not corrected for having picked the highest)."
-            )
-    return f"<p>{esc(setup)} {esc(told)}</p>"
-
-
-def results(runs: list[Run]) -> str:
-    rows, shown_columns = [], columns(runs)
+def results(runs: list[Run]) -> list[list[Cell]]:
+    """The rows of the table of results."""
+    rows = []
     for i, run in enumerate(runs):
-        cells = [(run.name, i, ""), (run.label, run.label, ""), (len(run.seeds), len(run.seeds), "")]
-        for section, metric, _ in shown_columns:
-            seeds = ", ".join(
-                f"{v:.3f}" if np.isfinite(v) else "-" for v in run.by_seed(section, metric).values()
-            )
-            cells.append((shown(*run.mean(section, metric)), run.mean(section, metric)[0], seeds))
-        rows.append(cells + [(len(run.warnings), len(run.warnings), "")])
-    return table(
-        "Mean ± standard error over seeds; under it, the seeds.",
-        ["run", "arm", "seeds", *[title for _, _, title in shown_columns], "warnings"],
-        rows,
-    )
+        row = [Cell(run.name, i), Cell(run.label, run.label), Cell(len(run.seeds), len(run.seeds))]
+        for section, metric, _ in columns(runs):
+            seeds = [f"{v:.3f}" if np.isfinite(v) else "-" for v in run.by_seed(section, metric).values()]
+            mean = run.mean(section, metric)
+            row.append(numeric(shown(*mean), mean[0], ", ".join(seeds)))
+        rows.append([*row, Cell(len(run.warnings), len(run.warnings))])
+    return rows
 
 
-def tests(runs: list[Run], metric: tuple[str, str], name: str) -> str:
-    """The table of the paired tests; nothing where no two runs share a seed."""
+def tests(runs: list[Run], metric: tuple[str, str]) -> list[list[Cell]]:
+    """The rows of the table of paired tests, least p first; none where no two runs share a seed."""
 
-    def number(p):
-        return ("-" if np.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001", p, "")
+    def p(value: float) -> Cell:
+        text = "-" if np.isnan(value) else f"{value:.3f}" if value >= 0.001 else "< 0.001"
+        return numeric(text, value)
 
     rows = []
     for t in sorted(paired_tests(combinations(runs, 2), *metric), key=lambda t: (math.isnan(t["p"]), t["p"])):
         pair = f"{t['a'].name} {t['a'].label} against {t['b'].name} {t['b'].label}"
-        rows.append(
-            [
-                pair,
-                (t["n"], t["n"], ""),
-                (
-                    shown(t["difference"], t["stderr"], "+.3f").replace("± +", "± "),
-                    t["difference"],
-                    ", ".join(f"{d:+.3f}" for d in t["by_seed"]),
-                ),
-                number(t["p"]),
-                number(t["holm"]),
-            ]
-        )
-    if not rows:
-        return f"<p>{esc(name)}: no two runs share a seed.</p>"
-    return table(
-        f"{name}: first run minus second, on the seeds they share (mean ± standard error; under it, the"
-        " seeds).",
-        ["runs", "seeds", "difference", "p", "p (Holm)"],
-        rows,
-    )
+        seeds = ", ".join(f"{d:+.3f}" for d in t["by_seed"])
+        gap = Cell(difference(t), t["difference"], seeds)
+        rows.append([Cell(pair, pair), Cell(t["n"], t["n"]), gap, p(t["p"]), p(t["holm"])])
+    return rows
 
 
-def details(run: Run) -> str:
-    """Warnings, settings and every metric of a run, folded away."""
-    settings = [
-        (f"{k}.{k2}", v2)
-        for k, v in run.config.items()
-        if isinstance(v, dict) and k != "requested"
-        for k2, v2 in v.items()
-    ] + [(k, v) for k, v in run.config.items() if not isinstance(v, dict)]
-    made = [(section, parts.get("made_by")) for section, parts in run.info.items()]
-    settings += [(f"{s}.made_by.{k}", v) for s, m in made if isinstance(m, dict) for k, v in m.items()]
-    metrics = []
+def all_metrics(run: Run) -> list[tuple[str, str, str]]:
+    """Every metric of a run: its name, mean ± standard error, the seeds."""
+    rows = []
     for section, metric in [(s, m) for s, parts in run.info.items() for m in parts["means"]]:
         seeds = [f"{v:.4g}" if np.isfinite(v) else "-" for v in run.by_seed(section, metric).values()]
         mean = shown(*run.mean(section, metric), ".4g")
-        metrics.append([f"{section}.{cut(metric, 60)}", mean, ", ".join(seeds)])
-    listed = "".join(f"<li>{esc(w)}</li>" for w in first(run.warnings, 50))
-    warned = f"<ul>{listed}</ul>" if run.warnings else "<p>No warnings.</p>"
-    values = [[cut(k, 100), cut(v if isinstance(v, str) else json.dumps(v), 2000)] for k, v in settings]
-    return (
-        f"<details><summary>{esc(run.name)}: {esc(run.label)}</summary>\n{warned}\n"
-        + table(
-            f"All metrics of {run.name}",
-            ["metric", "mean ± standard error", f"seeds {', '.join(map(str, run.seeds))}"],
-            metrics,
-            kind="plain",
-        )
-        + table(f"Settings of {run.name}", ["setting", "value"], values, kind="plain")
-        + "</details>"
-    )
+        rows.append((f"{section}.{cut(metric, 60)}", mean, ", ".join(seeds)))
+    return rows
 
 
-def picture(png: bytes, words: str) -> str:
+def all_settings(run: Run) -> list[tuple[str, str]]:
+    """Every setting of a run and what made each of its sections, with its value."""
+    settings = [(k, v) for k, v in run.config.items() if not isinstance(v, dict)]
+    parts = {k: v for k, v in run.config.items() if k != "requested"}
+    parts |= {f"{section}.made_by": of.get("made_by") for section, of in run.info.items()}
+    nested = [(f"{k}.{k2}", v2) for k, v in parts.items() if isinstance(v, dict) for k2, v2 in v.items()]
+    return [
+        (cut(k, 100), cut(v if isinstance(v, str) else json.dumps(v), 2000)) for k, v in nested + settings
+    ]
+
+
+class Picture(NamedTuple):
+    """A PNG for the page."""
+
+    base64: str
+    width: int
+    height: int
+    words: str
+
+
+def picture(png: bytes, drawer: Callable) -> Picture:
     width, height = struct.unpack(">II", png[16:24])
-    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    image = f'<img src="{source}" width="{width}" height="{height}" alt="{esc(words)}">'
-    return f"<figure>{image}<figcaption>{esc(words)}</figcaption></figure>"
+    words = FIGURES[drawer] + BAND * (drawer in (unlearning_tradeoff, training_curves))
+    return Picture(base64.b64encode(png).decode(), width, height, words)
 
 
-def report(runs: list[Run], skipped: list[str], figures: dict) -> str:
+def as_text(value):
+    """What a template puts on the page, with nothing in it that is not printable; HTML of its own stays."""
+    return value if hasattr(value, "__html__") else plain(str(value))
+
+
+def report(runs: list[Run], skipped: list[str], figures: dict[Callable, bytes]) -> str:
     """The page: everything that comes from a run folder is escaped, and its policy lets no other script
     run and nothing load."""
-    cautious = "".join(f"<li>{esc(text)}</li>" for text in cautions(runs, skipped))
-    about = (
-        '<p class="note">Two-sided paired t-tests on per-seed differences; seeds share the text and its'
-        " order. p (Holm) is corrected for the number of tests in the table.\n"
-        "With few seeds a t-test rests on the differences being about normal, and finds only large effects;"
-        " a sign-flip permutation test, which does not,\n"
-        "cannot give less than 2/2<sup>n</sup> with n seeds (0.25 with 3, 0.0625 with 5), which is why it is"
-        " not used.</p>"
+    source = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
+    script = source.partition("<script>")[2].partition("</script>")[0]
+    page = jinja2.Environment(
+        autoescape=True, finalize=as_text, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    return page.from_string(source).render(
+        script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
+        summary=summary(runs),
+        cautions=cautions(runs, skipped),
+        columns=[title for _, _, title in columns(runs)],
+        results=results(runs),
+        pictures=[picture(png, drawer) for drawer, png in figures.items()],
+        tests={name: tests(runs, metric) for name, metric in TESTED.items()},
+        runs=[(run, first(run.warnings, 50), all_metrics(run), all_settings(run)) for run in runs],
     )
 
-    def words(drawer):
-        return FIGURES[drawer] + BAND * (drawer in (unlearning_tradeoff, training_curves))
 
-    body = [
-        summary(runs),
-        f'<div class="caution"><h2>Before reading on</h2><ul>{cautious}</ul></div>' if cautious else "",
-        "<h2>Results</h2>",
-        results(runs),
-        '<p class="note">Clicking a column\'s head sorts by it. † : the run has warnings, listed above.</p>',
-        "<h2>Figures</h2>",
-        *[picture(png, words(drawer)) for drawer, png in figures.items()],
-        "<h2>Paired tests</h2>",
-        about,
-        tests(runs, SCORE, "Unlearning score"),
-        tests(runs, GAIN, "Cross-entropy added on forget text at 0.05 nats a token on retain text"),
-        "<h2>Runs</h2>",
-        *[details(run) for run in runs],
-    ]
-    template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
-    digest = base64.b64encode(
-        hashlib.sha256(re.search("<script>(.*?)</script>", template, re.DOTALL)[1].encode()).digest()
-    ).decode()
-    return string.Template(template).substitute(
-        title="Knowledge separation in sparse autoencoders",
-        script_hash=f"sha256-{digest}",
-        body="\n".join(body),
-    )
+# ------------------------------------------------------------------------------------------------ command
 
 
 class Parser(argparse.ArgumentParser):
-    """Ends as every other wrong request does, and tells as everything else is told."""
+    """Ends as every other wrong request does, and writes as everything else is written."""
 
     def error(self, message):
         raise WrongRequest(f"{message}; python plot.py --help lists the options")
@@ -1065,6 +965,54 @@ def named(folders: list[Path]) -> list[Path]:
     return folders or [p for p in Path().glob("run_*") if os.path.isdir(p) or not os.path.exists(p)]
 
 
+def run_named(name: str, runs: list[Run]) -> Run:
+    """The run of --against. Raises WrongRequest where there is none, or nothing to compare it with."""
+    reference = next((run for run in runs if run.name == plain(name)), None)
+    if reference is None:
+        there = ", ".join(run.name for run in runs)
+        raise WrongRequest(f"--against {name}: no complete run of that name; there are {there}")
+    if len(runs) == 1:
+        raise WrongRequest(f"--against {name}: there is no other complete run to compare it with")
+    return reference
+
+
+def write(name: str, content: bytes):
+    """A file in the current folder, whole or not at all: what stood there stays until the new one is there.
+
+    Raises RunFailed where that cannot be, or where what stands there is not a file or is write-protected."""
+    try:
+        target = Path(os.path.realpath(name))
+        if os.path.lexists(target) and not os.path.isfile(target):
+            raise RunFailed(f"{name} cannot be written: what stands there is not a file; move it away")
+        if os.path.lexists(target) and not os.access(target, os.W_OK):
+            raise RunFailed(f"{name} cannot be written: it is write-protected; move it away or permit it")
+        with tempfile.TemporaryDirectory(prefix=".plot_", dir=target.parent) as beside:
+            part = Path(beside, target.name)
+            part.write_bytes(content)
+            part.replace(target)
+    except OSError as error:
+        remedies = REMEDIES | {errno.ENOENT: "start this in a folder that can be written"}
+        remedy = remedies.get(error.errno or errno.ENOENT, remedies[errno.ENOENT])
+        raise RunFailed(f"{name} cannot be written: {error.strerror}; {remedy}") from error
+    say(f"wrote {name}")
+
+
+def draw(runs: list[Run]) -> dict[Callable, bytes]:
+    """Write the figures; the PNGs that were made, by drawer."""
+    made = {}
+    for drawer in FIGURES:
+        name, figure = f"{drawer.__name__}.png", drawer(runs)
+        if isinstance(figure, str):
+            say(f"no {name}: {figure}")
+            continue
+        png = io.BytesIO()
+        figure.savefig(png)
+        plt.close(figure)
+        write(name, png.getvalue())
+        made[drawer] = png.getvalue()
+    return made
+
+
 def show():
     """What the command asks for. Raises WrongRequest, and RunFailed for what cannot be written."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1081,13 +1029,7 @@ def show():
         remedy = "make one with python experiment.py --out_dir=run_0"
         raise WrongRequest(f"no complete run folder to plot; {remedy}")
     if args.against is not None:
-        reference = next((run for run in runs if run.name == plain(args.against)), None)
-        if reference is None:
-            there = ", ".join(run.name for run in runs)
-            raise WrongRequest(f"--against {args.against}: no complete run of that name; there are {there}")
-        if len(runs) == 1:
-            raise WrongRequest(f"--against {args.against}: there is no other complete run to compare it with")
-        return say(against_table(reference, runs))
+        return say(against_table(run_named(args.against, runs), runs))
     say(summary_table(runs))
     if args.table:
         return
@@ -1102,21 +1044,10 @@ def main() -> int:
         with process.signals:
             show()
         return 0
-    except WrongRequest as wrong:
-        code, line = 2, str(wrong)
-    except RunFailed as failed:
-        code, line = 1, str(failed)
-    except (Interrupted, KeyboardInterrupt) as stop:
-        stopped_by = signal.Signals(getattr(stop, "number", signal.SIGINT))
-        code = 128 + stopped_by
-        line = f"interrupted by {stopped_by.name}; every file that was written is whole"
-    except MemoryError:
-        code, line = 1, "out of memory: give fewer run folders at once"
-    except Exception as failed:
-        say(traceback.format_exc().rstrip(), stderr=True)
-        code, line = 1, f"{type(failed).__name__}: {failed}"
-    say(f"error: {plain(line)}", stderr=True)
-    return code
+    except Interrupted as stop:
+        return tell(Interrupted(stop.number, "every file that was written is whole"))
+    except Exception as error:
+        return tell(error, take_less="give fewer run folders at once")
 
 
 if __name__ == "__main__":

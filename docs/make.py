@@ -32,8 +32,8 @@ def runs_in(folders: list[Path]) -> list[plot.Run]:
     runs, skipped = plot.find_runs(folders)
     commits = {run.config.get("git") for run in runs}
     if skipped or len(commits) != 1:
-        told = "; ".join(skipped) or f"runs of several commits: {', '.join(sorted(map(str, commits)))}"
-        raise SystemExit(f"error: {told}; make them anew by one command (CONTRIBUTING.md, Results)")
+        reason = "; ".join(skipped) or f"runs of several commits: {', '.join(sorted(map(str, commits)))}"
+        raise SystemExit(f"error: {reason}; make them anew by one command (CONTRIBUTING.md, Results)")
     return runs
 
 
@@ -132,8 +132,8 @@ def main() -> int:
     for path, text in stale.items():
         if not args.check:
             path.write_text(text)
-        told = "is out of date: run make docs" if args.check else "written"
-        print(f"{path.relative_to(ROOT)} {told}", file=sys.stderr if args.check else sys.stdout)
+        state = "is out of date: run make docs" if args.check else "written"
+        print(f"{path.relative_to(ROOT)} {state}", file=sys.stderr if args.check else sys.stdout)
     return 1 if args.check and stale else 0
 
 

@@ -7,6 +7,8 @@ import resource
 import signal
 import sys
 import traceback
+from collections.abc import Callable
+from typing import TextIO
 
 
 class WrongRequest(Exception):
@@ -41,15 +43,19 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return any(form in said for form in forms) or is_out_of_memory(error.__cause__)
 
 
-def ending(error: BaseException, began: bool) -> tuple[int, str, bool]:
+TRAIN_LESS = (
+    "lower --batch_size, --d_sae, --buffer_tokens, or the number of --seeds or run folders; with more memory"
+    " the same command goes on"
+)
+
+
+def ending(error: BaseException, began: bool, take_less: str) -> tuple[int, str, bool]:
     """Exit code and line of a command that ended in `error`, and whether nobody expected that; `began`:
-    whether everything was imported."""
+    whether everything was imported; `take_less`: what makes do with less memory."""
     if isinstance(error, Interrupted):
         return 128 + error.number, f"interrupted by {signal.Signals(error.number).name}: {error.told}", False
-    told_so = isinstance(error, WrongRequest | RunFailed) and "memory" in str(
-        error
-    )  # and where, and what to do
-    if is_out_of_memory(error) and not told_so:
+    says_so = isinstance(error, WrongRequest | RunFailed) and "memory" in str(error)  # and what to do
+    if is_out_of_memory(error) and not says_so:
         limit = address_space()
         limited = (
             "" if limit is None else f" (ulimit -v allows {limit / 1e9:.1f} GB of address space: raise it)"
@@ -60,25 +66,31 @@ def ending(error: BaseException, began: bool) -> tuple[int, str, bool]:
                 f"out of memory{limited} before anything was begun: with more the same command starts",
                 False,
             )
-        lower = "lower --batch_size, --d_sae, --buffer_tokens, or the number of --seeds or run folders"
-        return 1, f"out of memory{limited}: {lower}; with more memory the same command goes on", False
+        return 1, f"out of memory{limited}: {take_less}", False
     if isinstance(error, WrongRequest | RunFailed):
         return 2 if isinstance(error, WrongRequest) else 1, str(error), False
-    told = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
     if any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
-        return 1, f"torch.compile failed ({told}): leave out --compile, or mend what it needs", False
+        return 1, f"torch.compile failed ({text}): leave out --compile, or mend what it needs", False
     if isinstance(error, OSError | UnicodeError):
-        return 1, f"{type(error).__name__}: {told}; mend that and give the same command again", False
-    return 1, f"unexpected {type(error).__name__}: {told}; please report it with the lines above", True
+        return 1, f"{type(error).__name__}: {text}; mend that and give the same command again", False
+    return 1, f"unexpected {type(error).__name__}: {text}; please report it with the lines above", True
 
 
-def tell(error: BaseException, began: bool = True) -> int:
+def plain(text: str) -> str:
+    """One line: what is not printable (line ends, terminal escapes, lone surrogates) as Python writes it."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def tell(error: BaseException, began: bool = True, take_less: str = TRAIN_LESS) -> int:
     """Write the last line of a command that ended in `error` to stderr, after the traceback of what nobody
-    expected; its exit code."""
-    code, line, unexpected = ending(error, began)
+    expected; its exit code. `began`, `take_less`: as `ending` takes them."""
+    code, line, unexpected = ending(error, began, take_less)
     if unexpected:
         traceback.print_exception(error)
-    print(f"error: {' '.join(line.splitlines())}", file=sys.stderr)
+    print(f"error: {plain(' '.join(line.splitlines()))}", file=sys.stderr)
     return code
 
 
@@ -87,11 +99,18 @@ def tell_uncaught(kind: type, error: BaseException, trace):
     tell(error, began=False)
 
 
-class Output:
-    """A text stream that a run does not depend on: what cannot be written is dropped, stderr told once."""
+def warn_of_lost_stdout(error: OSError):
+    """What a run prints is not what it was started for: stderr is told, and the run goes on."""
+    text = f"warning: stdout cannot be written ({error.strerror}): the rest of it is left out"
+    print(text, file=sys.stderr)
 
-    def __init__(self, stream, number: int):
-        self._stream, self._number = stream, number
+
+class Output:
+    """A text stream that stays open: what cannot be written is dropped, and `lost` called once with the
+    error."""
+
+    def __init__(self, stream: TextIO, number: int, lost: Callable[[OSError], None] | None = None):
+        self._stream, self._number, self._lost = stream, number, lost
 
     def write(self, text: str) -> int:
         self._do(self._stream.write, text)
@@ -107,28 +126,26 @@ class Output:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._number)  # also for what is in buffers still, and for what libraries write
             os.close(nowhere)
-            if self._number == 1:
-                print(
-                    f"warning: stdout cannot be written ({error.strerror}): the rest of it is left out",
-                    file=sys.stderr,
-                )
+            if self._lost:
+                self._lost(error)
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
 
 
-def keep_output_open():
-    """From here on writing to stdout and stderr never fails: not when a reader (`| head`) or a terminal goes
-    away, a disk is full, a stream was closed from the start, or its encoding lacks a character."""
+def keep_output_open(stdout_lost: Callable[[OSError], None] = warn_of_lost_stdout):
+    """From here on writing to stdout and stderr does not fail: not when a reader (`| head`) or a terminal
+    goes away, a disk is full, a stream was closed from the start, or its encoding lacks a character.
+    `stdout_lost` is called once when stdout can no longer be written; what it raises, the writer raises."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:  # or the next file that is opened would take its place
             os.open(os.devnull, os.O_RDWR)
-    for name, number in (("stdout", 1), ("stderr", 2)):
+    for name, number, lost in (("stdout", 1, stdout_lost), ("stderr", 2, None)):
         stream = getattr(sys, name) or open(number, "w", closefd=False)
         stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, Output(stream, number))
+        setattr(sys, name, Output(stream, number, lost))
 
 
 def stops() -> list[signal.Signals]:

@@ -18,12 +18,16 @@ from functools import partial
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TextIO
 
 import pytest
 from conftest import ROOT, run_script
+from scipy import stats
 
 sys.path.insert(0, str(ROOT))
 import plot
+from sae_separation.errors import Output, keep_output_open
 from sae_separation.files import seal
 
 ALPHA = {"run_1": 0.1, "run_2": 0.1, "run_3": 0.01, "run_4": 0.5, "run_5": 1.0, "run_9": 0.25}
@@ -148,11 +152,11 @@ def no_score(info: dict):
         info["unlearning"][kind]["unlearning_score"] = value
 
 
-def scores(folder: Path) -> dict[str, float | None]:
-    return {
-        run.name: json.loads((run / "final_info.json").read_text())["unlearning"]["means"]["unlearning_score"]
-        for run in folder.glob("run_*")
-    }
+def scores(folder: Path) -> dict[str, float]:
+    """The mean unlearning score of each run that has one."""
+    infos = {run.name: json.loads((run / "final_info.json").read_text()) for run in folder.glob("run_*")}
+    means = {name: info["unlearning"]["means"]["unlearning_score"] for name, info in infos.items()}
+    return {name: mean for name, mean in means.items() if mean is not None}
 
 
 class Outline(HTMLParser):
@@ -162,9 +166,9 @@ class Outline(HTMLParser):
 
     def __init__(self, page: str):
         super().__init__()
-        self.tags, self.text, self.open = [], [], []
+        self.tags, self.texts, self.open = [], [], []
         self.feed(page)
-        self.text = " ".join(self.text)
+        self.text = " ".join(self.texts)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
@@ -175,7 +179,7 @@ class Outline(HTMLParser):
         assert self.open.pop() == tag, f"</{tag}> closes another element, line {self.getpos()[0]}"
 
     def handle_data(self, data):
-        self.text.append(data)
+        self.texts.append(data)
 
 
 HOSTILE = "</script><script>alert('x')</script><img src=https://example.org/x.png onerror=alert(1)>"
@@ -237,7 +241,7 @@ def test_every_run_of_the_plan_has_a_label_and_a_look_of_its_own(eleven):
     assert alone[0].style == runs[6].style, "a run looks the same whichever others are drawn"
 
 
-def test_two_folders_of_one_name_are_told_apart(eleven):
+def test_two_folders_of_one_name_are_kept_apart(eleven):
     runs, _ = plot.find_runs([eleven / "run_0", ROOT / "run_0", eleven / "run_6"])
     assert {run.label for run in runs} == {f"{eleven}/run_0 (vanilla)", f"{ROOT}/run_0 (vanilla)", "adaptive"}
     assert (
@@ -279,12 +283,12 @@ def test_a_run_whose_results_were_changed_is_marked(tmp_path):
 
 
 def test_runs_that_are_not_at_matched_l0_are_said_to_be_so(eleven):
-    told = (
+    caution = (
         "The runs are not at matched L0: it goes from 16.0 (run_0, vanilla) to 19.1 (run_10, frozen decoder)"
     )
     assert (
-        told in (eleven / "stdout.txt").read_text()
-        and told in Outline((eleven / "report.html").read_text()).text
+        caution in (eleven / "stdout.txt").read_text()
+        and caution in Outline((eleven / "report.html").read_text()).text
     )
     runs, _ = plot.find_runs([eleven / f"run_{i}" for i in range(10)])
     assert not any("matched" in text for text in plot.cautions(runs, []))
@@ -428,13 +432,13 @@ def only_training(run: Path):
 def test_a_run_with_little_in_it_is_drawn_alone(poor, tmp_path, monkeypatch, capsys):
     run = made_up(tmp_path, "run_1", "fixed")
     poor(run)
-    told, page = drawn([run], tmp_path, monkeypatch, capsys)
+    out, page = drawn([run], tmp_path, monkeypatch, capsys)
     assert (
-        "| run_1 | fixed |" in told
-        and "wrote training_curves.png" in told
-        and "no alpha_sweep.png: no run of the grouped arm" in told
+        "| run_1 | fixed |" in out
+        and "wrote training_curves.png" in out
+        and "no alpha_sweep.png: no run of the grouped arm" in out
     )
-    assert ("no unlearning_tradeoff.png: no run has a sweep" in told) == (poor is not one_seed)
+    assert ("no unlearning_tradeoff.png: no run has a sweep" in out) == (poor is not one_seed)
     assert not Outline(page).open and "nan" not in Outline(page).text.lower().split()
     assert "no two runs share a seed" in page
 
@@ -451,18 +455,30 @@ def test_only_the_plain_clamp_is_in_the_tradeoff(eleven):
     assert len(run.sweeps("unlearning", "retain_accuracy", "forget_accuracy")[0]) == len(cells) // 2
 
 
-def test_the_t_distributions_tail_is_scipys():
-    stats = pytest.importorskip("scipy.stats")
-    for df in [*range(1, 12), 30, 101]:
-        for t in (0.0, 1e-3, 0.5, 1.0, 2.776, -4.3, 12.7, 80.0):
-            assert plot.two_sided_p(t, df) == pytest.approx(2 * stats.t.sf(abs(t), df), abs=1e-13), (t, df)
-    assert plot.two_sided_p(1, 1) == pytest.approx(0.5) and plot.two_sided_p(2**0.5, 2) == pytest.approx(
-        1 - 0.5**0.5
+def of_seeds(*values: float) -> Any:
+    """A run that has these values of every metric, for seeds 0, 1, ..."""
+    return SimpleNamespace(by_seed=lambda section, metric: dict(enumerate(values)))
+
+
+def test_p_values_by_hand():
+    """Student's t with one degree of freedom is Cauchy's distribution; t 1 has p 1/2. With two, t √2 has p
+    1 - 1/√2."""
+    (one,) = plot.paired_tests([(of_seeds(1, 0), of_seeds(0, 0))], *plot.SCORE)
+    assert one["p"] == pytest.approx(0.5, abs=1e-13) and one["difference"] / one["stderr"] == pytest.approx(1)
+    spread = math.sqrt(1.5)  # of -1, 0, 1 times this about a mean of 1: t = 1 / (spread / √3) = √2
+    (two,) = plot.paired_tests([(of_seeds(1 - spread, 1, 1 + spread), of_seeds(0, 0, 0))], *plot.SCORE)
+    assert two["p"] == pytest.approx(1 - 0.5**0.5, abs=1e-13)
+
+
+def test_holms_correction_by_hand():
+    corrected = plot.holm(plot.np.array([0.03, math.nan, 0.01, 0.6, 0.011]))
+    assert corrected.tolist() == pytest.approx([0.06, math.nan, 0.04, 0.6, 0.04], nan_ok=True)
+    assert plot.holm(plot.np.array([0.6, 0.7])).tolist() == [1.0, 1.0] and not len(
+        plot.holm(plot.np.array([]))
     )
 
 
 def test_paired_tests_use_shared_seeds_and_agree_with_scipy(eleven, tmp_path):
-    stats = pytest.importorskip("scipy.stats")
     a, b, c = plot.find_runs([eleven / f"run_{i}" for i in (0, 1, 6)])[0]
     tests = {
         (t["a"].name, t["b"].name): t for t in plot.paired_tests(combinations([a, b, c], 2), *plot.SCORE)
@@ -500,7 +516,8 @@ def test_paired_tests_use_shared_seeds_and_agree_with_scipy(eleven, tmp_path):
 BLOCKED = """
 import runpy, sys
 ALLOWED = {"numpy", "matplotlib", "mpl_toolkits", "PIL", "dateutil", "six", "pyparsing", "packaging",
-           "cycler", "kiwisolver", "contourpy", "fontTools", "sae_separation"}
+           "cycler", "kiwisolver", "contourpy", "fontTools", "scipy", "jinja2", "markupsafe",
+           "sae_separation"}
 class Block:
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
@@ -514,7 +531,7 @@ except ImportError:
 """
 
 
-def test_plot_runs_where_only_numpy_and_matplotlib_are_installed(tmp_path):
+def test_plot_runs_where_only_what_it_imports_is_installed(tmp_path):
     code = f"import sys; sys.argv = sys.argv[1:]; sys.path.insert(0, {str(ROOT)!r})\n{BLOCKED}"
     done = subprocess.run(
         [sys.executable, "-c", code, ROOT / "plot.py", ROOT / "run_0"],
@@ -549,7 +566,8 @@ def test_the_report_works_in_chromium_from_disk_without_network(eleven):
     assert seen["messages"] == [] and seen["blocked"] == []
     assert len(seen["images"]) == len(PNGS) and all(alt and decoded for alt, decoded in seen["images"])
     score = scores(eleven)
-    rising = sorted((run for run in score if score[run] is not None), key=score.get)
+    assert len(score) == 10
+    rising = sorted(score, key=score.__getitem__)
     assert seen["order"] == [
         list(plot.labels),
         rising + ["run_4"],
@@ -666,12 +684,17 @@ def test_a_figure_that_is_a_link_is_written_where_it_leads(tmp_path, monkeypatch
     assert {p.name for p in tmp_path.iterdir()} == {"kept", "report.html", "explained_variance.png"}
 
 
+def kept_open(stream: TextIO, name: str) -> Output:
+    """The stream in place of stdout or stderr, as the command has it."""
+    return Output(stream, stream.fileno(), plot.stdout_lost if name == "stdout" else None)
+
+
 def test_a_reader_who_has_gone_keeps_nothing_from_being_written(tmp_path, monkeypatch, capsys):
     for gone in ("stdout", "stderr"):
         out, into = os.pipe()
         os.close(out)
         with monkeypatch.context() as patch, os.fdopen(into, "w") as stream:
-            patch.setattr(sys, gone, stream)
+            patch.setattr(sys, gone, kept_open(stream, gone))
             code, _, err = ended(
                 patch, capsys, tmp_path, ROOT / "run_0", tmp_path
             )  # tmp_path is no run, and so named
@@ -681,18 +704,21 @@ def test_a_reader_who_has_gone_keeps_nothing_from_being_written(tmp_path, monkey
             path.unlink()
 
 
-def test_a_full_disk_behind_stdout_is_told_and_one_behind_stderr_changes_no_exit_code(
+def test_a_full_disk_behind_stdout_is_an_error_and_one_behind_stderr_changes_no_exit_code(
     tmp_path, monkeypatch, capsys
 ):
+    line = "error: stdout cannot be written: No space left on device; send it elsewhere\n"
     with Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", full)
+        patch.setattr(sys, "stdout", kept_open(full, "stdout"))
         code, _, err = ended(patch, capsys, tmp_path, ROOT / "run_0", "--table")
-    assert (
-        code == 1 and err == "error: stdout cannot be written: No space left on device; send it elsewhere\n"
-    )
-    with Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", full)
+    assert code == 1 and err == line
+    with Path("/dev/full").open("w", buffering=1) as full, monkeypatch.context() as patch:  # as stderr is
+        patch.setattr(sys, "stderr", kept_open(full, "stderr"))
         assert ended(patch, capsys, tmp_path, "nothing")[0] == 2
+    command = [sys.executable, str(ROOT / "plot.py"), "--table", str(ROOT / "run_0")]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr == line
 
 
 def test_the_command_in_a_pipe_that_nobody_reads_on_a_terminal_of_ascii(tmp_path):
@@ -719,6 +745,8 @@ def test_an_ascii_terminal_is_shown_what_it_can_show(tmp_path, monkeypatch, caps
     for args in (["--table", ROOT / "run_10"], [ROOT / "run_10"], ["--help"]):
         with io.TextIOWrapper(io.BytesIO(), encoding="ascii") as terminal, monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", terminal)
+            patch.setattr(sys, "stderr", sys.stderr)  # is put back with it
+            keep_output_open(plot.stdout_lost)
             try:
                 assert ended(patch, capsys, tmp_path, *args)[0] == 0
             except SystemExit as left:
@@ -754,23 +782,26 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_request_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch, capsys):
-    args, told = WRONG[case]
+    args, line = WRONG[case]
     shutil.copytree(ROOT / "run_0", tmp_path / "whole")
     (tmp_path / "link").symlink_to("whole")
-    assert ended(monkeypatch, capsys, tmp_path, *args) == (2, "", f"error: {told}\n")
+    assert ended(monkeypatch, capsys, tmp_path, *args) == (2, "", f"error: {line}\n")
 
 
 @pytest.mark.parametrize(
-    ("raised", "code", "told"),
+    ("raised", "code", "line"),
     [
         (MemoryError(), 1, "out of memory: give fewer run folders at once"),
-        (KeyboardInterrupt(), 130, "interrupted by SIGINT; every file that was written is whole"),
-        (signal.SIGINT, 130, "interrupted by SIGINT; every file that was written is whole"),
-        (signal.SIGTERM, 143, "interrupted by SIGTERM; every file that was written is whole"),
-        (ZeroDivisionError("of\nnothing"), 1, r"ZeroDivisionError: of\nnothing"),
+        (signal.SIGINT, 130, "interrupted by SIGINT: every file that was written is whole"),
+        (signal.SIGTERM, 143, "interrupted by SIGTERM: every file that was written is whole"),
+        (
+            ZeroDivisionError("of\nnothing"),
+            1,
+            "unexpected ZeroDivisionError: of; please report it with the lines above",
+        ),
     ],
 )
-def test_every_end_has_its_exit_code_and_one_last_line(raised, code, told, tmp_path, monkeypatch, capsys):
+def test_every_end_has_its_exit_code_and_one_last_line(raised, code, line, tmp_path, monkeypatch, capsys):
     def comes(*_):
         if isinstance(raised, BaseException):
             raise raised
@@ -778,7 +809,7 @@ def test_every_end_has_its_exit_code_and_one_last_line(raised, code, told, tmp_p
 
     monkeypatch.setattr(plot, "report", comes)
     ended_with, _, err = ended(monkeypatch, capsys, tmp_path, ROOT / "run_0")
-    assert ended_with == code and err.splitlines()[-1] == f"error: {told}"
+    assert ended_with == code and err.splitlines()[-1] == f"error: {line}"
     assert err.count("error: ") == 1 and ("Traceback" in err) == isinstance(raised, ZeroDivisionError)
     assert [p.name for p in tmp_path.iterdir()] == ["explained_variance.png"]
 
@@ -979,8 +1010,8 @@ def test_a_run_whose_checksums_are_damaged_is_marked(damage, tmp_path):
     run = tmp_path / "run_0"
     shutil.copytree(ROOT / "run_0", run)
     damage(run)
-    (told,) = plot.Run(run).warnings
-    assert told.startswith(f"{run}/checksums.json ") and len(told) < 400
+    (warning,) = plot.Run(run).warnings
+    assert warning.startswith(f"{run}/checksums.json ") and len(warning) < 400
 
 
 def test_undefined_values_in_a_log_are_no_damage(tmp_path):
@@ -997,10 +1028,10 @@ def test_20_000_warnings_leave_table_and_page_usable(tmp_path, monkeypatch, caps
         [f"seed {i % 5}: batch {i} was lost" for i in range(20_000)] + ["x" * 10**6],
     )
     code, out, err = ended(monkeypatch, capsys, tmp_path, run)
-    told = [line for line in out.splitlines() if line.startswith("† run_0")]
+    notes = [line for line in out.splitlines() if line.startswith("† run_0")]
     assert code == 0 and not err and out.splitlines()[2].endswith("| 20001 |")
-    assert len(told) == 11 and told[0] == "† run_0 (vanilla): batch 0 was lost."
-    assert told[-1] == "† run_0 (vanilla): 19,991 more are in its warnings.json."
+    assert len(notes) == 11 and notes[0] == "† run_0 (vanilla): batch 0 was lost."
+    assert notes[-1] == "† run_0 (vanilla): 19,991 more are in its warnings.json."
     page = (tmp_path / "report.html").read_text()
     assert (
         page.count(" was lost") == 60 and "19,951 more are in its warnings.json" in page and len(page) < 10**6
@@ -1108,8 +1139,8 @@ def test_whatever_stands_in_the_files_is_shown_or_skipped_with_one_line(tmp_path
         )
         for _ in range(rng.choice([1, 1, 3, 20])):
             values = mutated(values, rng)
-        lines = path.suffix == ".jsonl" and isinstance(values, list)
-        path.write_text("\n".join(map(json.dumps, values)) if lines else json.dumps(values))
+        lines = values if path.suffix == ".jsonl" and isinstance(values, list) else [values]
+        path.write_text("\n".join(map(json.dumps, lines)))
         shown, skipped = plot.find_runs(runs)
         page = plot.report(shown, skipped, {})
         text = "\n".join(
