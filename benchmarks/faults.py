@@ -790,7 +790,7 @@ def no_more_memory(*_):
 
 
 def time_saves():
-    save, train, seconds = checkpoint.save, experiment.train, []
+    save, train, seconds = checkpoint.save, experiment.TrainingLoop.train, []
 
     def timed(*args):
         start = time.monotonic()
@@ -802,7 +802,7 @@ def time_saves():
         train(*args)
         print(f"saves {sum(seconds)} {time.monotonic() - start}")
 
-    checkpoint.save, experiment.train = timed, trained
+    checkpoint.save, experiment.TrainingLoop.train = timed, trained
 
 
 def spoil_x(trainer, x):

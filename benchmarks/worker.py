@@ -149,7 +149,8 @@ class Ours(System):
             done += self.step(10, arm=0) // BATCH
         tensors, facts = self.trainers[0].state()
         for trainer in self.trainers:
-            own = {name: getattr(trainer, name) for name in ("log_alpha", "omega", "held")}
+            own = {name: getattr(trainer, name) for name in ("log_alpha", "omega")}
+            own |= trainer.rounds.state() if trainer.rounds else {}
             trainer.restore(
                 {name: tensor.clone() for name, tensor in (tensors | own).items()},
                 facts | {"seed": trainer.seed, "steps": 0, "updates": 0},
@@ -170,7 +171,7 @@ class Ours(System):
         """
         out = {trainer.config.arm: {"seconds": [], "l0": []} for trainer in self.trainers}
         for trainer in self.trainers:
-            if trainer.arm.pull:
+            if trainer.rounds:
                 trainer.log_alpha.fill_(math.log(1e-8))
         for x, forget in itertools.islice(self.rows, n):
             for trainer in self.trainers:

@@ -1,7 +1,7 @@
 """Checkpoints: `checkpoints/step_XXXXXXXX.safetensors`, whole or not at all; the last two stay.
 
     save(folder, step, tensors, facts)
-    newest_common({folder: made_by})                 # the newest state that all folders of a command hold
+    newest_common({folder: config_hash})                 # the newest state that all folders of a command hold
 
 A checkpoint holds tensors, and in its header the other facts as JSON and a sha256 over both. torch is
 imported where it is used, so that a locked folder is refused at once.
@@ -52,6 +52,11 @@ def digest(tensors: dict, facts: str) -> str:
     return told.hexdigest()
 
 
+def under(prefix: str, tensors: dict) -> dict:
+    """The tensors whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
 def path_of(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step_{step:08d}.safetensors"
 
@@ -77,8 +82,8 @@ def save(folder: Path, step: int, tensors: dict, facts: dict):
         path_of(folder, old).unlink(missing_ok=True)
 
 
-def read(folder: Path, step: int, made_by: str) -> tuple[dict, dict]:
-    """Tensors (on the CPU) and facts of a checkpoint whose facts["made_by"] is `made_by`. Raises Unusable."""
+def read(folder: Path, step: int, config_hash: str) -> tuple[dict, dict]:
+    """Tensors (on the CPU) and facts of a checkpoint of the run with this `config_hash`. Raises Unusable."""
     from safetensors import SafetensorError, safe_open
 
     path = path_of(folder, step)
@@ -95,33 +100,33 @@ def read(folder: Path, step: int, made_by: str) -> tuple[dict, dict]:
         raise Unusable(
             f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error
-    if facts.get("made_by") != made_by:
+    if facts.get("config_hash") != config_hash:
         raise Unusable(f"{path} was made with other settings, LM or text")
     return tensors, facts
 
 
-def newest_common(made_by: dict[Path, str]) -> list[tuple[dict, dict]] | None:
-    """Tensors and facts of the newest step for which every folder (with what its runs are `made_by`) holds a
+def newest_common(config_hash: dict[Path, str]) -> list[tuple[dict, dict]] | None:
+    """Tensors and facts of the newest step for which every folder (with its run's config hash) holds a
     usable checkpoint; newer ones are removed.
 
     None to start anew: there is no checkpoint, or a first one that was not yet in every folder. Every
     unusable checkpoint is told on one line. Raises WrongRequest when there are checkpoints and none will do:
     nothing is thrown away unasked.
     """
-    there = {folder: steps_in(folder) for folder in made_by}
+    there = {folder: steps_in(folder) for folder in config_hash}
     if not any(there.values()):
         return None
     told, found = [], None
 
     def usable(*wanted: tuple[Path, int]) -> list[tuple[dict, dict]] | None:
         try:
-            return [read(folder, step, made_by[folder]) for folder, step in wanted]
+            return [read(folder, step, config_hash[folder]) for folder, step in wanted]
         except Unusable as why:
             told.append(str(why))
             print(f"warning: {why}")
 
     for common in sorted(set.intersection(*map(set, there.values())), reverse=True):
-        found = usable(*((folder, common) for folder in made_by))
+        found = usable(*((folder, common) for folder in config_hash))
         if found:
             break
     # a first checkpoint that was being written when the process died may be missing in some folders, and
@@ -129,7 +134,7 @@ def newest_common(made_by: dict[Path, str]) -> list[tuple[dict, dict]] | None:
     else:
         common = -1
         newest = None if told else usable(*((folder, steps[-1]) for folder, steps in there.items() if steps))
-        together = sorted(folder.name for folder in made_by)
+        together = sorted(folder.name for folder in config_hash)
         if newest is None or any(
             facts["position"]["written"] > 1 or facts["position"]["together"] != together
             for _, facts in newest

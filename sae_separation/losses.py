@@ -1,6 +1,13 @@
-"""Losses on directions and on firing, and feature groups, as functions of tensors."""
+"""Losses on decoder directions and on firing, and feature groups, as functions of tensors.
+
+A loss on W_dec is given the unit rows W_dec [F, D], `blocks` [n, size] of the features to look at together
+(-1: none) and `whole`, a tensor about all rows; it returns a DecoderGrad for the features of these blocks.
+Before it comes its `prepare(W_dec, groups)`: all blocks of the dictionary, each feature in one of them, and
+`whole`.
+"""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,16 +47,14 @@ def omega_all_pairs(W_dec: Tensor, gram_DD: Tensor | None = None) -> Tensor:
     return d_in * ((gram(W_dec) if gram_DD is None else gram_DD).pow(2).sum() - n) / max(n * (n - 1), 1)
 
 
-# What an arm's loss does to W_dec, a part of the rows at a time: its value as far as these rows tell, the
-# indices of the rows, and the gradient of the whole loss by them [rows, D], less the component along each
-# row, which unit norm would undo.
-Pull = tuple[Tensor, Tensor, Tensor]
+@dataclass
+class DecoderGrad:
+    """Of a loss on W_dec: its `value` as far as some features tell, these features' indices `rows` [R], and
+    the gradient of the whole loss by their rows of W_dec [R, D]."""
 
-
-def share_of(n: int, part: int, parts: int) -> slice:
-    """The part-th of `parts` nearly equal shares of n things; the larger and, of fewer things than parts, the
-    first, come early."""
-    return slice(-(-n * part // parts), -(-n * (part + 1) // parts))
+    value: Tensor
+    rows: Tensor
+    grad: Tensor
 
 
 def tangential(grad: Tensor, rows: Tensor) -> Tensor:
@@ -57,20 +62,26 @@ def tangential(grad: Tensor, rows: Tensor) -> Tensor:
     return grad.addcmul_(rows, (grad * rows).sum(-1, keepdim=True), value=-1)
 
 
-def pull_all_pairs(W_dec: Tensor, gram_DD: Tensor, part: int = 0, parts: int = 1) -> Pull:
+def each_row(W_dec: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Every feature in a block of its own [F, 1], and nothing about the whole."""
+    return torch.arange(len(W_dec), device=W_dec.device)[:, None], W_dec.new_zeros(0)
+
+
+def rows_and_gram(W_dec: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Every feature in a block of its own [F, 1], and the Gram matrix [D, D]."""
+    return each_row(W_dec, groups)[0], gram(W_dec)
+
+
+def all_pairs_grad(W_dec: Tensor, blocks: Tensor, gram_DD: Tensor) -> DecoderGrad:
     """Of omega_all_pairs: 4 d_in w_i (W_decᵀ W_dec) / (n (n - 1)). Nearly all of the Gram matrix is its mean
-    diagonal m, and m w_i lies along
-    the row: it is left out, so that the rounding of bfloat16 is that of what remains."""
-    n, d_in = W_dec.shape
-    some, rest = share_of(n, part, parts), gram_DD.clone()
+    diagonal m, and m w_i lies along the row: it is left out, so that the rounding of bfloat16 is that of what
+    remains."""
+    (n, d_in), rest = W_dec.shape, gram_DD.clone()
     rest.diagonal().sub_(gram_DD.diagonal().mean())
-    rows, low = W_dec[some], W_dec[some].to(fast_dtype(W_dec))
-    grad = (low @ (4 * d_in / max(n * (n - 1), 1) * rest).to(low)).to(W_dec)
-    return (
-        omega_all_pairs(W_dec, gram_DD),
-        torch.arange(some.start, some.stop, device=W_dec.device),
-        tangential(grad, rows),
-    )
+    rows = blocks.flatten()
+    low = W_dec.index_select(0, rows).to(fast_dtype(W_dec))
+    grad = low @ (4 * d_in / max(n * (n - 1), 1) * rest).to(low)
+    return DecoderGrad(omega_all_pairs(W_dec, gram_DD), rows, grad.to(W_dec))
 
 
 def group_cosines(
@@ -88,26 +99,28 @@ def group_cosines(
     return rows, cosines, present
 
 
-def of_features(groups: Tensor, present: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The indices and the gradients of the places in groups [G, size] that hold a feature."""
-    grad, everywhere = grad.view(-1, grad.shape[-1]), present.all()
-    return (groups.flatten(), grad) if everywhere else (groups[present], grad[present.flatten()])
+def of_features(value: Tensor, groups: Tensor, present: Tensor, grad: Tensor) -> DecoderGrad:
+    """The gradients of the places in groups [G, size] that hold a feature."""
+    grad = grad.view(-1, grad.shape[-1])
+    if present.all():
+        return DecoderGrad(value, groups.flatten(), grad)
+    return DecoderGrad(value, groups[present], grad[present.flatten()])
 
 
-def pull_grouped(W_dec: Tensor, groups: Tensor, part: int = 0, parts: int = 1) -> Pull | None:
+def groups_and_pairs(W_dec: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The groups [G, size], and how many pairs are inside one, over all of them."""
+    sizes = (groups >= 0).sum(1)
+    return groups.clone(), (sizes * (sizes - 1)).sum().clamp(min=1)
+
+
+def grouped_grad(W_dec: Tensor, groups: Tensor, n_pairs: Tensor) -> DecoderGrad:
     """Of d_in · mean of cos² over the pairs inside a group: 4 d_in Σ_j cos_ij w_j / pairs; groups [G, size],
     -1 where one is short."""
-    sizes, mine = (groups >= 0).sum(1), groups[share_of(len(groups), part, parts)]
-    if not len(mine):
-        return None
-    rows, cosines, present = group_cosines(W_dec, mine, fast_dtype(W_dec), no_pair=0.0)
-    cosines = cosines.to(W_dec)
-    d_in, (n_pairs, n_here) = (
-        W_dec.shape[1],
-        ((n * (n - 1)).sum().clamp(min=1) for n in (sizes, present.sum(1))),
-    )
-    grad = tangential(((4 * d_in / n_pairs * cosines).to(rows) @ rows).to(W_dec), rows)
-    return d_in * cosines.pow(2).sum() / n_here, *of_features(mine, present, grad)
+    rows, cosines, present = group_cosines(W_dec, groups, fast_dtype(W_dec), no_pair=0.0)
+    cosines, d_in, sizes = cosines.to(W_dec), W_dec.shape[1], present.sum(1)
+    grad = ((4 * d_in / n_pairs * cosines).to(rows) @ rows).to(W_dec)
+    n_here = (sizes * (sizes - 1)).sum().clamp(min=1)
+    return of_features(d_in * cosines.pow(2).sum() / n_here, groups, present, grad)
 
 
 def random_chunks(n: int, size: int, generator: torch.Generator) -> Tensor:
@@ -116,31 +129,28 @@ def random_chunks(n: int, size: int, generator: torch.Generator) -> Tensor:
     return torch.nn.functional.pad(order, (0, -n % size), value=-1).view(-1, size)
 
 
-def chunks_of_rows(W_dec: Tensor, chunk_size: int, generator: torch.Generator) -> Tensor:
-    """`random_chunks` of the rows of W_dec [F, D], where these are."""
-    return random_chunks(len(W_dec), chunk_size, generator).to(W_dec.device)
+def chunks_of_rows(
+    W_dec: Tensor, groups: Tensor, chunk_size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """`random_chunks` of the rows of W_dec [F, D], where these are, and nothing about the whole."""
+    return random_chunks(len(W_dec), chunk_size, generator).to(W_dec.device), W_dec.new_zeros(0)
 
 
-def pull_ortsae(W_dec: Tensor, chunks: Tensor, part: int = 0, parts: int = 1) -> Pull | None:
+def ortsae_grad(W_dec: Tensor, chunks: Tensor, whole: Tensor) -> DecoderGrad:
     """Of OrtSAE's loss (arXiv 2509.22033), mean over rows of (max_{j ≠ i in the chunk} cos_ij)²: 2 max / n
     times the nearest row for each row, and times each row for its nearest.
 
     The maximum is signed, as published: antipodal pairs are free. A row alone in its chunk counts 0. Not
-    scaled by d_in. In full
-    precision: bfloat16 would often take another row for the nearest.
+    scaled by d_in. In full precision: bfloat16 would often take another row for the nearest.
     """
-    mine = chunks[share_of(len(chunks), part, parts)]
-    if not len(mine):
-        return None
-    rows, cosines, present = group_cosines(W_dec, mine, W_dec.dtype, no_pair=-torch.inf)
+    rows, cosines, present = group_cosines(W_dec, chunks, W_dec.dtype, no_pair=-torch.inf)
     largest, nearest = cosines.max(2)
     largest = largest.masked_fill(largest.isneginf(), 0.0)
-    nearest = (
-        nearest + torch.arange(0, nearest.numel(), nearest.shape[1], device=nearest.device)[:, None]
-    ).flatten()
+    first = torch.arange(0, nearest.numel(), nearest.shape[1], device=nearest.device)
+    nearest = (nearest + first[:, None]).flatten()
     rows, weight = rows.flatten(0, 1), 2 / len(W_dec) * largest.flatten()[:, None]
-    grad = tangential((rows.index_select(0, nearest) * weight).index_add_(0, nearest, rows * weight), rows)
-    return largest.pow(2).sum() / present.sum(), *of_features(mine, present, grad)
+    grad = (rows.index_select(0, nearest) * weight).index_add_(0, nearest, rows * weight)
+    return of_features(largest.pow(2).sum() / present.sum(), chunks, present, grad)
 
 
 def omega_between_domains(W_dec: Tensor, affinity: Tensor) -> Tensor:
@@ -217,5 +227,5 @@ def domain_hinges(
 
 def sharing(rate: Tensor) -> Tensor:
     """Share of firing that the domains have in common, 2 Σ min(p_forget, p_retain) / Σ (p_forget + p_retain),
-    from rate [2, F]."""
+    from rate [2, F] of forget and retain."""
     return 2 * rate.amin(0).sum() / rate.sum().clamp(min=1e-12)

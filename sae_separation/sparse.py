@@ -36,7 +36,7 @@ class DenseFeatures:
     def __init__(self, f_BF: Tensor, slope_BF: Tensor | None, gain_F: Tensor | None, forget: Tensor):
         self.f = f_BF if gain_F is None else f_BF.mul_(gain_F.to(f_BF))
         self.factors = [factor for factor in (slope_BF, gain_F) if factor is not None]
-        self.domain_2B = torch.stack([~forget, forget]).to(f_BF)
+        self.domain_2B = torch.stack([forget, ~forget]).to(f_BF)
 
     def decode(self, W_dec: Tensor) -> Tensor:
         """f W_dec [B, D]."""
@@ -59,7 +59,7 @@ class DenseFeatures:
         return (self.f.T @ d_out).float(), (d_pre.T @ u).float(), d_b_enc
 
     def counts(self) -> tuple[Tensor, Tensor]:
-        """How often each feature fired on retain and forget rows [2, F], and Σ f."""
+        """How often each feature fired on forget and retain rows [2, F], and Σ f."""
         return (self.domain_2B @ self.f.sign()).float(), (self.domain_2B @ self.f).float().sum()
 
     def sketch(self, signs_BK: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class SparseFeatures:
     def counts(self) -> tuple[Tensor, Tensor]:
         fires = self.value > 0
         return (
-            torch.bincount((self.col + self.F * self.forget[self.row])[fires], minlength=2 * self.F)
+            torch.bincount((self.col + self.F * ~self.forget[self.row])[fires], minlength=2 * self.F)
             .view(2, self.F)
             .float(),
             self.value.sum(),

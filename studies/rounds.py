@@ -1,5 +1,5 @@
-"""How long a round of the losses on W_dec may be (experiment.round_steps): what training loses when a row is
-pulled every n-th step only.
+"""How long a round of the losses on W_dec may be (rounds.steps_of_round): what training loses when a row is
+visited every n-th step only.
 
     python -m studies.rounds                                     # 15 minutes on 2 cores
     python -m studies.rounds --only fixed:0.1 grouped:0.1        # some
@@ -26,7 +26,7 @@ STEPS = 600
 
 
 def trained(arm: str, alpha: float, seed: int, block: experiment.ActivationBlock) -> tuple[float, float]:
-    """FVU and Ω after training with rounds as long as experiment.round_steps says."""
+    """FVU and Ω after training with rounds as long as steps_of_round says."""
     request = experiment.Request(
         arm=arm,
         alpha=alpha,
@@ -64,7 +64,7 @@ def main():
         for steps in sorted(
             {experiment.ARMS[arm].every, 4, 8, 16} - ({4} if experiment.ARMS[arm].every > 4 else set())
         ):
-            experiment.round_steps = lambda config, steps=steps: steps
+            experiment.steps_of_round = lambda *_, steps=steps: steps
             found[steps] = [trained(arm, float(alpha), seed, block) for seed in args.seeds]
             shortest = found[experiment.ARMS[arm].every]
             cells = []

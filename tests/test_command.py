@@ -410,7 +410,7 @@ def test_an_option_that_does_nothing_in_a_run_is_told_in_one_line(argv, said, ca
 def test_an_arm_brings_its_options_by_its_row_alone(capsys):
     """A row more in the table: its name can be asked for, its option is bounded, and told where it does
     nothing."""
-    row = experiment.Arm(pull="pull_all_pairs", options={"tau": option(0.3, "cosines that are free", most=1)})
+    row = experiment.Arm(loss="all_pairs_grad", options={"tau": option(0.3, "cosines that are free", most=1)})
     arms = ARMS | {"hinge": row}
 
     @with_arms(arms)

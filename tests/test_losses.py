@@ -7,16 +7,20 @@ import torch
 from torch.nn.functional import normalize
 
 from sae_separation.losses import (
+    all_pairs_grad,
+    chunks_of_rows,
+    each_row,
     form_groups,
-    gram,
+    grouped_grad,
+    groups_and_pairs,
     omega_all_pairs,
     omega_between_domains,
-    pull_all_pairs,
-    pull_grouped,
-    pull_ortsae,
+    ortsae_grad,
     random_chunks,
+    rows_and_gram,
     welch_floor,
 )
+from sae_separation.rounds import Rounds
 
 torch.manual_seed(0)
 N, D = 40, 12
@@ -60,16 +64,16 @@ def naive_between_domains(W, a):
     return W.shape[1] * total / weight
 
 
-def whole(pull, W, held, parts=1):
-    """Values of the parts of a round, how many rows each has, and the gradient put together from them."""
+def whole(loss, prepare, W, groups, steps=1):
+    """Values of the steps of a round, how many rows each has, and the gradient put together from them."""
+    rounds = Rounds(loss, prepare, steps)
     grad, values, sizes, rows_seen = torch.zeros_like(W), [], [], []
-    for part in range(parts):
-        if (pulled := pull(W, held, part, parts)) is not None:
-            value, rows, of_rows = pulled
-            grad[rows] += of_rows
-            values.append(value.item())
-            rows_seen += rows.tolist()
-            sizes.append(len(of_rows))
+    for step in range(steps):
+        if (visited := rounds.visit(W, groups, step)) is not None:
+            grad[visited.rows] += visited.grad
+            values.append(visited.value.item())
+            rows_seen += visited.rows.tolist()
+            sizes.append(len(visited.rows))
     assert sorted(rows_seen) == list(range(len(W))), "every row is visited once"
     return values, sizes, grad
 
@@ -78,14 +82,32 @@ def tangential(grad, W):
     return grad - (grad * W).sum(1, keepdim=True) * W
 
 
+def chunks(size):
+    """How ortsae prepares a round, with the same draw at each call."""
+
+    def prepare(W, groups):
+        return chunks_of_rows(W, groups, size, torch.Generator().manual_seed(9))
+
+    return prepare
+
+
+def grouped_value(W, groups):
+    return grouped_grad(W, *groups_and_pairs(W, groups)).value.item()
+
+
+def test_blocks_of_one_row_hold_every_feature_and_nothing_of_the_whole(W):
+    blocks, nothing = each_row(W, torch.full((1, 1), -1))
+    assert blocks.tolist() == [[i] for i in range(N)] and nothing.numel() == 0
+
+
 @pytest.mark.parametrize("parts", [1, 3, 5, 16])
 @pytest.mark.parametrize("name", ["all_pairs", "grouped"])
-def test_a_loss_and_its_pull_in_parts_equal_the_naive_double_loop(name, parts, W, groups):
-    pull, held, naive = {
-        "all_pairs": (pull_all_pairs, gram(W.detach()), lambda: naive_all_pairs(W)),
-        "grouped": (pull_grouped, groups, lambda: naive_grouped(W, groups)),
+def test_a_loss_and_its_gradient_in_parts_equal_the_naive_double_loop(name, parts, W, groups):
+    loss, prepare, naive = {
+        "all_pairs": (all_pairs_grad, rows_and_gram, lambda: naive_all_pairs(W)),
+        "grouped": (grouped_grad, groups_and_pairs, lambda: naive_grouped(W, groups)),
     }[name]
-    values, sizes, grad = whole(pull, W.detach(), held, parts)
+    values, sizes, grad = whole(loss, prepare, W.detach(), groups, parts)
     assert naive().item() > 0.05, "the comparison would be empty"
     torch.testing.assert_close(grad, tangential(torch.autograd.grad(naive(), W)[0], W.detach()))
     if parts == 1 or name == "all_pairs":
@@ -112,13 +134,14 @@ def test_the_fast_dtype_gives_the_exact_loss_and_a_gradient_within_a_few_per_cen
         64, generator=torch.Generator().manual_seed(4)
     )
     W = normalize(lean, dim=1)
-    pull, hold = {
-        "all_pairs": (pull_all_pairs, gram),
-        "grouped": (pull_grouped, lambda w: torch.arange(512).view(16, 32)),
-        "ortsae": (pull_ortsae, lambda w: random_chunks(512, 128, torch.Generator().manual_seed(9))),
+    loss, prepare = {
+        "all_pairs": (all_pairs_grad, rows_and_gram),
+        "grouped": (grouped_grad, groups_and_pairs),
+        "ortsae": (ortsae_grad, chunks(128)),
     }[name]
+    groups = torch.arange(512).view(16, 32)
     (fast, _, fast_grad), (exact, _, exact_grad) = (
-        whole(pull, rows, hold(rows)) for rows in (W, normalize(W.double(), dim=1))
+        whole(loss, prepare, rows, groups) for rows in (W, normalize(W.double(), dim=1))
     )
     assert fast == pytest.approx(exact, rel=5e-3)
     assert (fast_grad - exact_grad).norm() < 0.05 * exact_grad.norm()
@@ -127,11 +150,9 @@ def test_the_fast_dtype_gives_the_exact_loss_and_a_gradient_within_a_few_per_cen
 def test_independent_random_rows_give_one_and_orthogonal_rows_give_zero():
     random = normalize(torch.randn(3000, 256), dim=1)
     assert omega_all_pairs(random).item() == pytest.approx(1.0, abs=0.01)
-    assert (
-        pull_grouped(random, form_groups(random, 256))[0].item()
-        > pull_grouped(random, torch.arange(3000).view(15, 200))[0].item()
-    )
-    assert pull_grouped(random, torch.arange(3000).view(15, 200))[0].item() == pytest.approx(1.0, abs=0.05)
+    in_a_row = grouped_value(random, torch.arange(3000).view(15, 200))
+    assert grouped_value(random, form_groups(random, 256)) > in_a_row
+    assert in_a_row == pytest.approx(1.0, abs=0.05)
     assert omega_between_domains(
         random, torch.where(torch.arange(3000) < 1000, 1.0, -1.0)
     ).item() == pytest.approx(1.0, abs=0.02)
@@ -153,8 +174,8 @@ def test_a_single_domain_or_dead_features_give_zero_not_nan():
     W = normalize(torch.randn(10, 4), dim=1)
     for affinity in (torch.ones(10), torch.zeros(10)):
         assert omega_between_domains(W, affinity).item() == 0.0
-    value, _, grad = pull_grouped(W, torch.arange(10)[:, None])
-    assert value.item() == grad.abs().max().item() == 0.0, "groups of one have no pairs"
+    none = grouped_grad(W, *groups_and_pairs(W, torch.arange(10)[:, None]))
+    assert none.value.item() == none.grad.abs().max().item() == 0.0, "groups of one have no pairs"
 
 
 def naive_ortsae(W, chunk_size, generator):
@@ -172,11 +193,8 @@ def naive_ortsae(W, chunk_size, generator):
 @pytest.mark.parametrize("parts", [1, 5, 16])
 @pytest.mark.parametrize("chunk_size", [8, 13, 39, 40, 64])
 def test_ortsae_equals_the_published_formula(W, chunk_size, parts):
-    def draw():
-        return torch.Generator().manual_seed(9)
-
-    naive = naive_ortsae(W, chunk_size, draw())
-    values, sizes, grad = whole(pull_ortsae, W.detach(), random_chunks(N, chunk_size, draw()), parts)
+    naive = naive_ortsae(W, chunk_size, torch.Generator().manual_seed(9))
+    values, sizes, grad = whole(ortsae_grad, chunks(chunk_size), W.detach(), torch.zeros(0), parts)
     assert naive.item() > 0.01
     torch.testing.assert_close(grad, tangential(torch.autograd.grad(naive, W)[0], W.detach()))
     assert sum(v * n for v, n in zip(values, sizes)) / N == pytest.approx(naive.item(), rel=1e-9)
@@ -184,9 +202,9 @@ def test_ortsae_equals_the_published_formula(W, chunk_size, parts):
 
 def test_ortsae_leaves_antipodal_pairs_free():
     pair = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-    chunks = random_chunks(4, 4, torch.Generator())
-    assert pull_ortsae(pair, chunks)[0].item() == 0.0
-    assert pull_ortsae(pair.abs(), chunks)[0].item() == 1.0
+    chunk = random_chunks(4, 4, torch.Generator())
+    assert ortsae_grad(pair, chunk, torch.zeros(0)).value.item() == 0.0
+    assert ortsae_grad(pair.abs(), chunk, torch.zeros(0)).value.item() == 1.0
 
 
 class TestGroups:

@@ -24,6 +24,7 @@ from test_trainer import SMALL
 
 import experiment
 from sae_separation import checkpoint, evaluation, process, run_folder
+from sae_separation import run as run_module
 from sae_separation.errors import Interrupted, RunFailed, WrongRequest
 from sae_separation.files import Unusable, write_json
 
@@ -147,7 +148,7 @@ def test_a_trainer_goes_on_from_its_checkpoint_to_the_same_bits(form, activation
     tensors, facts = begun.state()
     checkpoint_folder = tmp_path / "checkpoints"
     checkpoint_folder.mkdir()
-    checkpoint.save(tmp_path, 33, tensors, facts | {"made_by": "me"})
+    checkpoint.save(tmp_path, 33, tensors, facts | {"config_hash": "me"})
     go(other, 0, 7)
     other.restore(*checkpoint.read(tmp_path, 33, "me"))
     go(other, 33, 60)
@@ -286,9 +287,9 @@ def test_a_signal_while_a_block_is_made_leaves_the_state_whole(here, tmp_path, m
 
 def test_finished_evaluations_are_not_done_again(here, tmp_path, monkeypatch):
     assert here("a/run_1", evals=["core", "geometry"]) == 0
-    done, geometry, core, export = [], REAL_EVALUATOR.geometry, REAL_EVALUATOR.core, experiment.export
+    done, geometry, core, export = [], REAL_EVALUATOR.geometry, REAL_EVALUATOR.core, run_module.export
     monkeypatch.setattr(REAL_EVALUATOR, "core", lambda *args: done.append("core") or core(*args))
-    monkeypatch.setattr(experiment, "export", lambda *args: done.append("export") or export(*args))
+    monkeypatch.setattr(run_module, "export", lambda *args: done.append("export") or export(*args))
 
     def interrupted(*args):
         done.append("geometry")
@@ -405,14 +406,14 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(here, monkeypatch,
     interrupted_run(here, monkeypatch, tmp_path, "b/run_1")
     newest = checkpoint.path_of(tmp_path / "b/run_1", 61)
     whole = newest.read_bytes()
-    made_by = json.loads(checkpoint_facts(newest))["made_by"]
-    checkpoint.read(tmp_path / "b/run_1", 61, made_by)
+    config_hash = json.loads(checkpoint_facts(newest))["config_hash"]
+    checkpoint.read(tmp_path / "b/run_1", 61, config_hash)
     with pytest.raises(Unusable, match="other settings"):
         checkpoint.read(tmp_path / "b/run_1", 61, "another run")
     for what, damage in DAMAGE.items():
         newest.write_bytes(damage(whole))
         with pytest.raises(Unusable, match="step_00000061"):
-            checkpoint.read(tmp_path / "b/run_1", 61, made_by)
+            checkpoint.read(tmp_path / "b/run_1", 61, config_hash)
             pytest.fail(what)
     assert not os.path.exists("/tmp/unpickled_by_a_checkpoint")
     capsys.readouterr()
@@ -509,7 +510,7 @@ def test_a_first_checkpoint_that_one_folder_lacks_costs_only_a_new_start(tmp_pat
             tmp_path / name,
             5,
             {"t": torch.ones(3)},
-            {"made_by": "me", "position": {"written": written, "together": together}},
+            {"config_hash": "me", "position": {"written": written, "together": together}},
         )
     assert checkpoint.newest_common({tmp_path / "a": "me", tmp_path / "c": "me"}) is None
     assert checkpoint.steps_in(tmp_path / "a") == []
@@ -641,7 +642,7 @@ def test_a_run_whose_every_seed_fails_keeps_its_last_good_checkpoint(here, tmp_p
     tensors, facts = checkpoint.read(
         tmp_path / "run_1",
         kept[-1],
-        json.loads(checkpoint_facts(checkpoint.path_of(tmp_path / "run_1", kept[-1])))["made_by"],
+        json.loads(checkpoint_facts(checkpoint.path_of(tmp_path / "run_1", kept[-1])))["config_hash"],
     )
     assert kept[-1] <= 60 and not any(t["failed"] for t in facts["trainers"])
     assert all(torch.isfinite(t).all() for name, t in tensors.items() if "log_" not in name)

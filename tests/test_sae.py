@@ -173,9 +173,8 @@ def test_counts_and_l0_are_those_of_the_features(sae, x):
     forget = torch.arange(256) < 100
     terms = sae.accumulate_grads(x, forget, torch.tensor(0.0), torch.float32)
     active = sae.encode(x) > 0
-    assert torch.equal(terms.fired[1], active[:100].sum(0).float()) and torch.equal(
-        terms.fired[0], active[100:].sum(0).float()
-    )
+    assert torch.equal(terms.fired[0], active[:100].sum(0).float()), "forget"
+    assert torch.equal(terms.fired[1], active[100:].sum(0).float()), "retain"
     assert terms.l0.item() == pytest.approx(active.sum(1).float().mean().item())
 
 
@@ -212,17 +211,16 @@ def test_the_exported_file_gives_the_same_features_and_reconstruction_in_sae_len
 
 def test_statistics_follow_the_domains_and_are_saved_with_the_module(sae):
     fired = torch.zeros(2, 96)
-    fired[0, 0], fired[1, 1], fired[:, 2] = 50, 20, torch.tensor([50.0, 20.0])
+    fired[0, 1], fired[1, 0], fired[:, 2] = 20, 50, torch.tensor([20.0, 50.0])
     for _ in range(2000):
         sae.update_statistics(fired, torch.tensor(20), 70)
-    assert sae.rate[:, 0].tolist() == pytest.approx([1, 0], abs=1e-4) and sae.rate[
-        :, 1
-    ].tolist() == pytest.approx([0, 1], abs=1e-4)
+    assert sae.rate[:, 0].tolist() == pytest.approx([0, 1], abs=1e-4), "forget, retain"
+    assert sae.rate[:, 1].tolist() == pytest.approx([1, 0], abs=1e-4)
     assert sae.affinity[:4].tolist() == pytest.approx([-1, 1, 0, 0], abs=1e-4)
     assert sae.idle[0] == 0 and sae.idle[3] == 70 * 2000
-    before = sae.rate[1].clone()
+    before = sae.rate[0].clone()
     sae.update_statistics(torch.zeros(2, 96), torch.tensor(0), 70)
-    assert torch.equal(sae.rate[1], before), "a domain that is not in the batch keeps its rate"
+    assert torch.equal(sae.rate[0], before), "a domain that is not in the batch keeps its rate"
     assert {"rate", "idle", "groups", "scale", "unlocked", "threshold", "temperature"} <= set(
         sae.state_dict()
     )
@@ -253,5 +251,5 @@ def test_the_domain_hinges_are_the_gradient_of_their_loss(sae, x):
 
 def test_sharing_by_hand(sae):
     sae.rate = torch.zeros(2, 96)
-    sae.rate[:, :3] = torch.tensor([[0.1, 0.0, 0.2], [0.3, 0.4, 0.2]])  # retain, forget
-    assert experiment.sharing(sae.rate).item() == pytest.approx(2 * (0.1 + 0.0 + 0.2) / 1.2)
+    sae.rate[:, :3] = torch.tensor([[0.3, 0.4, 0.2], [0.1, 0.0, 0.2]])  # forget, retain
+    assert losses.sharing(sae.rate).item() == pytest.approx(2 * (0.1 + 0.0 + 0.2) / 1.2)

@@ -10,8 +10,9 @@ import torch
 
 import experiment
 from experiment import ARMS, SPARSE_SHARE, ActivationBlock, RunFailed, Trainer
-from sae_separation import losses
-from sae_separation.losses import omega_all_pairs, pull_grouped
+from sae_separation import rounds
+from sae_separation.losses import grouped_grad, groups_and_pairs, omega_all_pairs
+from sae_separation.rounds import Rounds
 from sae_separation.sparse import remove_radial
 
 SMALL = tiny.config(
@@ -90,8 +91,11 @@ def test_the_orthogonality_losses_lower_what_they_measure(activations):
         replace(SMALL, arm="grouped", alpha=1.0, group_update_steps=1000), activations, steps=150
     )
     assert omega_all_pairs(fixed.sae.W_dec) < 0.95 * omega_all_pairs(plain.sae.W_dec)
-    groups = grouped.sae.groups
-    assert pull_grouped(grouped.sae.W_dec, groups)[0] < 0.5 * pull_grouped(plain.sae.W_dec, groups)[0]
+    inside = [
+        grouped_grad(W, *groups_and_pairs(W, grouped.sae.groups)).value
+        for W in (grouped.sae.W_dec.detach(), plain.sae.W_dec.detach())
+    ]
+    assert inside[0] < 0.5 * inside[1]
 
 
 def test_a_frozen_decoder_is_never_trained(activations):
@@ -107,8 +111,8 @@ def test_ortsae_visits_a_row_every_fifth_step_with_five_times_the_weight(activat
     """256 features in one chunk of 512: all of them at one of five steps, as published; in chunks of 64,
     one at each of four steps of five."""
     for chunk_size, at in ((512, [0, 5, 10]), (64, [0, 1, 2, 3, 5, 6, 7, 8, 10])):
-        visits, pull = [], losses.pull_ortsae
-        monkeypatch.setattr(losses, "pull_ortsae", lambda *args: visits.append(pull(*args)) or visits[-1])
+        visits, visit = [], Rounds.visit
+        monkeypatch.setattr(Rounds, "visit", lambda *args: visits.append(visit(*args)) or visits[-1])
         _, history = train(
             replace(SMALL, arm="ortsae", alpha=0.25, chunk_size=chunk_size), activations, steps=11
         )
@@ -116,7 +120,7 @@ def test_ortsae_visits_a_row_every_fifth_step_with_five_times_the_weight(activat
         assert len(visits) == 11 and sum(v is not None for v in visits) == len(at)
         omegas = [0.0, *(record["omega"] for record in history)]
         first = min(i for i in range(11) if visits[i] is not None)
-        assert sorted(sum((v[1].tolist() for v in visits[:5] if v is not None), [])) == list(range(256))
+        assert sorted(sum((v.rows.tolist() for v in visits[:5] if v is not None), [])) == list(range(256))
         plain = train(SMALL, activations, steps=first + 1)[1][first]
         if first == 0:
             assert history[0]["loss"] - plain["loss"] == pytest.approx(0.25 * omegas[1], rel=1e-4), (
@@ -128,19 +132,22 @@ def test_ortsae_visits_a_row_every_fifth_step_with_five_times_the_weight(activat
 def test_a_round_adds_the_gradient_of_every_row_once_with_the_weight_of_the_round(
     arm, activations, monkeypatch
 ):
-    monkeypatch.setattr(experiment, "ROWS_A_STEP", 30)  # nine steps a round
+    monkeypatch.setattr(rounds, "ROWS_A_STEP", 30)  # nine steps a round
     trainer = Trainer(replace(SMALL, arm=arm, chunk_size=40), 0, activations.x.shape[1], 200, activations)
     sae, alpha = trainer.sae, torch.tensor(0.3)
     sae.groups = torch.arange(256).view(8, 32)
     sae.W_dec.grad = torch.zeros_like(sae.W_dec)
-    assert trainer.round == min(9, ARMS[arm].longest)
-    for part in range(trainer.round):
-        trainer._pull(alpha, part)
+    in_parts = trainer.rounds
+    assert in_parts.steps == min(9, ARMS[arm].longest)
+    for step in range(in_parts.steps):
+        in_parts.add_gradient(sae.W_dec, sae.groups, step, alpha)
     seen = sae.W_dec.grad.clone()
-    whole = trainer.pull(sae.W_dec, sae.groups if arm == "grouped" else trainer.held, 0, 1)
+    whole = Rounds(in_parts.loss, lambda *_: (in_parts.blocks, in_parts.whole)).visit(
+        sae.W_dec, sae.groups, 0
+    )
     expected = torch.zeros_like(seen)
-    expected[whole[1]] = whole[2]
-    torch.testing.assert_close(seen, trainer.round * 0.3 * expected)
+    expected[whole.rows] = whole.grad
+    torch.testing.assert_close(seen, in_parts.steps * 0.3 * expected)
     assert seen.abs().max() > 1e-4
 
 
@@ -163,6 +170,10 @@ def test_dead_features_are_revived_with_unit_rows_and_fresh_moments(activations)
     )
 
 
+def W_nan(trainer):
+    return trainer.sae.W_dec.T @ trainer.sae.W_dec * math.nan
+
+
 @pytest.mark.parametrize("where", ["activation", "weight", "omega"])
 def test_a_non_finite_term_stops_the_run_and_is_named(where, activations, monkeypatch):
     trainer, _ = train(replace(SMALL, arm="fixed"), activations, steps=10)
@@ -174,7 +185,8 @@ def test_a_non_finite_term_stops_the_run_and_is_named(where, activations, monkey
     elif where == "weight":
         trainer.sae.b_dec.data[0] = before.new_tensor(math.inf)
     else:
-        monkeypatch.setattr(trainer, "prepare", lambda W: W.T @ W * math.nan)
+        prepare = trainer.rounds.prepare
+        monkeypatch.setattr(trainer.rounds, "prepare", lambda *args: (prepare(*args)[0], W_nan(trainer)))
     with pytest.raises(
         RunFailed,
         match=f"{'omega' if where == 'omega' else 'fvu'} = (nan|inf).* at step 10 of arm fixed, seed 0",
@@ -320,8 +332,8 @@ def test_the_longest_rounds_learn_the_curve_of_the_shortest(arm, alpha, activati
     the loss, Ω is another."""
     curves, omegas = [], []
     longest = ARMS[arm].longest
-    for name, rows in ((arm, 32), (arm, 512), ("vanilla", 512)):
-        monkeypatch.setattr(experiment, "ROWS_A_STEP", rows)
+    for name, rows_a_step in ((arm, 32), (arm, 512), ("vanilla", 512)):
+        monkeypatch.setattr(rounds, "ROWS_A_STEP", rows_a_step)
         config = replace(
             SMALL,
             arm=name,
@@ -333,7 +345,8 @@ def test_the_longest_rounds_learn_the_curve_of_the_shortest(arm, alpha, activati
             resample_steps=0,
         )
         trainer, history = train(config, activations, steps=400)
-        assert trainer.round == (longest if rows == 32 else ARMS[name].every)
+        steps = trainer.rounds.steps if trainer.rounds else 1
+        assert steps == (longest if rows_a_step == 32 else ARMS[name].every)
         curves.append([sum(r["fvu"] for r in history[i : i + 50]) / 50 for i in range(0, 400, 50)])
         omegas.append(omega_all_pairs(trainer.sae.W_dec).item())
     assert max(abs(a - b) for a, b in zip(*curves[:2])) < 0.01 and curves[0] != curves[1]
@@ -342,7 +355,8 @@ def test_the_longest_rounds_learn_the_curve_of_the_shortest(arm, alpha, activati
 
 def test_a_round_is_long_for_large_dictionaries_and_gentle_losses_only():
     def steps(arm, d_sae, alpha=0.1, lr=0.003):
-        return experiment.round_steps(tiny.config(arm=arm, d_sae=d_sae, alpha=alpha, lr=lr))
+        row = ARMS[arm]
+        return rounds.steps_of_round(d_sae, alpha * lr, row.every, row.longest, row.gentle)
 
     assert [steps("fixed", n) for n in (64, 1024, 1025, 4096, 16_384, 131_072)] == [1, 1, 2, 4, 16, 16]
     assert [steps("grouped", 16_384, alpha) for alpha in (0.01, 0.5, 1.0, 10.0)] == [8, 2, 1, 1] and steps(
@@ -355,15 +369,21 @@ def test_a_round_is_long_for_large_dictionaries_and_gentle_losses_only():
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.02])
-def test_a_pull_weighs_on_the_second_moment_as_if_it_had_come_at_every_step(clip, activations, monkeypatch):
-    """v after a step, from the gradient taken apart: (g + n p)² of Adam, less what n pulls at once weigh
+def test_a_visit_weighs_on_the_second_moment_as_if_it_had_come_at_every_step(clip, activations, monkeypatch):
+    """v after a step, from the gradient taken apart: (g + n p)² of Adam, less what n visits at once weigh
     more than one a step, n² p² - n p²."""
-    monkeypatch.setattr(experiment, "ROWS_A_STEP", 64)  # four steps a round
+    monkeypatch.setattr(rounds, "ROWS_A_STEP", 64)  # four steps a round
     trainer, _ = train(replace(SMALL, arm="fixed", grad_clip=clip, resample_steps=0), activations, steps=7)
     sae, seen = trainer.sae, {}
     moment = trainer.adam.state[sae.W_dec]["exp_avg_sq"]
-    before, pull, step = moment.clone(), trainer._pull, trainer.adam.step
-    monkeypatch.setattr(trainer, "_pull", lambda *args: seen.setdefault("pulled", pull(*args)))
+    before, add, step = moment.clone(), trainer.rounds.add_gradient, trainer.adam.step
+
+    def added(*args):
+        visited = add(*args)
+        seen.update(rows=visited.rows, part=visited.grad.clone())
+        return visited
+
+    monkeypatch.setattr(trainer.rounds, "add_gradient", added)
     monkeypatch.setattr(
         trainer.adam, "step", lambda: (seen.setdefault("grad", sae.W_dec.grad.clone()), step())[1]
     )
@@ -375,7 +395,7 @@ def test_a_pull_weighs_on_the_second_moment_as_if_it_had_come_at_every_step(clip
         lambda parameters, most: whole.setdefault("norm", clipped(parameters, most)),
     )
     trainer.step(*next(activations.batches(512)))
-    rows, grad = seen["pulled"]
+    rows, grad = seen["rows"], seen["part"]
     assert rows.tolist() == list(range(192, 256)), "the eighth step is the last of its round"
     scale = min(1.0, clip / whole["norm"].item()) if clip else 1.0
     assert scale < 1 or not clip

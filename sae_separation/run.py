@@ -1,0 +1,278 @@
+"""One run: its trainers, its log, its checkpoints, its results.
+
+run = Run(out_dir, requested, config, testbed, n_steps)
+run.start(trainers, saved)                       # anew, or as a checkpoint holds them
+run.step(x, forget, log=True)                    # every seed that has not failed
+run.save(position)
+run.evaluate(rows, evaluator, config_hash, train_seconds, bar)        # final_info.json, last
+"""
+
+import contextlib
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_separation import checkpoint, process, results, run_folder
+from sae_separation.config import Config, Request
+from sae_separation.errors import RunFailed, WrongRequest
+from sae_separation.export import export
+from sae_separation.files import CannotWrite, Unusable, seal, sync, write_json, write_whole, writing
+from sae_separation.lm import Testbed
+from sae_separation.losses import omega_between_domains, sharing
+
+
+class Trains(Protocol):
+    """What a run needs of a trainer: one SAE of one seed."""
+
+    sae: Any
+    seed: int
+    steps: int
+    n_steps: int
+    resampled: int
+    history: list[dict]  # one record a logged step
+    failed: str  # why it does not go on; "" while it does
+
+    def step(self, x: Tensor, forget: Tensor) -> dict[str, Tensor]: ...
+    def state(self) -> tuple[dict[str, Tensor], dict]: ...
+    def restore(self, tensors: dict[str, Tensor], facts: dict): ...
+    def refuse_nonfinite(self, named: dict[str, Tensor]): ...
+
+
+class Run:
+    """One run folder: the trainers of its seeds, its log, its checkpoints, its results.
+
+    `config_hash` is its identity: what trained it, without what only its evaluations need.
+    """
+
+    def __init__(self, out_dir: str, requested: Request, config: Config, testbed: Testbed, n_steps: int):
+        self.folder, self.config, self.testbed, self.n_steps = Path(out_dir), config, testbed, n_steps
+        settings = {"requested": asdict(requested), "config": asdict(config)}
+        self.about = settings | {"testbed": results.described(testbed)}
+        identity = results.what_trained(self.about["config"], self.about["testbed"])
+        self.config_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.warnings: list[str] = list(testbed.notes)
+        self.passes: dict[str, int] = {}  # over each domain's text, by the stream
+        self.trainers: Sequence[Trains] = ()
+        self.info: dict = {}  # final_info.json, once it is complete
+
+    def start(self, trainers: Sequence[Trains], saved: tuple[dict, dict] | None):
+        """Begin with new trainers, or with their state as a checkpoint holds it. Raises WrongRequest,
+        RunFailed."""
+        run_folder.make(self.folder)
+        run_folder.refuse_foreign(self.folder, self.config.seeds)
+        run_folder.lock(self.folder)
+        run_folder.remove_half_written(self.folder)
+        if not saved:
+            run_folder.start_anew(self.folder)
+        for part in ("checkpoints", "eval"):
+            (self.folder / part).mkdir(exist_ok=True)
+        self.trainers = trainers
+        about = self.about | run_folder.provenance()
+        if saved:
+            self._restore(*saved)
+            self._warn_of_other_machine(about, saved[1]["position"]["step"])
+        else:
+            write_json(self.folder / "config.json", seal(about))
+        records = [record for trainer in self.trainers for record in trainer.history]
+        records.sort(key=lambda record: record["step"])  # stable: seeds in order
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        write_whole(self.folder / "train_log.jsonl", lines.encode())
+        self.log = (self.folder / "train_log.jsonl").open("a")
+
+    def _restore(self, tensors: dict[str, Tensor], facts: dict):
+        self.warnings = facts["warnings"]
+        try:
+            for i, (trainer, known) in enumerate(zip(self.trainers, facts["trainers"])):
+                trainer.restore(checkpoint.under(f"{i}.", tensors), known)
+        except (KeyError, RuntimeError) as error:
+            what = f"was begun by another version of this program, which keeps other state ({error})"
+            raise WrongRequest(f"{self.folder} {what}: --overwrite it") from error
+        print(f"{self.folder} goes on at step {facts['position']['step']} of {self.n_steps}")
+
+    def _warn_of_other_machine(self, about: dict, step: int):
+        before = run_folder.read_run_json(self.folder / "config.json", {"requested", "config"})
+        now = json.loads(json.dumps(about))
+        others = [k for k in ("versions", "hardware", "git") if before.get(k) != now[k]]
+        if others:
+            what = f"begun with other {', '.join(others)} than it went on with at step {step}"
+            self.warnings.append(f"{what}: not the same bits as in one go")
+
+    def tell_restart(self):
+        """Say that an earlier start is lost, where there is no checkpoint of it; as a warning where they were
+        removed."""
+        if (self.folder / "config.json").exists():
+            print(f"{self.folder} was begun before and holds no checkpoint: it starts again at step 0")
+            if not (self.folder / "checkpoints").is_dir():
+                self.warnings.append("begun before, and its checkpoints were gone: trained again from step 0")
+
+    @property
+    def training(self) -> list[Trains]:
+        """The trainers that have not failed."""
+        return [trainer for trainer in self.trainers if not trainer.failed]
+
+    def step(self, x: Tensor, forget: Tensor, log: bool):
+        """One step of every seed on x [B, D] with its labels [B]; one that fails is told and left behind."""
+        for trainer in self.training:
+            with self._left_behind(trainer):
+                measured = trainer.step(x, forget)
+                if log:
+                    trainer.refuse_nonfinite(dict(trainer.sae.named_parameters()))
+                    trainer.history.append(self._record(trainer, measured))
+                    with writing(self.folder / "train_log.jsonl"):
+                        self.log.write(json.dumps(trainer.history[-1]) + "\n")
+                        self.log.flush()
+
+    @contextlib.contextmanager
+    def _left_behind(self, trainer: Trains) -> Iterator[None]:
+        """Inside, RunFailed is the failure of this trainer alone."""
+        try:
+            yield
+        except CannotWrite:
+            raise
+        except RunFailed as failed:
+            trainer.failed = str(failed)
+            tqdm.write(f"{self.folder}: seed {trainer.seed} failed: {failed}", file=sys.stderr)
+
+    def save(self, at: checkpoint.Position):
+        """Write a checkpoint. A trainer whose state is not finite has failed and leaves no tensors."""
+        tensors, facts = {}, []
+        for i, trainer in enumerate(self.trainers):
+            with self._left_behind(trainer):
+                if not trainer.failed:
+                    state = trainer.state()[0]
+                    logs = {name for name in state if name.startswith("log_")}  # -inf where there is no loss
+                    trainer.refuse_nonfinite({k: t for k, t in state.items() if k not in logs})
+                    tensors |= {f"{i}.{name}": t for name, t in state.items()}
+            facts.append(trainer.state()[1])
+        about = {"config_hash": self.config_hash, "position": asdict(at), "warnings": self.warnings}
+        checkpoint.save(self.folder, at.step, tensors, about | {"trainers": facts})
+
+    def _record(self, trainer: Trains, measured: dict[str, Tensor]) -> dict:
+        sae = trainer.sae
+        when = {"seed": trainer.seed, "step": trainer.steps, "tokens": trainer.steps * self.config.batch_size}
+        return (
+            when
+            | {name: value.item() for name, value in measured.items()}
+            | {
+                "frac_dead": (sae.idle >= self.config.dead_tokens).float().mean().item(),
+                "sharing": sharing(sae.rate).item(),
+                "between_domains": omega_between_domains(sae.W_dec.detach(), sae.affinity).item(),
+            }
+        )
+
+    def progress(self) -> str:
+        last = self.training[-1].history[-1:] if self.training else []
+        return f"{self.folder.name}: " + (f"fvu {last[0]['fvu']:.3f} l0 {last[0]['l0']:.1f}" if last else "-")
+
+    def evaluate(self, rows, evaluator, made_by: dict, train_seconds: float, bar: tqdm):
+        """Export every SAE, evaluate what was exported, and write final_info.json, last and whole; not if a
+        seed has failed."""
+        training, records = {}, {}
+        for trainer in self.training:
+            with self._left_behind(trainer):
+                measured = self._training(trainer, train_seconds)
+                record = self._exported(trainer)
+                results.measure(self.folder, "eval", trainer.seed, record, rows, evaluator, made_by, bar)
+                training[trainer.seed], records[trainer.seed] = measured, record
+                self.warnings += [f"seed {trainer.seed}: {text}" for text in cut_short(trainer)]
+        self.warnings += results.warnings_of(rows, records, training, self.config, self.testbed.d_in)
+        failed = [trainer for trainer in self.trainers if trainer.failed]
+        self.warnings += [f"seed {trainer.seed} failed: {trainer.failed}" for trainer in failed]
+        write_json(self.folder / "warnings.json", self.warnings)
+        if not failed:
+            self.info = {"training": results.summarise(results.by_metric(list(training.values())))}
+            self.info |= {row.section: results.summary_of(row.section, records) for row in rows}
+            run_folder.write_result(self.folder, self.info)
+            run_folder.clear_complete(self.folder)  # not before: one killed in between would be lost
+
+    def _exported(self, trainer: Trains) -> dict:
+        """Export the SAE, once, if SAELens' format holds it: the record of its files' checksums and of what
+        was measured on them."""
+        folder = run_folder.sae_folder(self.folder, trainer.seed)
+        path = run_folder.record_of(self.folder, trainer.seed)
+        if self.config.skip:
+            return results.new_record({})
+        try:
+            record = results.read_record(path)
+        except Unusable as why:
+            print(f"warning: {why}; evaluated anew")
+            record = None
+        if record is None:
+            record = results.new_record({})
+            write_json(path, seal(record))  # by which the SAE's folder is known to be this run's
+        if record["files"] and run_folder.files_of(folder) == record["files"]:
+            return record
+        if record["files"]:
+            print(
+                f"warning: {folder} is not as it was written: the checksum of a file is wrong; exported anew"
+            )
+        self._write_sae(trainer, folder)
+        record = results.new_record(run_folder.files_of(folder))
+        with process.signals.held():
+            write_json(path, seal(record))
+        return record
+
+    def _write_sae(self, trainer: Trains, folder: Path):
+        trainer.sae.temperature.zero_()  # above 0 where the time budget ended training (warned of)
+        testbed = self.testbed
+        about = {"model_name": testbed.name, "hook_name": testbed.hook_name, "hook_layer": testbed.layer}
+        about |= {"context_size": self.config.context_size, "prepend_bos": True}
+        with writing(folder):
+            run_folder.remove_part(folder, "sae_seed*")
+            folder.mkdir(exist_ok=True)
+            export(trainer.sae, folder, about)
+            for file in (*run_folder.written(folder, "sae_seed*"), folder):
+                sync(file)
+
+    def _training(self, trainer: Trains, seconds: float) -> dict:
+        """The section `training`: means over the last twentieth of the log."""
+        if not trainer.history:
+            raise RunFailed("the time budget ended before the first step: raise --time_budget_minutes")
+        tail = trainer.history[-max(1, len(trainer.history) // 20) :]
+        mean = {key: float(np.mean([record[key] for record in tail])) for key in ("loss", "fvu", "l0")}
+        tokens = trainer.steps * self.config.batch_size
+        return {
+            "tokens_trained": tokens,
+            "final_loss": mean["loss"],
+            "final_fvu": mean["fvu"],
+            "final_l0": mean["l0"],
+            "l1_coefficient": tail[-1]["l1_coefficient"],
+            "alpha": tail[-1]["alpha"],
+            "frac_dead": tail[-1]["frac_dead"],
+            "resampled": trainer.resampled,
+            "train_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        } | {f"{domain}_text_passes": n for domain, n in self.passes.items()}
+
+
+def cut_short(trainer: Trains) -> list[str]:
+    """What its training alone tells of why a seed's numbers are not to be taken at their face."""
+    messages = []
+    losses = [record["loss"] for record in trainer.history]
+    if len(losses) > 1 and np.mean(losses[-max(1, len(losses) // 20) :]) >= losses[0]:
+        messages.append("the loss did not fall")
+    if trainer.steps < trainer.n_steps:
+        messages.append(f"the time budget ended training after {trainer.steps} of {trainer.n_steps} steps")
+    return messages
+
+
+def refuse_more_than_memory(configs: Sequence[Config], testbed: Testbed):
+    """Raises WrongRequest when the memory left does not hold what training surely needs: weights and Adam's
+    moments of every SAE, one SAE's gradients and features, and a block of activations that is shuffled."""
+    weights = [8 * testbed.d_in * c.d_sae for c in configs]  # bytes of W_enc and W_dec
+    need = sum(3 * len(c.seeds) * w for c, w in zip(configs, weights))
+    need += max(w + 6 * c.batch_size * c.d_sae for c, w in zip(configs, weights))
+    need += 8 * configs[0].buffer_tokens * testbed.d_in
+    left = process.memory_left(testbed.lm.device)
+    if need > left:
+        what = f"training needs at least {need / 1e9:.1f} GB of memory and {left / 1e9:.1f} GB are left"
+        lower = "--d_sae, --batch_size, --buffer_tokens, or the number of --seeds or run folders"
+        raise WrongRequest(f"{what}: lower {lower}")
