@@ -6,17 +6,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sae_separation import evals, process, run_folder
 from sae_separation.config import Command, Request
 from sae_separation.errors import WrongRequest
 from sae_separation.specs import ASKED, CUSTOM
 
+R = TypeVar("R", bound=Request)
+
 
 def unfinished(
-    command: Command, requests: Sequence[Request], plan: Mapping[str, dict[str, Any]]
-) -> tuple[Command, list[Request]]:
+    command: Command, requests: Sequence[R], plan: Mapping[str, dict[str, Any]]
+) -> tuple[Command, list[R]]:
     """The command and the requests of the runs that are left to train, or to evaluate where evaluations are
     named. Other complete runs are named and left alone. This process holds the lock of every folder that is
     left.
@@ -43,9 +45,7 @@ def unfinished(
     return replace(command, out_dir=tuple(name for name, _ in left)), [request for _, request in left]
 
 
-def to_go_on(
-    folder: Path, request: Request, planned: Request, evaluations: tuple[str, ...]
-) -> Request | None:
+def to_go_on(folder: Path, request: R, planned: R, evaluations: tuple[str, ...]) -> R | None:
     """The request for a folder that holds a run: as it was made where it is complete and to be evaluated;
     None where it is complete, which is then said. Raises WrongRequest."""
     made = run_folder.read_run_json(folder / "config.json", {"requested", "config"})
@@ -93,7 +93,7 @@ def refuse_differing(folder: Path, request: Request, made: dict, differs: list[s
         raise WrongRequest(f"--out_dir {folder} holds a run with other settings ({said}); {remedy}")
 
 
-def as_made(request: Request, made: dict) -> Request:
+def as_made(request: R, made: dict) -> R:
     """The settings that a complete run was made with, and what is wanted for its evaluation."""
     known = {f.name: made["requested"][f.name] for f in fields(request) if f.name in made["requested"]}
     known |= {name: getattr(request, name) for name in ASKED if getattr(request, name)}

@@ -69,7 +69,7 @@ class Rounds:
         """Add `alpha` times the gradient of a visit, times the steps of a round, to W_dec.grad; returns it
         so."""
         visited = self.visit(W_dec, groups, update)
-        if visited is not None:
+        if visited is not None and W_dec.grad is not None:
             visited.grad.mul_(self.steps * alpha)
             W_dec.grad.index_add_(0, visited.rows, visited.grad)
         return visited
