@@ -210,18 +210,13 @@ from tqdm import tqdm
 from sae_separation import losses, testbeds
 from sae_separation.evaluation import Evaluator, evaluation_contexts
 from sae_separation.exam import most_positions, special_ids
+from sae_separation.gradients import Terms, accumulate_grads
 from sae_separation.lm import Testbed, bfloat16_twins, fast_lm_tokens, hidden_of, massive, parameters_as
 from sae_separation.losses import has_bf16
+from sae_separation.resample import resample
 from sae_separation.rounds import Rounds, steps_of_round
 from sae_separation.run import Run, refuse_more_than_memory
-from sae_separation.sparse import (
-    ACTIVATIONS,
-    SPARSE_SHARE,
-    DenseFeatures,
-    cache_blocks,
-    remove_radial,
-    sparse_features,
-)
+from sae_separation.sparse import ACTIVATIONS, cache_blocks, remove_radial
 
 # -------------------------------------------------------------------------------- activation stream
 
@@ -285,7 +280,8 @@ class ActivationStream:
                 (getattr(testbed, domain), partial(self.passes.__setitem__, domain)) for domain in self.passes
             )
         ]
-        self.seed, self.block_index, self.block = seed, 0, None
+        self.seed, self.block_index = seed, 0
+        self.block: ActivationBlock | None = None
         self.with_massive = 0.0  # share of the block's contexts that hold a massive row
         process.make_collections_short()
 
@@ -344,19 +340,6 @@ class ActivationStream:
 
 
 # -------------------------------------------------------------------------------- the SAE
-
-
-@dataclass
-class Terms:
-    """What one pass measured, on the device: 0-d tensors, how often each feature `fired` on forget and retain
-    rows [2, F], and a `sketch` of which rows [F, K] (losses.firing_profile)."""
-
-    fvu: Tensor
-    l1: Tensor
-    l0: Tensor
-    fired: Tensor
-    firing: Tensor | None
-    sketch: Tensor | None
 
 
 class OrthogonalSAE(torch.nn.Module):
@@ -474,70 +457,6 @@ class OrthogonalSAE(torch.nn.Module):
         return fvu, f.sum() / len(x) / math.sqrt(x.shape[1])
 
     @torch.no_grad()
-    def accumulate_grads(
-        self,
-        x: Tensor,
-        forget: Tensor,
-        l1: Tensor,
-        dtype: torch.dtype,
-        firing_loss: tuple[slice, Callable] | None = None,
-        gain_F: Tensor | None = None,
-        weight: float = 1.0,
-        signs_BK: Tensor | None = None,
-    ) -> Terms:
-        """Add `weight` times the gradients of FVU + (l1 · mean Σ f + firing_loss) / √d_in to .grad, by hand,
-        and measure the terms.
-
-        x [B, D] in the LM's units, forget [B] (bool), l1 a 0-d tensor; firing_loss, if given, is a slice of
-        features and what maps their pre-activations [B, G] and forget [B] to its value and its gradient by
-        these; gain [F], if given, multiplies each feature (0: it takes no part); signs [B, K], if given, are
-        summed for each feature over the rows that it fires on. Matrix products run in `dtype` and accumulate
-        in fp32, weights stay fp32; in bfloat16 a product's entries, counts of firing among them, are right to
-        0.4 %. Five products instead of autograd's six: x needs no gradient, and that of b_dec through the
-        encoder is one matrix-vector product.
-        """
-        B, D = x.shape
-        u_BD, _, size = self.normalise(x)
-        variance = (x - x.mean(0)).pow(2).sum()
-        u_BD = u_BD - self.b_dec
-        features = self._features(u_BD, dtype, gain_F, forget)
-        error_BD = features.decode(self.W_dec).sub_(u_BD, alpha=1 - self.skip)
-        d_out_BD, per_row = error_BD * (size**2 * (2 * weight / variance)), 1 / (B * math.sqrt(D))
-        d_W_dec, d_W_enc_FD, d_b_enc = features.gradients(d_out_BD, u_BD, self.W_dec, l1 * per_row * weight)
-        firing = None
-        if firing_loss:
-            group, loss = firing_loss
-            firing, d_firing = loss(self.pre_activations(u_BD, group), forget)
-            d_firing *= weight / math.sqrt(D)
-            d_W_enc_FD[group] += d_firing.T @ u_BD
-            d_b_enc[group] += d_firing.sum(0)
-        d_b_dec = (1 - self.skip) * d_out_BD.sum(0) - self.W_enc @ d_b_enc
-        grads = {"W_dec": d_W_dec, "W_enc_FD": d_W_enc_FD, "b_enc": d_b_enc, "b_dec": d_b_dec}
-        for name, grad in grads.items():
-            parameter = self.get_parameter(name)
-            if parameter.requires_grad:
-                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
-        fired_2F, total = features.counts()
-        self.active.copy_(fired_2F.sum() / B)
-        return Terms(
-            fvu=(error_BD * size).pow(2).sum() / variance,
-            l1=total * per_row,
-            l0=self.active.clone(),
-            fired=fired_2F,
-            firing=None if firing is None else firing / math.sqrt(D),
-            sketch=None if signs_BK is None else features.sketch(signs_BK),
-        )
-
-    def _features(self, u_BD: Tensor, dtype: torch.dtype, gain_F: Tensor | None, forget: Tensor):
-        """SparseFeatures where few were active in the last batch, on a CPU and not compiled; else
-        DenseFeatures."""
-        few = self.active < SPARSE_SHARE[dtype] * len(self.b_enc)
-        if u_BD.device.type == "cpu" and not torch.compiler.is_compiling() and few:
-            return sparse_features(self, u_BD, dtype, gain_F, forget)
-        f_BF, slope_BF = ACTIVATIONS[self.activation](self.pre_activations(u_BD.to(dtype)), self)
-        return DenseFeatures(f_BF, slope_BF, gain_F, forget)
-
-    @torch.no_grad()
     def normalise_decoder(self):
         for W in cache_blocks(self.W_dec):
             W /= W.norm(dim=1, keepdim=True)
@@ -566,15 +485,14 @@ class Trainer:
         self.config, self.arm, self.seed, self.n_steps = config, ARMS[config.arm], seed, n_steps
         device, x = first_block.x.device, first_block.x
         self.dtype = torch.bfloat16 if has_bf16(device) else torch.float32
-        norm_sq = sum(part.pow(2).sum() for part in x.split(4096)) / len(x)  # in parts: no copy of the block
-        scale = math.sqrt(d_in / norm_sq.item())
+        parts = (part.pow(2).sum() for part in x.split(4096))  # in parts: no copy of the block
+        scale = math.sqrt(d_in / (sum(parts, start=x.new_zeros(())) / len(x)).item())
         options = config.activation, config.k, config.layer_norm, config.skip, config.orthogonal_init
         self.sae = OrthogonalSAE(d_in, config.d_sae, seed, scale, *options).to(device)
         self.steered_l0 = config.target_l0 if config.activation == "relu" else 0.0
         self._set_biases(x)
         self.sae.W_dec.requires_grad_(self.arm.trains_decoder)
-        if config.compile:
-            self.sae.accumulate_grads = torch.compile(self.sae.accumulate_grads)
+        self.accumulate_grads = torch.compile(accumulate_grads) if config.compile else accumulate_grads
         self.generator = torch.Generator().manual_seed(seed)
         self.adam = torch.optim.Adam(self.sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, self._lr_factor)
@@ -604,12 +522,13 @@ class Trainer:
         """b_dec is the mean of u. relu starts sparse, near the target L0: many features to bring down run
         lambda up, or are killed together."""
         sae, config = self.sae, self.config
-        sae.b_dec.copy_(sum(sae.normalise(part)[0].sum(0) for part in x.split(4096)) / len(x))
+        parts = (sae.normalise(part)[0].sum(0) for part in x.split(4096))
+        sae.b_dec.copy_(sum(parts, start=x.new_zeros(x.shape[1])) / len(x))
         if config.activation == "relu":
             l0 = 2 * (config.target_l0 or x.shape[1] / 8)
             rows = x[: min(4096, max(1, 2**22 // config.d_sae))]
             pre = (sae.normalise(rows)[0] - sae.b_dec) @ sae.W_enc
-            sae.b_enc -= torch.quantile(pre.flatten()[: 2**22], 1 - min(0.5, l0 / config.d_sae))
+            sae.b_enc.sub_(torch.quantile(pre.flatten()[: 2**22], 1 - min(0.5, l0 / config.d_sae)))
             sae.active.fill_(l0)
 
     # what a checkpoint holds
@@ -696,9 +615,9 @@ class Trainer:
         firing_loss = None
         if self.firing_loss:
             firing_loss = slice(self.options["forget_features"]), partial(self.firing_loss, alpha=alpha)
-        share = 1 / config.grad_accumulation
-        terms = sae.accumulate_grads(x, forget, l1, self.dtype, firing_loss, self._gain(), share, signs)
-        if regroup and terms.fvu.isfinite():
+        how = self.dtype, firing_loss, self._gain(), 1 / config.grad_accumulation, signs
+        terms = self.accumulate_grads(sae, x, forget, l1, *how)
+        if terms.sketch is not None and terms.fvu.isfinite():
             profile = losses.firing_profile(terms.sketch, sae.affinity)
             sae.groups = losses.form_groups(profile, self.options["group_size"]).to(x.device)
         visited = None
@@ -714,7 +633,8 @@ class Trainer:
         self.steps += 1
         still = self.steps < (1 - config.decay_fraction) * self.n_steps
         if config.resample_steps and self.steps % config.resample_steps == 0 and still:
-            self._resample(x)
+            dead = sae.idle >= config.dead_tokens
+            self.resampled += resample(sae, dead, x, self.adam, self.generator)
         return measured
 
     def _groups_are_due(self, updates: int) -> bool:
@@ -755,7 +675,7 @@ class Trainer:
     def _update(self, visited: losses.DecoderGrad | None):
         """Take the optimiser's step on the gradients gathered."""
         sae, config = self.sae, self.config
-        if self.arm.trains_decoder:
+        if self.arm.trains_decoder and sae.W_dec.grad is not None:
             remove_radial(sae.W_dec.grad, sae.W_dec)
         if config.grad_clip:
             norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), config.grad_clip)
@@ -801,37 +721,6 @@ class Trainer:
             self.log_alpha += 0.01 * off.log().clamp(-1, 1)
             self.log_alpha.clamp_(math.log(1e-2), math.log(100.0))
 
-    @torch.no_grad()
-    def _resample(self, x: Tensor):
-        """Point dead features at badly reconstructed rows of the batch (drawn by squared error), with the
-        living's mean encoder norm and bias and fresh Adam moments (after Bricken et al., Towards
-        Monosemanticity, 2023, appendix on resampling)."""
-        sae = self.sae
-        alive = sae.idle < self.config.dead_tokens
-        dead = (~alive).nonzero()[:, 0]
-        if not len(dead):
-            return
-        # in parts: [B, F] of a large dictionary is larger than its weights
-        error = torch.cat([part - sae(part) for part in x.split(256)])
-        weight, n = error.pow(2).sum(1).cpu(), min(len(dead), len(x))
-        chosen = torch.multinomial(weight, n, generator=self.generator).to(x.device)
-        dead = dead[: len(chosen)]
-        direction = torch.nn.functional.normalize(error[chosen], dim=1)
-        size, bias = 1.0, 0.0
-        if alive.any():
-            size, bias = sae.W_enc_FD[alive].norm(dim=1).mean(), sae.b_enc[alive].mean()
-        if self.arm.trains_decoder:
-            sae.W_dec[dead] = direction
-        else:
-            direction = sae.W_dec[dead]
-        sae.W_enc_FD[dead] = size * direction
-        sae.b_enc[dead] = bias
-        sae.idle[dead] = 0
-        for parameter in (sae.W_dec, sae.W_enc_FD, sae.b_enc):
-            for moment in ("exp_avg", "exp_avg_sq") if parameter.requires_grad else ():
-                self.adam.state[parameter][moment][dead] = 0.0
-        self.resampled += len(dead)
-
 
 # -------------------------------------------------------------------------------- the training loop
 
@@ -859,7 +748,7 @@ class TrainingLoop:
         with tqdm(total=total, initial=done, **how) as bar:
             try:
                 while self._goes_on():
-                    self._train_on_block(size, bar)
+                    self._train_on_block(self.stream.block or self.stream.next_block(), size, bar)
                     if self._goes_on():
                         self.stream.next_block()
             except Interrupted as stop:
@@ -878,9 +767,9 @@ class TrainingLoop:
         in_time = self.at.step < self.n_steps and time.monotonic() < self.deadline
         return in_time and any(run.training for run in self.runs)
 
-    def _train_on_block(self, size: int, bar: tqdm):
+    def _train_on_block(self, block: ActivationBlock, size: int, bar: tqdm):
         at = self.at
-        for x, forget in islice(self.stream.block.batches(size), at.batch, None):
+        for x, forget in islice(block.batches(size), at.batch, None):
             with process.signals.held():
                 for run in self.runs:
                     run.step(x, forget, log=at.step % 25 == 0 or at.step == self.n_steps - 1)
@@ -978,7 +867,8 @@ def train_runs(
     shared = one_pass(names, resolved)
     n_steps = shared.tokens // shared.batch_size
     refuse_more_than_memory(resolved, testbed)
-    runs = [Run(out_dir, *pair, testbed, n_steps) for out_dir, *pair in zip(names, asked, resolved)]
+    each = zip(names, asked, resolved)
+    runs = [Run(name, request, config, testbed, n_steps) for name, request, config in each]
     hashes = {run.folder: run.config_hash for run in runs}
     saved = None if command.overwrite else checkpoint.newest_common(hashes)
     if not saved and not command.overwrite:

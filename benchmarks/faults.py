@@ -812,14 +812,14 @@ def spoil_x(trainer, x):
 
 
 def spoil_gradient(trainer, x):
-    accumulate = trainer.sae.accumulate_grads
+    accumulate = trainer.accumulate_grads
 
     def spoiled(*args):
         terms = accumulate(*args)
         trainer.sae.W_enc_FD.grad[7, 3] = float("inf")
         return terms
 
-    trainer.sae.accumulate_grads = spoiled
+    trainer.accumulate_grads = spoiled
 
 
 def spoil(name: str, value: float):

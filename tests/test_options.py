@@ -14,6 +14,7 @@ import experiment
 from experiment import OrthogonalSAE, Request, Trainer, WrongRequest
 from sae_separation import losses
 from sae_separation.export import export, load_exported
+from sae_separation.gradients import accumulate_grads
 from sae_separation.sparse import batch_top_k, relu, soft_k_winners
 
 META = {"model_name": "m", "hook_name": "h", "hook_layer": 0, "context_size": 16, "prepend_bos": True}
@@ -88,7 +89,7 @@ def test_gradients_by_hand_equal_autograd_of_the_naive_loss(kind, path, x, monke
         slice(0, 20),
         partial(losses.domain_hinges, margin=0.4, alpha=torch.tensor(0.7), gap_weight=0.3),
     )
-    terms = sae.accumulate_grads(x, FORGET, l1, torch.float32, firing_loss, gain, weight=0.5)
+    terms = accumulate_grads(sae, x, FORGET, l1, torch.float32, firing_loss, gain, weight=0.5)
     by_hand = {name: p.grad.clone() for name, p in sae.named_parameters()}
     sae.zero_grad()
     fvu, paid = naive_loss(sae, x, l1, gain)
@@ -270,8 +271,8 @@ def test_feature_dropout_leaves_out_the_given_share_and_scales_the_rest(activati
     assert (gains == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
     assert not torch.equal(gains[0], gains[1]), "drawn anew each batch"
     sae, x = trainer.sae, activations.x[:512]
-    terms = sae.accumulate_grads(
-        x, activations.forget[:512], torch.tensor(0.0), torch.float32, gain_F=gains[0]
+    terms = accumulate_grads(
+        sae, x, activations.forget[:512], torch.tensor(0.0), torch.float32, gain_F=gains[0]
     )
     assert terms.fired[:, gains[0] == 0].sum() == 0 and sae.W_enc_FD.grad[gains[0] == 0].abs().max() == 0
 

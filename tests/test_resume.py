@@ -560,14 +560,14 @@ def test_changed_weights_measurements_and_settings_are_noticed(here, tmp_path, m
 
 
 def bad_gradient(trainer, x):
-    accumulate = trainer.sae.accumulate_grads
+    accumulate = trainer.accumulate_grads
 
     def spoiled(*args):
         terms = accumulate(*args)
         trainer.sae.W_enc_FD.grad[7, 3] = math.inf
         return terms
 
-    trainer.sae.accumulate_grads = spoiled
+    trainer.accumulate_grads = spoiled
 
 
 def bad_parameter(trainer, x):

@@ -5,11 +5,12 @@ from functools import partial
 import pytest
 import torch
 
-import experiment
+import sae_separation.gradients
 import sae_separation.sparse
 from experiment import OrthogonalSAE
 from sae_separation import losses
 from sae_separation.export import export, load_exported
+from sae_separation.gradients import accumulate_grads
 from sae_separation.sparse import remove_radial, sparse_features, true_places
 
 
@@ -32,7 +33,7 @@ def x():
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
 def test_hand_written_gradients_equal_autograd_of_the_plain_forward(sae, x, dtype, rtol):
     l1 = torch.tensor(0.05)
-    terms = sae.accumulate_grads(x, torch.arange(256) % 2 == 0, l1, dtype)
+    terms = accumulate_grads(sae, x, torch.arange(256) % 2 == 0, l1, dtype)
     by_hand = {name: p.grad.clone() for name, p in sae.named_parameters()}
     sae.zero_grad()
     fvu, sparsity = sae.loss_terms(x)
@@ -53,7 +54,7 @@ def test_the_sparse_path_measures_what_the_dense_one_does_and_both_keep_a_nan(ac
         sae = OrthogonalSAE(24, 96, seed=3, activation=activation, k=5)
         sae.temperature.fill_(temperature)
         sae.active.fill_(active)
-        terms = sae.accumulate_grads(x, forget, l1, torch.float32)
+        terms = accumulate_grads(sae, x, forget, l1, torch.float32)
         seen.append(
             [
                 terms.fvu,
@@ -69,7 +70,7 @@ def test_the_sparse_path_measures_what_the_dense_one_does_and_both_keep_a_nan(ac
         )
         sae.active.fill_(active)
         sae.W_enc.data[3, 7] = torch.nan
-        assert not sae.accumulate_grads(x, forget, l1, torch.float32).fvu.isfinite()
+        assert not accumulate_grads(sae, x, forget, l1, torch.float32).fvu.isfinite()
     for sparse, dense in zip(*seen):
         torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-6)
     assert seen[0][3].sum() > 256
@@ -77,13 +78,16 @@ def test_the_sparse_path_measures_what_the_dense_one_does_and_both_keep_a_nan(ac
 
 def test_the_path_follows_the_share_of_active_features_by_itself(x, monkeypatch):
     taken = []
-    for module, name in ((experiment, "DenseFeatures"), (sae_separation.sparse, "SparseFeatures")):
+    for module, name in (
+        (sae_separation.gradients, "DenseFeatures"),
+        (sae_separation.sparse, "SparseFeatures"),
+    ):
         kind = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, kind=kind: taken.append(kind) or kind(*args))
     sae = OrthogonalSAE(24, 400, seed=3)
     for bias in (0.0, -2.0, -2.0, 0.0, 0.0):
         sae.b_enc.data.fill_(bias)
-        sae.accumulate_grads(x, torch.zeros(256, dtype=torch.bool), torch.tensor(0.0), torch.float32)
+        accumulate_grads(sae, x, torch.zeros(256, dtype=torch.bool), torch.tensor(0.0), torch.float32)
         assert sae.active.item() == pytest.approx((sae.encode(x) > 0).sum().item() / 256)
     assert [kind.__name__ for kind in taken] == [
         "DenseFeatures",
@@ -98,7 +102,7 @@ def test_a_batch_without_any_active_feature_has_gradient_zero_and_not_nan(x):
     sae = OrthogonalSAE(24, 96, seed=3)
     sae.b_enc.data.fill_(-100.0)
     sae.active.fill_(0.0)
-    terms = sae.accumulate_grads(x, torch.zeros(256, dtype=torch.bool), torch.tensor(0.1), torch.float32)
+    terms = accumulate_grads(sae, x, torch.zeros(256, dtype=torch.bool), torch.tensor(0.1), torch.float32)
     assert terms.l0 == 0 and terms.fvu.isfinite() and all(p.grad.isfinite().all() for p in sae.parameters())
     assert sae.W_dec.grad.abs().max() == sae.W_enc_FD.grad.abs().max() == 0
 
@@ -126,7 +130,9 @@ def test_a_sketch_sums_the_signs_of_the_rows_that_a_feature_fires_on(activation,
         losses.random_signs(256, 16, torch.Generator().manual_seed(1)),
     )
     sae.active.fill_(active)
-    terms = sae.accumulate_grads(x, torch.arange(256) < 100, torch.tensor(0.0), torch.float32, signs_BK=signs)
+    terms = accumulate_grads(
+        sae, x, torch.arange(256) < 100, torch.tensor(0.0), torch.float32, signs_BK=signs
+    )
     pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
     few = {
         "relu": pre > 0,
@@ -159,19 +165,19 @@ def test_features_are_found_a_part_at_a_time_as_all_at_once(x, monkeypatch):
 
 def test_gradients_accumulate_and_a_frozen_decoder_gets_none(sae, x):
     forget, l1 = torch.zeros(256, dtype=torch.bool), torch.tensor(0.0)
-    sae.accumulate_grads(x, forget, l1, torch.float32)
+    accumulate_grads(sae, x, forget, l1, torch.float32)
     once = sae.W_enc_FD.grad.clone()
-    sae.accumulate_grads(x, forget, l1, torch.float32)
+    accumulate_grads(sae, x, forget, l1, torch.float32)
     torch.testing.assert_close(sae.W_enc_FD.grad, 2 * once)
     sae.zero_grad()
     sae.W_dec.requires_grad_(False)
-    sae.accumulate_grads(x, forget, l1, torch.float32)
+    accumulate_grads(sae, x, forget, l1, torch.float32)
     assert sae.W_dec.grad is None and sae.W_enc_FD.grad is not None
 
 
 def test_counts_and_l0_are_those_of_the_features(sae, x):
     forget = torch.arange(256) < 100
-    terms = sae.accumulate_grads(x, forget, torch.tensor(0.0), torch.float32)
+    terms = accumulate_grads(sae, x, forget, torch.tensor(0.0), torch.float32)
     active = sae.encode(x) > 0
     assert torch.equal(terms.fired[0], active[:100].sum(0).float()), "forget"
     assert torch.equal(terms.fired[1], active[100:].sum(0).float()), "retain"
@@ -187,7 +193,7 @@ def test_any_leading_shape_gives_the_same_rows(sae, shape):
 
 
 def test_decoder_rows_are_normalised_along_d_in_and_the_radial_gradient_is_removed(sae, x):
-    sae.accumulate_grads(x, torch.zeros(256, dtype=torch.bool), torch.tensor(0.0), torch.float32)
+    accumulate_grads(sae, x, torch.zeros(256, dtype=torch.bool), torch.tensor(0.0), torch.float32)
     remove_radial(sae.W_dec.grad, sae.W_dec)
     assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-7
     with torch.no_grad():
@@ -230,7 +236,7 @@ def test_the_domain_hinges_are_the_gradient_of_their_loss(sae, x):
     """Against autograd of leak and gap written out row by row, and values by hand."""
     forget, l1, alpha = torch.arange(256) < 100, torch.tensor(0.05), torch.tensor(0.7)
     firing_loss = slice(0, 20), partial(losses.domain_hinges, margin=0.4, alpha=alpha, gap_weight=0.3)
-    terms = sae.accumulate_grads(x, forget, l1, torch.float32, firing_loss)
+    terms = accumulate_grads(sae, x, forget, l1, torch.float32, firing_loss)
     by_hand = {name: p.grad.clone() for name, p in sae.named_parameters()}
     sae.zero_grad()
     fvu, sparsity = sae.loss_terms(x)

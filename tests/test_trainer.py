@@ -8,12 +8,12 @@ import pytest
 import tiny
 import torch
 
-import experiment
-from experiment import ARMS, SPARSE_SHARE, ActivationBlock, RunFailed, Trainer
+from experiment import ARMS, ActivationBlock, RunFailed, Trainer
 from sae_separation import rounds
 from sae_separation.losses import grouped_grad, groups_and_pairs, omega_all_pairs
+from sae_separation.resample import resample
 from sae_separation.rounds import Rounds
-from sae_separation.sparse import remove_radial
+from sae_separation.sparse import SPARSE_SHARE, remove_radial
 
 SMALL = tiny.config(
     arm="vanilla",
@@ -159,9 +159,10 @@ def test_dead_features_are_revived_with_unit_rows_and_fresh_moments(activations)
         sae.idle[:40] = SMALL.dead_tokens
     x, _ = next(activations.batches(512))
     assert (sae.encode(x)[:, :40] > 0).sum() == 0
-    trainer._resample(x)
+    dead = sae.idle >= SMALL.dead_tokens
+    assert resample(sae, dead, x, trainer.adam, trainer.generator) == 40
     assert (sae.encode(x)[:, :40] > 0).any(0).float().mean() > 0.9
-    assert trainer.resampled == 40 and sae.idle[:40].max() == 0
+    assert sae.idle[:40].max() == 0
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(256))
     assert (
         trainer.adam.state[sae.W_enc_FD]["exp_avg"][:40].abs().max()
@@ -294,7 +295,7 @@ def test_the_sparse_path_learns_the_curve_of_the_dense_one(settings, activations
     each other."""
     curves = []
     for share in (2.0, 0.0):
-        monkeypatch.setattr("experiment.SPARSE_SHARE", dict.fromkeys(SPARSE_SHARE, share))
+        monkeypatch.setattr("sae_separation.gradients.SPARSE_SHARE", dict.fromkeys(SPARSE_SHARE, share))
         curves.append(
             [
                 r["fvu"]
@@ -316,7 +317,7 @@ def test_the_compiled_step_learns_the_curve_of_the_plain_one(settings, activatio
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     config = replace(SMALL, resample_steps=0, **settings)
-    monkeypatch.setattr(experiment, "SPARSE_SHARE", dict.fromkeys(SPARSE_SHARE, 0.0))
+    monkeypatch.setattr("sae_separation.gradients.SPARSE_SHARE", dict.fromkeys(SPARSE_SHARE, 0.0))
     curves, graphs = [], []
     for compiled, seed in ((False, 1), (True, 0), (True, 1)):
         trainer, history = train(replace(config, compile=compiled), activations, steps=60, seed=seed)

@@ -1,0 +1,118 @@
+"""One batch of training by hand: FVU, L1 and a loss on firing, and their gradients.
+
+terms = accumulate_grads(sae, x, forget, l1, dtype)      # adds to .grad of W_dec, W_enc_FD, b_enc, b_dec
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sae_separation.sparse import (
+    ACTIVATIONS,
+    SPARSE_SHARE,
+    DenseFeatures,
+    Encoder,
+    SparseFeatures,
+    sparse_features,
+)
+
+
+class TrainedSAE(Encoder, Protocol):
+    """What is read of an SAE in training: its parameters, the share of the input that goes past the features,
+    and how many features a row were active in the last batch."""
+
+    W_dec: torch.nn.Parameter
+    W_enc_FD: torch.nn.Parameter
+    b_dec: torch.nn.Parameter
+    skip: float
+    active: Tensor
+
+    @property
+    def W_enc(self) -> Tensor: ...
+    def normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+    def get_parameter(self, target: str) -> torch.nn.Parameter: ...
+
+
+@dataclass
+class Terms:
+    """What one pass measured, on the device: 0-d tensors, how often each feature `fired` on forget and retain
+    rows [2, F], and a `sketch` of which rows [F, K] (losses.firing_profile)."""
+
+    fvu: Tensor
+    l1: Tensor
+    l0: Tensor
+    fired: Tensor
+    firing: Tensor | None
+    sketch: Tensor | None
+
+
+@torch.no_grad()
+def accumulate_grads(
+    sae: TrainedSAE,
+    x: Tensor,
+    forget: Tensor,
+    l1: Tensor,
+    dtype: torch.dtype,
+    firing_loss: tuple[slice, Callable] | None = None,
+    gain_F: Tensor | None = None,
+    weight: float = 1.0,
+    signs_BK: Tensor | None = None,
+) -> Terms:
+    """Add `weight` times the gradients of FVU + (l1 · mean Σ f + firing_loss) / √d_in to .grad, by hand,
+    and measure the terms.
+
+    x [B, D] in the LM's units, forget [B] (bool), l1 a 0-d tensor; firing_loss, if given, is a slice of
+    features and what maps their pre-activations [B, G] and forget [B] to its value and its gradient by
+    these; gain [F], if given, multiplies each feature (0: it takes no part); signs [B, K], if given, are
+    summed for each feature over the rows that it fires on. Matrix products run in `dtype` and accumulate
+    in fp32, weights stay fp32; in bfloat16 a product's entries, counts of firing among them, are right to
+    0.4 %. Five products instead of autograd's six: x needs no gradient, and that of b_dec through the
+    encoder is one matrix-vector product.
+    """
+    B, D = x.shape
+    u_BD, _, size = sae.normalise(x)
+    variance = (x - x.mean(0)).pow(2).sum()
+    u_BD = u_BD - sae.b_dec
+    features = features_of(sae, u_BD, dtype, gain_F, forget)
+    error_BD = features.decode(sae.W_dec).sub_(u_BD, alpha=1 - sae.skip)
+    d_out_BD, per_row = error_BD * (size**2 * (2 * weight / variance)), 1 / (B * math.sqrt(D))
+    d_W_dec, d_W_enc_FD, d_b_enc = features.gradients(d_out_BD, u_BD, sae.W_dec, l1 * per_row * weight)
+    firing = None
+    if firing_loss:
+        group, loss = firing_loss
+        firing, d_firing = loss(sae.pre_activations(u_BD, group), forget)
+        d_firing *= weight / math.sqrt(D)
+        d_W_enc_FD[group] += d_firing.T @ u_BD
+        d_b_enc[group] += d_firing.sum(0)
+    d_b_dec = (1 - sae.skip) * d_out_BD.sum(0) - sae.W_enc @ d_b_enc
+    grads = {"W_dec": d_W_dec, "W_enc_FD": d_W_enc_FD, "b_enc": d_b_enc, "b_dec": d_b_dec}
+    for name, grad in grads.items():
+        parameter = sae.get_parameter(name)
+        if parameter.requires_grad:
+            parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+    fired_2F, total = features.counts()
+    sae.active.copy_(fired_2F.sum() / B)
+    return Terms(
+        fvu=(error_BD * size).pow(2).sum() / variance,
+        l1=total * per_row,
+        l0=sae.active.clone(),
+        fired=fired_2F,
+        firing=None if firing is None else firing / math.sqrt(D),
+        sketch=None if signs_BK is None else features.sketch(signs_BK),
+    )
+
+
+def features_of(
+    sae: TrainedSAE, u_BD: Tensor, dtype: torch.dtype, gain_F: Tensor | None, forget: Tensor
+) -> SparseFeatures | DenseFeatures:
+    """SparseFeatures where few were active in the last batch, on a CPU and not compiled; else
+    DenseFeatures."""
+    few = sae.active < SPARSE_SHARE[dtype] * len(sae.b_enc)
+    if u_BD.device.type == "cpu" and not torch.compiler.is_compiling() and few:
+        return sparse_features(sae, u_BD, dtype, gain_F, forget)
+    f_BF, slope_BF = ACTIVATIONS[sae.activation](sae.pre_activations(u_BD.to(dtype)), sae)
+    return DenseFeatures(f_BF, slope_BF, gain_F, forget)

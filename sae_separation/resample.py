@@ -1,0 +1,39 @@
+"""Dead features, pointed at what the SAE reconstructs badly."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def resample(
+    sae: Any, dead_F: Tensor, x: Tensor, adam: torch.optim.Optimizer, generator: torch.Generator
+) -> int:
+    """Point the dead features [F] (bool) of an OrthogonalSAE at rows of x [B, D] drawn by squared error, with
+    the living's mean encoder norm and bias and fresh Adam moments (after Bricken et al., Towards
+    Monosemanticity, 2023, appendix on resampling). At most one a row; returns how many. A decoder that is not
+    trained keeps its directions."""
+    dead = dead_F.nonzero()[:, 0]
+    if not len(dead):
+        return 0
+    # in parts: [B, F] of a large dictionary is larger than its weights
+    error = torch.cat([part - sae(part) for part in x.split(256)])
+    weight, n = error.pow(2).sum(1).cpu(), min(len(dead), len(x))
+    chosen = torch.multinomial(weight, n, generator=generator).to(x.device)
+    dead = dead[: len(chosen)]
+    direction = torch.nn.functional.normalize(error[chosen], dim=1)
+    size, bias = torch.ones(()), torch.zeros(())
+    if not dead_F.all():
+        size, bias = sae.W_enc_FD[~dead_F].norm(dim=1).mean(), sae.b_enc[~dead_F].mean()
+    if sae.W_dec.requires_grad:
+        sae.W_dec[dead] = direction
+    else:
+        direction = sae.W_dec[dead]
+    sae.W_enc_FD[dead] = size * direction
+    sae.b_enc[dead] = bias
+    sae.idle[dead] = 0
+    for parameter in (sae.W_dec, sae.W_enc_FD, sae.b_enc):
+        for moment in ("exp_avg", "exp_avg_sq") if parameter.requires_grad else ():
+            adam.state[parameter][moment][dead] = 0.0
+    return len(dead)
