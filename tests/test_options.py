@@ -12,7 +12,7 @@ from test_trainer import SMALL, train
 
 import experiment
 from experiment import OrthogonalSAE, Request, Trainer, WrongRequest
-from sae_separation import losses
+from sae_separation import gradients, losses
 from sae_separation.export import export, load_exported
 from sae_separation.gradients import accumulate_grads
 from sae_separation.sparse import batch_top_k, relu, soft_k_winners
@@ -80,7 +80,7 @@ def naive_loss(sae, x, l1, gain):
 def test_gradients_by_hand_equal_autograd_of_the_naive_loss(kind, path, x, monkeypatch):
     sae, generator = make(**KINDS[kind]), torch.Generator().manual_seed(6)
     monkeypatch.delattr(
-        experiment, {"DenseFeatures": "sparse_features", "SparseFeatures": "DenseFeatures"}[path]
+        gradients, {"DenseFeatures": "sparse_features", "SparseFeatures": "DenseFeatures"}[path]
     )
     sae.active.fill_(0.0 if path == "SparseFeatures" else F)
     sae.temperature.fill_(0.2)
