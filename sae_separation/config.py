@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import simple_parsing
 
-from sae_separation import checks, evals
+from sae_separation import evals
 from sae_separation.errors import WrongRequest
 from sae_separation.run_folder import is_complete
 from sae_separation.specs import DataConfig, Scoring
@@ -32,9 +32,10 @@ ACTIVATION_NAMES = get_args(Activation)
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a number, or each of several, may be: at least `least` and more than `above`, at most `most` and less
-    than `below`. `activations`: those under which it does something, if not all. `cut_to`: d_in or d_sae, to
-    which a larger one is cut. `within`: another setting that it may not exceed, where it does something."""
+    """What a number, or each of several, may be: at least `least` and more than `above`, at most `most` and
+    less than `below`. `activations`: those under which it does something, if not all. `cut_to`: d_in or
+    d_sae, to which a larger one is cut. `within`: another setting that it may not exceed, where it does
+    something."""
 
     least: float = 0
     most: float | None = None
@@ -197,23 +198,33 @@ def refuse_what_does_not_fit(said: Any):
         remedy = "start from a small number, or give --target_l0 0"
         raise WrongRequest(f"--l1 0 cannot be steered to a target L0: {remedy}")
     if said.d_sae is not None:
-        if said.activation != "relu" and said.k is not None and not 1 <= said.k < said.d_sae:
-            raise WrongRequest(f"--k {said.k} must lie in [1, --d_sae {said.d_sae})")
-        if said.activation == "relu" and said.target_l0 is not None and said.target_l0 >= said.d_sae:
-            raise WrongRequest(f"--target_l0 {said.target_l0:g} must be under --d_sae {said.d_sae}")
+        refuse_more_than_features(said)
     for f in fields(said):
         limit, value = bounds_of(f).within, getattr(said, f.name)
         most = getattr(said, limit) if limit else None
         if most is not None and value > most and said.matters(f):
             raise WrongRequest(f"--{f.name} {value} must be at most --{limit} {most}")
     if said.tokens is not None:
-        steps = said.tokens // said.batch_size
-        if steps < 100:
-            told = f"{steps} steps of --batch_size {said.batch_size}: training takes at least 100"
-            raise WrongRequest(f"--tokens {said.tokens} is {told}")
-        if said.unlock_steps and 8 * said.unlock_steps >= steps:
-            told = f"all features are open after 8 times that, but training takes {steps} steps"
-            raise WrongRequest(f"--unlock_steps {said.unlock_steps}: {told}")
+        refuse_few_steps(said)
+
+
+def refuse_more_than_features(said: Any):
+    """Raises WrongRequest where as many features are to be active as there are."""
+    if said.activation != "relu" and said.k is not None and not 1 <= said.k < said.d_sae:
+        raise WrongRequest(f"--k {said.k} must lie in [1, --d_sae {said.d_sae})")
+    if said.activation == "relu" and said.target_l0 is not None and said.target_l0 >= said.d_sae:
+        raise WrongRequest(f"--target_l0 {said.target_l0:g} must be under --d_sae {said.d_sae}")
+
+
+def refuse_few_steps(said: Any):
+    """Raises WrongRequest for fewer optimiser steps than training takes."""
+    steps = said.tokens // said.batch_size
+    if steps < 100:
+        why = f"{steps} steps of --batch_size {said.batch_size}: training takes at least 100"
+        raise WrongRequest(f"--tokens {said.tokens} is {why}")
+    if said.unlock_steps and 8 * said.unlock_steps >= steps:
+        why = f"all features are open after 8 times that, but training takes {steps} steps"
+        raise WrongRequest(f"--unlock_steps {said.unlock_steps}: {why}")
 
 
 class Arm(Protocol):
@@ -276,8 +287,8 @@ class Command:
     overwrite: bool = False
     """start anew in a folder that holds a run"""
     evals: tuple[str, ...] = option((), metavar=f"{{{','.join((*evals.names(), 'none'))}}} ...")
-    """which evaluations, or none; if none are named, all of a run that is trained. Those named are made of a complete
-    run, too, or made anew"""
+    """which evaluations, or none; if none are named, all of a run that is trained. Those named are made of a
+    complete run, too, or made anew"""
     checkpoint_seconds: float = option(60.0)
     """training time between two checkpoints, at least; writing them takes at most a fiftieth of it"""
 
@@ -286,8 +297,8 @@ class Command:
         self.out_dir = tuple(map(os.path.expanduser, self.out_dir))
         for name in set(self.evals) - {*evals.names(), "none"}:
             choices = ", ".join(map(repr, (*evals.names(), "none")))
-            told = f"argument --evals: invalid choice: {name!r} (choose from {choices})"
-            raise WrongRequest(f"{told} (--help lists the options)")
+            why = f"argument --evals: invalid choice: {name!r} (choose from {choices})"
+            raise WrongRequest(f"{why} (--help lists the options)")
         if len(set(self.evals)) != len(self.evals):
             raise WrongRequest(f"--evals {' '.join(self.evals)}: give each once")
         if "none" in self.evals and len(self.evals) > 1:
@@ -320,9 +331,9 @@ def whole_number(said: str) -> int:
 
 
 def as_options(settings: Mapping[str, Any]) -> str:
-    """As on a command line."""
-    told = ((name, f"{value:g}" if isinstance(value, float) else value) for name, value in settings.items())
-    return " ".join(f"--{name} {value}" for name, value in told)
+    """Settings as on a command line."""
+    texts = {name: f"{value:g}" if isinstance(value, float) else value for name, value in settings.items()}
+    return " ".join(f"--{name} {text}" for name, text in texts.items())
 
 
 class Parser(simple_parsing.ArgumentParser):
@@ -358,39 +369,48 @@ def parse_command(
         parsed = parser.parse_args(list(argv))
         return parsed.command, parsed.request
 
-    (command, first), lacking = parse(), {}
+    command, first = parse()  # --help ends here: what checks imports is not waited for
+    from sae_separation import checks
+
     given = {said[1] for said in (re.match(r"--?([a-z]\w*)", a) for a in argv) if said}
-    names = [Path(d).name for d in command.out_dir]
-    unplanned = [d for d, name in zip(command.out_dir, names) if name not in plan]
-    if not command.out_dir or "" in command.out_dir:
-        what = f"name a run of the plan ({', '.join(plan)}), or another folder and --arm"
-        lacking["out_dir"] = "mine/it" if "arm" in given else "mine/run_1", what
-    elif unplanned and "arm" not in given:
-        what = f"not in the plan ({', '.join(plan)}); give its --arm ({', '.join(arms)})"
-        lacking["arm"] = "vanilla", f"{' '.join(unplanned)} is {what}"
+    lacking = lacking_names(command.out_dir, given, plan, arms)
     if "evals" in given and not command.evals:
         raise WrongRequest(f"--evals: give at least one ({', '.join(evals.names())}), or none")
     if first.skip and command.evals != ("none",):
         why = "cannot be held by the SAELens format that the evaluations read"
         raise WrongRequest(f"--skip {first.skip} {why}: give --evals none to train without them")
     checks.refuse_missing(lacking | checks.missing(first, evals.rows_of(command.evals)), argv)
+    names = [Path(out_dir).name for out_dir in command.out_dir]
     if len(set(names)) != len(names):
         raise WrongRequest(f"--out_dir gives two runs one name: {' '.join(command.out_dir)}")
-    told, requests = [], []
-    for out_dir, name in zip(command.out_dir, names):
-        planned = plan.get(name, {})
+    messages, requests = [], []
+    for out_dir, planned in zip(command.out_dir, (plan.get(name, {}) for name in names)):
         requests.append(parse(**planned)[1])
         if planned:
-            told.append(of_the_plan(out_dir, planned, given, requests[-1]))
+            messages.append(of_the_plan(out_dir, planned, given, requests[-1]))
         if requests[-1] in requests[:-1]:
             twins = f"{command.out_dir[requests.index(requests[-1])]} {out_dir}"
             remedy = "(options are for all runs): leave one out"
             raise WrongRequest(f"--out_dir {twins} are two runs with the same settings {remedy}")
-    for line in told:
-        print(line)
+    for message in messages:
+        print(message)
     if idle := without_effect(given, command.out_dir, requests):
         print(f"warning: without effect: {idle}", file=sys.stderr)
     return command, requests
+
+
+def lacking_names(
+    out_dirs: Sequence[str], given: set[str], plan: Mapping[str, dict], arms: Iterable[str]
+) -> dict[str, tuple[str, str]]:
+    """What is missing to know which runs are asked for, as in `checks.missing`."""
+    unplanned = [out_dir for out_dir in out_dirs if Path(out_dir).name not in plan]
+    if not out_dirs or "" in out_dirs:
+        what = f"name a run of the plan ({', '.join(plan)}), or another folder and --arm"
+        return {"out_dir": ("mine/it" if "arm" in given else "mine/run_1", what)}
+    if unplanned and "arm" not in given:
+        what = f"not in the plan ({', '.join(plan)}); give its --arm ({', '.join(arms)})"
+        return {"arm": ("vanilla", f"{' '.join(unplanned)} is {what}")}
+    return {}
 
 
 def of_the_plan(out_dir: str, planned: Mapping[str, Any], given: set[str], request: Request) -> str:
@@ -423,14 +443,16 @@ def one_pass(
     for name in names if runs else ():
         values = [getattr(run, name) for run in runs]
         if any(value != values[0] for value in values):
-            told = ", ".join(f"{out_dir} {value}" for out_dir, value in zip(out_dirs, values))
+            each = ", ".join(f"{out_dir} {value}" for out_dir, value in zip(out_dirs, values))
             remedy = "give it one value, or train these runs by commands of their own"
-            raise WrongRequest(f"--{name} differs between runs on one pass of the LM ({told}): {remedy}")
+            raise WrongRequest(f"--{name} differs between runs on one pass of the LM ({each}): {remedy}")
     return SimpleNamespace(**{name: getattr(run, name) for run in runs[:1] for name in names})
 
 
 def check(command: Command, requests: Sequence[Request]):
     """Refuse what can be known to be wrong before anything heavy is imported. Raises WrongRequest."""
+    from sae_separation import checks
+
     one_pass(command.out_dir, requests, [f.name for f in fields(DataConfig)])
     one_pass(*to_train(command, requests))
     checks.check(requests[0], evals.rows_of(command.evals))

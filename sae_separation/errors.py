@@ -54,20 +54,19 @@ def ending(error: BaseException, began: bool, take_less: str) -> tuple[int, str,
     whether everything was imported; `take_less`: what makes do with less memory."""
     if isinstance(error, Interrupted):
         return 128 + error.number, f"interrupted by {signal.Signals(error.number).name}: {error.told}", False
-    says_so = isinstance(error, WrongRequest | RunFailed) and "memory" in str(error)  # and what to do
-    if is_out_of_memory(error) and not says_so:
+    ours = isinstance(error, WrongRequest | RunFailed)
+    if is_out_of_memory(error) and not (ours and "memory" in str(error)):  # which says what to do
         limit = address_space()
         limited = (
             "" if limit is None else f" (ulimit -v allows {limit / 1e9:.1f} GB of address space: raise it)"
         )
-        if not began:
-            return (
-                1,
-                f"out of memory{limited} before anything was begun: with more the same command starts",
-                False,
-            )
-        return 1, f"out of memory{limited}: {take_less}", False
-    if isinstance(error, WrongRequest | RunFailed):
+        unbegun = "before anything was begun: with more the same command starts"
+        return (
+            1,
+            f"out of memory{limited}: {take_less}" if began else f"out of memory{limited} {unbegun}",
+            False,
+        )
+    if ours:
         return 2 if isinstance(error, WrongRequest) else 1, str(error), False
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     if any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):

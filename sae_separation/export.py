@@ -58,6 +58,7 @@ def load_exported(folder: Path, device="cpu"):
     from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
     from sae_lens import SAE
 
-    return load_and_format_sae(
-        "", SAE.load_from_disk(folder, device=str(device)).requires_grad_(False), str(device)
-    )[1]
+    sae = SAE.load_from_disk(folder, device=str(device)).requires_grad_(False)
+    loaded = load_and_format_sae("", sae, str(device))
+    assert loaded is not None  # None is for an SAE that it did not find
+    return loaded[1]

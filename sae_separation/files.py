@@ -39,14 +39,14 @@ def writing(path: Path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None) or next(
-            (n for n in REMEDIES if os.strerror(n) in str(error)), None
-        )
+        numbers = (
+            n for n in REMEDIES if os.strerror(n) in str(error)
+        )  # safetensors' errors have a text alone
+        number: int | None = getattr(error, "errno", None) or next(numbers, None)
         cause = str(error) if number is None else os.strerror(number)
-        raise CannotWrite(
-            f"{path} cannot be written: {cause}; {REMEDIES.get(number, 'see to it')}, then the same command"
-            " goes on from the last checkpoint"
-        ) from error
+        remedy = "see to it" if number is None else REMEDIES.get(number, "see to it")
+        why = f"{cause}; {remedy}, then the same command goes on from the last checkpoint"
+        raise CannotWrite(f"{path} cannot be written: {why}") from error
 
 
 def sync(path: Path):

@@ -1,4 +1,12 @@
-"""The Hugging Face hub: asked again when it is busy, its faults in one line each."""
+"""The Hugging Face hub: asked again when it is busy, its faults in one line each.
+
+Cache, tokens, redirects and going on with a broken body are huggingface_hub's. Here is what it (2.4) leaves:
+
+- a busy hub (5xx) fails HfApi.repo_info and the body of a file at once; any Retry-After is slept out
+- a connection reset in a body ends the download; a server that ignores Range is asked for ever
+- of a file that came, its size is checked, not its SHA-256
+- datasets (3.6) retries the errors of requests and aiohttp, which huggingface_hub does not raise any more
+"""
 
 import contextlib
 import hashlib
@@ -9,6 +17,7 @@ import sys
 import threading
 import time
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -21,29 +30,15 @@ from huggingface_hub.utils import get_session, parse_ratelimit_headers
 from sae_separation.errors import RunFailed, WrongRequest
 
 ATTEMPTS = 5  # of one request
-
-
 MOST_SECONDS = 120.0  # waited between the attempts of one request
-
-
 RESUMES = 20  # of the download of one file
-
-
 TRANSIENT = (408, 429, 500, 502, 503, 504)
-
-
 KNOWN_FILE = "EleutherAI/pythia-70m-deduped/resolve/main/config.json"
 
-
 _scope: ContextVar[str] = ContextVar("scope", default="a file of the hub")  # what is being read, for messages
-
-
 _attempts: ContextVar[int | None] = ContextVar("attempts", default=None)  # instead of ATTEMPTS
-
-
-_begun: ContextVar[list[int] | None] = ContextVar(
-    "begun", default=None
-)  # bytes at which a download began or went on
+# bytes at which a download began or went on
+_begun: ContextVar[list[int] | None] = ContextVar("begun", default=None)
 
 
 def reachable(timeout: float = 8.0) -> bool:
@@ -114,10 +109,8 @@ def _fetch(repo: str, name: str, revision: str, kind: str) -> Path:
             while path is None:
                 try:
                     path = Path(hf_hub_download(repo, name, revision=revision, repo_type=kind))
-                except (
-                    httpx2.ReadError
-                ):  # the one fault in a body that huggingface_hub does not go on after; _note_begin ends it
-                    time.sleep(1)
+                except httpx2.ReadError:  # huggingface_hub goes on after all other faults in a body
+                    time.sleep(1)  # and _note_begin ends it
     finally:
         _begun.reset(before)
     blob = path.parent / os.readlink(path) if path.is_symlink() else path
@@ -157,14 +150,9 @@ class PatientClient(httpx2.Client):
     help, which no hub client takes for a fault to be retried once more."""
 
     def send(self, request: httpx2.Request, **how) -> httpx2.Response:
-        limit = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        timeouts = request.extensions.get("timeout", {})
-        request.extensions = {
-            **request.extensions,
-            "timeout": {
-                k: min(limit, timeouts.get(k) or limit) for k in ("connect", "read", "write", "pool")
-            },
-        }
+        limit, asked = constants.HF_HUB_DOWNLOAD_TIMEOUT, request.extensions.get("timeout", {})
+        timeouts = {k: min(limit, asked.get(k) or limit) for k in ("connect", "read", "write", "pool")}
+        request.extensions = {**request.extensions, "timeout": timeouts}
         if how.get("stream"):
             _note_begin(request)
         attempts, attempt, waited = _attempts.get() or ATTEMPTS, 0, 0.0
@@ -179,10 +167,8 @@ class PatientClient(httpx2.Client):
                 if response.status_code not in TRANSIENT:
                     return response
                 response.close()
-                cause, wait = (
-                    f"the hub answers {response.status_code} ({response.reason_phrase})",
-                    _asked_wait(response) or wait,
-                )
+                cause = f"the hub answers {response.status_code} ({response.reason_phrase})"
+                wait = _asked_wait(response) or wait
             if attempt == attempts or waited + wait > MOST_SECONDS:
                 break
             _wait(cause, attempt, attempts, wait, request)
@@ -201,10 +187,9 @@ def _be_patient():
     if isinstance(get_session(), PatientClient):
         return
     hooks = get_session().event_hooks  # huggingface_hub's own: they keep offline mode offline
-    set_client_factory(lambda: PatientClient(event_hooks=hooks, follow_redirects=True, timeout=None))
-    logging.getLogger("huggingface_hub.file_download").setLevel(
-        logging.ERROR
-    )  # it would tell each resumption again, with the whole URL
+    set_client_factory(partial(PatientClient, event_hooks=hooks, follow_redirects=True, timeout=None))
+    # it would name each resumption once more, with the whole URL
+    logging.getLogger("huggingface_hub.file_download").setLevel(logging.ERROR)
 
 
 def _asked_wait(response: httpx2.Response) -> float | None:
@@ -217,8 +202,8 @@ def _asked_wait(response: httpx2.Response) -> float | None:
 
 
 def _note_begin(request: httpx2.Request):
-    """Tell of a body that is asked for again. Raises RunFailed for a download that was broken off too often
-    (from a server that ignores where to go on, huggingface_hub would ask for ever)."""
+    """Print a line where a body is asked for again. Raises RunFailed for a download that was broken off too
+    often."""
     at = int((re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", "")) or (0, 0))[1])
     begun = _begun.get()
     again = at > 0 if begun is None else len(begun) > 0
@@ -337,9 +322,8 @@ def _broken_transfer(error: BaseException, where: str) -> RunFailed | WrongReque
             f"{where}: {_spoken(error)}; run the same command again, or see whether the network and {_host()}"
             " are up"
         )
-    if isinstance(error, OSError) and str(error).startswith(
-        "Consistency check failed"
-    ):  # huggingface_hub's wrong size has no class of its own
+    # huggingface_hub's wrong size has no class of its own
+    if isinstance(error, OSError) and str(error).startswith("Consistency check failed"):
         return RunFailed(f"{where}: its size is not the one that the hub names; run the same command again")
     if kind in ("DataFilesNotFoundError", "EmptyDatasetError"):
         return WrongRequest(
@@ -370,11 +354,8 @@ def _spoken(error: httpx2.TransportError, request: httpx2.Request | None = None)
     if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
         return f"no connection to {_host()}"
     if isinstance(error, httpx2.TimeoutException):
-        return (
-            f"no answer within {request.extensions['timeout']['read']:g} s"
-            if request
-            else "no answer in time"
-        )
+        limit = f"within {request.extensions['timeout']['read']:g} s" if request else "in time"
+        return f"no answer {limit}"
     return "the connection was broken off"
 
 
@@ -403,8 +384,8 @@ def _host() -> str:
 
 
 def _newest_cached(repo: str, kind: str) -> str | None:
-    """Commit hash of the snapshot in the cache that was written to last."""
-    snapshots = (
-        Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=kind) / "snapshots"
-    ).glob("*")
+    """Commit hash of the snapshot in the cache that was written to last. (huggingface_hub keeps no name of
+    what was asked for by its commit.)"""
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=kind)
+    snapshots = (folder / "snapshots").glob("*")
     return max(((s.stat().st_mtime, s.name) for s in snapshots), default=(0, None))[1]

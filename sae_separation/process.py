@@ -42,12 +42,10 @@ def private_folder(user: object, prefix: str) -> Path:
     A folder gets the name by which it is looked for when its process holds the lock on it: one that is not
     locked has no owner.
     """
-    remove_left(prefix)
+    remove_left(prefix)  # tempfile.TemporaryDirectory outlives a process that is killed
     folder = Path(tempfile.mkdtemp(prefix=f"{prefix}-"))
     file = os.open(folder, os.O_RDONLY)
-    with contextlib.suppress(
-        OSError
-    ):  # where there are no locks it keeps the name by which nobody looks for it
+    with contextlib.suppress(OSError):  # without locks it keeps the name by which nobody looks for it
         fcntl.flock(file, fcntl.LOCK_EX)
         folder = folder.rename(folder.with_name(folder.name.replace(prefix, f"{prefix}-of-{os.getpid()}", 1)))
     weakref.finalize(user, _remove, folder, file)
@@ -66,7 +64,7 @@ class Signals:
         self.depth, self.pending, self.before = 0, None, {}
 
     def __enter__(self):
-        self.told = "nothing was done yet; the same command starts"
+        self.state = "nothing was done yet; the same command starts"
         for number in stops():
             self.before[number] = signal.signal(number, self._came)
 
@@ -81,11 +79,11 @@ class Signals:
 
     def _raise(self):
         if self.pending and not self.depth:
-            raise Interrupted(self.pending, self.told)
+            raise Interrupted(self.pending, self.state)
 
     def something_is_kept(self):
         """From now on there is a checkpoint to go on from."""
-        self.told = "what is done is kept; the same command (without --overwrite) goes on"
+        self.state = "what is done is kept; the same command (without --overwrite) goes on"
 
     def taken(self):
         """Interrupted was caught. Until then it is raised anew at every end of `held`: Python drops what is
@@ -112,12 +110,8 @@ def global_state_kept(seed: int | None = None):
     import numpy as np
     import torch
 
-    grad, dtype, python, numpy = (
-        torch.is_grad_enabled(),
-        torch.get_default_dtype(),
-        random.getstate(),
-        np.random.get_state(),
-    )
+    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    python, numpy = random.getstate(), np.random.get_state()
     environment, folder = dict(os.environ), os.getcwd()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
@@ -141,6 +135,7 @@ def keep_freed_memory():
     """glibc gives every tensor of over 32 MB back to the system when it is freed, and takes the next one page
     by page: a third of a step at d_sae 16,384. From here on it keeps those of up to 128 MB; of larger ones
     kept, memory grew by a tenth over 10 million tokens."""
+    # MALLOC_ARENA_MAX and the like are read as a process starts: they would need the user, or a second start
     c = libc()
     if c is not None and hasattr(c, "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
@@ -159,7 +154,7 @@ def make_collections_short():
 
 def return_freed_memory():
     """Give back what `keep_freed_memory` kept: between the LM's work and training, which can hardly use what
-    the other leaves."""
+    the other leaves. (No variable of the environment does this.)"""
     c = libc()
     if c is not None and hasattr(c, "malloc_trim"):
         c.malloc_trim(0)
@@ -184,8 +179,6 @@ def memory_left(device) -> float:
     if limit != resource.RLIM_INFINITY:
         left.append(limit - psutil.Process().memory_info().vms)
     with contextlib.suppress(OSError, ValueError):  # a container's own limit (cgroup 2)
-        left.append(
-            int(Path("/sys/fs/cgroup/memory.max").read_text())
-            - int(Path("/sys/fs/cgroup/memory.current").read_text())
-        )
+        most, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        left.append(most - used)
     return min(left)

@@ -119,8 +119,8 @@ def _csv_records(rows, file: str) -> Iterator[tuple[dict, str]]:
                     continue
                 names = ["question", "a", "b", "c", "d", "answer"]
             if len(row) != len(names):
-                told = f"{len(row)} columns instead of {len(names)} ({', '.join(names)[:LONGEST]})"
-                raise WrongRequest(f"{file} line {rows.line_num}: {told}; mend it")
+                why = f"{len(row)} columns instead of {len(names)} ({', '.join(names)[:LONGEST]})"
+                raise WrongRequest(f"{file} line {rows.line_num}: {why}; mend it")
             yield dict(zip(names, row)), f"{file} line {rows.line_num}"
     except csv.Error as error:
         raise WrongRequest(f"{file} line {rows.line_num}: no CSV ({error}): mend it") from error
@@ -145,8 +145,8 @@ def _question_records(path: Path, alone: bool) -> Iterator[tuple[object, str]]:
             elif isinstance(records, dict) and "question" not in records and not alone:
                 records = []  # such as dataset_infos.json
             if not isinstance(records, list):
-                told = f'{type(records).__name__}, not a list of questions or {{"questions": a list}}'
-                raise WrongRequest(f"{file} holds {told}")
+                what = f'{type(records).__name__}, not a list of questions or {{"questions": a list}}'
+                raise WrongRequest(f"{file} holds {what}")
             yield from ((record, f"{file} entry {i}") for i, record in enumerate(records, 1))
         else:
             for number, line in enumerate(lines, 1):
@@ -154,8 +154,8 @@ def _question_records(path: Path, alone: bool) -> Iterator[tuple[object, str]]:
                     try:
                         yield json.loads(line), f"{file} line {number}"
                     except ValueError as error:
-                        told = f"no JSON ({one_line(error)}); write one question a line"
-                        raise WrongRequest(f"{file} line {number}: {told}") from error
+                        why = f"no JSON ({one_line(error)}); write one question a line"
+                        raise WrongRequest(f"{file} line {number}: {why}") from error
 
 
 def _question_tables(source: Source) -> tuple[list[tuple[str, str, list[tuple[object, str]]]], dict]:
@@ -192,9 +192,9 @@ def refuse_two_readings(asked: list[tuple[dict, Question, str]]):
         return
     for (_, question, place), text in zip(written, texts):
         if text != question.choices[question.answer]:
-            told = f"the answer {text!r} is the text of one choice, and the letter or index of another"
+            why = f"the answer {text!r} is the text of one choice, and the letter or index of another"
             raise WrongRequest(
-                f"{place}: {told}; give each answer as a number from 0 to 3, without quotation marks"
+                f"{place}: {why}; give each answer as a number from 0 to 3, without quotation marks"
             )
 
 
@@ -242,8 +242,8 @@ def read_questions(said: tuple[str, ...]) -> tuple[dict[str, list[Question]], li
                     there = there.removeprefix("--questions ")
                     if its_right != right:
                         answers = f"({right!r} here, {its_right!r} there)"
-                        told = f"{place} stands at {there} too, with another answer {answers}"
-                        raise WrongRequest(f"{told}: take one of them out")
+                        why = f"{place} stands at {there} too, with another answer {answers}"
+                        raise WrongRequest(f"{why}: take one of them out")
                     first = (
                         first or f"{place} {f'stands at {there} too' if there else 'holds a choice twice'}"
                     )
@@ -251,8 +251,8 @@ def read_questions(said: tuple[str, ...]) -> tuple[dict[str, list[Question]], li
                 seen[same] = place, right
                 subjects.setdefault(question.subject, []).append(question)
         if double > MOST_DOUBLE * n:
-            told = f"{double} of {n} questions are double, and more than {MOST_DOUBLE:.0%} is refused"
-            raise WrongRequest(f"{first}; {told}: take them out")
+            why = f"{double} of {n} questions are double, and more than {MOST_DOUBLE:.0%} is refused"
+            raise WrongRequest(f"{first}; {why}: take them out")
         if not n:
             raise WrongRequest(f"--questions {source.said} holds no question: give another file")
         if double:

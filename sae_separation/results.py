@@ -1,11 +1,11 @@
-"""What is measured on the exported SAEs of a run folder: by seed, as sections over seeds, and what makes one doubt.
+"""Metrics of a run folder's exported SAEs: records by seed, sections over seeds, warnings.
 
-    measure(folder, "eval", seed, record, rows, evaluator, maker, bar)   # seed*_metrics.json, seed*_<section>.json
-    summary_of("geometry", records)                                      # a section of final_info.json
-    Finished(folder, config, testbed).evaluate(rows, evaluator, maker, bar)   # a complete run gains or renews sections
+    measure(folder, "eval", seed, record, rows, evaluator, maker, bar)        # makes eval/seed*.json
+    summary_of("geometry", records)                                           # a section of final_info.json
+    Finished(folder, config, testbed).evaluate(rows, evaluator, maker, bar)   # of a run that is complete
 
-A record is what eval/seed*_metrics.json holds of one SAE: the sha256 of its files, and by section the metrics, the
-notes (warnings) and what made them. torch is imported where it is used.
+A record is what eval/seed*_metrics.json holds of one SAE: the sha256 of its files, and by section the
+metrics, the notes (warnings) and what made them. torch is imported where it is used.
 """
 
 import json
@@ -42,8 +42,8 @@ def new_record(files: dict[str, str]) -> dict:
 
 
 def read_record(path: Path) -> dict | None:
-    """None if there is no such file. Older records list their notes, which were all of the unlearning evaluation.
-    Raises Unusable."""
+    """A record; None if there is no such file. Older records list their notes, which were all of the
+    unlearning evaluation. Raises Unusable."""
     record = read_sealed(path)
     if record is None:
         return None
@@ -62,7 +62,8 @@ def maker(evaluator) -> dict:
 def measure(
     folder: Path, part: str, seed: int, record: dict, rows: Sequence[Row], evaluator, made_by: dict, bar
 ):
-    """Make the evaluations of one exported SAE that its record lacks, or that another commit or other settings made.
+    """Evaluate one exported SAE: the `rows` that its record lacks, or that another commit or other settings
+    made.
 
     Each is written into `part` of the run folder when it is done, and not done again. Raises RunFailed."""
     from sae_separation.export import load_exported
@@ -112,15 +113,19 @@ def summarise(metrics: dict[str, list]) -> dict[str, dict]:
 
 def undefined(section: str, summary: dict, seeds: Sequence[int]) -> list[str]:
     """A warning for each metric that some seeds lack."""
-    return [
-        f"{section}.{name} is undefined for seeds {[s for s, v in zip(seeds, values) if v is None]}: its mean is null"
+    lacking = {
+        name: [seed for seed, value in zip(seeds, values) if value is None]
         for name, values in summary["final_info_dict"].items()
-        if None in values
+    }
+    return [
+        f"{section}.{name} is undefined for seeds {some}: its mean is null"
+        for name, some in lacking.items()
+        if some
     ]
 
 
 def summary_of(section: str, records: dict[int, dict]) -> dict:
-    """A section of final_info.json from the records of all seeds: metrics, and what made them in how many seconds."""
+    """A section of final_info.json from the records of all seeds: metrics, what made them, seconds."""
     made = [record["made_by"][section] for record in records.values()]
     took = {"date": max(m["date"] for m in made), "seconds": sum(m["seconds"] for m in made)}
     metrics = by_metric([record["sections"][section] for record in records.values()])
@@ -128,35 +133,39 @@ def summary_of(section: str, records: dict[int, dict]) -> dict:
 
 
 def doubts(training: dict, core: dict, config, d_in: int) -> list[str]:
-    """What makes the numbers of a seed not to be taken at their face, from its metrics."""
-    told, l0 = [], core.get("l0", training["final_l0"])
+    """Warnings that a seed's metrics call for: its numbers are not to be taken at their face."""
+    warnings, l0 = [], core.get("l0", training["final_l0"])
     target = config.target_l0 if config.activation == "relu" else config.k
     if target and abs(l0 - target) > 2:
-        told.append(f"L0 is {l0:.1f}, more than 2 from the target {target:g}")
+        warnings.append(f"L0 is {l0:.1f}, more than 2 from the target {target:g}")
     no_better = "no better than predicting the mean"
     if training["final_fvu"] >= 1:
-        told.append(f"fraction of variance unexplained is {training['final_fvu']:.3f}: {no_better}")
+        warnings.append(f"fraction of variance unexplained is {training['final_fvu']:.3f}: {no_better}")
     if (core.get("explained_variance") or 1) <= 0:
-        told.append(f"explained variance on held-out text is {core['explained_variance']:.3f}: {no_better}")
+        explained = core["explained_variance"]
+        warnings.append(f"explained variance on held-out text is {explained:.3f}: {no_better}")
     if not 0 < l0 <= d_in:
-        told.append(f"L0 is {l0:.1f}, outside (0, d_in]")
+        warnings.append(f"L0 is {l0:.1f}, outside (0, d_in]")
     if 1 - core.get("frac_alive", 1 - training["frac_dead"]) > 0.5:
-        told.append("more than half of the features are dead")
-    return told
+        warnings.append("more than half of the features are dead")
+    return warnings
 
 
-def warnings_of(rows: Sequence[Row], records: dict[int, dict], training: dict[int, dict], config, d_in: int):
-    """The warnings that come from the metrics of all seeds, and the notes of the evaluations of these rows."""
-    told = []
+def warnings_of(
+    rows: Sequence[Row], records: dict[int, dict], training: dict[int, dict], config, d_in: int
+) -> list[str]:
+    """The warnings that the metrics of all seeds call for, and the notes of the evaluations of these rows."""
+    warnings = []
     for seed, record in records.items():
         core = record["sections"].get("core", {})
-        told += [f"seed {seed}: {text}" for text in doubts(training[seed], core, config, d_in)]
+        warnings += [f"seed {seed}: {text}" for text in doubts(training[seed], core, config, d_in)]
         there = [row.section for row in rows if row.section in record["sections"]]
-        told += [f"seed {seed}: {note}" for section in there for note in record["notes"].get(section, [])]
+        notes = [note for section in there for note in record["notes"].get(section, [])]
+        warnings += [f"seed {seed}: {note}" for note in notes]
     for section in (row.section for row in rows):
         values = [record["sections"][section] for record in records.values() if section in record["sections"]]
-        told += undefined(section, summarise(by_metric(values)), list(records))
-    return told
+        warnings += undefined(section, summarise(by_metric(values)), list(records))
+    return warnings
 
 
 def print_summary(name: str, folder: Path, info: dict, warnings: list[str], rows, published: dict):
@@ -171,8 +180,8 @@ def print_summary(name: str, folder: Path, info: dict, warnings: list[str], rows
             print(f"{name} {section}.{metric}: {number(means[metric])} +- {number(stderrs[metric])}")
     for metric, value in published.items():
         if metric in (means := info.get("core", {}).get("means", {})):
-            here = f"{number(means[metric])} here, {value} in dictionary_learning's end-to-end test of a standard SAE"
-            print(f"{name} core.{metric}: {here}")
+            theirs = f"{value} in dictionary_learning's end-to-end test of a standard SAE"
+            print(f"{name} core.{metric}: {number(means[metric])} here, {theirs}")
     for text in warnings:
         print(f"{name} warning: {text}")
     if info:
@@ -191,19 +200,20 @@ class Finished:
         if config.context_size != made["config"]["context_size"]:
             differs.append("context_size")
         if differs:
-            told = f"{folder} was trained on another LM or text ({', '.join(differs)} differ)"
-            raise WrongRequest(f"{told}: its SAEs can be evaluated on the same ones only")
+            why = f"{folder} was trained on another LM or text ({', '.join(differs)} differ)"
+            raise WrongRequest(f"{why}: its SAEs can be evaluated on the same ones only")
         self.seeds = made["config"]["seeds"]
         self.info = run_folder.read_run_json(folder / "final_info.json", {"training"})
         try:
             self.warnings = json.loads((folder / "warnings.json").read_text())
         except (OSError, ValueError) as error:
-            told = f"{folder / 'warnings.json'} cannot be read ({error})"
-            raise WrongRequest(f"{told}; bring it back, or train again into another folder") from error
+            why = f"{folder / 'warnings.json'} cannot be read ({error})"
+            raise WrongRequest(f"{why}; bring it back, or train again into another folder") from error
 
     def evaluate(self, rows: Sequence[Row], evaluator, made_by: dict, bar):
-        """Measure every SAE, then renew what the run folder says. Raises RunFailed; the run then is as before."""
-        known = {seed: read_record(run_folder.record_of(self.folder, seed)) for seed in self.seeds}
+        """Measure every SAE, then renew what the run folder says. Raises RunFailed, the run as it was;
+        WrongRequest where a record is gone."""
+        known = {seed: self._known(seed) for seed in self.seeds}
         (self.folder / "evaluating").mkdir(exist_ok=True)
         measured = {seed: self._begun(seed, known[seed]["files"]) for seed in self.seeds}
         for seed, record in measured.items():
@@ -213,6 +223,14 @@ class Finished:
                 raise RunFailed(f"{self.folder} seed {seed}: {failed}; the run is as it was") from failed
         with process.signals.held():
             self._renew(rows, known, measured)
+
+    def _known(self, seed: int) -> dict:
+        """What was measured on an SAE before."""
+        path = run_folder.record_of(self.folder, seed)
+        record = read_record(path)
+        if record is None:
+            raise WrongRequest(f"{path} is missing; bring it back, or train again into another folder")
+        return record
 
     def _begun(self, seed: int, files: dict) -> dict:
         """What an earlier start of this evaluation has measured."""
@@ -224,7 +242,7 @@ class Finished:
         return record if record and record["files"] == files else new_record(files)
 
     def _renew(self, rows: Sequence[Row], known: dict[int, dict], measured: dict[int, dict]):
-        """final_info.json, warnings.json, eval/ and checksums.json with the new sections in place of the old."""
+        """Write final_info.json, warnings.json, eval/ and checksums.json with the new sections."""
         by_seed = self.info["training"]["final_info_dict"]
         training = {s: {k: v[i] for k, v in by_seed.items()} for i, s in enumerate(self.seeds)}
         renewed = {

@@ -43,7 +43,7 @@ WRITTEN = {  # part of a run folder -> names of what the program writes into it.
     ".": "|".join(map(re.escape, FILES)),
     "checkpoints": r"step_(\d{8,})\.safetensors",
     "eval": r"seed(\d+)_(metrics|SECTION)\.json",
-    "evaluating": r"seed(\d+)_(metrics|SECTION)\.json",  # of a complete run, until all that was asked for is measured
+    "evaluating": r"seed(\d+)_(metrics|SECTION)\.json",  # of a complete run, until all is measured
     "sae_seed*": "|".join(map(re.escape, SAE_FILES)),
 }
 
@@ -62,7 +62,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def written(place: Path, part: str) -> list[Path]:
-    """What the program wrote into a part of a run folder, or was writing (HALF_WRITTEN), by name; links too."""
+    """What the program wrote into a part of a run folder, or was writing (HALF_WRITTEN); links too."""
     names = WRITTEN[part].replace("SECTION", "|".join(row.section for row in evals.ROWS))
     name = re.compile(rf"({names})({re.escape(HALF_WRITTEN)})?")
     there = sorted(place.iterdir()) if place.is_dir() else []
@@ -112,8 +112,9 @@ def start_anew(folder: Path):
 
 
 def clear_complete(folder: Path):
-    """Remove what a complete run needs no more: its checkpoints, what was half written, and what an evaluation
-    has measured and final_info.json now holds. A run that cannot be cleared is complete all the same."""
+    """Remove what a complete run needs no more: its checkpoints, what was half written, and what an
+    evaluation has measured and final_info.json now holds. A run that cannot be cleared is complete all the
+    same."""
     try:
         for part in ("checkpoints", "evaluating"):
             remove_folder(folder / part, part)
@@ -124,8 +125,8 @@ def clear_complete(folder: Path):
 
 
 def clear_left(folder: Path):
-    """`clear_complete`, for a process that was killed before it; not while another one owns the folder, and not
-    while an evaluation waits to be gone on with."""
+    """`clear_complete`, for a process that was killed before it; not while another one owns the folder, and
+    not while an evaluation waits to be gone on with."""
     left = (folder / "checkpoints").is_dir() or any(p.name.endswith(".tmp") for p in written(folder, "."))
     if left and not (folder / "evaluating").is_dir():
         with contextlib.suppress(WrongRequest):  # another owner, or a folder that one may only read
@@ -184,11 +185,12 @@ def make(folder: Path):
 
 
 def refuse_lost_result(folder: Path):
-    """Raises WrongRequest for a run that was complete and has lost its final_info.json: checksums.json is written just
-    before that file, and checkpoints are removed after it. Training it again would remove what is left of it."""
+    """Raises WrongRequest for a run that was complete and has lost its final_info.json: checksums.json is
+    written just before that file, and checkpoints are removed after it. Training it again would remove what
+    is left of it."""
     if (folder / "checksums.json").exists() and not written(folder / "checkpoints", "checkpoints"):
-        told = f"--out_dir {folder} holds a complete run whose final_info.json is gone"
-        raise WrongRequest(f"{told}: restore that file, or --overwrite to train it again")
+        why = f"--out_dir {folder} holds a complete run whose final_info.json is gone"
+        raise WrongRequest(f"{why}: restore that file, or --overwrite to train it again")
 
 
 def refuse_foreign(folder: Path, seeds: tuple[int, ...]):
@@ -196,23 +198,8 @@ def refuse_foreign(folder: Path, seeds: tuple[int, ...]):
     folder in which something else is where this program would write."""
     if not folder.is_dir():
         return
-    settings = folder / "config.json"
-    try:
-        ours = is_settings(json.loads(settings.read_bytes()))
-    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
-        ours = False
-    except OSError as error:
-        raise WrongRequest(f"{settings} cannot be read: {error.strerror}; name another folder") from error
-    if not ours:
-        begun = {".lock", f"config.json{HALF_WRITTEN}"}  # what may be there before config.json is
-        for part in ("checkpoints", "eval"):
-            begun |= {part} if (folder / part).is_dir() and not any((folder / part).iterdir()) else set()
-        if foreign := sorted(p.name for p in folder.iterdir() if p.name not in begun or p.is_symlink()):
-            names = ", ".join(map(repr, foreign[:3])) + (", ..." if len(foreign) > 3 else "")
-            whose = "a config.json that is damaged or not" if settings.exists() else "no config.json"
-            told = f"--out_dir {folder} holds {names} and {whose} of this program"
-            rest = "nothing is removed or written there, nor with --overwrite; name a new or an empty folder"
-            raise WrongRequest(f"{told}: {rest}")
+    if not holds_settings(folder):
+        refuse_files_of_others(folder)
     for path in (folder / name for name in FILES):
         if path.is_dir():
             raise WrongRequest(f"{path} is a folder, and this program would write a file there: move it")
@@ -224,9 +211,34 @@ def refuse_foreign(folder: Path, seeds: tuple[int, ...]):
         sae = sae_folder(folder, seed)
         there = [name for name in SAE_FILES if os.path.lexists(sae / name)]
         if there and not record_of(folder, seed).exists():
-            told = f"{sae} holds {there[0]}, which is not known to be of this run"
+            what = f"{sae} holds {there[0]}, which is not known to be of this run"
             why = f"{record_of(folder, seed)} is not there"
-            raise WrongRequest(f"{told} ({why}), and this program would write it: move that folder")
+            raise WrongRequest(f"{what} ({why}), and this program would write it: move that folder")
+
+
+def holds_settings(folder: Path) -> bool:
+    """Whether a folder holds a config.json of this program. Raises WrongRequest where it cannot be read."""
+    settings = folder / "config.json"
+    try:
+        return is_settings(json.loads(settings.read_bytes()))
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
+        return False
+    except OSError as error:
+        raise WrongRequest(f"{settings} cannot be read: {error.strerror}; name another folder") from error
+
+
+def refuse_files_of_others(folder: Path):
+    """Raises WrongRequest for a folder that holds more than this program writes before config.json."""
+    begun = {".lock", f"config.json{HALF_WRITTEN}"}
+    for part in ("checkpoints", "eval"):
+        begun |= {part} if (folder / part).is_dir() and not any((folder / part).iterdir()) else set()
+    if foreign := sorted(p.name for p in folder.iterdir() if p.name not in begun or p.is_symlink()):
+        names = ", ".join(map(repr, foreign[:3])) + (", ..." if len(foreign) > 3 else "")
+        damaged = (folder / "config.json").exists()
+        whose = "a config.json that is damaged or not" if damaged else "no config.json"
+        why = f"--out_dir {folder} holds {names} and {whose} of this program"
+        rest = "nothing is removed or written there, nor with --overwrite; name a new or an empty folder"
+        raise WrongRequest(f"{why}: {rest}")
 
 
 def refuse_without_saes(folder: Path, seeds: Sequence[int]):
@@ -235,15 +247,16 @@ def refuse_without_saes(folder: Path, seeds: Sequence[int]):
     for seed in seeds:
         sae = sae_folder(folder, seed)
         if lacking := [name for name in SAE_FILES if not (sae / name).exists()]:
-            told = f"{folder} is complete, and its SAEs are not there to be evaluated: {sae / lacking[0]} is missing"
-            raise WrongRequest(f"{told}; bring it back, or train again into another folder")
+            why = f"{folder} is complete, and its SAEs are not there to be evaluated"
+            why += f": {sae / lacking[0]} is missing"
+            raise WrongRequest(f"{why}; bring it back, or train again into another folder")
         try:
             record = read_sealed(record_of(folder, seed))
         except Unusable as why:
             raise WrongRequest(f"{why}; bring it back, or train again into another folder") from why
         if record is None or files_of(sae) != record["files"]:
-            told = f"{sae} is not as it was written: the checksum of a file is wrong"
-            raise WrongRequest(f"{told}; bring it back, or train again into another folder")
+            why = f"{sae} is not as it was written: the checksum of a file is wrong"
+            raise WrongRequest(f"{why}; bring it back, or train again into another folder")
 
 
 def provenance() -> dict:
@@ -286,7 +299,8 @@ def commit_of_code() -> str:
 
 def files_of(folder: Path) -> dict[str, str]:
     """sha256 of every file of an exported SAE that is there."""
-    return {name: sha256_of(folder / name) for name in SAE_FILES if (folder / name).exists()}
+    sums = {name: sha256_of(folder / name) for name in SAE_FILES}
+    return {name: known for name, known in sums.items() if known is not None}
 
 
 def sealed_by_checksums(folder: Path) -> list[Path]:
@@ -297,7 +311,8 @@ def sealed_by_checksums(folder: Path) -> list[Path]:
 
 
 def write_result(out_dir: Path, info: dict):
-    """final_info.json, last; just before it, in checksums.json, its sha256 and that of every file behind it that is not sealed."""
+    """Write final_info.json, last; just before it, in checksums.json, its sha256 and that of every file
+    behind it that is not sealed."""
     content = as_json(info)
     files = {str(p.relative_to(out_dir)): sha256_of(p) for p in sealed_by_checksums(out_dir)} | {
         "final_info.json": hashlib.sha256(content).hexdigest()
@@ -307,8 +322,9 @@ def write_result(out_dir: Path, info: dict):
 
 
 def renew(out_dir: Path, contents: dict[str, bytes]):
-    """Replace files of a complete run, by name. Whenever the process is killed, every file is as checksums.json
-    says: while they are replaced it has both sums of each. Raises CannotWrite; WrongRequest where it is damaged."""
+    """Replace files of a complete run, by name. Whenever the process is killed, every file is as
+    checksums.json says: while they are replaced it has both sums of each. Raises CannotWrite; WrongRequest
+    where it is damaged."""
     try:
         recorded = recorded_sums(out_dir)
     except Unusable as why:
@@ -316,7 +332,10 @@ def renew(out_dir: Path, contents: dict[str, bytes]):
     if not recorded:  # an older run folder
         recorded = {str(p.relative_to(out_dir)): {sha256_of(p)} for p in sealed_by_checksums(out_dir)}
     there = {name: sha256_of(out_dir / name) for name in recorded | contents}
-    files = {name: there[name] if there[name] in sums else min(sums) for name, sums in recorded.items()}
+    files = {
+        name: there[name] if there[name] in sums else min(filter(None, sums))
+        for name, sums in recorded.items()
+    }
     new = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     new = {name: known for name, known in new.items() if not name.endswith("_metrics.json")}  # sealed
     before = {name: there[name] for name in new}
@@ -327,8 +346,8 @@ def renew(out_dir: Path, contents: dict[str, bytes]):
 
 
 def recorded_sums(out_dir: Path) -> dict[str, set[str | None]]:
-    """What checksums.json says: name of a file -> its sha256, or those before and after a replacement that was not
-    finished (None: it was not there); older run folders have none. Raises Unusable."""
+    """What checksums.json says: name of a file -> its sha256, or those before and after a replacement that
+    was not finished (None: it was not there); older run folders have none. Raises Unusable."""
     path = out_dir / "checksums.json"
     said = read_sealed(path) or {"files": {}}
     files, before = said.get("files"), said.get("before", {})
@@ -338,7 +357,7 @@ def recorded_sums(out_dir: Path) -> dict[str, set[str | None]]:
 
 
 def is_as_recorded(path: Path) -> bool:
-    """Whether a file is the one that checksums.json beside it names, or that cannot be told."""
+    """Whether a file is the one that checksums.json beside it names, or that is not known."""
     try:
         return sha256_of(path) in recorded_sums(path.parent).get(path.name, {sha256_of(path)})
     except (Unusable, KeyError):
@@ -367,30 +386,29 @@ def read_run_json(path: Path, keys: set[str]) -> dict:
 
 
 def changed_files(out_dir: Path) -> list[str]:
-    """What of a complete run is not as it was written, one line each; an SAE that is not there is none of it."""
-    told = []
+    """What of a complete run is not as it was written, one line each; an SAE may be gone."""
+    messages = []
     try:
         sums = recorded_sums(out_dir)
         if not sums and "sha256" in read_run_json(out_dir / "config.json", {"config"}):
-            told.append(
-                f"{out_dir / 'checksums.json'} is missing: whether the results were changed is not known"
-            )
+            lost = f"{out_dir / 'checksums.json'} is missing"
+            messages.append(f"{lost}: whether the results were changed is not known")
         for name, known in sums.items():
             if not (out_dir / name).exists() and None not in known:
-                told.append(f"{out_dir / name} is missing")
+                messages.append(f"{out_dir / name} is missing")
             elif sha256_of(out_dir / name) not in known:
-                told.append(f"{out_dir / name} is not as it was written: its checksum is wrong")
+                messages.append(f"{out_dir / name} is not as it was written: its checksum is wrong")
     except (Unusable, WrongRequest, KeyError) as why:
-        told.append(str(why))
+        messages.append(str(why))
     for path in sorted(out_dir.glob("eval/seed*_metrics.json")):
         try:
             seed = path.name.removesuffix("_metrics.json").removeprefix("seed")
             record, sae = read_sealed(path), sae_folder(out_dir, seed)
-            if sae.is_dir() and files_of(sae) != record["files"]:
-                told.append(f"{sae} is not as it was written: the checksum of a file is wrong")
+            if record and sae.is_dir() and files_of(sae) != record["files"]:
+                messages.append(f"{sae} is not as it was written: the checksum of a file is wrong")
         except (Unusable, KeyError) as why:
-            told.append(str(why))
-    return told
+            messages.append(str(why))
+    return messages
 
 
 _owned: dict[Path, int] = {}
@@ -399,13 +417,14 @@ _owned: dict[Path, int] = {}
 def lock(folder: Path):
     """Make this process the folder's owner until `unlock` or its death. Raises WrongRequest, naming the
     present owner, or what stands in the lock's place."""
+    # filelock's lock (flock, too) names no owner, takes any file for its own, and leaves it behind
     path = (folder / ".lock").absolute()
     while path not in _owned:
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         except OSError as error:
-            told = f"{path}, by which one process owns a run folder, cannot be opened: {error.strerror}"
-            raise WrongRequest(f"{told}; remove it if it is not in use, or name another folder") from error
+            why = f"{path}, by which one process owns a run folder, cannot be opened: {error.strerror}"
+            raise WrongRequest(f"{why}; remove it if it is not in use, or name another folder") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not _is_at(path, file):  # its last owner removed it just now

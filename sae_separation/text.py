@@ -149,10 +149,10 @@ def _files(option: str, path: str, expanded: str) -> tuple[tuple[Path, ...], tup
                 left_out.append(str(file.relative_to(expanded)))
             elif file.is_file():
                 files.setdefault(os.path.realpath(file), file)
-    told = f"{', '.join(left_out)[:LONGEST]} left out (READMEs and LICENSEs of a folder; a glob reads them)"
+    note = f"{', '.join(left_out)[:LONGEST]} left out (READMEs and LICENSEs of a folder; a glob reads them)"
     if not files:
-        raise WrongRequest(f"--{option} {path} holds no {known} file{f'; {told}' if left_out else ''}")
-    return tuple(files.values()), (f"--{option} {path}: {told}",) if left_out else ()
+        raise WrongRequest(f"--{option} {path} holds no {known} file{f'; {note}' if left_out else ''}")
+    return tuple(files.values()), (f"--{option} {path}: {note}",) if left_out else ()
 
 
 def _candidates(option: str, path: str, expanded: str) -> Iterator[Path]:
@@ -225,8 +225,8 @@ def reading(option: str, path: Path | str):
 
 def one_line(error: BaseException, most: int = 200) -> str:
     """The first line of an error's message, with its kind."""
-    told = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {told[:most]}" if told else type(error).__name__
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text[:most]}" if text else type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -277,9 +277,11 @@ class Tally:
 
     @property
     def notes(self) -> list[str]:
-        told = f"--{self.option} {self.source.said}: "
-        bad = f"{told}{self.bad} of {self.records} records were left out, first {self.first}"
-        cut = f"{told}not read from {self.cut} on, for {MOST_CHARACTERS:,} characters are the most of a text"
+        name = f"--{self.option} {self.source.said}"
+        bad = f"{name}: {self.bad} of {self.records} records were left out, first {self.first}"
+        cut = (
+            f"{name}: not read from {self.cut} on, for {MOST_CHARACTERS:,} characters are the most of a text"
+        )
         return [*self.source.notes, *([bad] if self.bad else []), *([cut] if self.cut else [])]
 
 
@@ -516,8 +518,8 @@ def read_text(
             " give at least two (in .txt, blank lines part documents)"
         )
     if n_cut:
-        told = f"{n_cut} of {len(set(documents))} documents hold over {LONG:.0%} of the text each"
-        notes.append(f"--{option} {' '.join(said)}: {told}: cut in pieces, so that a tenth can be held out")
+        long = f"{n_cut} of {len(set(documents))} documents hold over {LONG:.0%} of the text each"
+        notes.append(f"--{option} {' '.join(said)}: {long}: cut in pieces, so that a tenth can be held out")
     return documents, records, notes
 
 
@@ -603,10 +605,8 @@ def read_hub(
     try:
         revision = hub.revision(source.repo, "dataset")
     except RunFailed:
-        kept = max(
-            root.glob(f"*/{file}"), key=lambda p: p.stat().st_mtime, default=None
-        )  # offline, but read before
-        if kept is None:
+        kept = max(root.glob(f"*/{file}"), key=lambda p: p.stat().st_mtime, default=None)
+        if kept is None:  # it was not read before
             raise
         revision = kept.parent.name
     path = root / revision / file
@@ -637,9 +637,7 @@ def _stream(
             rows = datasets.load_dataset(
                 source.repo, source.config, split=source.split, revision=revision, streaming=True
             )
-        except (
-            ValueError
-        ) as error:  # an unknown config or split, which the message lists; or a data set that is a script
+        except ValueError as error:  # an unknown config or split, which the message lists; or a script
             raise WrongRequest(
                 f"--{option} {source.said}: {one_line(error, 400)}; give owner/name:config@split"
             ) from error

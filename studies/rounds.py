@@ -13,6 +13,7 @@ import argparse
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import experiment
@@ -27,24 +28,12 @@ STEPS = 600
 
 def trained(arm: str, alpha: float, seed: int, block: experiment.ActivationBlock) -> tuple[float, float]:
     """FVU and Ω after training with rounds as long as steps_of_round says."""
-    request = experiment.Request(
-        arm=arm,
-        alpha=alpha,
-        d_sae=512,
-        target_l0=8.0,
-        k=8,
-        batch_size=1024,
-        tokens=STEPS * 1024,
-        chunk_size=64,
-        warmup_steps=20,
-        resample_steps=0,
-    )
+    sizes: dict[str, Any] = dict(d_sae=512, batch_size=1024, tokens=STEPS * 1024, chunk_size=64)
+    steps: dict[str, Any] = dict(target_l0=8.0, k=8, warmup_steps=20, resample_steps=0)
+    request = experiment.Request(arm=arm, alpha=alpha, **sizes, **steps)
     defaults, d_in = defaults_of(SPECS["micro"]), block.x.shape[1]
     config = complete(request, experiment.Config, "micro", defaults, d_in)
-    trainer, batches = (
-        experiment.Trainer(config, seed, d_in, STEPS, block),
-        list(block.batches(1024)),
-    )
+    trainer, batches = experiment.Trainer(config, seed, d_in, STEPS, block), list(block.batches(1024))
     fvu = [trainer.step(*batches[i % len(batches)])["fvu"].item() for i in range(STEPS)]
     return statistics.mean(fvu[-50:]), omega_all_pairs(trainer.sae.W_dec.detach()).item()
 

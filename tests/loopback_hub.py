@@ -22,6 +22,7 @@ import struct
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -99,7 +100,7 @@ class Repo:
                 parts = path[len(prefix) :].split("/")
                 for n in range(1, (len(parts) if recursive else 1) + 1):
                     found.setdefault(prefix + "/".join(parts[:n]))
-        return [self.entry(path) for path in found]
+        return [entry for path in found if (entry := self.entry(path))]
 
 
 @dataclass
@@ -128,12 +129,10 @@ class Hub:
     def __enter__(self) -> "Hub":
         self.closing, self.lock = threading.Event(), threading.Lock()
         self.servers = [
-            ThreadingHTTPServer(("127.0.0.1", 0), handler(self, storage)) for storage in (False, True)
+            Server(("127.0.0.1", 0), partial(Handler, self, storage)) for storage in (False, True)
         ]
         self.url, self.storage_url = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
         for server in self.servers:
-            server.daemon_threads = True
-            server.handle_error = lambda *about: None  # a client that hangs up is no news
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
@@ -210,190 +209,200 @@ class Hub:
         )
 
 
-def handler(hub: Hub, storage: bool) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
 
-        def log_message(self, *args):
-            pass
+    def handle_error(self, request, client_address):
+        """A client that hangs up is no news."""
 
-        def do_HEAD(self):
-            self.answer()
 
-        def do_GET(self):
-            self.answer()
+class Handler(BaseHTTPRequestHandler):
+    """Answers for the hub, or for its storage."""
 
-        def do_POST(self):
-            self.answer()
+    protocol_version = "HTTP/1.1"
 
-        def answer(self):
-            sent = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-            path = unquote(urlsplit(self.path).path)
-            hub.asked.append(f"{self.command} {path}")
-            fault = hub.fault(self.command, path, body=False)
-            if fault and fault.kind == "hang":
-                hub.closing.wait(60)
-                self.close_connection = True
-            elif fault:
-                self.say(
-                    int(fault.kind),
-                    b"busy",
-                    {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)},
-                )
-            elif storage:
-                self.stored(path)
-            elif match := re.fullmatch(
-                r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?",
-                path,
-            ):
-                kind, name, what, revision, under = match.groups()
-                self.api(kind[:-1], name, what, revision, (under or "").strip("/"), sent)
-            elif match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-                self.file("dataset" if match[1] else "model", match[2], match[3], match[4])
-            else:
-                self.say(404, b"no such page")
+    def __init__(self, hub: Hub, storage: bool, *connection):
+        self.hub, self.storage = hub, storage
+        super().__init__(*connection)  # which answers at once
 
-        def token(self) -> str | None:
-            return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+    def log_message(self, *args):
+        pass
 
-        def say(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None):
-            self.send_response(status)
-            for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
+    def do_HEAD(self):
+        self.answer()
 
-        def refuse(self, status: int, code: str, message: str, commit: str | None = None):
+    def do_GET(self):
+        self.answer()
+
+    def do_POST(self):
+        self.answer()
+
+    def answer(self):
+        sent = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+        path = unquote(urlsplit(self.path).path)
+        self.hub.asked.append(f"{self.command} {path}")
+        fault = self.hub.fault(self.command, path, body=False)
+        if fault and fault.kind == "hang":
+            self.hub.closing.wait(60)
+            self.close_connection = True
+        elif fault:
             self.say(
-                status,
-                b"",
-                {"X-Error-Code": code, "X-Error-Message": message}
-                | ({"X-Repo-Commit": commit} if commit else {}),
+                int(fault.kind),
+                b"busy",
+                {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)},
             )
+        elif self.storage:
+            self.stored(path)
+        elif match := re.fullmatch(
+            r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?",
+            path,
+        ):
+            kind, name, what, revision, under = match.groups()
+            self.api(kind[:-1], name, what, revision, (under or "").strip("/"), sent)
+        elif match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self.file("dataset" if match[1] else "model", match[2], match[3], match[4])
+        else:
+            self.say(404, b"no such page")
 
-        def repo(self, kind: str, name: str, revision: str | None) -> Repo | None:
-            """The repo, or None when the request was refused."""
-            repo = hub.repos.get((kind, name))
-            if repo is None:
-                (
-                    self.refuse(404, "RepoNotFound", "Repository not found")
-                    if self.token()
-                    else self.refuse(401, "", "Invalid username or password.")
-                )
-            elif revision not in (None, "main", repo.commit):
-                self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-                return None
-            return repo
+    def token(self) -> str | None:
+        return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
 
-        def api(self, kind: str, name: str, what: str | None, revision: str | None, under: str, sent: str):
-            repo = self.repo(kind, name, revision)
-            if repo is None:
-                return
-            if what in (None, "revision"):
-                return self.json(repo.info())
-            if what == "paths-info":
-                asked = json.loads(sent)["paths"] if sent.startswith("{") else parse_qs(sent).get("paths", [])
-                return self.json([entry for path in asked if (entry := repo.entry(path))])
-            query = parse_qs(urlsplit(self.path).query)
-            found = repo.tree(under, query.get("recursive", ["false"])[0].lower() == "true")
-            if not found:
-                return self.refuse(404, "EntryNotFound", f"{under} does not exist on {revision}")
-            start = int(query.get("cursor", ["0"])[0])
-            more = (
-                f"<{hub.url}{urlsplit(self.path).path}?recursive={query.get('recursive', ['false'])[0]}"
-                f'&cursor={start + hub.page}>; rel="next"'
+    def say(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None):
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def refuse(self, status: int, code: str, message: str, commit: str | None = None):
+        self.say(
+            status,
+            b"",
+            {"X-Error-Code": code, "X-Error-Message": message}
+            | ({"X-Repo-Commit": commit} if commit else {}),
+        )
+
+    def repo(self, kind: str, name: str, revision: str | None) -> Repo | None:
+        """The repo, or None when the request was refused."""
+        repo = self.hub.repos.get((kind, name))
+        if repo is None:
+            (
+                self.refuse(404, "RepoNotFound", "Repository not found")
+                if self.token()
+                else self.refuse(401, "", "Invalid username or password.")
             )
-            self.json(
-                found[start : start + hub.page], {"Link": more} if start + hub.page < len(found) else {}
+        elif revision not in (None, "main", repo.commit):
+            self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return None
+        return repo
+
+    def api(self, kind: str, name: str, what: str | None, revision: str | None, under: str, sent: str):
+        repo = self.repo(kind, name, revision)
+        if repo is None:
+            return
+        if what in (None, "revision"):
+            return self.json(repo.info())
+        if what == "paths-info":
+            asked = json.loads(sent)["paths"] if sent.startswith("{") else parse_qs(sent).get("paths", [])
+            return self.json([entry for path in asked if (entry := repo.entry(path))])
+        query = parse_qs(urlsplit(self.path).query)
+        found = repo.tree(under, query.get("recursive", ["false"])[0].lower() == "true")
+        if not found:
+            return self.refuse(404, "EntryNotFound", f"{under} does not exist on {revision}")
+        start = int(query.get("cursor", ["0"])[0])
+        more = (
+            f"<{self.hub.url}{urlsplit(self.path).path}?recursive={query.get('recursive', ['false'])[0]}"
+            f'&cursor={start + self.hub.page}>; rel="next"'
+        )
+        self.json(
+            found[start : start + self.hub.page], {"Link": more} if start + self.hub.page < len(found) else {}
+        )
+
+    def json(self, value, headers: dict[str, str] | None = None):
+        self.say(200, json.dumps(value).encode(), {"Content-Type": "application/json"} | (headers or {}))
+
+    def file(self, kind: str, name: str, revision: str, path: str):
+        repo = self.repo(kind, name, revision)
+        if repo is None:
+            return
+        if repo.gated and self.token() is None:
+            return self.refuse(
+                401,
+                "GatedRepo",
+                f"Access to {kind} {name} is restricted. You must be authenticated to access it. Please"
+                " log in.",
             )
-
-        def json(self, value, headers: dict[str, str] | None = None):
-            self.say(200, json.dumps(value).encode(), {"Content-Type": "application/json"} | (headers or {}))
-
-        def file(self, kind: str, name: str, revision: str, path: str):
-            repo = self.repo(kind, name, revision)
-            if repo is None:
-                return
-            if repo.gated and self.token() is None:
-                return self.refuse(
-                    401,
-                    "GatedRepo",
-                    f"Access to {kind} {name} is restricted. You must be authenticated to access it. Please"
-                    " log in.",
-                )
-            if repo.gated and self.token() == "hf_expired":
-                return self.refuse(401, "", "Invalid credentials in Authorization header")
-            if repo.gated and self.token() != TOKEN:
-                return self.refuse(
-                    403,
-                    "GatedRepo",
-                    f"Access to {kind} {name} is restricted and you are not in the authorized list.",
-                )
-            file = repo.files.get(path)
-            if file is None:
-                return self.refuse(404, "EntryNotFound", "Entry not found", repo.commit)
-            about = {"X-Repo-Commit": repo.commit, "Accept-Ranges": "bytes"}
-            if not file.large:
-                return self.send_file(file, about | {"ETag": f'"{file.etag}"'})
-            where = f"{hub.storage_url}/{file.etag}/{path.split('/')[-1]}?Signature=signed-for-this-request"
-            self.say(
-                302,
-                b"",
-                about
-                | {
-                    "X-Linked-Size": str(file.size),
-                    "X-Linked-Etag": f'"{file.etag}"',
-                    "Location": where,
-                },
+        if repo.gated and self.token() == "hf_expired":
+            return self.refuse(401, "", "Invalid credentials in Authorization header")
+        if repo.gated and self.token() != TOKEN:
+            return self.refuse(
+                403,
+                "GatedRepo",
+                f"Access to {kind} {name} is restricted and you are not in the authorized list.",
             )
+        file = repo.files.get(path)
+        if file is None:
+            return self.refuse(404, "EntryNotFound", "Entry not found", repo.commit)
+        about = {"X-Repo-Commit": repo.commit, "Accept-Ranges": "bytes"}
+        if not file.large:
+            return self.send_file(file, about | {"ETag": f'"{file.etag}"'})
+        where = f"{self.hub.storage_url}/{file.etag}/{path.split('/')[-1]}?Signature=signed-for-this-request"
+        self.say(
+            302,
+            b"",
+            about
+            | {
+                "X-Linked-Size": str(file.size),
+                "X-Linked-Etag": f'"{file.etag}"',
+                "Location": where,
+            },
+        )
 
-        def stored(self, path: str):
-            if self.headers.get("Authorization"):
-                hub.leaks.append(path)
-            for repo in hub.repos.values():
-                for file in repo.files.values():
-                    if file.large and file.etag == path.split("/")[1]:
-                        return self.send_file(file, {"ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"})
-            self.say(404)
+    def stored(self, path: str):
+        if self.headers.get("Authorization"):
+            self.hub.leaks.append(path)
+        for repo in self.hub.repos.values():
+            for file in repo.files.values():
+                if file.large and file.etag == path.split("/")[1]:
+                    return self.send_file(file, {"ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"})
+        self.say(404)
 
-        def send_file(self, file: File, headers: dict[str, str]):
-            fault = (
-                hub.fault("GET", unquote(urlsplit(self.path).path), body=True)
-                if self.command == "GET"
-                else None
+    def send_file(self, file: File, headers: dict[str, str]):
+        fault = (
+            self.hub.fault("GET", unquote(urlsplit(self.path).path), body=True)
+            if self.command == "GET"
+            else None
+        )
+        start, end, status = 0, file.size, 200
+        if not (fault and fault.deaf) and (
+            asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        ):
+            start, end, status = (
+                int(asked[1]),
+                min(int(asked[2] or file.size) + bool(asked[2]), file.size),
+                206,
             )
-            start, end, status = 0, file.size, 200
-            if not (fault and fault.deaf) and (
-                asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-            ):
-                start, end, status = (
-                    int(asked[1]),
-                    min(int(asked[2] or file.size) + bool(asked[2]), file.size),
-                    206,
-                )
-                if start >= file.size:
-                    return self.say(416, b"", {"Content-Range": f"bytes */{file.size}"})
-                headers = headers | {"Content-Range": f"bytes {start}-{end - 1}/{file.size}"}
-            self.send_response(status)
-            for name, value in (headers | {"Content-Length": str(end - start)}).items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command == "HEAD":
-                return
-            if fault and fault.kind != "corrupt":
-                self.wfile.write(file.read(start, start + (end - start) // 2))
-                self.wfile.flush()
-                self.close_connection = True
-                if fault.kind == "reset":
-                    time.sleep(0.1)
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    self.connection.close()
-                return
-            for at in range(start, end, 2**22):
-                part = bytearray(file.read(at, min(at + 2**22, end)))
-                if fault and at == start:
-                    part[len(part) // 2] ^= 0xFF
-                self.wfile.write(part)
-
-    return Handler
+            if start >= file.size:
+                return self.say(416, b"", {"Content-Range": f"bytes */{file.size}"})
+            headers = headers | {"Content-Range": f"bytes {start}-{end - 1}/{file.size}"}
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(end - start)}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if fault and fault.kind != "corrupt":
+            self.wfile.write(file.read(start, start + (end - start) // 2))
+            self.wfile.flush()
+            self.close_connection = True
+            if fault.kind == "reset":
+                time.sleep(0.1)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+            return
+        for at in range(start, end, 2**22):
+            part = bytearray(file.read(at, min(at + 2**22, end)))
+            if fault and at == start:
+                part[len(part) // 2] ^= 0xFF
+            self.wfile.write(part)
