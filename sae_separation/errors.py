@@ -32,6 +32,12 @@ def address_space() -> int | None:
     return None if limit == resource.RLIM_INFINITY else limit
 
 
+def address_limit() -> str:
+    """`address_space` for a message; empty where there is no limit."""
+    limit = address_space()
+    return "" if limit is None else f" (ulimit -v allows {limit / 1e9:.1f} GB of address space: raise it)"
+
+
 def is_out_of_memory(error: BaseException | None) -> bool:
     """An allocation that failed, on the CPU, on CUDA or where a library was loaded, in the forms that there
     are for it; also as the cause of another error."""
@@ -56,16 +62,8 @@ def ending(error: BaseException, began: bool, take_less: str) -> tuple[int, str,
         return 128 + error.number, f"interrupted by {signal.Signals(error.number).name}: {error.told}", False
     ours = isinstance(error, WrongRequest | RunFailed)
     if is_out_of_memory(error) and not (ours and "memory" in str(error)):  # which says what to do
-        limit = address_space()
-        limited = (
-            "" if limit is None else f" (ulimit -v allows {limit / 1e9:.1f} GB of address space: raise it)"
-        )
-        unbegun = "before anything was begun: with more the same command starts"
-        return (
-            1,
-            f"out of memory{limited}: {take_less}" if began else f"out of memory{limited} {unbegun}",
-            False,
-        )
+        rest = f": {take_less}" if began else " before anything was begun: with more the same command starts"
+        return 1, f"out of memory{address_limit()}{rest}", False
     if ours:
         return 2 if isinstance(error, WrongRequest) else 1, str(error), False
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
