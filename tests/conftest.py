@@ -62,7 +62,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def small_command(*args) -> list[str]:
-    """Argv of the real command, but that the embedded testbed is evaluated by a small sweep on few contexts."""
+    """Argv of the real command, but for a small sweep and few contexts on the embedded testbed."""
     return [sys.executable, "-c", SMALL_ROW, *map(str, args)]
 
 
