@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, small_command
 from test_trainer import SMALL
 
 import experiment
@@ -170,46 +170,33 @@ def test_the_stream_goes_on_behind_any_block_to_the_same_bits(micro):
         assert torch.equal(block.x, again.x) and torch.equal(block.forget, again.forget)
 
 
-def test_killed_at_random_instants_a_command_ends_as_if_left_alone(tmp_path):
-    """The real thing: two folders on one LM pass, SIGKILL wherever it hits."""
+def test_killed_at_random_instants_a_command_ends_as_if_left_alone(tmp_path, small_micro):
+    """A process of its own, two folders on one LM pass, SIGKILL wherever it hits."""
+    data = [f"--{name}={value}" for name, (value,) in small_micro.items()]
 
-    def argv(where):
-        return [
-            sys.executable,
-            str(ROOT / "experiment.py"),
-            "--out_dir",
-            str(tmp_path / where / "run_1"),
-            str(tmp_path / where / "run_6"),
-            "--seeds",
-            "0",
-            "1",
-            "--evals",
-            "core",
-            "geometry",
-            *map(str, TINY),
-        ]
+    def begin(where) -> subprocess.Popen:
+        folders = [tmp_path / where / run for run in ("run_1", "run_6")]
+        evaluated = ("--seeds", 0, 1, "--evals", "core", "geometry")
+        argv = small_command("--out_dir", *folders, *evaluated, *TINY, *data)
+        return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    alone = subprocess.Popen(argv("alone"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    alone = begin("alone")
     started, folder = time.monotonic(), tmp_path / "alone/run_1"
     while not list(folder.glob("checkpoints/*.safetensors")) and alone.poll() is None:
         time.sleep(0.01)
     begun = time.monotonic() - started
     assert alone.communicate(timeout=300) and alone.returncode == 0
-    ended = time.monotonic() - started
-    rng, kills = random.Random(0), 0
-    for fraction in (0.2, 0.5, 0.8, None):
-        process = subprocess.Popen(argv("killed"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    took, rng, kills = time.monotonic() - started - begun, random.Random(0), 0
+    for fraction in (0.3, 0.4, None):  # the second goes on from where the first was killed
+        process = begin("killed")
+        wait = 300 if fraction is None else begun + (fraction + rng.uniform(-0.1, 0.1)) * took
         try:
-            process.communicate(
-                timeout=(
-                    300 if fraction is None else begun + (fraction + rng.uniform(-0.1, 0.1)) * (ended - begun)
-                )
-            )
+            process.communicate(timeout=wait)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             kills += 1
-    assert kills >= 2 and process.returncode == 0
+    assert kills == 2 and process.returncode == 0
     for run in ("run_1", "run_6"):
         assert results(tmp_path / "killed" / run) == results(tmp_path / "alone" / run)
         assert not (tmp_path / "killed" / run / "checkpoints").exists()
