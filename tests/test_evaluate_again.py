@@ -182,6 +182,25 @@ def test_files_of_a_complete_run_are_at_every_instant_as_its_checksums_say(tmp_p
     assert "warnings.json is not as it was written" in run_folder.changed_files(tmp_path)[0], "nor as before"
 
 
+def test_a_new_file_that_is_damaged_before_a_killed_renewal_goes_on_is_written_anew(tmp_path, monkeypatch):
+    put(
+        tmp_path, {name: b"[]\n" for name in ("warnings.json", "train_log.jsonl", "eval/seed0_geometry.json")}
+    )
+    run_folder.write_result(tmp_path, {"training": {}})
+    new = tmp_path / "eval/seed0_core.json"
+
+    def dies(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(run_folder, "write_whole", dies)  # checksums.json names the new file then
+        run_folder.renew(tmp_path, {"eval/seed0_core.json": b"[1]\n"})
+    new.write_bytes(b"[2]\n")
+    assert "seed0_core.json is not as it was written" in run_folder.changed_files(tmp_path)[0]
+    run_folder.renew(tmp_path, {"eval/seed0_core.json": b"[1]\n"})
+    assert run_folder.changed_files(tmp_path) == [] and new.read_bytes() == b"[1]\n"
+
+
 def test_without_weights_a_complete_run_cannot_be_evaluated(here, trained, measured, tmp_path, capsys):
     shutil.rmtree(tmp_path / "run_1/sae_seed1")
     with pytest.raises(
