@@ -7,7 +7,7 @@
     python plot.py                                           # figures over all run folders
 
 The file reads in the order in which data flows: plan and arms (config.py, losses.py) ->
-activation stream -> OrthogonalSAE (its products: sparse.py) -> trainer -> run (evaluated by evaluation.py) ->
+activation stream -> OrthogonalSAE (its products: sparse.py) -> trainer -> run (evaluated by evals/) ->
 main. DIMENSIONS in names: B batch rows, D d_in, F d_sae, G feature groups.
 """
 
@@ -197,21 +197,18 @@ if __name__ == "__main__":  # answer --help and wrong requests before anything h
         sys.exit(tell(error, began=False))
 
 import contextlib
-import gc
 from collections.abc import Iterator
 from itertools import islice
 
-import beartype  # noqa: F401  (before nnsight, which gives `object` a method that beartype's import trips over)
-import nnsight
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from sae_separation import losses, testbeds
-from sae_separation.evaluation import Evaluator, evaluation_contexts
+from sae_separation.evals.evaluator import Evaluator, evaluation_contexts
 from sae_separation.exam import most_positions, special_ids
 from sae_separation.gradients import Terms, accumulate_grads
-from sae_separation.lm import Testbed, bfloat16_twins, fast_lm_tokens, hidden_of, massive, parameters_as
+from sae_separation.lm import SplitLM, Testbed, bfloat16_twins, fast_lm_tokens, massive, parameters_as
 from sae_separation.losses import has_bf16
 from sae_separation.resample import resample
 from sae_separation.rounds import Rounds, steps_of_round
@@ -266,8 +263,7 @@ class ActivationStream:
         lm_tokens: int | None = None,
     ):
         self.device, self.d_in = testbed.lm.device, testbed.d_in
-        self.traced = nnsight.NNsight(testbed.lm)
-        self.hook = self.traced.get(testbed.hook_name)
+        self.lm = SplitLM(testbed)
         self.special = special_ids(testbed.tokenizer).to(self.device)
         self.low_precision = bfloat16_twins(testbed) if has_bf16(self.device) else []
         lm_tokens = lm_tokens or fast_lm_tokens(testbed.lm)
@@ -288,10 +284,8 @@ class ActivationStream:
     @torch.no_grad()
     def activations(self, tokens: Tensor) -> Tensor:
         """resid_post [context, pos, D] of tokens [context, pos], in the precision that the LM runs in."""
-        with parameters_as(self.low_precision), self.traced.trace(tokens, use_cache=False) as tracer:
-            resid = self.hook.output.save()
-            tracer.stop()
-        return hidden_of(resid)
+        with parameters_as(self.low_precision):
+            return self.lm.resid(tokens)
 
     def next_block(self) -> ActivationBlock:
         """The LM's output goes straight to its shuffled place: one buffer, one LM batch, no copy of the
@@ -310,9 +304,8 @@ class ActivationStream:
         forget = torch.empty(n, dtype=torch.bool, device=self.device)
         for tokens, rows in zip(batches, kept):
             place = places[first : first + len(rows)]
-            with process.signals.held():  # neither nnsight nor the LM's weights are to be left in the middle
+            with process.signals.held():  # the LM's weights are not to be left in the middle
                 resid = self.activations(tokens).flatten(0, 1).index_select(0, rows).float()
-            gc.collect()  # a trace leaves frames in cycles, and they hundreds of MB of activations
             x.index_copy_(0, place, resid)
             forget.index_copy_(0, place, rows < half * tokens.shape[1])
             sink = massive(resid, torch.ones_like(rows, dtype=torch.bool))

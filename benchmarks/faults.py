@@ -39,8 +39,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads, also torch's, do not 
 import torch
 
 import experiment
-from sae_separation import checkpoint, evaluation, run_folder, testbeds
+from sae_separation import checkpoint, run_folder, testbeds
 from sae_separation.errors import leave_at_once, stops, tell
+from sae_separation.evals import geometry
+from sae_separation.evals.evaluator import Evaluator
 
 STEPS, BATCH = 160, 512
 SETTINGS = (
@@ -493,7 +495,7 @@ class Campaign:
             trial = Trial(
                 folder,
                 prepare=lambda: wrap(
-                    evaluation.Evaluator,
+                    geometry,
                     "geometry",
                     lambda calls, args: os.kill(os.getpid(), signal.SIGTERM) if calls == 2 else None,
                 ),
@@ -873,7 +875,7 @@ def main():
     torch.set_num_threads(1)
     loaded = replace(testbeds.load("micro"), n_held_out=32)
     testbeds.load = lambda *_: loaded
-    experiment.Evaluator = partial(evaluation.Evaluator, n_contexts=64)
+    experiment.Evaluator = partial(Evaluator, n_contexts=64)
     old = (
         json.loads(args.out.with_suffix(".json").read_text())
         if args.out.with_suffix(".json").exists()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae_separation.errors import WrongRequest
 from sae_separation.questions import Question
+from sae_separation.saebench import AS_LISTED, letter_prompt
 from sae_separation.text import LONGEST
 
 
@@ -47,7 +48,16 @@ def trained_on(tokens: Tensor, special: Tensor) -> Tensor:
     return trained
 
 
-@dataclass(eq=False)  # a batch is itself: caches hold it weakly
+@dataclass(eq=False)  # it is itself: caches hold it weakly
+class Residuals:
+    """The residual stream at the hook layer, as interventions are given it: resid [row, pos, D] (fp32), and
+    `trained` [row, pos] (bool), the tokens that they may touch."""
+
+    resid: Tensor
+    trained: Tensor
+
+
+@dataclass(eq=False)  # it is itself: caches hold it weakly
 class Batch:
     """Right-padded token rows of similar length, and where to read the LM's answer.
 
@@ -55,8 +65,7 @@ class Batch:
     which alone an intervention may touch; positions [row, n] are read (None: all); targets, weights and ends
     [row, n] say how (cloze only); places [row, pos] and mask [row, 1, pos, pos] (added to attention scores)
     are the tokens' places and what they see, where a row holds several ends of one stem (None: as they
-    stand); `rows` are the rows' places in the exam; `resid` [row, pos, d_in] and `plain` [row, ...] are room
-    for the hook layer's output and for what is read from the LM without an intervention.
+    stand); `rows` are the rows' places in the exam; `residuals` are given where they are known already.
     """
 
     tokens: Tensor
@@ -68,8 +77,7 @@ class Batch:
     places: Tensor | None = None
     mask: Tensor | None = None
     rows: list[int] | None = None
-    resid: Tensor | None = None
-    plain: Tensor | None = None
+    residuals: Residuals | None = None
 
     def take(self, rows: list[int]) -> "Batch":
         """Some of the rows, to be run and read."""
@@ -77,7 +85,9 @@ class Batch:
             name: getattr(self, name)
             for name in ("tokens", "trained", "positions", "targets", "weights", "ends", "places", "mask")
         }
-        return replace(self, **{name: None if t is None else t[rows] for name, t in some.items()})
+        return replace(
+            self, residuals=None, **{name: None if t is None else t[rows] for name, t in some.items()}
+        )
 
     def to(self, device) -> "Batch":
         return replace(
@@ -131,7 +141,7 @@ class Exam:
         tokenizer,
         questions: list[Question],
         scoring="letter",
-        permutations=((0, 1, 2, 3),),
+        permutations=AS_LISTED,
         prompt_format=None,
         without_question=False,
         device="cpu",
@@ -168,7 +178,6 @@ class Exam:
                 rows = [(stem, [end]) for stem, ends in rows for end in ends]
         self.n_rows = len(rows)
         self.width = 4 if scoring == "letter" or shared_stems else 1  # numbers a row
-        self.plain: Tensor | None = None  # room for the probabilities without an intervention
         self.batches = list(_batches(rows, tokens_per_batch, device, special_ids(tokenizer), mixed_lengths))
 
     def read(self, batch: Batch, logits: Tensor) -> Tensor:
@@ -177,9 +186,9 @@ class Exam:
         if self.scoring == "letter":
             return logits[:, 0].float().softmax(-1)[:, self.letters].amax(1)
         logits = logits.float()
-        told = logits.gather(-1, batch.targets[..., None])[..., 0] - logits.logsumexp(-1)
-        return torch.zeros(len(told), self.width, device=told.device).scatter_add_(
-            1, batch.ends, told * batch.weights
+        log_probs = logits.gather(-1, batch.targets[..., None])[..., 0] - logits.logsumexp(-1)
+        return torch.zeros(len(log_probs), self.width, device=log_probs.device).scatter_add_(
+            1, batch.ends, log_probs * batch.weights
         )
 
     def probs(self, forward: Callable[[Batch], Tensor]) -> Tensor:
@@ -262,17 +271,6 @@ def _batches(
         yield replace(batch.to(device), rows=some)
 
 
-def letter_prompt(question: Question, permutation, prompt_format=None, without_question=False) -> str:
-    """The prompt that SAEBench's unlearning evaluation gives an LM, made by SAEBench's own function."""
-    from sae_bench.evals.unlearning.utils.metrics import convert_wmdp_data_to_prompt
-    from sae_bench.evals.unlearning.utils.var import PRE_QUESTION_FORMAT
-
-    subject = PRE_QUESTION_FORMAT.format(subject=question.subject.replace("_", " "))
-    return convert_wmdp_data_to_prompt(
-        question.question, question.choices, prompt_format, subject, permutation, without_question
-    )
-
-
 def letter_tokens(tokenizer, prompt_format=None) -> Tensor:
     """Token ids [spelling, 4] of the letters: after a space, as they stand behind a prompt's "Answer:"; in
     chat formats by themselves, with and without the space (as SAEBench). Raises WrongRequest for a letter of
@@ -285,6 +283,6 @@ def letter_tokens(tokenizer, prompt_format=None) -> Tensor:
     ids = [[encode(before + space + letter) for letter in "ABCD"] for space in spellings]
     stem = encode(before)
     if any(i[:-1] != stem for row in ids for i in row):
-        told = "an answer letter is more than one token of this LM's tokenizer"
-        raise WrongRequest(f"--scoring letter: {told}; give --scoring cloze")
+        why = "an answer letter is more than one token of this LM's tokenizer"
+        raise WrongRequest(f"--scoring letter: {why}; give --scoring cloze")
     return torch.tensor([[i[-1] for i in row] for row in ids])

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from sae_separation import saebench
+
 
 def export(module, folder: Path, metadata: dict):
     """Save an OrthogonalSAE in SAELens' format (cfg.json, sae_weights.safetensors) with its `scale` s folded
@@ -55,10 +57,7 @@ def export(module, folder: Path, metadata: dict):
 
 def load_exported(folder: Path, device="cpu"):
     """An exported SAE as SAEBench takes it: read by sae_lens, its config in the form SAEBench expects."""
-    from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
     from sae_lens import SAE
 
     sae = SAE.load_from_disk(folder, device=str(device)).requires_grad_(False)
-    loaded = load_and_format_sae("", sae, str(device))
-    assert loaded is not None  # None is for an SAE that it did not find
-    return loaded[1]
+    return saebench.as_expected(sae, str(device))

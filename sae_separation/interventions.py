@@ -7,7 +7,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from sae_separation.exam import Batch, trained_on
+from sae_separation.exam import Batch, Residuals, trained_on
+
+INTERVENTIONS = ("clamp", "conditional", "guardrail")  # as `intervene` says
 
 # conditional: of retain tokens that may be clamped, SAEBench's stricter limit on a feature's retain rate
 RETAIN_SHARE = 0.001
@@ -22,17 +24,17 @@ class ChosenFeatures:
 
     Clamping changes the residual by (f' - f) W_dec of the clamped features alone, since SAEBench adds the
     SAE's error back: the others need not be computed. With the features' own mean active values as units,
-    SAEBench's multipliers count in those. `retain`, a batch of retain text, is what the guards are calibrated
-    on; questions and held-out text never are.
+    SAEBench's multipliers count in those. The guards are calibrated on `retain`, the residuals of retain
+    text, and never on questions or held-out text.
     """
 
-    def __init__(self, sae, chosen: Tensor, unit_F: Tensor, retain: Batch | None = None):
+    def __init__(self, sae, chosen: Tensor, unit_F: Tensor, retain: Residuals | None = None):
         self.sae, self.chosen, self.unit, self.cfg, self.retain = sae, chosen, unit_F[chosen], sae.cfg, retain
         self.W_dec = sae.W_dec[chosen] * self.unit[:, None]
         if sae.cfg.architecture() == "standard":  # features do not compete: encode the chosen alone
             W_enc, b_enc = sae.W_enc[:, chosen] / self.unit, sae.b_enc[chosen] / self.unit
             self.encode = lambda x: torch.relu(sae.process_sae_in(x) @ W_enc + b_enc)
-        self.encoded: WeakKeyDictionary[Batch, Tensor] = WeakKeyDictionary()
+        self.encoded: WeakKeyDictionary[Residuals, Tensor] = WeakKeyDictionary()
         self.guards: dict[tuple, float] = {}
 
     def encode(self, x: Tensor) -> Tensor:
@@ -49,15 +51,13 @@ class ChosenFeatures:
             raise ValueError("an SAE that layer-normalises its input decodes in units of that: give x")
         return written * x.std(-1, keepdim=True)
 
-    def on(self, batch: Batch) -> Tensor:
-        """[row, pos, chosen] on the tokens that may be touched, 0 on the others; encoded once a batch."""
-        if batch.resid is None:
-            raise ValueError("the batch holds no residual stream to encode")
-        if batch not in self.encoded:
-            self.encoded[batch] = self.encode(batch.resid) * batch.trained[..., None]
-        return self.encoded[batch]
+    def on(self, residuals: Residuals) -> Tensor:
+        """[row, pos, chosen] on the tokens that may be touched, 0 on the others; encoded once."""
+        if residuals not in self.encoded:
+            self.encoded[residuals] = self.encode(residuals.resid) * residuals.trained[..., None]
+        return self.encoded[residuals]
 
-    def _calibration(self) -> Batch:
+    def _calibration(self) -> Residuals:
         if self.retain is None:
             raise ValueError("these features were made without retain text, which guards are calibrated on")
         return self.retain
@@ -87,10 +87,15 @@ def firing_share(fires: Tensor, trained: Tensor) -> Tensor:
 
 
 def intervene(
-    resid: Tensor, hook: Batch, sae: ChosenFeatures, features_to_ablate, multiplier: float, how: str = "clamp"
+    resid: Tensor,
+    hook: Residuals,
+    sae: ChosenFeatures,
+    features_to_ablate,
+    multiplier: float,
+    how: str = "clamp",
 ) -> Tensor | None:
-    """resid [row, pos, D] of a batch, with features (places among the chosen) set to -multiplier on the
-    tokens that may be touched (Batch.trained), as a hook.
+    """resid [row, pos, D], with features (places among the chosen) set to -multiplier on the tokens that may
+    be touched (Residuals.trained), as a hook.
 
     clamp: where they fire. SAEBench's `anthropic_clamp_resid_SAE_features`, without its work on features left
     alone.
@@ -124,4 +129,5 @@ def intervene(
 def whole_contexts(tokens: Tensor, resid: Tensor, special: Tensor) -> Batch:
     """Contexts [n, pos] and their resid [n, pos, D], as a batch that is read everywhere; `special` ids as in
     `special_ids`."""
-    return Batch(tokens, trained_on(tokens, special), resid=resid)
+    trained = trained_on(tokens, special)
+    return Batch(tokens, trained, residuals=Residuals(resid, trained))

@@ -1,19 +1,24 @@
 """The LM: its layers, its precision, its residual stream, stopped and resumed at a layer."""
 
 import contextlib
+import gc
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from weakref import WeakKeyDictionary
 
+import beartype  # noqa: F401  (before nnsight: it gives `object` a method that beartype's import trips over)
+import nnsight
 import torch
 from torch import Tensor
 
+from sae_separation import process
 from sae_separation.errors import RunFailed, WrongRequest
-from sae_separation.exam import Batch, logits_at
+from sae_separation.exam import Batch, Residuals, logits_at
 from sae_separation.questions import Question
 from sae_separation.text import Text, one_line
 
@@ -34,8 +39,8 @@ class Testbed:
     """
 
     name: str
-    lm: torch.nn.Module
-    tokenizer: object
+    lm: Any  # a transformers.PreTrainedModel; torch names none of its attributes
+    tokenizer: Any
     layer: int
     forget: Text
     retain: Text
@@ -47,7 +52,7 @@ class Testbed:
     defaults: dict = field(default_factory=dict)
     describe: dict = field(default_factory=dict)
     sweep: dict = field(default_factory=dict)
-    exam_lm: torch.nn.Module | None = None
+    exam_lm: Any | None = None
     shared_stems: bool = False
     mixed_lengths: bool = True
     n_held_out: int = 128
@@ -72,7 +77,7 @@ class Testbed:
         return self.defaults["context_size"]
 
 
-def decoder_layers(lm: torch.nn.Module) -> torch.nn.ModuleList:
+def decoder_layers(lm: Any) -> torch.nn.ModuleList:
     """The LM's stack of decoder layers: the longest ModuleList whose length is its config's
     num_hidden_layers.
 
@@ -129,7 +134,7 @@ def load_tokenizer(folder: Path, document_end: str = ""):
 LARGE = 3e9  # bytes of weights that are not spread out to float32
 
 
-def load_lm(folder: Path, device: str) -> torch.nn.Module:
+def load_lm(folder: Path, device: str) -> Any:
     """The LM in `folder`, frozen; in float32, or in bfloat16 when its files are LARGE.
 
     Raises WrongRequest for files that are no whole LM.
@@ -139,7 +144,7 @@ def load_lm(folder: Path, device: str) -> torch.nn.Module:
     large = sum(f.stat().st_size for f in folder.glob("*.safetensors")) > LARGE
     try:
         with without_bars():
-            lm, told = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.bfloat16 if large else torch.float32,
                 use_safetensors=True,
@@ -152,7 +157,8 @@ def load_lm(folder: Path, device: str) -> torch.nn.Module:
         raise WrongRequest(
             f"--lm {folder} cannot be loaded ({one_line(error)}); save it anew with transformers"
         ) from error
-    missing = sorted(told["missing_keys"])
+    lm, loading = loaded
+    missing = sorted(loading["missing_keys"])
     if missing:
         raise WrongRequest(
             f"--lm {folder} lacks {len(missing)} weights, first {missing[0]}: save it anew, whole"
@@ -185,7 +191,7 @@ def bfloat16_twins(testbed: Testbed) -> list[tuple[torch.nn.Parameter, Tensor]]:
     ]
 
 
-def fast_lm_tokens(lm: torch.nn.Module) -> int:
+def fast_lm_tokens(lm: Any) -> int:
     """Tokens of an LM batch. On a CPU a layer's widest activations are 16 MB (fp32): larger batches are no
     faster, and take more memory."""
     config = lm.config
@@ -224,50 +230,63 @@ def hidden_of(put_out) -> Tensor:
     return put_out[0] if isinstance(put_out, tuple | list) else put_out
 
 
-class InterventionLM:
-    """What SAEBench's sweep needs of an LM (`cfg`, `add_hook`, `reset_hooks`), on any decoder-only LM.
+class SplitLM:
+    """A frozen LM, split behind its hook layer: `resid` runs the lower part, and `resumed_from` the upper
+    one.
 
-    Interventions act on resid_post of the hook layer. The layers up to it do not depend on them: their output
-    is kept with each batch and only the layers above run again, on the rows that an intervention changed,
-    once for every change. `told` remembers those answers until it is cleared or the batch is gone; one may
-    differ from an answer in another batch by rounding.
+    Nothing else stops an LM, or changes what its layers do. It is read through nnsight, in training and in
+    evaluation alike.
     """
 
     def __init__(self, testbed: Testbed):
         self.lm, self.layers, self.layer = testbed.lm, testbed.layers, testbed.layer
-        self.cfg = SimpleNamespace(model_name=testbed.name, device=testbed.lm.device)
-        self.hook = None
-        # of each batch: (row, digest of its changed resid) -> what was read
-        self.told: WeakKeyDictionary[Batch, dict[tuple[int, bytes], Tensor]] = WeakKeyDictionary()
+        self.hook_name = testbed.hook_name
+        self.traced: Any = nnsight.NNsight(testbed.lm)
+        self.hook_point: Any = self.traced.get(self.hook_name)
 
-    def add_hook(self, name: str, hook: Callable):
-        self.hook = hook
+    def resid(self, tokens: Tensor, **seen) -> Tensor:
+        """resid_post [row, pos, D] of the hook layer, in the precision that the LM runs in; the LM is stopped
+        there. `seen` is what it is given beside the tokens (Batch.seen)."""
+        return hidden_of(self._put_out(tokens, **seen))
 
-    def reset_hooks(self):
-        self.hook = None
+    def _put_out(self, tokens: Tensor, **seen):
+        """What the hook layer puts out: a hidden state, or a tuple or list that begins with it."""
+        with process.signals.held():  # nnsight is not to be left in the middle of a trace
+            put_out = self._trace(tokens, **seen)
+        # a trace leaves its frames, and they the LM's activations, in cycles: 500 MB, were Python to decide
+        gc.collect()
+        return put_out
 
-    def _changed(self, batch: Batch) -> Tensor:
-        """The batch's resid under the hook, which gets the batch where SAEBench's hooks have their hook point
-        (unused by them); as it is where SAEBench's hook has no feature to clamp (None)."""
-        changed = self.hook(batch.resid, hook=batch)
-        return batch.resid if changed is None else changed
+    @torch.no_grad()
+    def _trace(self, tokens: Tensor, **seen):
+        with self.traced.trace(tokens, use_cache=False, **seen) as tracer:
+            put_out = self.hook_point.output.save()
+            tracer.stop()
+        return put_out
 
     @contextlib.contextmanager
     def resumed_from(self, resid: Tensor):
         """Inside, the layers below the hook pass their input on, and the hook layer puts out `resid`."""
         as_put_out = self.as_put_out
         as_lm = as_put_out(resid.to(self.lm.dtype))
-        replaced = self.layers[: self.layer + 1]
+
+        def pass_on(hidden_states, *args, **kwargs):
+            return as_put_out(hidden_states)
+
+        def put_in(hidden_states, *args, **kwargs):
+            return as_lm
+
+        *lower, hook = self.layers[: self.layer + 1]
         before = [
-            vars(layer).get("forward") for layer in replaced
-        ]  # nnsight puts one of its own on each layer
-        for layer in replaced[:-1]:
-            layer.forward = lambda hidden_states, *args, **kwargs: as_put_out(hidden_states)
-        replaced[-1].forward = lambda hidden_states, *args, **kwargs: as_lm
+            vars(layer).get("forward") for layer in (*lower, hook)
+        ]  # nnsight puts its own on each layer
+        for layer in lower:
+            layer.forward = pass_on
+        hook.forward = put_in
         try:
             yield
         finally:
-            for layer, forward in zip(replaced, before):
+            for layer, forward in zip((*lower, hook), before):
                 del layer.forward
                 if forward is not None:
                     layer.forward = forward
@@ -277,62 +296,99 @@ class InterventionLM:
         """Gives a hidden state the form in which the layers put it out: by itself, or before None in a tuple
         or list."""
         put_out = self._put_out(torch.zeros(1, 1, dtype=torch.long, device=self.lm.device))
-        if isinstance(put_out, Tensor):
-            return lambda hidden: hidden
         form, beside = type(put_out), [None] * (len(put_out) - 1)
-        return lambda hidden: form([hidden, *beside])
+
+        def itself(hidden: Tensor):
+            return hidden
+
+        def first_of_several(hidden: Tensor):
+            return form([hidden, *beside])
+
+        return itself if isinstance(put_out, Tensor) else first_of_several
+
+
+@dataclass
+class Asked:
+    """What an LM gave for a batch: the residual stream at its hook layer; what was read of it without an
+    intervention [row, ...]; and, of the rows that interventions changed, by row and digest of the changed
+    stream."""
+
+    residuals: Residuals
+    plain: Tensor
+    answers: dict[tuple[int, bytes], Tensor] = field(default_factory=dict)
+
+
+class InterventionLM(SplitLM):
+    """What SAEBench's sweep needs of an LM (`cfg`, `add_hook`, `reset_hooks`), on any decoder-only LM.
+
+    Interventions act on resid_post of the hook layer. The layers up to it do not depend on them: they run
+    once a batch, and only the layers above run again, on the rows that an intervention changed, once for
+    every change. What was given is kept as long as the batch lives; an answer may differ from that in another
+    batch by rounding.
+    """
+
+    def __init__(self, testbed: Testbed):
+        super().__init__(testbed)
+        self.cfg = SimpleNamespace(model_name=testbed.name, device=testbed.lm.device)
+        self.hook: Callable | None = None
+        self.asked: WeakKeyDictionary[Batch, Asked] = WeakKeyDictionary()
+
+    def add_hook(self, name: str, hook: Callable):
+        """hook(resid [row, pos, D], hook=Residuals) gives the changed stream, or None where it changes
+        nothing."""
+        self.hook = hook
+
+    def reset_hooks(self):
+        self.hook = None
+
+    def forget_answers(self):
+        """Let go of the answers under interventions: those of another SAE will not come again."""
+        for asked in self.asked.values():
+            asked.answers.clear()
 
     def resid(self, tokens: Tensor, **seen) -> Tensor:
         """resid_post [row, pos, D] (fp32) of the hook layer, the LM stopped there."""
-        return hidden_of(self._put_out(tokens, **seen)).float()
+        return super().resid(tokens, **seen).float()
 
-    @torch.no_grad()
-    def _put_out(self, tokens: Tensor, **seen):
-        """What the hook layer puts out, the LM stopped there."""
-        kept, stop = [], StopIteration()
+    def residuals(self, batch: Batch) -> Residuals:
+        """The batch's own, else from the LM: massive ones are then not touched."""
+        if batch.residuals is not None:
+            return batch.residuals
+        resid = self.resid(batch.tokens, **batch.seen(self.lm))
+        return Residuals(resid, batch.trained & ~massive(resid, batch.trained))
 
-        def keep(module, args, output):
-            kept.append(output)
-            raise stop
-
-        handle = self.layers[self.layer].register_forward_hook(keep)
-        try:
-            self.lm(tokens, use_cache=False, **seen)
-        except StopIteration as reached:
-            if reached is not stop:
-                raise
-        finally:
-            handle.remove()
-            stop.__traceback__ = None  # its frames hold the caller's batch, and they it: a cycle
-        return kept[0]
+    def _read(self, batch: Batch, read: Callable) -> Tensor:
+        return read(batch, logits_at(self.lm, batch.tokens, batch.positions, **batch.seen(self.lm)))
 
     def _resumed(self, batch: Batch, resid: Tensor, read: Callable) -> Tensor:
         with self.resumed_from(resid):
-            return read(batch, logits_at(self.lm, batch.tokens, batch.positions, **batch.seen(self.lm)))
+            return self._read(batch, read)
 
     @torch.no_grad()
     def ask(self, batch: Batch, read: Callable) -> Tensor:
         """read(batch, logits [row, n, vocab]) [row, ...], under the hook if there is one; one batch is always
         read in one way."""
         if self.hook is None:
-            return read(batch, logits_at(self.lm, batch.tokens, batch.positions, **batch.seen(self.lm)))
-        if batch.resid is None:
-            batch.resid = self.resid(batch.tokens, **batch.seen(self.lm))
-            batch.trained = batch.trained & ~massive(batch.resid, batch.trained)
-        if batch.plain is None:
-            batch.plain = self._resumed(batch, batch.resid, read)
-        resid = self._changed(batch)
-        touched = (resid != batch.resid).flatten(1).any(1).nonzero()[:, 0].tolist()
+            return self._read(batch, read)
+        if batch not in self.asked:
+            residuals = self.residuals(batch)
+            self.asked[batch] = Asked(residuals, self._resumed(batch, residuals.resid, read))
+        asked = self.asked[batch]
+        before = asked.residuals.resid
+        resid = self.hook(before, hook=asked.residuals)  # SAEBench's hooks do not look at their `hook`
+        if resid is None:
+            return asked.plain.clone()
+        touched = (resid != before).flatten(1).any(1).nonzero()[:, 0].tolist()
         keys = {
             row: (row, hashlib.blake2b(resid[row].cpu().numpy(), digest_size=16).digest()) for row in touched
         }
-        told = self.told.setdefault(batch, {})
-        new = [row for row, key in keys.items() if key not in told]
+        new = [row for row, key in keys.items() if key not in asked.answers]
         if new:
-            told.update(zip([keys[row] for row in new], self._resumed(batch.take(new), resid[new], read)))
-        out = batch.plain.clone()
+            answers = self._resumed(batch.take(new), resid[new], read)
+            asked.answers.update(zip([keys[row] for row in new], answers))
+        out = asked.plain.clone()
         if touched:
-            out[touched] = torch.stack([told[keys[row]] for row in touched])
+            out[touched] = torch.stack([asked.answers[keys[row]] for row in touched])
         return out
 
     def ce(self, batch: Batch) -> Tensor:
@@ -346,53 +402,3 @@ class InterventionLM:
             return losses.view(len(logits), -1).mean(1)
 
         return self.ask(batch, read)
-
-
-def shared_proxy(lm: InterventionLM, testbed: Testbed, most_bytes: int = 2**29):
-    """The LM as a sae_lens HookedProxyLM that does once a batch what SAEBench core asks of it for every SAE
-    alike: the clean pass, the zero-ablated pass, and the layers up to the hook. At most `most_bytes` are
-    kept; what was not is made again."""
-    from sae_lens.load_model import HookedProxyLM
-
-    kept: dict = {}
-
-    def once(kind: str, tokens: Tensor, make: Callable):
-        key = kind, tokens.cpu().numpy().tobytes()
-        if key in kept:
-            return kept[key][0]
-        out = make()
-        size = sum(t.nbytes for t in ([out] if isinstance(out, Tensor) else out))
-        if sum(n for _, n in kept.values()) + size <= most_bytes:
-            kept[key] = out, size
-        return out
-
-    class SharedProxy(HookedProxyLM):
-        def run_with_hooks(self, tokens, fwd_hooks, **kwargs):
-            def run():
-                return super(SharedProxy, self).run_with_hooks(tokens, fwd_hooks=fwd_hooks, **kwargs)
-
-            if getattr(fwd_hooks[0][1], "__name__", "") == "standard_zero_ablate_hook":
-                return once("ablated", tokens, run)
-            with lm.resumed_from(once("resid", tokens, lambda: lm.resid(tokens))):
-                return run()
-
-        def run_with_cache(self, tokens, **kwargs):
-            with lm.resumed_from(once("resid", tokens, lambda: lm.resid(tokens))):
-                return super().run_with_cache(tokens, **kwargs)
-
-        def forward(self, tokens, **kwargs):
-            def run():
-                return super(SharedProxy, self).forward(tokens, **kwargs)
-
-            return (
-                run()
-                if any(point.fwd_hooks for point in self.hook_dict.values())
-                else once("clean", tokens, run)
-            )
-
-    testbed.layers[testbed.layer].register_forward_hook(list_as_tuple)  # sae_lens' hook ignores lists
-    return SharedProxy(testbed.lm, testbed.tokenizer, hook_names=[testbed.hook_name])
-
-
-def list_as_tuple(module, args, output):
-    return tuple(output) if isinstance(output, list) else output

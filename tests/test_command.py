@@ -15,7 +15,7 @@ from test_bad_input import OWN, here, refused, request  # noqa: F401  (here is a
 
 import experiment
 from experiment import ARMS, PLAN, Command, Request, parse_command
-from sae_separation import checks, evaluation
+from sae_separation import checks
 from sae_separation import config as settings
 from sae_separation.config import ACTIVATION_NAMES, ONE_PASS, check, option, whole_number, with_arms
 from sae_separation.errors import WrongRequest
@@ -81,19 +81,18 @@ def test_a_plan_whose_runs_cannot_share_a_pass_is_refused_before_anything_heavy(
 
 
 class Measured:
-    """Stands for the evaluator: one number a section."""
+    """Stands for the evaluator, and the functions below for evaluations: one number a section."""
 
     settings, asked = {}, {}
     testbed = SimpleNamespace(lm=SimpleNamespace(device="cpu"))
 
-    def core(self, sae, *_):
-        return {"features": float(sae.W_dec.shape[0])}, {}
 
-    def geometry(self, sae, *_):
-        return {"features": float(sae.W_dec.shape[0])}, {}
+def measured_features(evaluator, sae, seed, name):
+    return {"features": float(sae.W_dec.shape[0])}, {}
 
-    def unlearning(self, sae, seed, name):
-        return {"seed": float(seed)}, {}, []
+
+def measured_seed(evaluator, sae, seed, name):
+    return {"seed": float(seed)}, {}, []
 
 
 def test_what_is_a_runs_own_takes_effect_in_each_run(micro, monkeypatch, tmp_path, capsys):
@@ -107,8 +106,12 @@ def test_what_is_a_runs_own_takes_effect_in_each_run(micro, monkeypatch, tmp_pat
     monkeypatch.setattr("sae_separation.testbeds.load", lambda *args: loaded.append(args) or micro)
     monkeypatch.setattr(experiment, "evaluation_contexts", lambda *args: checked.append(args))
     monkeypatch.setattr(experiment, "Evaluator", lambda *_: Measured())
-    for name in ("core", "unlearning", "geometry"):
-        monkeypatch.setattr(evaluation.Evaluator, name, getattr(Measured, name))
+    for name, of in {
+        "core": measured_features,
+        "unlearning": measured_seed,
+        "geometry": measured_features,
+    }.items():
+        monkeypatch.setattr(f"sae_separation.evals.{name}.{name}", of)
     monkeypatch.setattr(experiment, "tqdm", Bar)
     small = dict(testbed="micro", tokens=51_200, batch_size=512, buffer_tokens=16_384, target_l0=8.0)
     configs = [

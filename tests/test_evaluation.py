@@ -11,19 +11,30 @@ import torch
 from test_trainer import train
 
 import experiment
-from sae_separation import evaluation
+from sae_separation import saebench
 from sae_separation.errors import RunFailed
+from sae_separation.evals import unlearning
+from sae_separation.evals.core import RATIOS, core, proxy
+from sae_separation.evals.corpus import corpus
+from sae_separation.evals.evaluator import Evaluator, Firing, evaluation_contexts, finite
+from sae_separation.evals.geometry import geometry
 from sae_separation.exam import Batch, Exam, logits_at, special_ids, trained_on
 from sae_separation.export import export, load_exported
-from sae_separation.interventions import ChosenFeatures, firing_share, intervene, whole_contexts
-from sae_separation.lm import InterventionLM, shared_proxy
+from sae_separation.interventions import (
+    INTERVENTIONS,
+    ChosenFeatures,
+    firing_share,
+    intervene,
+    whole_contexts,
+)
+from sae_separation.lm import InterventionLM
 from sae_separation.questions import Question
 from sae_separation.text import Text
 
 
 @pytest.fixture(scope="module")
 def evaluator(micro):
-    return evaluation.Evaluator(micro, context_size=128, n_contexts=32)
+    return Evaluator(micro, context_size=128, n_contexts=32)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +141,7 @@ def test_clamping_the_chosen_features_alone_equals_clamping_within_the_whole_sae
     torch.testing.assert_close(alone, whole, atol=1e-4, rtol=1e-4)
     contexts = whole_contexts(evaluator.held_out["forget"][0][:4], x, evaluator.special)
     for places, slow in (([0, 1, 2], whole), ([1], clamp(x, None, exported, [99], 5))):
-        fast, touched = intervene(x, contexts, features, places, 5), contexts.trained
+        fast, touched = intervene(x, contexts.residuals, features, places, 5), contexts.trained
         torch.testing.assert_close(fast[touched], slow[touched], atol=1e-4, rtol=1e-4)
         assert torch.equal(fast[~touched], x[~touched]), (
             "BOS and EOS, on which no SAE is trained, are left alone"
@@ -160,7 +171,7 @@ def test_clamping_knows_layer_normalised_saes(activation, evaluator, tmp_path):
     f[:, 1:, features.chosen] = torch.where(f[:, 1:, features.chosen] > 0, -5.0, 0.0)
     wanted = x + sae.decode(f) - plain
     contexts = whole_contexts(tokens, x, evaluator.special)
-    clamped = intervene(x, contexts, features, [0, 1, 2], 5)
+    clamped = intervene(x, contexts.residuals, features, [0, 1, 2], 5)
     torch.testing.assert_close(clamped[contexts.trained], wanted[contexts.trained], atol=1e-4, rtol=1e-4)
     assert (wanted - x).abs().max() > 0.1
 
@@ -170,13 +181,13 @@ def test_remembered_answers_equal_saebenchs_clamp_asked_afresh(exported, evaluat
     rows."""
     from sae_bench.evals.unlearning.utils.intervention import anthropic_clamp_resid_SAE_features as clamp
 
-    *rates, unit = evaluator.firing(exported)
-    features = evaluator.choose(exported, [r.numpy() for r in rates], unit, [0.01, 0.1])
+    firing = evaluator.firing(exported)
+    features = evaluator.choose(exported, firing.rates, firing.unit, [0.01, 0.1])
     exam, lm = (
         Exam(micro.tokenizer, micro.questions["biology"][:30] + micro.questions["history"][:30]),
         evaluator.lm,
     )
-    lm.told.clear()
+    lm.forget_answers()
     asked = 0
     for n in (1, 2, 3, 40):
         lm.add_hook("", partial(intervene, sae=features, features_to_ablate=list(range(n)), multiplier=3))
@@ -186,17 +197,17 @@ def test_remembered_answers_equal_saebenchs_clamp_asked_afresh(exported, evaluat
         torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-3)
         asked += exam.n_rows
     lm.reset_hooks()
-    told = {(batch, *key) for batch, answers in lm.told.items() for key in answers}
-    assert 0 < len(told) < asked, "rows were reused"
+    remembered = {(batch, *key) for batch, asked in lm.asked.items() for key in asked.answers}
+    assert 0 < len(remembered) < asked, "rows were reused"
     lm.add_hook("", partial(intervene, sae=features, features_to_ablate=list(range(40)), multiplier=3))
-    lm.told.clear()
+    lm.forget_answers()
     torch.testing.assert_close(ask(lm, exam), fast, atol=1e-6, rtol=1e-5)  # other batches, other rounding
     lm.reset_hooks()
-    assert {(batch, *key) for batch, answers in lm.told.items() for key in answers} <= told
+    assert {(batch, *key) for batch, asked in lm.asked.items() for key in asked.answers} <= remembered
 
 
 def slow_logits(lm, batch):
-    with torch.no_grad(), lm.resumed_from(lm.hook(batch.resid, hook=None)):
+    with torch.no_grad(), lm.resumed_from(lm.hook(lm.residuals(batch).resid, hook=None)):
         return logits_at(lm.lm, batch.tokens, batch.positions, **batch.seen(lm.lm))
 
 
@@ -235,7 +246,9 @@ def toy():
         process_sae_in=lambda x: x,
         cfg=SimpleNamespace(architecture=lambda: "standard", normalize_activations="none"),
     )
-    asked = InterventionLM(SimpleNamespace(lm=lm, layers=lm.layers, layer=0, name="toy"))
+    asked = InterventionLM(
+        SimpleNamespace(lm=lm, layers=lm.layers, layer=0, hook_name="layers.0", name="toy")
+    )
     tokens = torch.tensor([[1, 2, 2, 0, 0, 0]] * 6 + [[1, 3, 3, 4, 3, 0], [1, 3, 3, 3, 3, 3]])
     trained, last = tokens > 1, (tokens > 0).sum(1, keepdim=True) - 1
     retain = torch.tensor([[1, 3, 3, 3, 4]] * 20)
@@ -243,7 +256,7 @@ def toy():
         sae,
         torch.tensor([0, 1]),
         torch.ones(2),
-        whole_contexts(retain, lm.table[retain], torch.tensor([1])),
+        whole_contexts(retain, lm.table[retain], torch.tensor([1])).residuals,
     )
     return asked, features, Batch(tokens, trained, last)
 
@@ -257,7 +270,7 @@ def test_a_guard_saves_retain_answers_where_the_clamp_does_not(toy):
     token of four, activation 1."""
     lm, features, questions = toy
     answers = {}
-    for how in evaluation.INTERVENTIONS:
+    for how in INTERVENTIONS:
         lm.add_hook("", partial(intervene, sae=features, features_to_ablate=[0], multiplier=10, how=how))
         answers[how] = lm.ask(questions, right)
     assert features.guard([0]) == 0.25 and features.limit.tolist() == [1.0, 2.0]
@@ -267,16 +280,15 @@ def test_a_guard_saves_retain_answers_where_the_clamp_does_not(toy):
 
 def test_which_positions_are_clamped(toy):
     lm, features, questions = toy
-    lm.add_hook("", lambda resid, hook: resid)
-    lm.ask(questions, right)  # fills resid
-    x = questions.resid
+    residuals = lm.residuals(questions)
+    x = residuals.resid
     x[:, -1, 0] = x[:, 0, 0] = 7.0  # padding and BOS fire, and strongly; they are no tokens of the questions
     for how, rows in (
         ("clamp", {0: [1, 2], 6: [3]}),
         ("conditional", {0: [1, 2]}),
         ("guardrail", {0: [1, 2]}),
     ):
-        changed = intervene(x, questions, features, [0], 10, how)
+        changed = intervene(x, residuals, features, [0], 10, how)
         for row in (0, 6, 7):
             at = (changed[row] != x[row]).any(-1).nonzero()[:, 0].tolist()
             assert (
@@ -322,8 +334,8 @@ def test_a_guard_that_never_fires_gives_exactly_the_plain_answers(exported, eval
 
 
 def test_thresholds_come_from_the_retain_text_of_the_selection(exported, evaluator):
-    *rates, unit = evaluator.firing(exported)
-    features = evaluator.choose(exported, [r.numpy() for r in rates], unit, [0.1])
+    firing = evaluator.firing(exported)
+    features, unit = evaluator.choose(exported, firing.rates, firing.unit, [0.1]), firing.unit
     f = torch.stack(
         [
             (exported.encode(x)[:, features.chosen] / unit[features.chosen])
@@ -336,7 +348,7 @@ def test_thresholds_come_from_the_retain_text_of_the_selection(exported, evaluat
         features.limit, sorted_values[-(len(sorted_values) // 1000) - 1], atol=1e-4, rtol=1e-4
     )
     assert (features.limit > 0).all(), "these fire on more than a thousandth of the retain tokens"
-    assert (evaluator.choose(exported, [r.numpy() for r in rates], unit, [0.0005]).limit[2:] == 0).all(), (
+    assert (evaluator.choose(exported, firing.rates, unit, [0.0005]).limit[2:] == 0).all(), (
         "and these on less: nothing is left alone"
     )
     share = ((f[..., :7] > 0).any(-1) & trained).sum(1) / trained.sum(1)
@@ -347,28 +359,28 @@ def test_thresholds_come_from_the_retain_text_of_the_selection(exported, evaluat
 def test_sharing_passes_between_saes_leaves_cores_numbers(exported, evaluator, micro, monkeypatch):
     from sae_lens.load_model import HookedProxyLM
 
-    first, again = evaluator.core(exported), evaluator.core(exported)
+    first, again = (core(evaluator, exported, 0, "it") for _ in range(2))
     assert first == again
-    for proxy in (
+    for other in (
         HookedProxyLM(micro.lm, micro.tokenizer, hook_names=[micro.hook_name]),
-        shared_proxy(evaluator.lm, micro, most_bytes=0),
+        saebench.shared_proxy(evaluator.lm, micro.tokenizer, most_bytes=0),
     ):
-        monkeypatch.setattr(evaluator, "proxy", proxy)
-        assert evaluator.core(exported)[0] == first[0], "bit for bit"
+        monkeypatch.setitem(evaluator.made, proxy, other)
+        assert core(evaluator, exported, 0, "it")[0] == first[0], "bit for bit"
 
 
 def test_undefined_ratios_are_null_and_any_other_number_must_be_finite():
-    metrics, details = evaluation.finite(
+    metrics, details = finite(
         "core",
         {"cossim": float("nan"), "mse": 1.0, "n": None},
         {"a": [{"cossim": float("inf")}, 2]},
-        evaluation.CORE_RATIOS,
+        RATIOS,
     )
     assert metrics == {"cossim": None, "mse": 1.0, "n": None} and details == {"a": [{"cossim": None}, 2]}
     with pytest.raises(RunFailed, match="core.mse is nan"):
-        evaluation.finite("core", {"mse": float("nan")}, {}, evaluation.CORE_RATIOS)
+        finite("core", {"mse": float("nan")}, {}, RATIOS)
     with pytest.raises(RunFailed, match="corpus_unlearning.retain_ce_cost is inf"):
-        evaluation.finite("corpus_unlearning", {}, {"sweep": [{"retain_ce_cost": float("inf")}]})
+        finite("corpus_unlearning", {}, {"sweep": [{"retain_ce_cost": float("inf")}]})
 
 
 def test_text_too_short_to_evaluate_on_is_known_without_the_lm(micro):
@@ -378,7 +390,7 @@ def test_text_too_short_to_evaluate_on_is_known_without_the_lm(micro):
     with pytest.raises(
         experiment.WrongRequest, match="retain_text: its .* part holds . contexts of 128 tokens"
     ):
-        evaluation.evaluation_contexts(replace(micro, lm=SimpleNamespace(device="cpu"), retain=short), 128)
+        evaluation_contexts(replace(micro, lm=SimpleNamespace(device="cpu"), retain=short), 128)
 
 
 def test_units_are_the_mean_active_values(exported, evaluator):
@@ -392,8 +404,8 @@ def test_units_are_the_mean_active_values(exported, evaluator):
 
 
 def test_too_few_known_questions_give_null_and_the_reason(evaluator, exported, monkeypatch):
-    monkeypatch.setattr("sae_separation.evaluation.MIN_KNOWN", 10_000)
-    metrics, _, notes = evaluator.unlearning(exported, 0, "none")
+    monkeypatch.setattr(unlearning, "MIN_KNOWN", 10_000)
+    metrics, _, notes = unlearning.unlearning(evaluator, exported, 0, "none")
     assert (
         metrics["unlearning_score"]
         is metrics["unlearning_score_guardrail"]
@@ -405,23 +417,26 @@ def test_too_few_known_questions_give_null_and_the_reason(evaluator, exported, m
 
 
 def test_an_sae_without_a_selectable_feature_scores_zero(evaluator, exported):
-    subjects = list(evaluator.subjects)
-    swept = evaluator.sweeps(
+    subjects = list(evaluator.questions.by_subject)
+    swept = unlearning.sweeps(
+        evaluator,
         exported,
         (np.ones(1024), np.ones(1024)),
         torch.ones(1024),
         "hopeless",
         subjects,
+        saebench.SWEEP["retain_thresholds"],
         [0.1],
-        **evaluation.SWEEP,
     )
     for cells, score in swept.values():
         assert score == 0.0 and all(c["n_features"] == 0 and c["forget_accuracy"] == 1.0 for c in cells)
-    assert evaluator._accuracy(subjects) == (1.0, 1.0), "the LM is right on all its known questions"
+    assert unlearning.accuracy(evaluator, subjects) == (1.0, 1.0), (
+        "the LM is right on all its known questions"
+    )
 
 
 def test_unlearning_reports_every_intervention_and_its_floor(evaluator, exported):
-    metrics, details, notes = evaluator.unlearning(exported, 0, "all")
+    metrics, details, notes = unlearning.unlearning(evaluator, exported, 0, "all")
     assert not notes and all(v is not None for v in metrics.values())
     for how, suffix in (("clamp", ""), ("conditional", "_conditional"), ("guardrail", "_guardrail")):
         cells = [c for c in details["sweep"] if c["intervention"] == how]
@@ -437,7 +452,7 @@ def test_unlearning_reports_every_intervention_and_its_floor(evaluator, exported
 
 
 def test_corpus_unlearning_is_the_best_gain_within_each_cost(evaluator, exported):
-    metrics, details = evaluator.corpus(exported)
+    metrics, details = corpus(evaluator, exported, 0, "it")
     for how, suffix in (("clamp", ""), ("conditional", "_conditional"), ("guardrail", "_guardrail")):
         rows = [row for row in details["sweep"] if row["intervention"] == how]
         for cost in (0.01, 0.05, 0.1):
@@ -452,14 +467,14 @@ def test_corpus_unlearning_is_the_best_gain_within_each_cost(evaluator, exported
 
 def test_bootstrap_interval_by_hand():
     cells = [{"forget": np.array([1.0] * 100), "retain": np.ones(300)}]
-    assert evaluation.bootstrap_interval(cells, 0) == [0.0, 0.0]
+    assert unlearning.bootstrap_interval(cells, 0) == [0.0, 0.0]
     cells.append({"forget": np.array([0.0] * 40 + [1.0] * 60), "retain": np.ones(300)})
-    low, high = evaluation.bootstrap_interval(cells, 0)
+    low, high = unlearning.bootstrap_interval(cells, 0)
     assert low == pytest.approx(0.4 - 1.96 * 0.049, abs=0.03) and high == pytest.approx(
         0.4 + 1.96 * 0.049, abs=0.03
     )
     cells[1]["retain"] = np.array([0.0] * 150 + [1.0] * 150)
-    assert evaluation.bootstrap_interval(cells, 0) == [
+    assert unlearning.bootstrap_interval(cells, 0) == [
         0.0,
         0.0,
     ], "a cell that harms retain questions never counts"
@@ -473,8 +488,8 @@ def test_geometry_of_a_dictionary_made_by_hand(evaluator, micro, monkeypatch):
     W[0, 1] = W[0, 0] = 0.5**0.5  # rows 0 and 1 at 45 degrees: singular values sqrt(1 ± sqrt(.5)), 1, 1
     W[8, 8] = W[9, 8] = 1.0
     forget, retain = torch.tensor([1.0] * 4 + [0.0] * 4 + [1.0, 1.0]), torch.tensor([0.0] * 4 + [1.0] * 6)
-    monkeypatch.setattr(evaluator, "firing", lambda sae: (forget, retain, torch.ones(10)))
-    metrics, details = evaluator.geometry(type("SAE", (), {"W_dec": W}))
+    monkeypatch.setattr(evaluator, "firing", lambda sae: Firing(forget, retain, torch.ones(10)))
+    metrics, details = geometry(evaluator, type("SAE", (), {"W_dec": W}), 0, "it")
     assert metrics["condition_number_forget"] == pytest.approx(
         ((1 + 0.5**0.5) / (1 - 0.5**0.5)) ** 0.5, rel=1e-5
     )
@@ -494,8 +509,8 @@ def test_dead_features_do_not_enter_the_geometry(evaluator, micro, monkeypatch):
     W = torch.eye(micro.d_in)[:6]
     W[5] = W[0]  # a dead twin
     alive = torch.tensor([1.0, 1, 1, 0, 0, 0])
-    monkeypatch.setattr(evaluator, "firing", lambda sae: (alive, torch.zeros(6), torch.ones(6)))
-    metrics, _ = evaluator.geometry(type("SAE", (), {"W_dec": W}))
+    monkeypatch.setattr(evaluator, "firing", lambda sae: Firing(alive, torch.zeros(6), torch.ones(6)))
+    metrics, _ = geometry(evaluator, type("SAE", (), {"W_dec": W}), 0, "it")
     assert (
         metrics["n_forget"] == 3
         and metrics["mean_max_cosine"] == 0.0
@@ -514,8 +529,9 @@ def test_the_forget_group_of_an_sae_is_left_alone_on_special_tokens_of_an_exam(t
     batch = Batch(tokens, trained_on(tokens, torch.tensor([0, 1, 4])), torch.tensor([[3]]))
     lm.add_hook("", partial(intervene, sae=features, features_to_ablate=[0], multiplier=10))
     lm.ask(batch, right)
-    changed = intervene(batch.resid, batch, features, [0], 10)
-    assert (changed != batch.resid).any(-1).tolist() == [[False, True, False, True, False]]
+    residuals = lm.residuals(batch)
+    changed = intervene(residuals.resid, residuals, features, [0], 10)
+    assert (changed != residuals.resid).any(-1).tolist() == [[False, True, False, True, False]]
 
 
 def test_which_tokens_an_sae_is_trained_on(micro, tmp_path):
@@ -573,4 +589,4 @@ def test_a_batch_that_takes_the_place_of_a_freed_one_gets_answers_of_its_own(toy
         return lm.ask(Batch(tokens, tokens > 1, torch.tensor([[3]])), right).item()
 
     assert [answer(word) for word in (3, 2) * 20] == [1.0, 0.0] * 20
-    assert not lm.told and not features.encoded, "nothing is remembered of what is gone"
+    assert not lm.asked and not features.encoded, "nothing is remembered of what is gone"

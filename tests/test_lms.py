@@ -11,9 +11,10 @@ import torch
 import experiment
 from sae_separation import testbeds
 from sae_separation.errors import WrongRequest
-from sae_separation.exam import Exam, letter_prompt, letter_tokens, most_positions, special_ids
-from sae_separation.lm import InterventionLM, fast_lm_tokens, load_tokenizer, shared_proxy
+from sae_separation.exam import Exam, letter_tokens, most_positions, special_ids
+from sae_separation.lm import InterventionLM, fast_lm_tokens, load_tokenizer
 from sae_separation.questions import Question
+from sae_separation.saebench import letter_prompt, shared_proxy
 from sae_separation.specs import DataConfig
 
 
@@ -107,7 +108,7 @@ def test_layers_that_put_out_tuples_or_lists_are_read_and_resumed(kind, own, tmp
             assert torch.equal(testbed.lm(tokens, use_cache=False).logits, plain.logits)
         with lm.resumed_from(0 * resid):
             assert (testbed.lm(tokens, use_cache=False).logits - plain.logits).abs().max() > 0.1
-        proxy = shared_proxy(lm, testbed)
+        proxy = shared_proxy(lm, testbed.tokenizer)
         for proxied, change in ((resid, False), (0 * resid, True)):
             told = proxy.run_with_hooks(tokens, fwd_hooks=[(testbed.hook_name, lambda x, hook: proxied)])
             assert ((told - plain.logits).abs().max() > 0.1) == change, (
@@ -255,7 +256,8 @@ def test_an_lm_without_bos_answers_as_it_would_alone_and_its_first_token_is_left
             assert not torch.isin(batch.tokens[:, 0], special).any(), "no BOS, a word"
             lm.hook = lambda resid, hook: torch.where(hook.trained[..., None], 2 * resid, resid)
             lm.ask(batch, exam.read)
-            changed = lm.hook(batch.resid, batch) != batch.resid
+            residuals = lm.asked[batch].residuals
+            changed = lm.hook(residuals.resid, residuals) != residuals.resid
             assert not changed[:, 0].any() and changed[:, 1:].any(-1).sum() == batch.trained.sum() > 0
 
 

@@ -13,11 +13,13 @@ import tiny
 import zstandard
 
 import experiment
-from sae_separation import evaluation, testbeds
+from sae_separation import testbeds
 from sae_separation.errors import WrongRequest
-from sae_separation.exam import letter_prompt
+from sae_separation.evals import unlearning
+from sae_separation.evals.evaluator import Evaluator
 from sae_separation.export import export, load_exported
 from sae_separation.questions import Question, read_questions
+from sae_separation.saebench import letter_prompt
 from sae_separation.specs import DataConfig
 
 ROWS = [{k: v for k, v in q.items() if k != "subject"} for q in tiny.questions("astronomy", 12)]
@@ -322,10 +324,10 @@ def test_subjects_are_counted_apart_whatever_their_names(own, tmp_path, monkeypa
     paths = (str(tiny.save_jsonl(tmp_path / "asked.jsonl", asked)),)
     testbed = testbeds.load(DataConfig(**own | {"questions": paths}))
     sweep = {"retain_thresholds": [0.01], "n_features_list": [5], "multipliers": [10]}
-    evaluator = evaluation.Evaluator(replace(testbed, n_held_out=16, sweep=sweep), 32, n_contexts=16)
+    evaluator = Evaluator(replace(testbed, n_held_out=16, sweep=sweep), 32, n_contexts=16)
     (
-        monkeypatch.setattr("sae_separation.evaluation.MIN_KNOWN", 1),
-        monkeypatch.setattr("sae_separation.evaluation.INTERVENTIONS", ("clamp",)),
+        monkeypatch.setattr(unlearning, "MIN_KNOWN", 1),
+        monkeypatch.setattr(unlearning, "INTERVENTIONS", ("clamp",)),
     )
     described = {
         "model_name": "tiny",
@@ -335,7 +337,7 @@ def test_subjects_are_counted_apart_whatever_their_names(own, tmp_path, monkeypa
         "prepend_bos": True,
     }
     export(experiment.OrthogonalSAE(tiny.D_IN, 64, seed=0), tmp_path / "sae", described)
-    metrics, details, _ = evaluator.unlearning(load_exported(tmp_path / "sae"), 0, "tiny")
+    metrics, details, _ = unlearning.unlearning(evaluator, load_exported(tmp_path / "sae"), 0, "tiny")
     known = details["known"]
     assert list(known) == SUBJECTS and min(known.values()) > 0 and len(set(known.values())) > 2
     assert (
@@ -343,10 +345,10 @@ def test_subjects_are_counted_apart_whatever_their_names(own, tmp_path, monkeypa
         and metrics["n_known_retain"] == sum(known.values()) - known["biology"]
     )
     assert metrics["lm_forget_accuracy"] == metrics["lm_retain_accuracy"] == 1.0
-    assert {q.subject for qs in evaluator.subjects.values() for q in qs} == set(SUBJECTS), (
+    assert {q.subject for qs in evaluator.questions.by_subject.values() for q in qs} == set(SUBJECTS), (
         "prompts show the user's names"
     )
-    prompt = letter_prompt(evaluator.subjects["subject1"][0], (0, 1, 2, 3))
+    prompt = letter_prompt(evaluator.questions.by_subject["subject1"][0], (0, 1, 2, 3))
     assert prompt.startswith("The following are multiple choice questions (with answers) about us history.\n")
 
 

@@ -23,9 +23,11 @@ from conftest import ROOT, run_script, small_command
 from test_trainer import SMALL
 
 import experiment
-from sae_separation import checkpoint, evaluation, process, run_folder
+from sae_separation import checkpoint, process, run_folder, saebench
 from sae_separation import run as run_module
 from sae_separation.errors import Interrupted, RunFailed, WrongRequest
+from sae_separation.evals import geometry
+from sae_separation.evals.evaluator import Evaluator, finite
 from sae_separation.files import Unusable, write_json
 
 STEPS = 100
@@ -75,7 +77,7 @@ def here(micro, monkeypatch, tmp_path):
     return run
 
 
-EVALUATOR, REAL_EVALUATOR = {}, evaluation.Evaluator
+EVALUATOR, REAL_EVALUATOR = {}, Evaluator
 
 
 def results(folder) -> tuple:
@@ -274,17 +276,17 @@ def test_a_signal_while_a_block_is_made_leaves_the_state_whole(here, tmp_path, m
 
 def test_finished_evaluations_are_not_done_again(here, tmp_path, monkeypatch):
     assert here("a/run_1", evals=["core", "geometry"]) == 0
-    done, geometry, core, export = [], REAL_EVALUATOR.geometry, REAL_EVALUATOR.core, run_module.export
-    monkeypatch.setattr(REAL_EVALUATOR, "core", lambda *args: done.append("core") or core(*args))
+    done, measure, core, export = [], geometry.geometry, saebench.run_core, run_module.export
+    monkeypatch.setattr(saebench, "run_core", lambda *args: done.append("core") or core(*args))
     monkeypatch.setattr(run_module, "export", lambda *args: done.append("export") or export(*args))
 
     def interrupted(*args):
         done.append("geometry")
         if done.count("geometry") == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return geometry(*args)
+        return measure(*args)
 
-    monkeypatch.setattr(REAL_EVALUATOR, "geometry", interrupted)
+    monkeypatch.setattr(geometry, "geometry", interrupted)
     assert here("b/run_1", evals=["core", "geometry"]) == 143
     at_step(monkeypatch, 0, lambda *_: pytest.fail("training was done again"), seed=0)
     assert here("b/run_1", evals=["core", "geometry"]) == 0
@@ -513,14 +515,14 @@ def test_changed_weights_measurements_and_settings_are_noticed(here, tmp_path, m
         path.write_bytes(content)
 
     with monkeypatch.context() as m:  # stops in the evaluation of the second seed
-        geometry, calls = REAL_EVALUATOR.geometry, []
+        measure, calls = geometry.geometry, []
         m.setattr(
-            REAL_EVALUATOR,
+            geometry,
             "geometry",
             lambda *args: (
                 calls.append(1)
                 or (os.kill(os.getpid(), signal.SIGTERM) if len(calls) == 2 else None)
-                or geometry(*args)
+                or measure(*args)
             ),
         )
         assert here("run_1", evals=["geometry"]) == 143
@@ -636,16 +638,14 @@ def test_a_run_whose_every_seed_fails_keeps_its_last_good_checkpoint(here, tmp_p
 
 
 def test_a_metric_that_is_not_finite_fails_its_seed_alone(here, tmp_path, monkeypatch, capsys):
-    geometry, calls = REAL_EVALUATOR.geometry, []
+    measure, calls = geometry.geometry, []
 
-    def measured(self, sae, *_):
+    def measured(*args):
         calls.append(1)
-        metrics, details = geometry(self, sae)
-        return evaluation.finite(
-            "geometry", metrics | {"omega": math.nan} if len(calls) == 2 else metrics, details
-        )
+        metrics, details = measure(*args)
+        return finite("geometry", metrics | {"omega": math.nan} if len(calls) == 2 else metrics, details)
 
-    monkeypatch.setattr(REAL_EVALUATOR, "geometry", measured)
+    monkeypatch.setattr(geometry, "geometry", measured)
     assert here("run_0", "run_1", evals=["geometry"]) == 1
     assert "geometry.omega is nan" in capsys.readouterr().err.strip().splitlines()[-1]
     assert (tmp_path / "run_1/final_info.json").exists() and not (tmp_path / "run_0/final_info.json").exists()

@@ -12,7 +12,9 @@ import pytest
 from conftest import ROOT, run_here, run_script, small_command
 
 import experiment
-from sae_separation import evaluation, results, testbeds
+from sae_separation import results, testbeds
+from sae_separation.evals.core import core
+from sae_separation.evals.evaluator import Evaluator
 from sae_separation.export import load_exported
 from sae_separation.specs import DataConfig
 
@@ -106,8 +108,8 @@ def test_runs_and_seeds_differ_from_one_another(short_runs):
 
 def test_saebench_core_on_the_saved_sae_repeats_the_numbers(short_runs, small_micro):
     testbed = testbeds.load(DataConfig(testbed="micro", **small_micro), examined=False)
-    evaluator = evaluation.Evaluator(replace(testbed, n_held_out=16), context_size=128)
-    again, _ = evaluator.core(load_exported(short_runs / "run_1" / "sae_seed1"))
+    evaluator = Evaluator(replace(testbed, n_held_out=16), context_size=128)
+    again, _ = core(evaluator, load_exported(short_runs / "run_1" / "sae_seed1"), 1, "again")
     written = strict(short_runs / "run_1" / "final_info.json")["core"]["final_info_dict"]
     for name, values in written.items():
         assert again[name] == pytest.approx(values[1], rel=1e-4, abs=1e-6), name

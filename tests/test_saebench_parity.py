@@ -8,6 +8,7 @@ answers, same sweep, same score.
 
 import random
 from unittest.mock import patch
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 import experiment
-from sae_separation import evaluation, process
+from sae_separation import process, saebench
+from sae_separation.evals import unlearning
+from sae_separation.evals.evaluator import Evaluator, Questions
 from sae_separation.exam import special_ids
 from sae_separation.export import export, load_exported
 from sae_separation.lm import InterventionLM, Testbed
@@ -165,7 +168,7 @@ def sae(tmp_path_factory, gemma):
 def ours(gemma, questions):
     """An Evaluator around the transformers model, without its corpora."""
     hf, _, tokenizer = gemma
-    evaluator = evaluation.Evaluator.__new__(evaluation.Evaluator)
+    evaluator = Evaluator.__new__(Evaluator)
     named = {("bio" if s == "wmdp-bio" else s): q for s, q in questions.items()}
     evaluator.testbed = Testbed(
         "gemma-2-2b-it",
@@ -180,13 +183,17 @@ def ours(gemma, questions):
         "GEMMA_INST_FORMAT",
         "absolute",
     )
-    evaluator.lm, evaluator.exams, evaluator.subjects = (
-        InterventionLM(evaluator.testbed),
-        {},
-        questions,
-    )
-    evaluator.artifacts, evaluator.retain_text = process.private_folder(evaluator, "saebench"), None
+    evaluator.lm = InterventionLM(evaluator.testbed)
+    evaluator.questions = Questions(evaluator.testbed, evaluator.lm)
+    evaluator.questions.by_subject = questions
+    evaluator.artifacts, evaluator.retain_residuals = process.private_folder(evaluator, "saebench"), None
+    evaluator._firing = WeakKeyDictionary()
     return evaluator
+
+
+def answers(ours, **asked):
+    """As SAEBench is given them."""
+    return saebench.mcq_metrics(ours.questions.ask, ours.lm, 64, str(ours.artifacts), **asked)
 
 
 def serve(questions):
@@ -208,13 +215,13 @@ def test_letter_answers_equal_saebench_unpatched_with_and_without_question(gemma
     for without_question in (False, True):
         for name in SUBJECTS:
             asked = dict(
-                dataset_name=name, permutations=evaluation.ALL_PERMUTATIONS, without_question=without_question
+                dataset_name=name, permutations=saebench.ALL_PERMUTATIONS, without_question=without_question
             )
             with patch.object(metrics, "load_dataset", serve(questions)):
                 theirs = metrics.calculate_MCQ_metrics(
                     hooked, 64, str(ours.artifacts), verbose=False, **asked
                 )
-            mine = ours.mcq_metrics(ours.lm, 64, str(ours.artifacts), **asked)
+            mine = answers(ours, **asked)
             np.testing.assert_allclose(mine["output_probs"], theirs["output_probs"], atol=2e-3)
             assert (mine["is_correct"] == theirs["is_correct"]).mean() > 0.999
             assert 0.1 < theirs["mean_correct"] < 0.6, "the comparison would be empty"
@@ -240,7 +247,7 @@ def test_the_sweep_and_its_score_equal_saebench_unpatched(gemma, questions, ours
         """A random LM knows nothing: let the known questions be those it gets right as listed (SAEBench
         then skips its search)."""
         for name in SUBJECTS:
-            right = ours.mcq_metrics(ours.lm, 64, None, name)["is_correct"].nonzero()[0]
+            right = answers(ours, dataset_name=name)["is_correct"].nonzero()[0]
             full = name if name == "wmdp-bio" else f"mmlu-{name.replace('_', '-')}"
             for split in ("train", "test", "all"):
                 (folder / "data/question_ids" / split).mkdir(parents=True, exist_ok=True)
@@ -266,7 +273,8 @@ def test_the_sweep_and_its_score_equal_saebench_unpatched(gemma, questions, ours
 
     prepare(ours.artifacts)
     chosen = ours.choose(sae, (forget_rate, retain_rate), torch.ones(64), settings["retain_thresholds"])
-    cells, score = ours.sweep(chosen, (forget_rate, retain_rate), "sae", list(SUBJECTS), **settings)
+    rates = forget_rate, retain_rate
+    cells, score = unlearning.sweep(ours, chosen, rates, "sae", list(SUBJECTS), **settings)
     assert score == pytest.approx(their_score) and len(cells) == len(theirs) == 8
     for cell in cells:
         row = theirs[
@@ -299,7 +307,7 @@ def test_firing_rates_equal_saebench_unpatched(gemma, ours, sae):
     )
     ours.select = {d: (tokens, ours.lm.resid(tokens)) for d in ("forget", "retain")}
     ours.special = special_ids(tokenizer)
-    rate = ours.firing(sae)[0]
+    rate = ours.firing(sae).forget
     torch.testing.assert_close(rate, theirs.float(), atol=2e-3, rtol=1e-3)
     assert 0.01 < rate.mean() < 0.99
 
@@ -307,7 +315,7 @@ def test_firing_rates_equal_saebench_unpatched(gemma, ours, sae):
 def test_global_state_is_as_before(gemma, questions, ours, sae):
     import os
 
-    ours.mcq_metrics(ours.lm, 64, None, "wmdp-bio")
+    answers(ours, dataset_name="wmdp-bio")
     state, torch_state, cwd, environ = (
         np.random.get_state()[1].copy(),
         torch.get_rng_state(),
@@ -315,17 +323,18 @@ def test_global_state_is_as_before(gemma, questions, ours, sae):
         dict(os.environ),
     )
     with (
-        patch.object(ours, "mcq_metrics", side_effect=RuntimeError("stop")),
+        patch.object(ours.questions, "ask", side_effect=RuntimeError("stop")),
         pytest.raises(RuntimeError, match="stop"),
     ):
-        ours.sweeps(
+        unlearning.sweeps(
+            ours,
             sae,
             (np.ones(64), np.zeros(64)),
             torch.ones(64),
             "broken",
             list(SUBJECTS),
+            [0.001, 0.01],
             [0.1],
-            **evaluation.SWEEP,
         )
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
     assert (np.random.get_state()[1] == state).all() and torch.equal(torch.get_rng_state(), torch_state)

@@ -17,8 +17,12 @@ import zstandard
 from conftest import ROOT, run_script
 
 import experiment
-from sae_separation import evaluation, testbeds
+from sae_separation import saebench, testbeds
 from sae_separation.errors import RunFailed, WrongRequest
+from sae_separation.evals import unlearning
+from sae_separation.evals.core import core
+from sae_separation.evals.corpus import corpus
+from sae_separation.evals.evaluator import Evaluator
 from sae_separation.exam import Exam, special_ids
 from sae_separation.export import export, load_exported
 from sae_separation.interventions import whole_contexts
@@ -438,7 +442,7 @@ def test_gemma_is_asked_as_its_instructed_sibling_in_bfloat16_with_saebenchs_swe
         and testbed.lm is not testbed.exam_lm
         and testbed.exam_lm.dtype == torch.bfloat16
     )
-    evaluator = evaluation.Evaluator(replace(testbed, n_held_out=16), 32, n_contexts=32)
+    evaluator = Evaluator(replace(testbed, n_held_out=16), 32, n_contexts=32)
     module = experiment.OrthogonalSAE(tiny.D_IN, 64, seed=0)
     with torch.no_grad():  # features that are rare on retain text
         module.b_enc.copy_(
@@ -460,16 +464,19 @@ def test_gemma_is_asked_as_its_instructed_sibling_in_bfloat16_with_saebenchs_swe
     assert evaluator.settings["multipliers"] == [25, 50, 100, 200] and evaluator.settings[
         "n_features_list"
     ] == [10, 20]
-    core, _ = evaluator.core(sae)
-    assert 0 < core["l0"] <= 64 and core["ce_loss_without_sae"] > 0
-    corpus, details = evaluator.corpus(sae)
-    assert {row["multiplier"] for row in details["sweep"]} == {25, 50, 100, 200} and corpus[
+    metrics, _ = core(evaluator, sae, 0, "tiny")
+    assert 0 < metrics["l0"] <= 64 and metrics["ce_loss_without_sae"] > 0
+    metrics, details = corpus(evaluator, sae, 0, "tiny")
+    assert {row["multiplier"] for row in details["sweep"]} == {25, 50, 100, 200} and metrics[
         "lm_forget_ce"
     ] > 0
-    monkeypatch.setattr("sae_separation.evaluation.MIN_KNOWN", 0)
-    evaluator.examiner.n_known = {"wmdp-bio": 3, "subject1": 3}  # a random LM letters nothing right 24 times
-    monkeypatch.setattr("sae_separation.evaluation.question_ids", lambda path: tuple(range(5)))
-    metrics, details, _ = evaluator.examiner.unlearning(sae, 0, "tiny")
+    monkeypatch.setattr(unlearning, "MIN_KNOWN", 0)
+    evaluator.examiner.questions.n_known = {
+        "wmdp-bio": 3,
+        "subject1": 3,
+    }  # a random LM letters nothing right 24 times
+    monkeypatch.setattr(saebench, "question_ids", lambda path: tuple(range(5)))
+    metrics, details, _ = unlearning.unlearning(evaluator, sae, 0, "tiny")
     assert {c["multiplier"] for c in details["sweep"]} == {25, 50, 100, 200}
     assert 0 <= metrics["lm_forget_accuracy"] <= 1 and 0 <= metrics["unlearning_score"] <= 1
 

@@ -1,8 +1,10 @@
-"""The evaluations of an SAE: one row each. Imports no torch, so that the command line and plot.py can read the rows.
+"""The evaluations of an SAE: one row each. Imports no torch, so that the command line and plot.py can read
+the rows.
 
-An evaluation is a function and a row. The function takes the Evaluator (LM, contexts, residuals), an SAE as read back
-from its files, the seed and a name that no other SAE has. It returns metrics (name -> number, or None where undefined),
-details (what eval/ keeps of them) and, if there are any, notes: warnings of how the metrics are to be read.
+An evaluation is a file with a function, and a row. The function takes the Evaluator (evaluator.py: LM,
+contexts, questions), an SAE as read back from its files, the seed and a name that no other SAE has. It
+returns metrics (name -> number, or None where undefined), details (what eval/ keeps of them) and, if there
+are any, notes: warnings of how the metrics are to be read.
 """
 
 import pkgutil
@@ -11,9 +13,9 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Row:
-    """One evaluation: its name on the command line, its section in final_info.json, its function (module:name), the
-    metrics that are `shown` in the summary of a run, and those with a column (metric -> its head) in the tables of
-    plot.py. `asks`: it asks the LM questions."""
+    """One evaluation: its name on the command line, its section in final_info.json, its function
+    (module:name), the metrics that are `shown` in the summary of a run, and those with a column (metric ->
+    its head) in the tables of plot.py. `asks`: it asks the LM questions."""
 
     name: str
     section: str
@@ -33,7 +35,7 @@ ROWS = [
     Row(
         "core",
         "core",
-        "sae_separation.evaluation:Evaluator.core",
+        "sae_separation.evals.core:core",
         shown=("l0", "explained_variance", "ce_loss_score", "frac_alive"),
         columns={
             "l0": "L0",
@@ -45,7 +47,7 @@ ROWS = [
     Row(
         "unlearning",
         "unlearning",
-        "sae_separation.evaluation:Evaluator.unlearning",
+        "sae_separation.evals.unlearning:unlearning",
         shown=(
             "unlearning_score",
             "unlearning_score_conditional",
@@ -64,14 +66,14 @@ ROWS = [
     Row(
         "corpus",
         "corpus_unlearning",
-        "sae_separation.evaluation:Evaluator.corpus",
+        "sae_separation.evals.corpus:corpus",
         shown=(GAIN,),
         columns={GAIN: "forget CE gain"},
     ),
     Row(
         "geometry",
         "geometry",
-        "sae_separation.evaluation:Evaluator.geometry",
+        "sae_separation.evals.geometry:geometry",
         shown=("omega", "mean_max_cosine", "omega_between_domains"),
         columns={"omega": "Ω", "mean_max_cosine": "mean max cos"},
     ),

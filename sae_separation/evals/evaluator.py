@@ -1,0 +1,268 @@
+"""What evaluations share: a testbed's LM, the contexts and questions it is measured on, and where an SAE
+fires on them.
+
+    evaluator = Evaluator(testbed, context_size=128)
+    metrics, details = geometry(evaluator, load_exported(folder), seed, name)
+
+Every SAE is read back from its exported files: what is evaluated is what was saved.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_separation import process, saebench
+from sae_separation.errors import RunFailed, WrongRequest
+from sae_separation.exam import Exam, Residuals, special_ids, trained_on
+from sae_separation.interventions import ChosenFeatures
+from sae_separation.lm import InterventionLM, Testbed, massive
+from sae_separation.testbeds import packed_contexts
+
+GUARDED_RETAIN_THRESHOLD = 0.1  # a guard can afford features that fire more on retain text
+
+T = TypeVar("T")
+
+
+class Contexts(NamedTuple):
+    """Contexts of one domain [n, pos], and their residual stream at the hook layer [n, pos, D] (fp32)."""
+
+    tokens: Tensor
+    resid: Tensor
+
+
+class Firing(NamedTuple):
+    """Firing rate of each feature on forget and on retain text, and its mean active value, each [F]."""
+
+    forget: Tensor
+    retain: Tensor
+    unit: Tensor
+
+    @property
+    def rates(self) -> tuple[np.ndarray, np.ndarray]:
+        """On forget and on retain text, as SAEBench takes them."""
+        return self.forget.cpu().numpy(), self.retain.cpu().numpy()
+
+
+def evaluation_contexts(
+    testbed: Testbed, context_size: int, n_contexts: int | None = None
+) -> dict[tuple[str, str], Tensor]:
+    """Contexts [n, pos] of the parts ("train", "held_out") of both domains that evaluations use, at most
+    `n_contexts`: of each domain, `n_held_out` that are held out and four times as many to select features on.
+    No LM is needed.
+
+    Raises WrongRequest when a text is too short.
+    """
+    out = {}
+    for domain, text in (("forget", testbed.forget), ("retain", testbed.retain)):
+        for part, n in (("train", 4 * testbed.n_held_out), ("held_out", testbed.n_held_out)):
+            n = n if n_contexts is None else min(n, n_contexts)
+            every = packed_contexts(
+                getattr(text, part), testbed.tokenizer, context_size, seed=0, repeat=False
+            )
+            contexts = list(islice(every, n))
+            if len(contexts) < 16:
+                there = f"its {part.replace('_', '-')} part holds {len(contexts)} contexts"
+                raise WrongRequest(
+                    f"--{domain}_text: {there} of {context_size} tokens, and evaluation takes at least 16:"
+                    " give more text, a smaller --context_size, or --evals none"
+                )
+            out[part, domain] = torch.tensor(contexts, device=testbed.lm.device)
+    return out
+
+
+class Questions:
+    """A testbed's questions, by the names that SAEBench is given for their subjects (`names` has the user's).
+
+    SAEBench asks the same again with every SAE: an exam is made once, and what the LM itself answers is asked
+    once.
+    """
+
+    def __init__(self, testbed: Testbed, lm: InterventionLM):
+        self.testbed, self.lm = testbed, lm
+        self.names = saebench.aliases(testbed.questions, testbed.forget_subject)
+        self.by_subject = {alias: testbed.questions[subject] for alias, subject in self.names.items()}
+        self._exams: dict[tuple, Exam] = {}  # by what is asked
+        self._plain: dict[tuple, Tensor] = {}  # by the same: answers without an intervention
+
+    def ask(
+        self,
+        subject: str,
+        chosen: tuple[int, ...] | None = None,
+        permutations: Sequence[Sequence[int]] = saebench.AS_LISTED,
+        without_question: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Probabilities [n, 4] of the choices as listed, and the right choices [n], of the questions at the
+        `chosen` places (None: all), permutations innermost; under the LM's hook if there is one."""
+        key = (subject, chosen, tuple(map(tuple, permutations)), without_question)
+        if key not in self._exams:
+            self._exams[key] = self._exam(*key)
+        exam = self._exams[key]
+        if self.lm.hook is not None:
+            return self._probs(exam), exam.answers
+        if key not in self._plain:
+            self._plain[key] = self._probs(exam)
+        return self._plain[key], exam.answers
+
+    def _exam(
+        self, subject: str, chosen: tuple[int, ...] | None, permutations, without_question: bool
+    ) -> Exam:
+        questions = self.by_subject[subject]
+        return Exam(
+            self.testbed.tokenizer,
+            questions if chosen is None else [questions[i] for i in chosen],
+            self.testbed.scoring,
+            permutations,
+            self.testbed.prompt_format,
+            without_question,
+            self.testbed.lm.device,
+            self.testbed.shared_stems,
+            self.testbed.mixed_lengths,
+        )
+
+    def _probs(self, exam: Exam) -> Tensor:
+        return exam.probs_from(partial(self.lm.ask, read=exam.read))
+
+    @cached_property
+    def n_known(self) -> dict[str, int]:
+        """How many questions of each subject the LM gets right under all 24 permutations."""
+        out = {}
+        for subject in self.by_subject:
+            probs, answers = self.ask(subject, permutations=saebench.ALL_PERMUTATIONS)
+            out[subject] = int((probs.argmax(-1) == answers).view(-1, 24).all(1).sum())
+        return out
+
+
+class Evaluator:
+    """What the evaluations of one testbed share. What does not depend on the SAE is made once for all seeds
+    and runs of the
+    process: contexts and their residual stream here, the LM's own answers in `questions`, the rest by
+    `once`."""
+
+    def __init__(self, testbed: Testbed, context_size: int, n_contexts: int | None = None):
+        self.testbed, self.context_size = testbed, context_size
+        process.make_collections_short()  # the LM is stopped often, and each time there is one
+        self.lm = InterventionLM(testbed)
+        self.questions = Questions(testbed, self.lm)
+        self.artifacts = process.private_folder(self, "saebench")  # SAEBench keeps its sweep as pickles
+        self.special = special_ids(testbed.tokenizer).to(testbed.lm.device)
+        contexts = evaluation_contexts(testbed, context_size, n_contexts)
+        read = {key: self._with_resid(tokens) for key, tokens in contexts.items()}
+        self.select = {domain: read["train", domain] for domain in ("forget", "retain")}
+        self.held_out = {domain: read["held_out", domain] for domain in ("forget", "retain")}
+        self._firing: WeakKeyDictionary[Any, Firing] = WeakKeyDictionary()
+        self.made: dict[Callable, Any] = {}
+
+    def _with_resid(self, tokens: Tensor) -> Contexts:
+        """Contexts [n, pos] without a massive row. Raises WrongRequest when fewer than half are left."""
+        resid = torch.cat([self.lm.resid(t) for t in tokens.split(64)])
+        within_norm = ~massive(resid, trained_on(tokens, self.special)).any(1)
+        if 2 * within_norm.sum() < len(within_norm):
+            which = f"{int((~within_norm).sum())} of {len(within_norm)} contexts"
+            raise WrongRequest(
+                f"{which} hold activations of over 10 times the median norm at layer {self.testbed.layer}:"
+                " choose another --layer"
+            )
+        return Contexts(tokens[within_norm], resid[within_norm])
+
+    def once(self, make: Callable[["Evaluator"], T]) -> T:
+        """make(self), made the first time and then the same for every SAE."""
+        if make not in self.made:
+            self.made[make] = make(self)
+        return self.made[make]
+
+    @property
+    def settings(self) -> dict:
+        """The sweep's."""
+        return saebench.SWEEP | self.testbed.sweep
+
+    @property
+    def guarded_thresholds(self) -> list[float]:
+        """The retain thresholds of the interventions that have a guard."""
+        return [*self.settings["retain_thresholds"], GUARDED_RETAIN_THRESHOLD]
+
+    @property
+    def asked(self) -> dict:
+        """What the questions are, as config.json describes them."""
+        testbed = self.testbed
+        questions = testbed.describe.get("sources", {}).get("questions")
+        return {"scoring": testbed.scoring, "forget_subject": testbed.forget_subject, "questions": questions}
+
+    @cached_property
+    def examiner(self) -> "Evaluator":
+        """The evaluator around the LM that is asked the questions."""
+        if self.testbed.exam_lm is None:
+            return self
+        return Evaluator(replace(self.testbed, lm=self.testbed.exam_lm, exam_lm=None), self.context_size)
+
+    def firing(self, sae) -> Firing:
+        """Measured once an SAE, on the contexts that features are selected on."""
+        if sae not in self._firing:
+            self._firing[sae] = self._measure_firing(sae)
+        return self._firing[sae]
+
+    @torch.no_grad()
+    def _measure_firing(self, sae) -> Firing:
+        counts = torch.zeros(2, len(sae.W_dec), device=self.special.device)
+        total, n = torch.zeros_like(counts[0]), []
+        for count, domain in zip(counts, ("forget", "retain")):
+            tokens, resid = self.select[domain]
+            x = resid[trained_on(tokens, self.special)]
+            for part in x.split(4096):
+                f = sae.encode(part)
+                total += f.sum(0)
+                count += (f > 0).sum(0)
+            n.append(len(x))
+        fired = counts.sum(0)
+        unit = torch.where(fired > 0, total / fired.clamp(min=1), torch.ones_like(total))
+        return Firing(counts[0] / n[0], counts[1] / n[1], unit)
+
+    @cached_property
+    def retain_residuals(self) -> Residuals:
+        """Of the retain text that features are selected on, on which guards are calibrated."""
+        tokens, resid = self.select["retain"]
+        return Residuals(resid, trained_on(tokens, self.special))
+
+    def choose(
+        self, sae, rates: tuple[np.ndarray, np.ndarray], unit: Tensor, thresholds: list[float]
+    ) -> ChosenFeatures:
+        """All features that a sweep over these retain thresholds can touch, given firing rates on forget and
+        retain text [F]."""
+        most = max(self.settings["n_features_list"])
+        top = [saebench.top_features(rates, threshold, most) for threshold in thresholds]
+        at_least_two = [[0, 1]]  # or SAEBench reads a number for a list
+        chosen = np.unique(np.concatenate(top + at_least_two))
+        unit = unit if self.testbed.clamp_scale == "feature" else torch.ones_like(unit)
+        return ChosenFeatures(sae, torch.from_numpy(chosen), unit, self.retain_residuals)
+
+
+def suffix(how: str) -> str:
+    """Of a metric under an intervention; SAEBench's own clamp has none."""
+    return "" if how == "clamp" else f"_{how}"
+
+
+def finite(section: str, metrics: dict, details, may_be_undefined: tuple[str, ...] = ()) -> tuple[dict, dict]:
+    """Both, with numbers that are not finite as None under the names that may be undefined (their mean is
+    then null, with a warning). Raises RunFailed, naming the metric, for any other."""
+
+    def check(name, value) -> Any:
+        if isinstance(value, dict):
+            return {k: check(k, v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [check(name, v) for v in value]
+        if not isinstance(value, float) or math.isfinite(value):
+            return value
+        if name in may_be_undefined:
+            return None
+        raise RunFailed(
+            f"{section}.{name} is {value}: the SAE's weights or the LM's activations are out of range"
+        )
+
+    return check("", metrics), check("", details)
