@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrai
 
 import experiment
 from sae_separation import process, saebench
-from sae_separation.evals import unlearning
 from sae_separation.evals.evaluator import Evaluator, Questions
+from sae_separation.evals.unlearning import sweep, sweeps
 from sae_separation.exam import special_ids
 from sae_separation.export import export, load_exported
 from sae_separation.lm import InterventionLM, Testbed
@@ -274,7 +274,7 @@ def test_the_sweep_and_its_score_equal_saebench_unpatched(gemma, questions, ours
     prepare(ours.artifacts)
     chosen = ours.choose(sae, (forget_rate, retain_rate), torch.ones(64), settings["retain_thresholds"])
     rates = forget_rate, retain_rate
-    cells, score = unlearning.sweep(ours, chosen, rates, "sae", list(SUBJECTS), **settings)
+    cells, score = sweep(ours, chosen, rates, "sae", list(SUBJECTS), **settings)
     assert score == pytest.approx(their_score) and len(cells) == len(theirs) == 8
     for cell in cells:
         row = theirs[
@@ -326,7 +326,7 @@ def test_global_state_is_as_before(gemma, questions, ours, sae):
         patch.object(ours.questions, "ask", side_effect=RuntimeError("stop")),
         pytest.raises(RuntimeError, match="stop"),
     ):
-        unlearning.sweeps(
+        sweeps(
             ours,
             sae,
             (np.ones(64), np.zeros(64)),
