@@ -185,6 +185,7 @@ class Exam:
         mean log-likelihoods [row, ends]."""
         if self.scoring == "letter":
             return logits[:, 0].float().softmax(-1)[:, self.letters].amax(1)
+        assert batch.targets is not None and batch.ends is not None and batch.weights is not None
         logits = logits.float()
         log_probs = logits.gather(-1, batch.targets[..., None])[..., 0] - logits.logsumexp(-1)
         return torch.zeros(len(log_probs), self.width, device=log_probs.device).scatter_add_(

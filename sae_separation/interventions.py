@@ -31,14 +31,16 @@ class ChosenFeatures:
     def __init__(self, sae, chosen: Tensor, unit_F: Tensor, retain: Residuals | None = None):
         self.sae, self.chosen, self.unit, self.cfg, self.retain = sae, chosen, unit_F[chosen], sae.cfg, retain
         self.W_dec = sae.W_dec[chosen] * self.unit[:, None]
-        if sae.cfg.architecture() == "standard":  # features do not compete: encode the chosen alone
-            W_enc, b_enc = sae.W_enc[:, chosen] / self.unit, sae.b_enc[chosen] / self.unit
-            self.encode = lambda x: torch.relu(sae.process_sae_in(x) @ W_enc + b_enc)
+        self.alone = sae.cfg.architecture() == "standard"  # features do not compete: encode the chosen alone
+        if self.alone:
+            self.W_enc, self.b_enc = sae.W_enc[:, chosen] / self.unit, sae.b_enc[chosen] / self.unit
         self.encoded: WeakKeyDictionary[Residuals, Tensor] = WeakKeyDictionary()
         self.guards: dict[tuple, float] = {}
 
     def encode(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., chosen]."""
+        if self.alone:
+            return torch.relu(self.sae.process_sae_in(x) @ self.W_enc + self.b_enc)
         return self.sae.encode(x)[..., self.chosen] / self.unit
 
     def decode(self, f: Tensor, x: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ import re
 import shutil
 
 import pytest
-from test_resume import REAL_EVALUATOR, at_step, here, interrupt
+from test_resume import at_step, here, interrupt
 
 import experiment
 import plot
@@ -44,14 +44,14 @@ def measured(monkeypatch) -> list:
     calls = []
 
     def stand_in(name, *notes):
-        def measure(self, sae, *_):
+        def measure(evaluator, sae, seed, at):
             calls.append(name)
             return {"number": float(len(calls)), "norm": sae.W_dec.norm().item()}, {"of": name}, *notes
 
         return measure
 
-    monkeypatch.setattr(REAL_EVALUATOR, "core", stand_in("core"))
-    monkeypatch.setattr(REAL_EVALUATOR, "geometry", stand_in("geometry"))
+    for name in ("core", "geometry"):
+        monkeypatch.setattr(f"sae_separation.evals.{name}.{name}", stand_in(name))
     return calls
 
 

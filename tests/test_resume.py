@@ -57,7 +57,7 @@ def here(micro, monkeypatch, tmp_path):
     monkeypatch.setattr(
         experiment,
         "Evaluator",
-        lambda testbed, size: EVALUATOR.setdefault(size, REAL_EVALUATOR(testbed, size, 64)),
+        lambda testbed, size: EVALUATORS.setdefault(size, Evaluator(testbed, size, 64)),
     )
 
     def run(*out_dirs, evals=("none",), seeds=(0, 1), extra=()) -> int:
@@ -77,7 +77,7 @@ def here(micro, monkeypatch, tmp_path):
     return run
 
 
-EVALUATOR, REAL_EVALUATOR = {}, Evaluator
+EVALUATORS = {}
 
 
 def results(folder) -> tuple:
