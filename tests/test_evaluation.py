@@ -16,7 +16,7 @@ from sae_separation.errors import RunFailed
 from sae_separation.evals import unlearning
 from sae_separation.evals.core import RATIOS, core, proxy
 from sae_separation.evals.corpus import corpus
-from sae_separation.evals.evaluator import Evaluator, Firing, evaluation_contexts, finite
+from sae_separation.evals.evaluator import Evaluator, Firing, Questions, evaluation_contexts, finite
 from sae_separation.evals.geometry import geometry
 from sae_separation.exam import Batch, Exam, logits_at, special_ids, trained_on
 from sae_separation.export import export, load_exported
@@ -354,6 +354,40 @@ def test_thresholds_come_from_the_retain_text_of_the_selection(exported, evaluat
     share = ((f[..., :7] > 0).any(-1) & trained).sum(1) / trained.sum(1)
     assert features.guard(list(range(7))) == pytest.approx(share.quantile(0.95).item(), abs=2e-3)
     assert 0.1 < features.guard(list(range(7))) < 1
+
+
+def test_what_does_not_depend_on_the_sae_is_made_once(evaluator, exported, monkeypatch):
+    made = []
+
+    def make(given):
+        assert given is evaluator
+        return made.append(1) or object()
+
+    assert evaluator.once(make) is evaluator.once(make) and len(made) == 1
+    assert evaluator.firing(exported) is evaluator.firing(exported), "once an SAE"
+
+
+def test_the_lms_own_answers_are_asked_once_by_what_is_asked(micro, monkeypatch):
+    lm, asked = InterventionLM(micro), []
+    monkeypatch.setattr(lm, "ask", lambda batch, read: asked.append(batch) or torch.rand(len(batch.rows), 4))
+    questions = Questions(micro, lm)
+    subject = next(iter(questions.by_subject))
+    assert questions.names[subject] in micro.questions
+    (first, answers), n = questions.ask(subject, (0, 3, 5)), len(asked)
+    assert answers.tolist() == [micro.questions[questions.names[subject]][i].answer for i in (0, 3, 5)]
+    assert questions.ask(subject, (0, 3, 5))[0] is first and len(asked) == n
+    assert not torch.equal(questions.ask(subject, (0, 3, 6))[0], first) and len(asked) > n
+    lm.add_hook("", lambda resid, hook: None)
+    assert not torch.equal(questions.ask(subject, (0, 3, 5))[0], first), "an intervention is asked anew"
+
+
+def test_passes_are_kept_by_content_up_to_a_number_of_bytes():
+    passes, tokens = saebench.Passes(most_bytes=100), torch.arange(4)
+    kept = passes.once("clean", tokens, lambda: torch.zeros(20))
+    assert passes.once("clean", tokens.clone(), lambda: pytest.fail("made again")) is kept
+    assert passes.once("ablated", tokens, lambda: torch.ones(5)).sum() == 5, "another kind"
+    larger = passes.once("clean", tokens + 1, lambda: torch.ones(2))
+    assert passes.once("clean", tokens + 1, lambda: torch.ones(2)) is not larger, "no room is left"
 
 
 def test_sharing_passes_between_saes_leaves_cores_numbers(exported, evaluator, micro, monkeypatch):

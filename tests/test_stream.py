@@ -1,12 +1,15 @@
 """The activation stream: packing, labels, special tokens, and agreement with a plain forward pass."""
 
+import gc
+import weakref
+
 import datasets
 import pytest
 import torch
 
 from experiment import ActivationStream
 from sae_separation.errors import RunFailed
-from sae_separation.lm import massive
+from sae_separation.lm import SplitLM, massive
 from sae_separation.testbeds import packed_contexts
 
 
@@ -73,6 +76,23 @@ def test_the_lm_is_given_back_in_its_own_precision_also_after_an_error(micro):
     assert [p.data_ptr() for p in micro.lm.parameters()] == before and all(
         p.dtype == torch.float32 for p in micro.lm.parameters()
     )
+
+
+def test_a_stopped_lm_keeps_neither_tokens_nor_activations_alive(micro):
+    """Without waiting for Python's collector, which would come by when some hundred MB have gathered."""
+    lm = SplitLM(micro)
+
+    def stop() -> list[weakref.ref]:
+        tokens = torch.zeros(2, 16, dtype=torch.long)
+        resid = lm.resid(tokens)
+        assert resid.shape == (2, 16, micro.d_in)
+        return [weakref.ref(tokens), weakref.ref(resid)]
+
+    gc.disable()
+    try:
+        assert [ref() for ref in stop()] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_rows_stand_where_the_shuffle_puts_them_with_their_own_label(micro):
