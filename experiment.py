@@ -6,10 +6,10 @@
     python experiment.py --out_dir=run_1                     # again: an interrupted run goes on
     python plot.py                                           # figures over all run folders
 
-The file reads in the order in which data flows: plan and arms (config.py, losses.py) ->
-activation stream -> OrthogonalSAE (its products: sparse.py) -> trainer -> run (evaluated by evals/) ->
-main. DIMENSIONS in names: B batch rows, D d_in, F d_sae, G feature groups.
-"""
+The file reads in the order in which data flows: plan and arms (their losses: losses.py) -> activation stream
+-> OrthogonalSAE -> trainer (a batch by hand: gradients.py) -> training loop over runs (run.py) -> the
+command, with its evaluations (evals/). Letters at the end of names are dimensions: B batch rows, D d_in, F
+d_sae, G groups."""
 
 import python_version  # noqa: F401  (first: refuses a Python that this does not work with)
 
