@@ -72,13 +72,13 @@ def missing(wanted: DataConfig, rows: Sequence[Row] = ()) -> dict[str, tuple[str
     return lacking
 
 
-def refuse_missing(lacking: dict[str, tuple[str, str]], said: Iterable[str] = ()):
-    """Raises WrongRequest with the names of all that is `missing`, and the command `said` with examples."""
+def refuse_missing(lacking: dict[str, tuple[str, str]], argv: Iterable[str] = ()):
+    """Raises WrongRequest with the names of all that is `missing`, and the command `argv` with examples."""
     if not lacking:
         return
     are = "is" if len(lacking) == 1 else "are"
     added = (part for option, (example, _) in lacking.items() for part in (f"--{option}", example))
-    command = shlex.join(["python", "experiment.py", *said, *added])
+    command = shlex.join(["python", "experiment.py", *argv, *added])
     what = "; ".join(what for _, what in lacking.values())
     names = ", ".join(f"--{option}" for option in lacking)
     raise WrongRequest(f"{names} {are} missing: {what}; for example: {command}")
@@ -179,10 +179,9 @@ def packaged_lm(testbed: str, package: str) -> Path:
 
 def is_cached(spec: Spec) -> bool:
     """Whether an LM of the hub, its text and its questions were read before."""
-    said = [("questions", s) for s in spec.questions] + [
-        (o, s) for o in ("forget_text", "retain_text") for s in getattr(spec, o)
-    ]
-    repos = [parse_source(option, s).repo.replace("/", "--") for option, s in said]
+    options = ("questions", "forget_text", "retain_text")
+    sources = [parse_source(option, source) for option in options for source in getattr(spec, option)]
+    repos = [source.repo.replace("/", "--") for source in sources]
     return lm_snapshot(spec.lm) is not None and all(
         any((cache_folder() / "hub" / repo).glob("*/*.zst")) for repo in repos
     )

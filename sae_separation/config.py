@@ -67,10 +67,10 @@ def bounds_of(f) -> Bounds:
     return f.metadata.get("bounds", Bounds())
 
 
-def refuse_out_of_bounds(said: Any):
+def refuse_out_of_bounds(settings: Any):
     """Raises WrongRequest for a number in a dataclass that is out of its field's bounds."""
-    for f in fields(said):
-        value = getattr(said, f.name)
+    for f in fields(settings):
+        value = getattr(settings, f.name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not isinstance(number, bool):
                 bounds_of(f).check(f.name, number)
@@ -187,44 +187,46 @@ class Config(Settings):
     target_l0: float
 
 
-def refuse_what_does_not_fit(said: Any):
+def refuse_what_does_not_fit(settings: Any):
     """Raises WrongRequest for settings of a Request or a Config that do not fit together. None fits all."""
-    if not said.seeds or len(set(said.seeds)) != len(said.seeds):
-        raise WrongRequest(f"--seeds {said.seeds}: give at least one, each once")
-    if said.buffer_tokens < 4 * said.batch_size:
-        need = f"must hold at least 4 batches of {said.batch_size} to shuffle them"
-        raise WrongRequest(f"--buffer_tokens {said.buffer_tokens} {need}")
-    if said.activation == "relu" and said.target_l0 != 0 and not said.l1:  # None is the testbed's target
+    if not settings.seeds or len(set(settings.seeds)) != len(settings.seeds):
+        raise WrongRequest(f"--seeds {settings.seeds}: give at least one, each once")
+    if settings.buffer_tokens < 4 * settings.batch_size:
+        need = f"must hold at least 4 batches of {settings.batch_size} to shuffle them"
+        raise WrongRequest(f"--buffer_tokens {settings.buffer_tokens} {need}")
+    steered = settings.activation == "relu" and settings.target_l0 != 0  # None is the testbed's target
+    if steered and not settings.l1:
         remedy = "start from a small number, or give --target_l0 0"
         raise WrongRequest(f"--l1 0 cannot be steered to a target L0: {remedy}")
-    if said.d_sae is not None:
-        refuse_more_than_features(said)
-    for f in fields(said):
-        limit, value = bounds_of(f).within, getattr(said, f.name)
-        most = getattr(said, limit) if limit else None
-        if most is not None and value > most and said.matters(f):
+    if settings.d_sae is not None:
+        refuse_more_than_features(settings)
+    for f in fields(settings):
+        limit, value = bounds_of(f).within, getattr(settings, f.name)
+        most = getattr(settings, limit) if limit else None
+        if most is not None and value > most and settings.matters(f):
             raise WrongRequest(f"--{f.name} {value} must be at most --{limit} {most}")
-    if said.tokens is not None:
-        refuse_few_steps(said)
+    if settings.tokens is not None:
+        refuse_few_steps(settings)
 
 
-def refuse_more_than_features(said: Any):
+def refuse_more_than_features(settings: Any):
     """Raises WrongRequest where as many features are to be active as there are."""
-    if said.activation != "relu" and said.k is not None and not 1 <= said.k < said.d_sae:
-        raise WrongRequest(f"--k {said.k} must lie in [1, --d_sae {said.d_sae})")
-    if said.activation == "relu" and said.target_l0 is not None and said.target_l0 >= said.d_sae:
-        raise WrongRequest(f"--target_l0 {said.target_l0:g} must be under --d_sae {said.d_sae}")
+    k, target, most = settings.k, settings.target_l0, settings.d_sae
+    if settings.activation != "relu" and k is not None and not 1 <= k < most:
+        raise WrongRequest(f"--k {k} must lie in [1, --d_sae {most})")
+    if settings.activation == "relu" and target is not None and target >= most:
+        raise WrongRequest(f"--target_l0 {target:g} must be under --d_sae {most}")
 
 
-def refuse_few_steps(said: Any):
+def refuse_few_steps(settings: Any):
     """Raises WrongRequest for fewer optimiser steps than training takes."""
-    steps = said.tokens // said.batch_size
+    steps = settings.tokens // settings.batch_size
     if steps < 100:
-        why = f"{steps} steps of --batch_size {said.batch_size}: training takes at least 100"
-        raise WrongRequest(f"--tokens {said.tokens} is {why}")
-    if said.unlock_steps and 8 * said.unlock_steps >= steps:
+        why = f"{steps} steps of --batch_size {settings.batch_size}: training takes at least 100"
+        raise WrongRequest(f"--tokens {settings.tokens} is {why}")
+    if settings.unlock_steps and 8 * settings.unlock_steps >= steps:
         why = f"all features are open after 8 times that, but training takes {steps} steps"
-        raise WrongRequest(f"--unlock_steps {said.unlock_steps}: {why}")
+        raise WrongRequest(f"--unlock_steps {settings.unlock_steps}: {why}")
 
 
 class Arm(Protocol):
@@ -267,12 +269,13 @@ def with_arms(arms: Mapping[str, Arm]) -> Callable[[type[S]], type[S]]:
 def complete(request: Request, kind: type[S], testbed: str, defaults: Mapping[str, Any], d_in: int) -> S:
     """The Config of a Request on a testbed: what is left open takes the `defaults`, and what cannot be larger
     than d_in or d_sae is cut to it. Raises WrongRequest for what does not fit together."""
-    said: dict[str, Any] = {f.name: getattr(request, f.name) for f in fields(request)}
-    said |= {name: default for name, default in defaults.items() if said[name] in (None, "", ())}
-    most = {"": float("inf"), "d_in": d_in, "d_sae": said["d_sae"]}
-    said |= {f.name: min(said[f.name], most[to]) for f in fields(request) if (to := bounds_of(f).cut_to)}
-    said["testbed"] = testbed
-    return kind(**said)
+    settings: dict[str, Any] = {f.name: getattr(request, f.name) for f in fields(request)}
+    settings |= {name: default for name, default in defaults.items() if settings[name] in (None, "", ())}
+    most = {"": float("inf"), "d_in": d_in, "d_sae": settings["d_sae"]}
+    cut = {f.name: bounds_of(f).cut_to for f in fields(request)}
+    settings |= {name: min(settings[name], most[to]) for name, to in cut.items() if to}
+    settings["testbed"] = testbed
+    return kind(**settings)
 
 
 # ---- the command
@@ -316,17 +319,17 @@ ONE_PASS = (
 )
 
 
-def whole_number(said: str) -> int:
+def whole_number(text: str) -> int:
     """200000, 200_000, 200k, 3M, 1B or 4e5. Raises argparse.ArgumentTypeError for what is no whole number."""
-    digits, power = said[:-1], {"k": 3, "m": 6, "b": 9}.get(said[-1:].lower())
+    digits, power = text[:-1], {"k": 3, "m": 6, "b": 9}.get(text[-1:].lower())
     try:
-        number = Decimal(said) if power is None else Decimal(digits).scaleb(power)
+        number = Decimal(text) if power is None else Decimal(digits).scaleb(power)
     except ArithmeticError:
         number = Decimal("nan")
     if number.is_finite() and number.adjusted() > 30:
-        raise argparse.ArgumentTypeError(f"{said} is too large: give a smaller number")
+        raise argparse.ArgumentTypeError(f"{text} is too large: give a smaller number")
     if not number.is_finite() or number != number.to_integral_value():
-        raise argparse.ArgumentTypeError(f"{said} is not a whole number (200000, 200_000, 200k, 3M, 4e5)")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number (200000, 200_000, 200k, 3M, 4e5)")
     return int(number)
 
 
@@ -372,7 +375,7 @@ def parse_command(
     command, first = parse()  # --help ends here: what checks imports is not waited for
     from sae_separation import checks
 
-    given = {said[1] for said in (re.match(r"--?([a-z]\w*)", a) for a in argv) if said}
+    given = {found[1] for found in (re.match(r"--?([a-z]\w*)", a) for a in argv) if found}
     lacking = lacking_names(command.out_dir, given, plan, arms)
     if "evals" in given and not command.evals:
         raise WrongRequest(f"--evals: give at least one ({', '.join(evals.names())}), or none")
