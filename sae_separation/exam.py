@@ -222,8 +222,8 @@ def _batches(
     mixed_lengths: bool,
 ) -> Iterator[Batch]:
     """Batches of rows (stem, ends) of like length, or without `mixed_lengths` of the same: read where the
-    ends' tokens, or without an end the next, are predicted. No end is empty.
-    `special` ids are as in `special_ids`."""
+    ends' tokens, or without an end the next, are predicted. No end is empty. `special` ids are as in
+    `special_ids`."""
     length = [len(stem) + sum(map(len, ends)) for stem, ends in rows]
     order = sorted(range(len(rows)), key=length.__getitem__)
     while order:

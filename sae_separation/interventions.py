@@ -13,8 +13,6 @@ INTERVENTIONS = ("clamp", "conditional", "guardrail")  # as `intervene` says
 
 # conditional: of retain tokens that may be clamped, SAEBench's stricter limit on a feature's retain rate
 RETAIN_SHARE = 0.001
-
-
 GUARD_QUANTILE = 0.95  # guardrail: of retain contexts that stay under the threshold, as published
 
 

@@ -234,8 +234,8 @@ class SplitLM:
     """A frozen LM, split behind its hook layer: `resid` runs the lower part, and `resumed_from` the upper
     one.
 
-    Nothing else stops an LM, or changes what its layers do. It is read through nnsight, in training and in
-    evaluation alike.
+    This is the one place where an LM is stopped, in training and in evaluation alike, and the one where its
+    layers are replaced.
     """
 
     def __init__(self, testbed: Testbed):

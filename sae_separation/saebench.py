@@ -266,26 +266,25 @@ def list_as_tuple(module, args, output):
 
 def shared_proxy(lm, tokenizer, most_bytes: int = 2**29):
     """An lm.InterventionLM as a sae_lens HookedProxyLM, which core asks for. It does once a batch what core
-    asks of it for
-    every SAE alike: the clean pass, the zero-ablated pass, and the layers up to the hook."""
+    asks of it for every SAE alike: the clean pass, the zero-ablated pass, and the layers up to the hook."""
     from sae_lens.load_model import HookedProxyLM
 
     passes = Passes(most_bytes)
 
     class SharedProxy(HookedProxyLM):
-        def resumed(self, tokens):
-            return lm.resumed_from(passes.once("resid", tokens, partial(lm.resid, tokens)))
+        def resid(self, tokens):
+            return passes.once("resid", tokens, partial(lm.resid, tokens))
 
         def run_with_hooks(self, tokens, fwd_hooks, **kwargs):
             run = partial(super().run_with_hooks, tokens, fwd_hooks=fwd_hooks, **kwargs)
             if getattr(fwd_hooks[0][1], "__name__", "") == "standard_zero_ablate_hook":
                 return passes.once("ablated", tokens, run)
-            with self.resumed(tokens):
+            with lm.resumed_from(self.resid(tokens)):
                 return run()
 
         def run_with_cache(self, tokens, **kwargs):
-            with self.resumed(tokens):
-                return super().run_with_cache(tokens, **kwargs)
+            """No logits: core stops the LM here, for the stream at the hook layer alone."""
+            return None, {lm.hook_name: self.resid(tokens).to(lm.lm.dtype)}
 
         def forward(self, tokens, **kwargs):
             run = partial(super().forward, tokens, **kwargs)

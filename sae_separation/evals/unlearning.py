@@ -26,9 +26,8 @@ OF_A_SWEEP = ("unlearning_score", "forget_accuracy", "retain_accuracy", "random_
 
 def unlearning(evaluator: Evaluator, sae, seed: int, name: str) -> tuple[dict, dict, list[str]]:
     """SAEBench's unlearning score, the same under the guarded interventions (suffixes _conditional,
-    _guardrail), and what
-    one needs to read them: metrics, details (sweep table, bootstrap interval), warnings. Metrics are None
-    when the LM knows too few questions.
+    _guardrail), and what one needs to read them: metrics, details (sweep table, bootstrap interval),
+    warnings. Metrics are None when the LM knows too few questions.
 
     The guarded interventions also try features with a retain rate of up to 0.1: a guard exists to make such
     features safe, and SAEBench's limits leave it little to guard. Without a limit, what fires on any text
@@ -171,8 +170,7 @@ def accuracy(evaluator: Evaluator, subjects: list[str], hook: Callable | None = 
 
 def best_allowed(cells: list[dict]) -> dict:
     """The cell with the least forget accuracy (then the most retain accuracy) among those with retain
-    accuracy >= 0.99;
-    without one, no intervention: SAEBench's scoring rule."""
+    accuracy >= 0.99; without one, no intervention: SAEBench's scoring rule."""
     allowed = [c for c in cells if c["retain_accuracy"] >= 0.99]
 
     def worst_first(cell: dict) -> tuple[float, float]:
