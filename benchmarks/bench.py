@@ -67,18 +67,20 @@ class Worker:
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "2"},
         )
+        assert self.process.stdin and self.process.stdout, "pipes, as asked for"
+        self.commands, self.answers = self.process.stdin, self.process.stdout
         self.about = self._answer()
 
     def _answer(self) -> dict:
-        line = self.process.stdout.readline()
+        line = self.answers.readline()
         if not line:
             last = self.log.read_text().strip().splitlines()[-1:]
             raise RuntimeError(f"{self.name} ended: {' '.join(last)[:300]}")
         return json.loads(line)
 
     def ask(self, do: str, **command) -> dict:
-        self.process.stdin.write(json.dumps({"do": do, **command}) + "\n")
-        self.process.stdin.flush()
+        self.commands.write(json.dumps({"do": do, **command}) + "\n")
+        self.commands.flush()
         return self._answer()
 
     def stop(self) -> dict:
@@ -127,13 +129,12 @@ class Session:
 
         torch.manual_seed(0)
         torch.set_num_threads(2)
-        config = GPTNeoXConfig(
+        config = GPTNeoXConfig(  # rotary positions on a quarter of each head, as by default
             hidden_size=D_IN,
             num_hidden_layers=6,
             num_attention_heads=8,
             intermediate_size=2048,
             vocab_size=50_304,
-            rotary_pct=0.25,
             max_position_embeddings=2048,
             bos_token_id=0,
             eos_token_id=0,
@@ -177,7 +178,7 @@ class Session:
             times = []
             for _ in range(8):
                 before = time.perf_counter()
-                a @ b
+                torch.mm(a, b)
                 times.append(time.perf_counter() - before)
             out[name] = 2 * 2048**3 / min(times) / 1e9
         self.peaks.append(out)
@@ -199,58 +200,79 @@ def spread(values: list[float]) -> dict:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "values": values}
 
 
+def start_workers(
+    session: Session, d_sae: int, systems: list[tuple[str, str]]
+) -> tuple[dict[str, Worker], dict[str, dict]]:
+    """A worker for each system, by its name; and of those that do not start, why."""
+    workers, failed = {}, {}
+    for system, variant in systems:
+        settings = {"settings": STEADY} if system == "ours" else {}
+        try:
+            workers[f"{system} {variant}"] = session.start(system, variant, d_sae=d_sae, **settings)
+        except RuntimeError as error:
+            failed[f"{system} {variant}"] = {"failed": str(error)}
+            session.say(f"failed: {error}")
+    return workers, failed
+
+
+def warm_up(name: str, worker: Worker) -> float:
+    """Tokens/s of a few steps; ours of an SAE that is as sparse as in most of a run."""
+    worker.ask("settle", **SETTLE) if name.startswith("ours") else worker.ask("step", n=2)
+    rate = worker.ask("step", n=4)["tokens_per_second"]
+    worker.ask("lm", n=16_384)
+    return rate
+
+
+def one_turn(worker: Worker, warm: float) -> dict[str, dict]:
+    """What a system answers in one turn; `warm`, its tokens/s, says how many steps are enough."""
+    return {
+        "step": worker.ask("step", n=max(4, min(40, round(2 * warm / BATCH)))),
+        "lm": worker.ask("lm", n=16_384),
+        "end_to_end": worker.ask("end_to_end", n=20_480),
+    }
+
+
+def compare(systems: dict[str, dict], limits: dict[str, dict]):
+    """Add to each rate ours over it, turn by turn, and its share of each limit."""
+    for result in systems.values():
+        for what in ("lm", "step", "end_to_end") if "failed" not in result else ():
+            turns = zip(systems["ours default"][what]["values"], result[what]["values"])
+            result[what] |= {
+                "ours_over_this": spread([ours / theirs for ours, theirs in turns]),
+                "share_of_limit": {p: result[what]["median"] / limits[p][what] for p in limits},
+            }
+
+
 def peers(session: Session, d_sae: int, systems: list[tuple[str, str]], repetitions: int) -> dict:
     """Tokens/s of the LM to the hook, of the SAE's step and end to end, by turns; ratios are ours over
     theirs of the same turn."""
-    workers, out = {}, {}
-    for system, variant in systems:
-        try:
-            settings = {"settings": STEADY} if system == "ours" else {}
-            workers[f"{system} {variant}"] = session.start(system, variant, d_sae=d_sae, **settings)
-        except RuntimeError as error:
-            out[f"{system} {variant}"] = {"failed": str(error)}
-            session.say(f"failed: {error}")
+    workers, out = start_workers(session, d_sae, systems)
     rates = {name: {"lm": [], "step": [], "end_to_end": [], "l0": []} for name in workers}
+    warm: dict[str, float] = {}
     for turn in range(repetitions + 1):  # the first warms up, and says how much is enough
         session.matmul_peak()
         for name, worker in list(workers.items()):
             try:
-                steps = 4 if turn == 0 else max(4, min(40, round(2 * rates[name]["warm"] / BATCH)))
                 if turn == 0:
-                    worker.ask("settle", **SETTLE) if name.startswith("ours") else worker.ask("step", n=2)
-                answers = {"step": worker.ask("step", n=steps), "lm": worker.ask("lm", n=16_384)} | (
-                    {"end_to_end": worker.ask("end_to_end", n=20_480)} if turn else {}
-                )
+                    warm[name] = warm_up(name, worker)
+                    continue
+                answers = one_turn(worker, warm[name])
             except RuntimeError as error:
                 out[name] = {"failed": str(error)}
                 session.say(f"failed: {error}")
                 del workers[name]
-                continue
-            if turn == 0:
-                rates[name]["warm"] = answers["step"]["tokens_per_second"]
                 continue
             for what, answer in answers.items():
                 rates[name][what].append(answer["tokens_per_second"])
             rates[name]["l0"].append(answers["step"]["l0"])
         session.say(f"d_sae {d_sae}: turn {turn} of {repetitions}")
     for name, worker in workers.items():
-        out[name] = (
-            {"about": worker.about}
-            | worker.stop()
-            | {what: spread(rates[name][what]) for what in ("lm", "step", "end_to_end")}
-        )
+        measured = {what: spread(rates[name][what]) for what in ("lm", "step", "end_to_end")}
+        out[name] = {"about": worker.about} | worker.stop() | measured
         if name.startswith("ours"):
             out[name]["l0"] = rates[name]["l0"]
     limits = session.limits(d_sae)
-    for result in out.values():
-        if "failed" in result:
-            continue
-        for what in ("lm", "step", "end_to_end"):
-            ratios = [a / b for a, b in zip(out["ours default"][what]["values"], result[what]["values"])]
-            result[what] |= {
-                "ours_over_this": spread(ratios),
-                "share_of_limit": {p: result[what]["median"] / limits[p][what] for p in limits},
-            }
+    compare(out, limits)
     return {"systems": out, "limits": limits}
 
 

@@ -74,7 +74,9 @@ class Trial:
 
     def __init__(self, folder: Path, runs=("run_1",), extra=GEOMETRY, prepare=lambda: None):
         folder.mkdir(parents=True, exist_ok=True)
-        self.told = folder.with_name(f"{folder.name}_{next(NUMBERS)}.txt")  # not in it: its disk may be full
+        self.output = folder.with_name(
+            f"{folder.name}_{next(NUMBERS)}.txt"
+        )  # not in it: its disk may be full
         argv = [str(a) for a in ("--out_dir", *(folder / r for r in runs), *SETTINGS, *extra)]
         self.started, self.pid = time.monotonic(), os.fork()
         if self.pid:
@@ -86,7 +88,7 @@ class Trial:
             signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the campaign may run under nohup
             for number in stops():
                 signal.signal(number, leave_at_once)
-            output = os.open(self.told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            output = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
             prepare()
@@ -145,7 +147,7 @@ class Trial:
 
     @property
     def text(self) -> str:
-        return self.told.read_text(errors="replace")
+        return self.output.read_text(errors="replace")
 
     @property
     def last(self) -> str:
@@ -346,11 +348,11 @@ class Campaign:
                     if trial.runs_for(RNG.uniform(0.02, 0.2 if loads else 0.8) * cpu)
                     else "ended before"
                 )
-                told = trial.last.startswith(f"error: interrupted by {number.name}") and tells_the_truth(
+                says_so = trial.last.startswith(f"error: interrupted by {number.name}") and tells_the_truth(
                     trial, folder
                 )
                 again = Trial(folder, runs, CORE)
-                ok = first == code and told and again.wait() == 0 and same(folder, alone, runs)
+                ok = first == code and says_so and again.wait() == 0 and same(folder, alone, runs)
                 good += ok
                 if not ok:
                     print(first, trial.text, again.text)
@@ -634,7 +636,7 @@ class Campaign:
                 and "goes on at step" in again.text
                 and same(folder, alone)
             )
-            good += ok
+            good += bool(ok)
             if not ok:
                 print(code, kept, trial.text, again.text)
         self.row(
@@ -799,9 +801,9 @@ def time_saves():
         save(*args)
         seconds.append(time.monotonic() - start)
 
-    def trained(*args):
+    def trained(*args, **settings):
         start = time.monotonic()
-        train(*args)
+        train(*args, **settings)
         print(f"saves {sum(seconds)} {time.monotonic() - start}")
 
     checkpoint.save, experiment.TrainingLoop.train = timed, trained

@@ -6,7 +6,8 @@ what to do.
 Reads one command a line from stdin, {"do": "lm" | "step" | "end_to_end" | "train" | "stop", ...}, and
 answers each with one line of JSON on stdout, after a first line when it is ready. What libraries print
 goes to stderr. Every system reads the same LM and the same contexts from `folder`, holds one ReLU SAE
-(sparsify: TopK, all that it has) and takes batches of 2,048 activations.
+(sparsify: TopK, all that it has) and takes batches of 2,048 activations. The peers' packages are those of
+benchmarks/requirements.txt, in an environment of their own.
 """
 
 import itertools
@@ -16,9 +17,11 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "2"))
 os.environ.update(
@@ -53,6 +56,18 @@ class System:
         self.spec, self.d_sae = spec, spec["d_sae"]
         self.build()
 
+    def build(self):
+        """Load the LM and the contexts, and make the SAE and its optimiser."""
+        raise NotImplementedError
+
+    def train(self, batches):
+        """Train on batches x [row, D]."""
+        raise NotImplementedError
+
+    def features_and_reconstruction(self, x):
+        """f [row, F] and x_hat [row, D] of x [row, D]."""
+        raise NotImplementedError
+
     def fvu_and_l0(self, x) -> tuple[float, float]:
         """Of the reconstruction of x [row, D], in fp32, and mean active features a row."""
         import torch
@@ -68,16 +83,19 @@ class System:
 class Ours(System):
     def build(self):
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+        import torch
+
         import experiment
         from sae_separation import process
         from sae_separation.config import complete
         from sae_separation.lm import Testbed
         from sae_separation.specs import SPECS, defaults_of
+        from sae_separation.text import Text
 
         process.keep_freed_memory()
         spec = self.spec
         contexts = load_contexts(spec["folder"], spec.get("context_size", 128))
-        text = SimpleNamespace(train=None)
+        text = cast(Text, SimpleNamespace(train=None))  # the contexts are put in its place
         special = SimpleNamespace(
             all_special_ids=[],
             added_tokens_decoder={},
@@ -91,10 +109,12 @@ class Ours(System):
         self.stream = experiment.ActivationStream(
             self.testbed, contexts.shape[1], spec.get("buffer_tokens", 32_768), **spec.get("stream", {})
         )
-        self.stream.texts = [itertools.cycle(contexts[half::2].tolist()) for half in (0, 1)]
+        texts: list[Iterator[list[int]]] = [itertools.cycle(contexts[half::2].tolist()) for half in (0, 1)]
+        self.stream.texts = texts
         self.trainers = []
         if "activations" in spec:
-            block = experiment.ActivationBlock(stored(spec["activations"], 0, 32 * BATCH), None)
+            x = stored(spec["activations"], 0, 32 * BATCH)
+            block = experiment.ActivationBlock(x, torch.arange(len(x)) % 2 == 0)
         else:
             self.stream.activations(self._lm_batch())
             self.lm_rss_mb = (
@@ -116,15 +136,17 @@ class Ours(System):
             config = complete(request, experiment.Config, "bench", defaults, d_in)
             self.trainers.append(experiment.Trainer(config, seed, d_in, spec.get("steps", 10**6), block))
 
+    @property
+    def block(self):
+        """What the stream gave last."""
+        assert self.stream.block, "there is one from build on, where no activations are given"
+        return self.stream.block
+
     @cached_property
     def rows(self):
         """Four batches of the block that is there when they are first asked for, again and again."""
-        return itertools.cycle(
-            [
-                (x.clone(), forget.clone())
-                for x, forget in itertools.islice(self.stream.block.batches(BATCH), 4)
-            ]
-        )
+        batches = itertools.islice(self.block.batches(BATCH), 4)
+        return itertools.cycle([(x.clone(), forget.clone()) for x, forget in batches])
 
     def _lm_batch(self):
         import torch
@@ -204,7 +226,7 @@ class Ours(System):
             size(t for name, t in trainer.state()[0].items() if name.startswith(("sae.", "adam.")))
             for trainer in self.trainers
         )
-        return {"weights_and_moments_mb": weights, "buffer_mb": size([self.stream.block.x])}
+        return {"weights_and_moments_mb": weights, "buffer_mb": size([self.block.x])}
 
     def nnsight(self, n: int) -> dict[str, list[float]]:
         """Seconds of n LM batches through nnsight, stopped after the hook, and of the same through a
@@ -237,8 +259,8 @@ class Ours(System):
 
     def draw(self, n: int) -> list[float]:
         """Seconds of drawing one batch from the buffer, each time."""
-        out, batches = [], self.stream.block.batches(BATCH)
-        for _ in range(min(n, len(self.stream.block.x) // BATCH)):
+        out, batches = [], self.block.batches(BATCH)
+        for _ in range(min(n, len(self.block.x) // BATCH)):
             before = time.perf_counter()
             next(batches)
             out.append(time.perf_counter() - before)
@@ -252,10 +274,10 @@ class Ours(System):
         return done
 
     def _train_on_block(self) -> int:
-        for x, forget in self.stream.block.batches(BATCH):
+        for x, forget in self.block.batches(BATCH):
             for trainer in self.trainers:
                 trainer.step(x, forget)
-        return len(self.stream.block.x) // BATCH * BATCH
+        return len(self.block.x) // BATCH * BATCH
 
     def train(self, batches):
         import torch
@@ -275,8 +297,10 @@ class DictionaryLearning(System):
 
     def build(self):
         import torch
-        from dictionary_learning.buffer import ActivationBuffer
-        from dictionary_learning.trainers.standard import StandardTrainer
+        from dictionary_learning.buffer import ActivationBuffer  # pyright: ignore[reportMissingImports]
+        from dictionary_learning.trainers.standard import (  # pyright: ignore[reportMissingImports]
+            StandardTrainer,
+        )
         from nnsight import LanguageModel
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
@@ -375,7 +399,7 @@ class SAELens(System):
         low, compiled = (word in spec["variant"] for word in ("bf16", "compiled"))
         contexts = load_contexts(spec["folder"])
         lm, name = load_lm(spec["folder"]), f"gpt_neox.layers.{LAYER}"
-        tokenizer = SimpleNamespace(bos_token_id=0, eos_token_id=0, sep_token_id=0, all_special_ids=[0])
+        ids: Any = SimpleNamespace(bos_token_id=0, eos_token_id=0, sep_token_id=0, all_special_ids=[0])
         cfg = sae_lens.LanguageModelSAERunnerConfig(
             sae=StandardTrainingSAEConfig(
                 d_in=lm.config.hidden_size, d_sae=self.d_sae, **spec.get("sae", {})
@@ -400,7 +424,7 @@ class SAELens(System):
         )
         dataset = datasets.Dataset.from_dict({"tokens": contexts.tolist()})
         self.store = ActivationsStore.from_config(
-            HookedProxyLM(lm, tokenizer, hook_names=[name]), cfg, override_dataset=dataset
+            HookedProxyLM(lm, ids, hook_names=[name]), cfg, override_dataset=dataset
         )
         sae = StandardTrainingSAE(cfg.sae)
         if cfg.compile_sae:
@@ -450,12 +474,12 @@ class Sparsify(System):
     def build(self):
         import datasets
         import torch
-        from sparsify import SaeConfig, TrainConfig, Trainer
+        from sparsify import SaeConfig, TrainConfig, Trainer  # pyright: ignore[reportMissingImports]
+        from transformers import GPTNeoXModel
 
         spec = self.spec
-        self.model = load_lm(
-            spec["folder"], torch.bfloat16 if spec["variant"] == "bf16" else torch.float32
-        ).gpt_neox
+        lm = load_lm(spec["folder"], torch.bfloat16 if spec["variant"] == "bf16" else torch.float32)
+        self.model = cast(GPTNeoXModel, lm.gpt_neox)
         contexts = load_contexts(spec["folder"])
         self.contexts, self.per_batch = contexts, BATCH // contexts.shape[1]
         self.dataset = datasets.Dataset.from_dict({"input_ids": contexts.tolist()}).with_format("torch")
@@ -479,12 +503,12 @@ class Sparsify(System):
         self.rows = itertools.cycle([x.flatten(0, 1).float() for x in kept])
 
     def lm(self, n: int) -> int:
-        done = 0
-        for batch in itertools.cycle(self.contexts.split(self.per_batch)):
-            if done >= n:
-                return done
+        done, batches = 0, itertools.cycle(self.contexts.split(self.per_batch))
+        while done < n:
+            batch = next(batches)
             self.model(batch)
             done += batch.numel()
+        return done
 
     def step(self, n: int) -> int:
         """What the hook and fit do with a batch."""
@@ -524,7 +548,7 @@ def store(system: Ours, command: dict) -> dict:
     x, done, block = (
         torch.empty(command["n"], system.testbed.d_in, dtype=torch.bfloat16),
         0,
-        system.stream.block,
+        system.block,
     )
     scale = (block.x.shape[1] / block.x.pow(2).sum(1).mean()).sqrt()
     while done < len(x):

@@ -26,7 +26,7 @@ try:
         QWebEngineUrlRequestInterceptor,
     )
     from PySide6.QtWebEngineWidgets import QWebEngineView
-    from PySide6.QtWidgets import QApplication
+    from PySide6.QtWidgets import QApplication, QWidget
 except ImportError as error:
     print(f"no browser: {error}", file=sys.stderr)
     sys.exit(3)
@@ -101,17 +101,24 @@ class Browser:
     def pause(self, seconds: float):
         self.wait(lambda done: None, seconds)
 
+    @property
+    def target(self) -> QWidget:
+        """The widget that mouse and keyboard reach."""
+        proxy = self.view.focusProxy()
+        assert proxy is not None, "a page has been opened"
+        return proxy
+
     def click(self, element: str):
         """A mouse click on the middle of an element."""
         self.run(f"{element}.scrollIntoView({{block: 'center', inline: 'center'}})")
         box = self.run(
             f"(box => [box.x + box.width / 2, box.y + box.height / 2])({element}.getBoundingClientRect())"
         )
-        QTest.mouseClick(self.view.focusProxy(), Qt.MouseButton.LeftButton, pos=QPoint(*map(int, box)))
+        QTest.mouseClick(self.target, Qt.MouseButton.LeftButton, pos=QPoint(*map(int, box)))
         self.pause(0.2)
 
     def press(self, key):
-        QTest.keyClick(self.view.focusProxy(), key)
+        QTest.keyClick(self.target, key)
         self.pause(0.2)
 
     def resize(self, width: int, height: int):

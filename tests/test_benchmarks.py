@@ -1,16 +1,11 @@
 """The benchmark: its limits by hand, its table, and our worker, run for real on a tiny LM."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import run_script
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import bench
+from benchmarks import bench
 
 
 def test_the_dense_limit_is_six_products_of_the_sae_and_the_layers_up_to_the_hook(tmp_path):
@@ -63,6 +58,46 @@ def test_the_table_has_a_line_for_every_system_and_says_which_did_not_run():
         "| ours default | 20 [10, 60] | 20 [10, 60] | 20 [10, 60] | 4.00 [3.00, 5.00] | 50% | 1,234 |" in text
     )
     assert "sparsify best | did not run: no module" in text and "| ours | 0.9100 | 31.0 | 5 |" in text
+
+
+class Canned:
+    """Stands for a worker: 100 tokens/s of ours, 50 of a peer; "breaks" ends in its first turn."""
+
+    about = {"torch": "t"}
+
+    def __init__(self, system: str):
+        self.system, self.asked = system, []
+
+    def ask(self, do: str, **command) -> dict:
+        self.asked.append((do, command["n"]))
+        if self.system == "breaks" and do == "end_to_end":
+            raise RuntimeError("breaks ended")
+        return {"tokens_per_second": 100.0 if self.system == "ours" else 50.0, "l0": 32.0}
+
+    def stop(self) -> dict:
+        return {"peak_rss_mb": 9.0}
+
+
+def test_systems_are_measured_in_turns_and_one_that_ends_leaves_the_others(tmp_path, monkeypatch):
+    session, workers = bench.Session(tmp_path, "none", quick=True), {}
+    monkeypatch.setattr(session, "matmul_peak", lambda: session.peaks.append({"fp32": 100.0}))
+
+    def start(system: str, variant: str, **spec) -> Canned:
+        if system == "absent":
+            raise RuntimeError("no module")
+        return workers.setdefault(system, Canned(system))
+
+    monkeypatch.setattr(session, "start", start)
+    systems = [(name, "default") for name in ("absent", "peer", "breaks", "ours")]
+    found = bench.peers(session, 64, systems, repetitions=2)["systems"]
+    assert found["absent default"] == {"failed": "no module"}
+    assert found["breaks default"] == {"failed": "breaks ended"}
+    assert found["peer default"]["step"]["values"] == [50.0, 50.0] and "l0" not in found["peer default"]
+    assert found["peer default"]["lm"]["ours_over_this"]["values"] == [2.0, 2.0]
+    assert found["ours default"]["l0"] == [32.0, 32.0] and found["ours default"]["peak_rss_mb"] == 9.0
+    turn = [("step", 4), ("lm", 16_384), ("end_to_end", 20_480)]
+    assert workers["peer"].asked == [("step", 2), ("step", 4), ("lm", 16_384), *turn, *turn]
+    assert workers["ours"].asked[0] == ("settle", bench.SETTLE["n"]) and len(session.peaks) == 3
 
 
 def test_results_are_not_overwritten_by_fewer_parts(tmp_path):
