@@ -124,6 +124,7 @@ def session(tmp_path) -> bench.Session:
     return bench.Session(tmp_path, "none", quick=True)
 
 
+@pytest.mark.slow
 def test_our_worker_answers_every_command_and_a_worker_that_ends_is_an_error_with_its_last_line(
     session, tmp_path
 ):

@@ -96,6 +96,7 @@ def measured_seed(evaluator, sae, seed, name):
     return {"seed": float(seed)}, {}, []
 
 
+@pytest.mark.slow
 def test_what_is_a_runs_own_takes_effect_in_each_run(micro, monkeypatch, tmp_path, capsys):
     loaded, checked, bars = [], [], []
 

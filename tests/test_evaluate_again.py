@@ -114,6 +114,7 @@ def test_a_section_that_is_asked_for_again_is_renewed_with_its_own_warnings(here
     assert final(folder)["geometry"]["means"]["number"] == 1.0 and run_folder.changed_files(folder) == []
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_instant_leaves_the_run_complete_and_the_same_command_goes_on(
     here, trained, measured, tmp_path, monkeypatch
 ):
@@ -219,6 +220,7 @@ def test_a_complete_run_names_the_evaluations_it_lacks(here, trained, measured, 
     assert "lacks evaluations; the same command adds them with --evals core unlearning corpus" in out
 
 
+@pytest.mark.slow
 def test_complete_runs_are_evaluated_beside_runs_that_are_trained(here, trained, measured, tmp_path):
     weights = (tmp_path / "run_1/sae_seed0/sae_weights.safetensors").read_bytes()
     assert here("run_0", "run_1", evals=["geometry"]) == 0
@@ -227,6 +229,7 @@ def test_complete_runs_are_evaluated_beside_runs_that_are_trained(here, trained,
     assert (tmp_path / "run_1/sae_seed0/sae_weights.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_asked_again_with_other_evaluations_goes_on_and_makes_those(
     here, trained, measured, tmp_path, monkeypatch
 ):

@@ -390,6 +390,7 @@ def test_passes_are_kept_by_content_up_to_a_number_of_bytes():
     assert passes.once("clean", tokens + 1, lambda: torch.ones(2)) is not larger, "no room is left"
 
 
+@pytest.mark.slow
 def test_sharing_passes_between_saes_leaves_cores_numbers(exported, evaluator, micro, monkeypatch):
     from sae_lens.load_model import HookedProxyLM
 
@@ -437,6 +438,7 @@ def test_units_are_the_mean_active_values(exported, evaluator):
     torch.testing.assert_close(f.sum(0) / (f > 0).sum(0), torch.ones(len(alive)), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_too_few_known_questions_give_null_and_the_reason(evaluator, exported, monkeypatch):
     monkeypatch.setattr(unlearning, "MIN_KNOWN", 10_000)
     metrics, _, notes = unlearning.unlearning(evaluator, exported, 0, "none")
@@ -450,6 +452,7 @@ def test_too_few_known_questions_give_null_and_the_reason(evaluator, exported, m
     assert "10000 of each are needed" in notes[0]
 
 
+@pytest.mark.slow
 def test_an_sae_without_a_selectable_feature_scores_zero(evaluator, exported):
     subjects = list(evaluator.questions.by_subject)
     swept = unlearning.sweeps(
@@ -469,6 +472,7 @@ def test_an_sae_without_a_selectable_feature_scores_zero(evaluator, exported):
     )
 
 
+@pytest.mark.slow
 def test_unlearning_reports_every_intervention_and_its_floor(evaluator, exported):
     metrics, details, notes = unlearning.unlearning(evaluator, exported, 0, "all")
     assert not notes and all(v is not None for v in metrics.values())
@@ -485,6 +489,7 @@ def test_unlearning_reports_every_intervention_and_its_floor(evaluator, exported
         assert 0 <= metrics[f"random_feature_score{suffix}"] <= 1
 
 
+@pytest.mark.slow
 def test_corpus_unlearning_is_the_best_gain_within_each_cost(evaluator, exported):
     metrics, details = corpus(evaluator, exported, 0, "it")
     for how, suffix in (("clamp", ""), ("conditional", "_conditional"), ("guardrail", "_guardrail")):

@@ -105,7 +105,12 @@ def test_global_state_is_afterwards_as_before_and_a_seed_counts_inside_alone(tmp
         with process.global_state_kept(seed=7):
             return drawn()
 
-    state = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()
+    def state() -> tuple:
+        numpy = np.random.get_state(legacy=False)
+        assert isinstance(numpy, dict)
+        return random.getstate(), numpy["state"]["key"].tolist(), torch.random.get_rng_state().tolist()
+
+    before = state()
     with pytest.raises(KeyError), process.global_state_kept():
         drawn()
         torch.set_grad_enabled(False)
@@ -114,11 +119,7 @@ def test_global_state_is_afterwards_as_before_and_a_seed_counts_inside_alone(tmp
         os.chdir(tmp_path)
         raise KeyError
     assert seeded() == seeded()
-    assert state == (
-        random.getstate(),
-        np.random.get_state()[1].tolist(),
-        torch.random.get_rng_state().tolist(),
-    )
+    assert state() == before
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
     assert os.environ["KEPT"] == "1" and "NEW" not in os.environ and os.getcwd() == folder
 

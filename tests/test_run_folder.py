@@ -113,6 +113,7 @@ def test_a_first_start_that_was_killed_at_once_is_no_folder_of_other_files(tmp_p
     assert "holds 'eval'" in refuse(tmp_path)
 
 
+@pytest.mark.slow
 def test_files_put_into_a_run_folder_survive_start_going_on_overwrite_and_completion(
     here, tmp_path, monkeypatch
 ):
@@ -280,6 +281,7 @@ def test_a_lock_that_cannot_be_taken_is_refused_in_one_line_without_false_advice
 # ------------------------------------------------------------------------------ going on
 
 
+@pytest.mark.slow
 def test_a_restart_from_zero_is_told_and_where_checkpoints_were_removed_it_is_a_warning(
     here, tmp_path, monkeypatch, capsys
 ):
@@ -309,6 +311,7 @@ def test_a_restart_from_zero_is_told_and_where_checkpoints_were_removed_it_is_a_
     )
 
 
+@pytest.mark.slow
 def test_a_complete_run_that_was_killed_before_it_was_cleared_is_cleared_when_it_is_asked_again(
     here, tmp_path, monkeypatch
 ):
@@ -412,6 +415,7 @@ def real(complete: Path, redirected: str, *more: str) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.slow
 def test_a_closed_stdout_or_stderr_changes_no_exit_code(complete):
     for redirected, code, more in (
         ("| true", 0, ()),
@@ -431,6 +435,7 @@ def test_a_closed_stdout_or_stderr_changes_no_exit_code(complete):
         assert "--alpha" not in done.stdout, "what belongs on stderr does not come on stdout"
 
 
+@pytest.mark.slow
 def test_a_run_whose_reader_goes_away_is_complete_all_the_same(here, tmp_path, monkeypatch, capfd):
     with open(tmp_path / "stands for fd 1", "w") as other:
         with monkeypatch.context() as m:
@@ -484,6 +489,7 @@ def test_every_ending_is_an_exit_code_and_a_line(monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 def test_what_nobody_expected_in_a_run_ends_in_one_last_line(here, monkeypatch, capsys):
     at_step(monkeypatch, 10, lambda *_: {}["a bug"], seed=0)
     assert here("run_1", seeds=(0,)) == 1
@@ -494,6 +500,7 @@ def test_what_nobody_expected_in_a_run_ends_in_one_last_line(here, monkeypatch, 
     )
 
 
+@pytest.mark.slow
 def test_too_little_address_space_is_told_in_one_line(tmp_path):
     asked = [
         sys.executable,
@@ -523,6 +530,7 @@ def hangup_counts():
     signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 def test_a_lost_connection_leaves_a_checkpoint_and_one_line(
     here, tmp_path, monkeypatch, capsys, hangup_counts
 ):

@@ -411,6 +411,7 @@ def test_the_named_testbeds_are_what_the_study_says():
         assert spec_of(DataConfig(testbed="gemma-2-2b", layer=layer), SPECS["gemma-2-2b"]).layer == layer
 
 
+@pytest.mark.slow
 def test_gemma_is_asked_as_its_instructed_sibling_in_bfloat16_with_saebenchs_sweep(
     lms, own, monkeypatch, tmp_path
 ):
@@ -481,6 +482,7 @@ def test_gemma_is_asked_as_its_instructed_sibling_in_bfloat16_with_saebenchs_swe
     assert 0 <= metrics["lm_forget_accuracy"] <= 1 and 0 <= metrics["unlearning_score"] <= 1
 
 
+@pytest.mark.slow
 def test_auto_takes_pythia_where_it_can_be_had_and_a_named_testbed_never_falls_back(monkeypatch):
     seen = []
     monkeypatch.setattr(
@@ -598,6 +600,7 @@ def make_smollm2(site):
 # ---- the whole command
 
 
+@pytest.mark.slow
 def test_a_whole_run_on_a_users_own_lm_text_and_questions(lms, own, tmp_path):
     settings = [
         f"--lm={lms()}",
