@@ -28,7 +28,7 @@ docs: $(VENV)/ready  # the tables of the documents, from the committed run folde
 	$(BIN)/python docs/make.py
 
 faults: $(VENV)/ready-dev
-	$(BIN)/python -m benchmarks.faults
+	$(BIN)/python tests/faults.py
 
 micro: $(VENV)/ready
 	$(BIN)/python -m micro_pythia.make

@@ -1,4 +1,5 @@
-"""The layout: which file imports which. `python tests/test_layout.py` writes docs/layout.md."""
+"""The layout: which file imports which. `python tests/test_layout.py` writes docs/layout.md, and the figure
+in CONTRIBUTING.md."""
 
 import ast
 import os
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs/layout.md"
+PAGE, GUIDE = ROOT / "docs/layout.md", ROOT / "CONTRIBUTING.md"
 CODE = ["python_version.py", "experiment.py", "plot.py", "sae_separation/**/*.py", "micro_pythia/*.py"]
+START, END = "<!-- layout -->\n", "\n<!-- /layout -->"
 TITLE = """# Layout
 
 Which file imports which, lowest layer first: a file imports only files of lower layers as it is loaded.
@@ -77,6 +79,16 @@ def layers() -> list[list[str]]:
 
 
 def figure() -> str:
+    """CONTRIBUTING.md with its figure: a line a layer, the highest first."""
+    lines = []
+    for layer in reversed(layers()):
+        names = (module.removeprefix("sae_separation.") for module in layer if module != "sae_separation")
+        lines.append("    " + "  ".join(names))
+    before, _, rest = GUIDE.read_text().partition(START)
+    return before + START + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2]
+
+
+def page() -> str:
     """docs/layout.md: a line a file, without those that neither import nor are imported."""
     used = {name for module in files() for part in imports(module) for name in part}
     lines = [TITLE]
@@ -97,7 +109,8 @@ def figure() -> str:
 
 
 def test_the_page_of_the_layout_is_what_the_imports_say():
-    assert PAGE.read_text() == figure(), "python tests/test_layout.py writes it anew"
+    assert PAGE.read_text() == page(), "python tests/test_layout.py writes it anew"
+    assert GUIDE.read_text() == figure(), "python tests/test_layout.py writes it anew"
 
 
 def test_no_import_circle_not_even_through_functions():
@@ -141,5 +154,6 @@ def test_help_imports_no_torch(command):
 
 
 if __name__ == "__main__":
-    PAGE.write_text(figure())
-    print(f"wrote {PAGE.relative_to(ROOT)}")
+    PAGE.write_text(page())
+    GUIDE.write_text(figure())
+    print(f"wrote {PAGE.relative_to(ROOT)} and the figure in {GUIDE.relative_to(ROOT)}")

@@ -16,7 +16,7 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-FOLDERS = (".", "sae_separation", "micro_pythia", "studies", "benchmarks", "docs")
+FOLDERS = (".", "sae_separation", "sae_separation/evals", "micro_pythia", "studies", "benchmarks", "docs")
 RUN = [file for folder in FOLDERS for file in (ROOT / folder).glob("*.py")]
 TESTS = [*(ROOT / "tests").glob("*.py")]
 OWN = {file.stem for file in RUN + TESTS} | {"sae_separation", "micro_pythia", "benchmarks"}

@@ -1,7 +1,7 @@
 """The fault campaign: break a run in every way we know, and count what came of it.
 
-    python -m benchmarks.faults                  # all, 60 kills; writes benchmarks/faults.json and faults.md
-    python -m benchmarks.faults --only kills --kills 200
+    python tests/faults.py                  # all, 60 kills; writes tests/faults.json and faults.md
+    python tests/faults.py --only kills --kills 200
 
 Every trial is a real process that runs experiment.main on the embedded LM, forked from one that has
 imported what it needs and read the LM, so that many fit into minutes. After each fault that may be
@@ -867,7 +867,7 @@ def main():
     parser.add_argument(
         "--out",
         type=Path,
-        default=ROOT / "benchmarks" / "faults",
+        default=ROOT / "tests" / "faults",
         help="where the table goes, as .json and .md; rows of other parts stay",
     )
     args = parser.parse_args()
