@@ -199,9 +199,7 @@ def check_ids(testbed: Testbed):
 
     Nothing is padded: a pad token with no other role counts only where the text or a question spells it out.
     """
-    tokenizer: Any = testbed.tokenizer
-    lm: Any = testbed.lm
-    n = lm.get_input_embeddings().num_embeddings
+    tokenizer, n = testbed.tokenizer, testbed.lm.get_input_embeddings().num_embeddings
     beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= n}
     for pad in pad_alone(tokenizer) & beyond.keys():
         read = [part["text"] for t in (testbed.forget, testbed.retain) for part in (t.train, t.held_out)]
@@ -219,10 +217,9 @@ def check_ids(testbed: Testbed):
 def check_lm(testbed: Testbed):
     """Raises WrongRequest for an LM that looks ahead, or whose layers cannot be resumed as InterventionLM
     resumes them."""
-    lm: Any = testbed.lm
-    tokenizer: Any = testbed.tokenizer
-    asked, said, kind = InterventionLM(testbed), f"--lm {testbed.defaults['lm']}", type(lm).__name__
-    n = min(len(tokenizer), lm.get_input_embeddings().num_embeddings)
+    lm, asked = testbed.lm, InterventionLM(testbed)
+    said, kind = f"--lm {testbed.defaults['lm']}", type(lm).__name__
+    n = min(len(testbed.tokenizer), lm.get_input_embeddings().num_embeddings)
     tokens = torch.randint(0, n, (2, 8), generator=torch.Generator().manual_seed(0)).to(lm.device)
     other = tokens.clone()
     other[:, -1] = (other[:, -1] + 1) % n
@@ -270,7 +267,7 @@ def lay_out(testbed: Testbed):
     a row is seen by none of its tokens, but some LMs (dynamic and long RoPE) place a token by the batch's
     length: the shortest question is asked alone and beside the longest.
     """
-    lm: Any = testbed.exam_lm or testbed.lm
+    lm = testbed.exam_lm or testbed.lm
     questions = [q for some in testbed.questions.values() for q in some]
     same = 1e-4 if lm.dtype == torch.float32 else 0.1  # in probability; other batches round otherwise
 
