@@ -749,7 +749,7 @@ class TrainingLoop:
                 with process.signals.held():
                     self._save()
                 where = f"at step {at.step} of {self.n_steps}"
-                stop.told = f"{where}; the same command (without --overwrite) goes on from there"
+                stop.message = f"{where}; the same command (without --overwrite) goes on from there"
                 raise
             if any(run.training for run in self.runs):
                 with process.signals.held():

@@ -20,10 +20,10 @@ class RunFailed(Exception):
 
 
 class Interrupted(BaseException):
-    """A signal came that stops a command. `told` says where the work stands."""
+    """A signal came that stops a command. `message` says where the work stands."""
 
-    def __init__(self, number: int, told: str):
-        self.number, self.told = number, told
+    def __init__(self, number: int, message: str):
+        self.number, self.message = number, message
 
 
 def address_space() -> int | None:
@@ -59,7 +59,7 @@ def ending(error: BaseException, began: bool, take_less: str) -> tuple[int, str,
     """Exit code and line of a command that ended in `error`, and whether nobody expected that; `began`:
     whether everything was imported; `take_less`: what makes do with less memory."""
     if isinstance(error, Interrupted):
-        return 128 + error.number, f"interrupted by {signal.Signals(error.number).name}: {error.told}", False
+        return 128 + error.number, f"interrupted by {signal.Signals(error.number).name}: {error.message}", False
     ours = isinstance(error, WrongRequest | RunFailed)
     if is_out_of_memory(error) and not (ours and "memory" in str(error)):  # which says what to do
         rest = f": {take_less}" if began else " before anything was begun: with more the same command starts"

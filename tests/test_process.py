@@ -78,7 +78,7 @@ def test_a_signal_says_whether_anything_is_kept_and_waits_while_it_is_held():
     with process.signals:
         with pytest.raises(Interrupted) as stop:
             os.kill(os.getpid(), signal.SIGTERM)
-        assert (stop.value.number, stop.value.told) == (
+        assert (stop.value.number, stop.value.message) == (
             signal.SIGTERM,
             "nothing was done yet; the same command starts",
         )
@@ -88,7 +88,7 @@ def test_a_signal_says_whether_anything_is_kept_and_waits_while_it_is_held():
         with pytest.raises(Interrupted) as stop, process.signals.held():
             os.kill(os.getpid(), signal.SIGTERM)
             reached = True
-        assert reached and stop.value.told.startswith("what is done is kept")
+        assert reached and stop.value.message.startswith("what is done is kept")
 
 
 # ---- what is left alone
