@@ -59,7 +59,11 @@ def ending(error: BaseException, began: bool, take_less: str) -> tuple[int, str,
     """Exit code and line of a command that ended in `error`, and whether nobody expected that; `began`:
     whether everything was imported; `take_less`: what makes do with less memory."""
     if isinstance(error, Interrupted):
-        return 128 + error.number, f"interrupted by {signal.Signals(error.number).name}: {error.message}", False
+        return (
+            128 + error.number,
+            f"interrupted by {signal.Signals(error.number).name}: {error.message}",
+            False,
+        )
     ours = isinstance(error, WrongRequest | RunFailed)
     if is_out_of_memory(error) and not (ours and "memory" in str(error)):  # which says what to do
         rest = f": {take_less}" if began else " before anything was begun: with more the same command starts"

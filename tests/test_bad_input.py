@@ -27,7 +27,7 @@ OWN = [
     "--questions=good_q.jsonl",
     "--forget_subject=biology",
 ]
-OPTIONS = {
+OPTIONS: dict[str, tuple[list[str], str]] = {
     "no out_dir": ([], "--out_dir is missing"),
     "not in the plan, no arm": (["--out_dir=somewhere"], "give its --arm"),
     "unknown run": (["--out_dir=run_77"], "run_77 is not in the plan"),
@@ -273,7 +273,8 @@ def test_the_files_of_these_tests_are_good_where_they_are_not_made_bad(here):
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_wrong_options(case, here):
-    refused(*OPTIONS[case], here)
+    argv, said = OPTIONS[case]
+    refused(argv, said, here)
 
 
 @pytest.mark.parametrize("case", TEXTS)
@@ -288,13 +289,13 @@ def test_wrong_questions(case, here):
     rows = [json.loads(line) for line in (here / "good_q.jsonl").read_text().splitlines()]
     if isinstance(change, dict):
         rows[1] |= change
-    elif change in rows[1] if isinstance(change, str) else False:
+    elif isinstance(change, str) and change in rows[1]:
         del rows[1][change]
     elif change == 0:
         rows[1] = rows[0]
     lines = [json.dumps(r) for r in rows]
     if change == [] or change == "{":
-        lines[1] = change if change == "{" else "[]"
+        lines[1] = "{" if change == "{" else "[]"
     (here / "bad_q.jsonl").write_text("\n".join(lines))
     refused([*OWN, "--forget_text=good.jsonl", "--questions=bad_q.jsonl"], said, here)
 

@@ -3,12 +3,14 @@ answers."""
 
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from test_trainer import train
+from tiny import there
 
 import experiment
 from sae_separation import saebench
@@ -123,7 +125,8 @@ def test_running_on_from_cached_activations_equals_the_whole_lm(micro, evaluator
     assert all(
         vars(layer).get("forward") is forward for layer, forward in zip(micro.layers, before, strict=True)
     ), "the LM is as it was"
-    contexts = whole_contexts(*[t[:8] for t in evaluator.held_out["retain"]], evaluator.special)
+    tokens, resid = (t[:8] for t in evaluator.held_out["retain"])
+    contexts = whole_contexts(tokens, resid, evaluator.special)
     logits = micro.lm(contexts.tokens).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), contexts.tokens[:, 1:].flatten(), reduction="none"
@@ -132,7 +135,9 @@ def test_running_on_from_cached_activations_equals_the_whole_lm(micro, evaluator
 
 
 def test_clamping_the_chosen_features_alone_equals_clamping_within_the_whole_sae(exported, evaluator):
-    from sae_bench.evals.unlearning.utils.intervention import anthropic_clamp_resid_SAE_features as clamp
+    from sae_bench.evals.unlearning.utils.intervention import anthropic_clamp_resid_SAE_features
+
+    clamp: Any = anthropic_clamp_resid_SAE_features  # of any SAE; its hook is not looked at
 
     x, chosen = evaluator.held_out["forget"][1][:4], torch.tensor([3, 99, 500])
     features = ChosenFeatures(exported, chosen, torch.ones(1024))
@@ -141,7 +146,7 @@ def test_clamping_the_chosen_features_alone_equals_clamping_within_the_whole_sae
     torch.testing.assert_close(alone, whole, atol=1e-4, rtol=1e-4)
     contexts = whole_contexts(evaluator.held_out["forget"][0][:4], x, evaluator.special)
     for places, slow in (([0, 1, 2], whole), ([1], clamp(x, None, exported, [99], 5))):
-        fast, touched = intervene(x, contexts.residuals, features, places, 5), contexts.trained
+        fast, touched = there(intervene(x, there(contexts.residuals), features, places, 5)), contexts.trained
         torch.testing.assert_close(fast[touched], slow[touched], atol=1e-4, rtol=1e-4)
         assert torch.equal(fast[~touched], x[~touched]), (
             "BOS and EOS, on which no SAE is trained, are left alone"
@@ -171,7 +176,7 @@ def test_clamping_knows_layer_normalised_saes(activation, evaluator, tmp_path):
     f[:, 1:, features.chosen] = torch.where(f[:, 1:, features.chosen] > 0, -5.0, 0.0)
     wanted = x + sae.decode(f) - plain
     contexts = whole_contexts(tokens, x, evaluator.special)
-    clamped = intervene(x, contexts.residuals, features, [0, 1, 2], 5)
+    clamped = there(intervene(x, there(contexts.residuals), features, [0, 1, 2], 5))
     torch.testing.assert_close(clamped[contexts.trained], wanted[contexts.trained], atol=1e-4, rtol=1e-4)
     assert (wanted - x).abs().max() > 0.1
 
@@ -179,7 +184,9 @@ def test_clamping_knows_layer_normalised_saes(activation, evaluator, tmp_path):
 def test_remembered_answers_equal_saebenchs_clamp_asked_afresh(exported, evaluator, micro):
     """Nested feature sets, of which later ones find many rows remembered, against SAEBench's hook on all
     rows."""
-    from sae_bench.evals.unlearning.utils.intervention import anthropic_clamp_resid_SAE_features as clamp
+    from sae_bench.evals.unlearning.utils.intervention import anthropic_clamp_resid_SAE_features
+
+    clamp: Any = anthropic_clamp_resid_SAE_features  # of any SAE; its hook is not looked at
 
     firing = evaluator.firing(exported)
     features = evaluator.choose(exported, firing.rates, firing.unit, [0.01, 0.1])
@@ -246,9 +253,8 @@ def toy():
         process_sae_in=lambda x: x,
         cfg=SimpleNamespace(architecture=lambda: "standard", normalize_activations="none"),
     )
-    asked = InterventionLM(
-        SimpleNamespace(lm=lm, layers=lm.layers, layer=0, hook_name="layers.0", name="toy")
-    )
+    toy: Any = SimpleNamespace(lm=lm, layers=lm.layers, layer=0, hook_name="layers.0", name="toy")
+    asked = InterventionLM(toy)
     tokens = torch.tensor([[1, 2, 2, 0, 0, 0]] * 6 + [[1, 3, 3, 4, 3, 0], [1, 3, 3, 3, 3, 3]])
     trained, last = tokens > 1, (tokens > 0).sum(1, keepdim=True) - 1
     retain = torch.tensor([[1, 3, 3, 3, 4]] * 20)
@@ -288,7 +294,7 @@ def test_which_positions_are_clamped(toy):
         ("conditional", {0: [1, 2]}),
         ("guardrail", {0: [1, 2]}),
     ):
-        changed = intervene(x, residuals, features, [0], 10, how)
+        changed = there(intervene(x, residuals, features, [0], 10, how))
         for row in (0, 6, 7):
             at = (changed[row] != x[row]).any(-1).nonzero()[:, 0].tolist()
             assert (

@@ -117,7 +117,9 @@ def lasting(tmp_path_factory):
     """Each lasting fault met once in one process with three attempts and three resumptions: the error
     lines, and the requests."""
     with Hub() as hub:
-        files = {name: large(i) for i, name in enumerate(CASES) if name != "missing.json"}
+        files: dict[str, bytes | Path] = {
+            name: large(i) for i, name in enumerate(CASES) if name != "missing.json"
+        }
         hub.add(NAME, files)
         hub.fail("503", "busy.json", 99)
         hub.fail("429", "limited.json", 99, retry_after=3600)
@@ -555,14 +557,14 @@ def pythia(tmp_path_factory) -> dict:
         num_hidden_layers=6,
         num_attention_heads=8,
         intermediate_size=512,
-        rotary_pct=0.25,
         max_position_embeddings=2048,
         use_parallel_residual=True,
         bos_token_id=0,
         eos_token_id=0,
     )
     folder = tmp_path_factory.mktemp("pythia")
-    GPTNeoXForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    torch.nn.Module.to(lm := GPTNeoXForCausalLM(config), torch.bfloat16)
+    lm.save_pretrained(folder)
     return dict(name="EleutherAI/pythia-70m-deduped", files=TOKENIZER | {p.name: p for p in folder.iterdir()})
 
 

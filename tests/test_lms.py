@@ -7,6 +7,7 @@ from itertools import islice
 import pytest
 import tiny
 import torch
+from tiny import there
 
 import experiment
 from sae_separation import testbeds
@@ -148,8 +149,8 @@ def test_choices_are_scored_as_they_stand_behind_the_question(prefix_space):
     pieces = prefix_space.tokenizer.convert_ids_to_tokens
     rows = {}
     for batch in exam.batches:
-        for i, row in enumerate(batch.rows):
-            rows[row] = pieces(batch.targets[i][batch.weights[i] > 0])
+        for i, row in enumerate(there(batch.rows)):
+            rows[row] = pieces(there(batch.targets)[i][there(batch.weights)[i] > 0])
     assert [rows[i] for i in range(4)] == [["▁the"], ["▁", "a"], ["▁the", "▁the"], ["▁D"]]
     assert prefix_space.tokenizer.tokenize(" the") == ["▁", "▁the"]
     wanted = plain_answers(prefix_space, questions)
@@ -192,13 +193,13 @@ def test_choices_that_change_the_questions_last_token_are_scored_from_where_they
         exam = Exam(tokenizer, questions, "cloze", shared_stems=shared)
         rows = []
         for batch in exam.batches:
-            for i, row in enumerate(batch.rows):
+            for i, row in enumerate(there(batch.rows)):
                 for end in range(exam.width):
-                    scored = (batch.weights[i] > 0) & (batch.ends[i] == end)
+                    scored = (there(batch.weights)[i] > 0) & (there(batch.ends)[i] == end)
                     rows.append(
                         (
                             4 * row if shared else row,
-                            tokenizer.convert_ids_to_tokens(batch.targets[i][scored]),
+                            tokenizer.convert_ids_to_tokens(there(batch.targets)[i][scored]),
                         )
                     )
         told = [pieces for _, pieces in sorted(rows, key=lambda row: row[0])]
@@ -214,7 +215,7 @@ def test_byte_level_tokens_of_an_exam_are_those_of_question_and_choice_alone(mic
     assert letters == [[encode(f" {letter}")[0] for letter in "ABCD"]]
     exam = Exam(micro.tokenizer, questions, "cloze", shared_stems=True)
     for batch in exam.batches:
-        for tokens, i in zip(batch.tokens.tolist(), batch.rows):
+        for tokens, i in zip(batch.tokens.tolist(), there(batch.rows)):
             stem = [micro.tokenizer.bos_token_id] + encode(f"Question: {questions[i].question}\nAnswer:")
             row = sum([encode(f" {choice}") for choice in questions[i].choices], stem)
             assert tokens == row + [0] * (len(tokens) - len(row))

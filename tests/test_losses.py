@@ -181,7 +181,7 @@ def test_a_single_domain_or_dead_features_give_zero_not_nan():
 def naive_ortsae(W, chunk_size, generator):
     """The published formula in few lines: random chunks, largest signed cosine of each row, squared, mean
     over rows."""
-    order, total = torch.randperm(len(W), generator=generator).tolist(), 0.0
+    order, total = torch.randperm(len(W), generator=generator).tolist(), W.new_zeros(())
     for start in range(0, len(W), chunk_size):
         chunk = order[start : start + chunk_size]
         for i in chunk:

@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -33,7 +34,7 @@ def imported(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(node.module)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip":
-            names.add(node.args[0].value)
+            names.add(ast.literal_eval(node.args[0]))
     return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - OWN
 
 
@@ -48,7 +49,7 @@ def declared(*names: str) -> set[str]:
 
 
 @cache
-def installed_modules() -> dict[str, list[str]]:
+def installed_modules() -> Mapping[str, list[str]]:
     """Every module that is installed, and the distributions that hold it."""
     return packages_distributions()
 
@@ -116,7 +117,7 @@ def test_every_python_gets_one_numpy_and_saebench_of_one_release(python):
 def test_a_python_that_does_not_work_is_refused_in_one_line(version, monkeypatch, capsys):
     monkeypatch.setattr(sys, "version_info", (*version, 0, "final", 0))
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(ROOT / "python_version.py")
+        runpy.run_path(str(ROOT / "python_version.py"))
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and line.startswith(f"error: this is Python {version[0]}.{version[1]};")
 
@@ -124,7 +125,7 @@ def test_a_python_that_does_not_work_is_refused_in_one_line(version, monkeypatch
 @pytest.mark.parametrize("version", [(3, 11), (3, 13)])
 def test_a_python_that_works_is_not_refused(version, monkeypatch):
     monkeypatch.setattr(sys, "version_info", (*version, 0, "final", 0))
-    runpy.run_path(ROOT / "python_version.py")
+    runpy.run_path(str(ROOT / "python_version.py"))
 
 
 def test_python_is_looked_at_before_anything_is_imported():
@@ -162,7 +163,7 @@ def make(project: Path, target: str) -> tuple[int, list[str]]:
 
 def installs(asked: list[str]) -> list[str]:
     """The requirements files that pip was given."""
-    return [re.search(r"-r (\S+)", line).group(1) for line in asked if "pip install" in line]
+    return [name for line in asked if "pip install" in line for name in re.findall(r"-r (\S+)", line)]
 
 
 def test_runs_install_what_they_need_and_tests_add_theirs_once(project):

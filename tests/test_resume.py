@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import ROOT, run_script, small_command
 from test_trainer import SMALL
+from tiny import numpy_state, there
 
 import experiment
 from sae_separation import checkpoint, process, run_folder, saebench
@@ -306,7 +307,7 @@ def test_a_second_process_is_refused_at_once_and_a_dead_one_does_not_block(tmp_p
         " time.sleep(60)"
     )
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert owner.stdout.readline() == "mine\n"
+    assert there(owner.stdout).readline() == "mine\n"
     started = time.monotonic()
     second = run_script("experiment.py", "--out_dir", folder, *TINY)
     assert second.returncode == 2 and time.monotonic() - started < 5
@@ -717,8 +718,10 @@ def test_too_little_memory_is_told_at_the_start_or_where_it_runs_out(here, tmp_p
 
 
 def test_a_compilation_that_fails_is_told_in_one_line(here, monkeypatch, capsys):
+    from torch._dynamo.exc import InternalTorchDynamoError
+
     def no_compiler(*_):
-        raise torch._dynamo.exc.InternalTorchDynamoError("no C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+        raise InternalTorchDynamoError("no C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
 
     at_step(monkeypatch, 50, no_compiler)
     assert here("run_1") == 1
@@ -753,7 +756,7 @@ def test_the_same_command_writes_the_same_bytes_and_leaves_global_state_alone(he
             torch.is_grad_enabled(),
             torch.get_default_dtype(),
             torch.random.get_rng_state().tolist(),
-            np.random.get_state()[1].tolist(),
+            numpy_state(),
             random.getstate(),
             dict(os.environ),
             os.getcwd(),

@@ -84,7 +84,7 @@ def test_a_folder_of_other_files_is_refused_and_stays_as_it_is_byte_for_byte(set
         (tmp_path / "config.json").write_text(json.dumps(settings))
     before = files(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for place in (".", tmp_path, tmp_path / "deep"):
+    for place in (Path("."), tmp_path, tmp_path / "deep"):
         for more in ([], ["--overwrite"]):
             assert "nothing is removed or written there" in refuse(place, *more)
     assert files(tmp_path) == before

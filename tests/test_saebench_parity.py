@@ -7,12 +7,15 @@ answers, same sweep, same score.
 """
 
 import random
+from typing import Any
 from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from tiny import numpy_state
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
@@ -24,6 +27,7 @@ from sae_separation.exam import special_ids
 from sae_separation.export import export, load_exported
 from sae_separation.lm import InterventionLM, Testbed
 from sae_separation.questions import Question
+from sae_separation.text import Text
 
 LAYER, D_IN = 1, 32
 SUBJECTS = {"wmdp-bio": 40, "high_school_geography": 30, "human_aging": 30}
@@ -54,34 +58,29 @@ def gemma_tokenizer(folder):
 def gemma(tmp_path_factory):
     """The random LM as transformers has it and as SAEBench wants it, and its tokenizer."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
+    from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
 
     torch.manual_seed(0)
     tokenizer = gemma_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     vocab = len(tokenizer)
-    hf = (
-        Gemma2ForCausalLM(
-            Gemma2Config(
-                vocab_size=vocab,
-                hidden_size=D_IN,
-                intermediate_size=64,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=8,
-                max_position_embeddings=512,
-                sliding_window=512,
-                query_pre_attn_scalar=8,
-                initializer_range=0.3,
-                attn_implementation="eager",
-                pad_token_id=0,
-                eos_token_id=1,
-                bos_token_id=2,
-            )
-        )
-        .eval()
-        .requires_grad_(False)
+    config = Gemma2Config(
+        vocab_size=vocab,
+        hidden_size=D_IN,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        sliding_window=512,
+        query_pre_attn_scalar=8,
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
     )
+    config._attn_implementation = "eager"
+    hf = Gemma2ForCausalLM(config).eval().requires_grad_(False)
     hooked = HookedTransformer(
         HookedTransformerConfig(
             n_layers=3,
@@ -148,7 +147,7 @@ def sae(tmp_path_factory, gemma):
     hf, hooked, _ = gemma
     module = experiment.OrthogonalSAE(D_IN, 64, seed=0)
     with torch.no_grad():
-        module.b_enc -= 0.5
+        module.b_enc.sub_(0.5)
     folder = tmp_path_factory.mktemp("sae")
     export(
         module,
@@ -168,15 +167,16 @@ def sae(tmp_path_factory, gemma):
 def ours(gemma, questions):
     """An Evaluator around the transformers model, without its corpora."""
     hf, _, tokenizer = gemma
-    evaluator = Evaluator.__new__(Evaluator)
+    nothing = Dataset.from_dict({"text": []})
+    evaluator, no_text = Evaluator.__new__(Evaluator), Text(nothing, nothing)
     named = {("bio" if s == "wmdp-bio" else s): q for s, q in questions.items()}
     evaluator.testbed = Testbed(
         "gemma-2-2b-it",
         hf,
         tokenizer,
         LAYER,
-        None,
-        None,
+        no_text,
+        no_text,
         named,
         "bio",
         "letter",
@@ -186,7 +186,8 @@ def ours(gemma, questions):
     evaluator.lm = InterventionLM(evaluator.testbed)
     evaluator.questions = Questions(evaluator.testbed, evaluator.lm)
     evaluator.questions.by_subject = questions
-    evaluator.artifacts, evaluator.retain_residuals = process.private_folder(evaluator, "saebench"), None
+    evaluator.artifacts = process.private_folder(evaluator, "saebench")
+    vars(evaluator)["retain_residuals"] = None
     evaluator._firing = WeakKeyDictionary()
     return evaluator
 
@@ -214,7 +215,7 @@ def test_letter_answers_equal_saebench_unpatched_with_and_without_question(gemma
     _, hooked, _ = gemma
     for without_question in (False, True):
         for name in SUBJECTS:
-            asked = dict(
+            asked: dict[str, Any] = dict(
                 dataset_name=name,
                 permutations=saebench.ALL_PERMUTATIONS[::5],
                 without_question=without_question,
@@ -319,7 +320,7 @@ def test_global_state_is_as_before(gemma, questions, ours, sae):
 
     answers(ours, dataset_name="wmdp-bio")
     state, torch_state, cwd, environ = (
-        np.random.get_state()[1].copy(),
+        numpy_state(),
         torch.get_rng_state(),
         os.getcwd(),
         dict(os.environ),
@@ -339,6 +340,6 @@ def test_global_state_is_as_before(gemma, questions, ours, sae):
             [0.1],
         )
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
-    assert (np.random.get_state()[1] == state).all() and torch.equal(torch.get_rng_state(), torch_state)
+    assert numpy_state() == state and torch.equal(torch.get_rng_state(), torch_state)
     assert os.getcwd() == cwd and dict(os.environ) == environ
     assert ours.lm.hook is None

@@ -15,6 +15,7 @@ import tiny
 import torch
 import zstandard
 from conftest import ROOT, run_script
+from tiny import there
 
 import experiment
 from sae_separation import saebench, testbeds
@@ -441,7 +442,7 @@ def test_gemma_is_asked_as_its_instructed_sibling_in_bfloat16_with_saebenchs_swe
     assert (
         testbed.prompt_format == "GEMMA_INST_FORMAT"
         and testbed.lm is not testbed.exam_lm
-        and testbed.exam_lm.dtype == torch.bfloat16
+        and there(testbed.exam_lm).dtype == torch.bfloat16
     )
     evaluator = Evaluator(replace(testbed, n_held_out=16), 32, n_contexts=32)
     module = experiment.OrthogonalSAE(tiny.D_IN, 64, seed=0)

@@ -84,7 +84,7 @@ def test_the_kinds_that_are_read_are_those_that_help_and_refusals_name(tmp_path,
         assert (
             f".{kind}" in str(refused.value)
             and f".{kind}" in str(nothing.value)
-            and f".{kind}" in sae_separation.text.__doc__
+            and f".{kind}" in str(sae_separation.text.__doc__)
         )
 
 

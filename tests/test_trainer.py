@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from tiny import there
 
 from experiment import ARMS, ActivationBlock, RunFailed, Trainer
 from sae_separation import rounds
@@ -137,14 +138,13 @@ def test_a_round_adds_the_gradient_of_every_row_once_with_the_weight_of_the_roun
     sae, alpha = trainer.sae, torch.tensor(0.3)
     sae.groups = torch.arange(256).view(8, 32)
     sae.W_dec.grad = torch.zeros_like(sae.W_dec)
-    in_parts = trainer.rounds
+    in_parts = there(trainer.rounds)
     assert in_parts.steps == min(9, ARMS[arm].longest)
     for step in range(in_parts.steps):
         in_parts.add_gradient(sae.W_dec, sae.groups, step, alpha)
     seen = sae.W_dec.grad.clone()
-    whole = Rounds(in_parts.loss, lambda *_: (in_parts.blocks, in_parts.whole)).visit(
-        sae.W_dec, sae.groups, 0
-    )
+    at_once = Rounds(in_parts.loss, lambda *_: (in_parts.blocks, in_parts.whole))
+    whole = there(at_once.visit(sae.W_dec, sae.groups, 0))
     expected = torch.zeros_like(seen)
     expected[whole.rows] = whole.grad
     torch.testing.assert_close(seen, in_parts.steps * 0.3 * expected)
@@ -186,7 +186,7 @@ def test_a_non_finite_term_stops_the_run_and_is_named(where, activations, monkey
     elif where == "weight":
         trainer.sae.b_dec.data[0] = before.new_tensor(math.inf)
     else:
-        prepare = trainer.rounds.prepare
+        prepare = there(trainer.rounds).prepare
         monkeypatch.setattr(trainer.rounds, "prepare", lambda *args: (prepare(*args)[0], W_nan(trainer)))
     with pytest.raises(
         RunFailed,
@@ -377,16 +377,16 @@ def test_a_visit_weighs_on_the_second_moment_as_if_it_had_come_at_every_step(cli
     trainer, _ = train(replace(SMALL, arm="fixed", grad_clip=clip, resample_steps=0), activations, steps=7)
     sae, seen = trainer.sae, {}
     moment = trainer.adam.state[sae.W_dec]["exp_avg_sq"]
-    before, add, step = moment.clone(), trainer.rounds.add_gradient, trainer.adam.step
+    before, add, step = moment.clone(), there(trainer.rounds).add_gradient, trainer.adam.step
 
     def added(*args):
-        visited = add(*args)
+        visited = there(add(*args))
         seen.update(rows=visited.rows, part=visited.grad.clone())
         return visited
 
     monkeypatch.setattr(trainer.rounds, "add_gradient", added)
     monkeypatch.setattr(
-        trainer.adam, "step", lambda: (seen.setdefault("grad", sae.W_dec.grad.clone()), step())[1]
+        trainer.adam, "step", lambda: (seen.setdefault("grad", there(sae.W_dec.grad).clone()), step())[1]
     )
     whole = {}
     clipped = torch.nn.utils.clip_grad_norm_
@@ -427,7 +427,7 @@ def test_the_fast_step_follows_autograd_and_plain_adam(activations):
         fast = trainer.step(x, forget)["fvu"].item()
         fvu, sparsity = plain.sae.loss_terms(x)
         (fvu + SMALL.l1 * sparsity).backward()
-        remove_radial(plain.sae.W_dec.grad, plain.sae.W_dec)
+        remove_radial(there(plain.sae.W_dec.grad), plain.sae.W_dec)
         plain.adam.step()
         plain.adam.zero_grad()
         plain.schedule.step()

@@ -3,6 +3,23 @@
 import json
 import random
 from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+def there(value: T | None) -> T:
+    """A value that may be None where it must not be."""
+    assert value is not None
+    return value
+
+
+def numpy_state() -> str:
+    """The whole state of numpy's global generator."""
+    return repr(np.random.get_state())
+
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 D_IN, N_LAYERS = 32, 3
