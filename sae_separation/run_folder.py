@@ -241,6 +241,11 @@ def refuse_files_of_others(folder: Path):
         raise WrongRequest(f"{why}: {rest}")
 
 
+def has_sae(folder: Path, seed: int) -> bool:
+    """Whether the exported SAE of a seed is there (it is not committed)."""
+    return all((sae_folder(folder, seed) / name).exists() for name in SAE_FILES)
+
+
 def refuse_without_saes(folder: Path, seeds: Sequence[int]):
     """Raises WrongRequest for a complete run whose exported SAEs are not there (they are not committed), or
     are not as they were written."""

@@ -13,6 +13,7 @@ import pytest
 import tiny
 from conftest import ROOT
 from test_bad_input import OWN, here, refused, request  # noqa: F401  (here is a fixture)
+from tiny import another_value
 
 import experiment
 from experiment import ARMS, PLAN, Command, Request, parse_command
@@ -25,11 +26,10 @@ from sae_separation.specs import DataConfig
 # ---- what runs on one LM pass share
 
 A_RUNS_OWN = set(
-    "arm seeds d_sae activation k temperature target_l0 l1 alpha group_size chunk_size"
-    " group_update_steps forget_features margin gap_weight target_sharing alpha_start loss_warmup_steps"
-    " layer_norm skip orthogonal_init feature_dropout unlock_steps lr feature_lr_power grad_clip"
-    " grad_accumulation warmup_steps decay_fraction compile resample_steps dead_tokens".split()
-)
+    "arm seeds d_sae activation k temperature target_l0 l1 alpha alpha_start loss_warmup_steps layer_norm"
+    " skip orthogonal_init feature_dropout unlock_steps lr feature_lr_power grad_clip grad_accumulation"
+    " warmup_steps decay_fraction compile resample_steps dead_tokens".split()
+).union(*(row.options for row in ARMS.values()))
 ANOTHER = {
     "testbed": "micro",
     "lm": "other/lm",
@@ -478,16 +478,10 @@ def test_options_said_to_do_nothing_do_nothing(activations):
     import torch
     from test_trainer import SMALL, replace, train
 
-    other = {
+    other = {name: another_value(made) for row in ARMS.values() for name, made in row.options.items()}
+    other |= {
         "alpha": 3.0,
         "alpha_start": 0.01,
-        "group_size": 8,
-        "group_update_steps": 1,
-        "chunk_size": 8,
-        "forget_features": 3,
-        "margin": 3.0,
-        "gap_weight": 1.0,
-        "target_sharing": 0.5,
         "target_l0": 30.0,
         "l1": 0.5,
         "k": 20,

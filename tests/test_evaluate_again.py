@@ -294,5 +294,5 @@ def test_an_evaluation_is_a_function_and_a_row(here, trained, monkeypatch, capsy
     assert "| toy width |" in table[0] and "| 128.000 ± 0.000 |" in table[2]
     run_folder.start_anew(trained)
     assert not (trained / "eval/seed1_toys.json").exists()
-    with pytest.raises(WrongRequest, match="invalid choice: 'other' .*'geometry', 'toy', 'none'"):
+    with pytest.raises(WrongRequest, match="invalid choice: 'other' .*, 'toy', 'none'"):
         here("run_1", evals=["other"])

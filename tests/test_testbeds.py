@@ -18,7 +18,7 @@ from conftest import ROOT, run_script
 from tiny import there
 
 import experiment
-from sae_separation import saebench, testbeds
+from sae_separation import evals, saebench, testbeds
 from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.evals import unlearning
 from sae_separation.evals.core import core
@@ -623,7 +623,7 @@ def test_a_whole_run_on_a_users_own_lm_text_and_questions(lms, own, tmp_path):
     done = run_script("experiment.py", "--out_dir", tmp_path / "mine", "--arm=fixed", *settings, *sizes)
     assert done.returncode == 0, done.stderr[-2000:]
     info = json.loads((tmp_path / "mine" / "final_info.json").read_text())
-    assert set(info) == {"training", "core", "unlearning", "corpus_unlearning", "geometry"}
+    assert set(info) == {"training", *(row.section for row in evals.ROWS)}
     assert (
         info["training"]["means"]["forget_text_passes"] >= 1
         and info["unlearning"]["means"]["n_known_forget"] >= 10

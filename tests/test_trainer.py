@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from tiny import there
+from tiny import another_value, there
 
 from experiment import ARMS, ActivationBlock, RunFailed, Trainer
 from sae_separation import rounds
@@ -231,6 +231,8 @@ CHANGES = {
     "grad_clip": ("vanilla", 1e-3),
     "grad_accumulation": ("vanilla", 2),
 }
+for arm, row in ARMS.items():  # an arm's own option that is not above
+    CHANGES = {name: (arm, another_value(made)) for name, made in row.options.items()} | CHANGES
 ELSEWHERE = {
     "testbed",
     "lm",

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from sae_separation.config import bounds_of
+
 T = TypeVar("T")
 
 
@@ -14,6 +16,13 @@ def there(value: T | None) -> T:
     """A value that may be None where it must not be."""
     assert value is not None
     return value
+
+
+def another_value(option):
+    """Of an arm's option (config.option): an eighth of its default, or what its bounds allow."""
+    least = bounds_of(option).least
+    value = type(option.default)(option.default / 8)
+    return value if least is None or value >= least else max(least, 2 * option.default)
 
 
 def numpy_state() -> str:
