@@ -14,11 +14,15 @@ d_sae, G groups."""
 import python_version  # noqa: F401  (first: refuses a Python that this does not work with)
 
 # isort: split
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the next lines are imported: an end without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import atexit
 import inspect
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence

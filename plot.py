@@ -976,6 +976,9 @@ def run_named(name: str, runs: list[Run]) -> Run:
     return reference
 
 
+OURS = b"Matplotlib version", b"<title>Knowledge separation in sparse autoencoders</title>"
+
+
 def write(name: str, content: bytes):
     """A file in the current folder, whole or not at all: what stood there stays until the new one is there.
 
@@ -984,6 +987,8 @@ def write(name: str, content: bytes):
         target = Path(os.path.realpath(name))
         if os.path.lexists(target) and not os.path.isfile(target):
             raise RunFailed(f"{name} cannot be written: what stands there is not a file; move it away")
+        if os.path.lexists(target) and not any(mark in target.read_bytes()[:2000] for mark in OURS):
+            raise RunFailed(f"{name} would be replaced, and is none of this program's: move it away")
         if os.path.lexists(target) and not os.access(target, os.W_OK):
             raise RunFailed(f"{name} cannot be written: it is write-protected; move it away or permit it")
         with tempfile.TemporaryDirectory(prefix=".plot_", dir=target.parent) as beside:

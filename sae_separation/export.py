@@ -1,5 +1,6 @@
 """SAEs in SAELens' format, written and read back."""
 
+import shutil
 from pathlib import Path
 
 from sae_separation import saebench
@@ -53,6 +54,9 @@ def export(module, folder: Path, metadata: dict):
         weights["threshold"] = (module.threshold / module.scale).expand(F)
     sae.load_state_dict({k: v.detach().cpu() for k, v in weights.items()})
     sae.save_model(folder)
+    shutil.copymode(
+        folder / "cfg.json", folder / "sae_weights.safetensors"
+    )  # safetensors lets the owner alone read
 
 
 def load_exported(folder: Path, device="cpu"):

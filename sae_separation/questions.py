@@ -69,6 +69,12 @@ def named_choice(answer, labels: list[str] | None) -> int | None:
     return int(said) if said in ("0", "1", "2", "3") and not any(name.isdigit() for name in names) else None
 
 
+def without_letters(choices: tuple[str, ...]) -> tuple[str, ...]:
+    """The choices without their own letters ("A. ", "(B) ", "C: "), where all carry theirs."""
+    found = [re.fullmatch(rf"\(?{letter}[).:]\s+(\S.*)", c, re.S) for letter, c in zip("ABCD", choices)]
+    return tuple(match[1] for match in found if match) if all(found) else choices
+
+
 def to_question(record: dict, subject: str, place: str, in_words: bool) -> Question:
     """A question from its `common_form`, without white space around its texts; `in_words`: an answer is first
     looked for among the choices' own texts. Raises WrongRequest, with place and remedy, for what is not a
@@ -91,7 +97,7 @@ def to_question(record: dict, subject: str, place: str, in_words: bool) -> Quest
     question = text(question, "the question")
     if not isinstance(choices, list | tuple) or len(choices) != 4:
         refuse(f"{len(choices) if isinstance(choices, list | tuple) else 'no'} choices instead of 4")
-    choices = tuple(text(choice, "a choice") for choice in choices)
+    choices = without_letters(tuple(text(choice, "a choice") for choice in choices))
     if labels is not None and (not isinstance(labels, list) or len(labels) != 4 or len(set(labels)) < 4):
         refuse(f"the labels of its choices are {str(labels)[:LONGEST]}, not four different ones")
     said = answer.strip() if in_words and isinstance(answer, str) else None

@@ -69,12 +69,23 @@ def written(place: Path, part: str) -> list[Path]:
     return [path for path in there if name.fullmatch(path.name) and (path.is_symlink() or path.is_file())]
 
 
-def remove_part(place: Path, part: str):
-    """Remove what the program wrote into a part of a run folder. Of a link, the link alone."""
+def seeds_of(folder: Path) -> set[str] | None:
+    """The seeds of the run that is there, as config.json names them; None where that cannot be read."""
+    try:
+        return set(map(str, json.loads((folder / "config.json").read_bytes())["config"]["seeds"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remove_part(place: Path, part: str, seeds: set[str] | None = None):
+    """Remove what the program wrote into a part of a run folder: of some `seeds`, where files are a seed's
+    and seeds are given. Of a link, the link alone."""
     if place.is_symlink():
         place.unlink()
     for path in written(place, part):
-        path.unlink(missing_ok=True)
+        of = re.match(r"seed(\d+)_", path.name)
+        if not (of and seeds) or of[1] in seeds:
+            path.unlink(missing_ok=True)
 
 
 def remove_folder(place: Path, part: str):
@@ -104,7 +115,7 @@ def start_anew(folder: Path):
         if seed := re.fullmatch(r"seed(\d+)_metrics\.json", record.name):
             remove_folder(sae_folder(folder, seed[1]), "sae_seed*")
     for part in ("eval", "checkpoints"):
-        remove_part(folder / part, part)
+        remove_part(folder / part, part, seeds_of(folder))
     remove_folder(folder / "evaluating", "evaluating")
     for path in written(folder, "."):
         if path.name != "config.json":
@@ -205,8 +216,9 @@ def refuse_foreign(folder: Path, seeds: tuple[int, ...]):
             raise WrongRequest(f"{path} is a folder, and this program would write a file there: move it")
     parts = (folder / part for part in ("checkpoints", "eval", "evaluating"))
     for place in (*parts, *(sae_folder(folder, seed) for seed in seeds)):
-        if (place.exists() or place.is_symlink()) and not place.is_dir():
-            raise WrongRequest(f"{place} is no folder, and this program would make one there: move it")
+        if place.is_symlink() or place.exists() and not place.is_dir():
+            what = "a link" if place.is_symlink() else "no folder"
+            raise WrongRequest(f"{place} is {what}, and this program would make a folder there: move it")
     for seed in seeds:
         sae = sae_folder(folder, seed)
         there = [name for name in SAE_FILES if os.path.lexists(sae / name)]

@@ -161,6 +161,8 @@ def _candidates(option: str, path: str, expanded: str) -> Iterator[Path]:
         return (Path(here) / name for here in _walk(expanded) for name in os.listdir(here))
     if glob.has_magic(expanded):
         return map(Path, _glob(expanded))
+    if os.path.exists(expanded):
+        raise WrongRequest(f"--{option} {path} is no file (a pipe or a device): write it to a file first")
     if os.path.islink(expanded):
         target = os.readlink(expanded)
         raise WrongRequest(f"--{option} {path} is a link to {target}, which is not there: mend it")
@@ -378,6 +380,8 @@ def _field(line: str | None, column: str) -> tuple[object, str]:
         return None, ZEROS if "\0" in line else "no JSON"
     if isinstance(record, dict) and column in record:
         return record[column], ""
+    if isinstance(record, list):
+        return None, "a list, not one record: write one record a line"
     is_table = isinstance(record, dict)
     has = f"columns {', '.join(record)}"[:LONGEST] if is_table else type(record).__name__
     return None, f"no column {column} but {has}"
@@ -389,6 +393,7 @@ def _from_table(path: Path, column: str, tally: Tally) -> Iterator[str | None]:
     with _open(path) as file:
         lines = iter(partial(file.readline, MOST_DOCUMENT + 1), "")
         rows = csv.reader(lines, delimiter="\t" if kind_of(path) == "tsv" else ",", strict=True)
+        start = 1
         try:
             header = next(rows, [])
             if any("\0" in name for name in header):
@@ -404,7 +409,7 @@ def _from_table(path: Path, column: str, tally: Tally) -> Iterator[str | None]:
                 elif row:
                     yield tally.add(None, place, why=f"{len(row)} fields, and the header has {len(header)}")
         except csv.Error as error:
-            raise ValueError(f"line {rows.line_num}: {error}") from error
+            raise ValueError(f"the row that begins in line {start}: {error}") from error
 
 
 def _from_parquet(path: Path, column: str, tally: Tally) -> Iterator[str | None]:
@@ -420,6 +425,8 @@ def _from_parquet(path: Path, column: str, tally: Tally) -> Iterator[str | None]
 
 def refuse_column(path: Path, column: str, columns: list[str], tally: Tally):
     has = ", ".join(columns)
+    if len(columns) == 1 and ";" in has:
+        raise WrongRequest(f"--{tally.option} {path} is separated by ;, not by a comma: save it with commas")
     raise WrongRequest(f"--{tally.option} {path} has no column {column} but {has}: name one with #column")
 
 

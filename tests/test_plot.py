@@ -647,13 +647,13 @@ def test_what_cannot_be_written_is_one_line_and_what_stood_there_stays(
     case, name, tmp_path, monkeypatch, capsys
 ):
     (patched, patch), reason = UNWRITABLE[case]
-    (tmp_path / name).write_text("good")
+    (tmp_path / name).write_bytes(good := plot.OURS[0])
     if name == "report.html":  # the figure was written
         monkeypatch.setattr(plot, "draw", lambda runs: {})
     monkeypatch.setattr(patched, patch)
     code, _, err = ended(monkeypatch, capsys, tmp_path, ROOT / "run_0")
     assert code == 1 and err == f"error: {name} cannot be written: {reason}\n"
-    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "good"
+    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() == good
 
 
 @pytest.mark.parametrize("what", ["a folder", "a pipe", "a link to a device"])
@@ -1155,3 +1155,11 @@ def test_whatever_stands_in_the_files_is_shown_or_skipped_with_one_line(tmp_path
         seen, skips = seen + len(shown), skips + len(skipped)
         path.write_text(before)
     assert seen > 250 and skips > 50
+
+
+@pytest.mark.parametrize("name", ["report.html", "explained_variance.png"])
+def test_a_file_of_the_users_own_is_not_replaced(name, tmp_path, monkeypatch, capsys):
+    (tmp_path / name).write_text("mine")
+    code, _, err = ended(monkeypatch, capsys, tmp_path, ROOT / "run_0")
+    assert (code, (tmp_path / name).read_text()) == (1, "mine")
+    assert err == f"error: {name} would be replaced, and is none of this program's: move it away\n"

@@ -18,7 +18,7 @@ from sae_separation.errors import WrongRequest
 from sae_separation.evals import unlearning
 from sae_separation.evals.evaluator import Evaluator
 from sae_separation.export import export, load_exported
-from sae_separation.questions import Question, read_questions
+from sae_separation.questions import Question, read_questions, without_letters
 from sae_separation.saebench import letter_prompt
 from sae_separation.specs import DataConfig
 
@@ -407,3 +407,14 @@ def test_answers_that_can_be_read_in_two_ways_are_refused_unless_another_tells(t
     word = letter | {"answer": "y"}
     read = read_questions((str(tiny.save_jsonl(tmp_path / "words.jsonl", [question, word])),))[0]["s"]
     assert read[0].choices[read[0].answer] == answer and read[1].answer == 2
+
+
+def test_letters_in_front_of_all_four_choices_are_no_part_of_them():
+    assert without_letters(("A. geckos", "(B) herons", "C: newts", "D) a\nb")) == (
+        "geckos",
+        "herons",
+        "newts",
+        "a\nb",
+    )
+    for kept in (("A. Smith", "B. Jones", "C. Lee", "Darwin"), ("A.", "B. b", "C. c", "D. d")):
+        assert without_letters(kept) == kept, "not all carry their letter"

@@ -635,3 +635,25 @@ def test_two_links_to_one_folder_are_the_same_folder(tmp_path):
 def test_a_folder_that_cannot_be_made_is_a_wrong_request():
     with pytest.raises(WrongRequest, match="--out_dir /proc/x cannot be made: .*; name another folder"):
         run_folder.make(Path("/proc/x"))
+
+
+def test_overwriting_leaves_files_of_seeds_that_the_run_never_had(tmp_path):
+    write_json(tmp_path / "config.json", {"config": {"seeds": [0]}})
+    (tmp_path / "eval").mkdir()
+    for seed in (0, 7):
+        (tmp_path / f"eval/seed{seed}_geometry.json").write_text("{}")
+    run_folder.start_anew(tmp_path)
+    assert [p.name for p in (tmp_path / "eval").iterdir()] == ["seed7_geometry.json"]
+
+
+@pytest.mark.parametrize("part", ["checkpoints", "eval", "evaluating", "sae_seed0"])
+def test_a_link_in_place_of_a_part_of_a_run_is_refused_and_stays(part, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/step_00000001.safetensors").write_text("mine")
+    (tmp_path / "run_1").mkdir()
+    about = {"arm": "", "seeds": [0], "testbed": ""}
+    write_json(tmp_path / "run_1/config.json", {"requested": about, "config": about})
+    (tmp_path / "run_1" / part).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(WrongRequest, match=f"{part} is a link, and this program would make a folder there"):
+        run_folder.refuse_foreign(tmp_path / "run_1", (0,))
+    assert (tmp_path / "run_1" / part).is_symlink()

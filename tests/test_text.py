@@ -22,6 +22,7 @@ from sae_separation.text import (
     READERS,
     check_amount,
     check_overlap,
+    parse_source,
     pieces,
     read_local,
     read_text,
@@ -109,7 +110,9 @@ def test_a_table_is_read_by_its_header_and_rows_that_do_not_fit_it_are_counted(t
     for cut in ('id,body\n1,"no end\n2,more\n', 'id,body\n1,"two" words\n'):
         (tmp_path / "b.csv").write_text(cut)
         read_local.cache_clear()
-        with pytest.raises(WrongRequest, match="b.csv cannot be read .ValueError: line"):
+        with pytest.raises(
+            WrongRequest, match="b.csv cannot be read .ValueError: the row that begins in line"
+        ):
             read(f"{tmp_path / 'b.csv'}#body")
 
 
@@ -405,3 +408,23 @@ def test_one_document_is_the_same_in_every_kind_of_file(tmp_path):
     assert not set(both.train["text"]) & set(both.held_out["text"])
     with pytest.raises(WrongRequest, match="hold the same documents"):
         check_overlap(*read)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("semi.csv", "id;text\n1;a\n", "is separated by ;, not by a comma"),
+        ("quote.csv", 'text\na\nb\n"c\nd\n', "the row that begins in line 4"),
+        ("list.jsonl", '[{"text": "a"}]\n', "a list, not one record: write one record a line"),
+    ],
+)
+def test_the_remedy_for_a_common_slip_is_told(name, content, said, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(WrongRequest, match=said):
+        read_text("forget_text", (str(tmp_path / name),), 1000)
+
+
+def test_a_pipe_is_told_as_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(WrongRequest, match="is no file .a pipe or a device.: write it to a file first"):
+        parse_source("forget_text", str(tmp_path / "pipe.txt"))
