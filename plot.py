@@ -317,9 +317,12 @@ class Run:
         """The warnings without their seeds and how often each stands there; metrics that are merely
         undefined come last."""
         texts = [re.sub(r"^seed \d+: ", "", w) for w in self.warnings]
-        return Counter(
-            [t for t in texts if "is undefined" not in t] + [t for t in texts if "is undefined" in t]
-        )
+        return Counter(sorted(texts, key=is_of_undefined_metrics))
+
+
+def is_of_undefined_metrics(warning: str) -> bool:
+    """Whether a warning merely says which metrics are undefined (results.undefined)."""
+    return "undefined for seeds" in warning
 
 
 def in_order(folder: Path) -> list[tuple[bool, int, str]]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from sae_separation.errors import WrongRequest
 from sae_separation.evals import ROWS, Row
 from sae_separation.questions import check_subjects, read_questions
-from sae_separation.specs import DataConfig, Spec, spec_of
+from sae_separation.specs import DataConfig, Spec, lm_path, mistakes, spec_of, start_of_paths
 from sae_separation.text import HUB_NAME, cache_folder, one_line, parse_source, read_text
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # most LMs, GPT-2, GPT-Neo, MPT
@@ -65,8 +66,9 @@ def missing(wanted: DataConfig, rows: Sequence[Row] = ()) -> dict[str, tuple[str
         others = " ".join(row.name for row in ROWS if not row.asks)
         lacking["questions"] = "QUESTIONS.jsonl", f"questions for {', '.join(asking)} (or --evals {others})"
     if not spec.forget_subject and (spec.questions or "questions" in lacking):
-        local = spec.questions and all(parse_source("questions", q).local for q in spec.questions)
-        subjects = list(read_questions(spec.questions)[0]) if local else ["SUBJECT"]
+        start = start_of_paths(wanted.row, "questions", spec.questions)
+        local = spec.questions and all(parse_source("questions", q, start).local for q in spec.questions)
+        subjects = list(read_questions(spec.questions, start)[0]) if local else ["SUBJECT"]
         which = ", ".join(subjects)[:200] if local else "the questions' subjects"
         lacking["forget_subject"] = subjects[0], f"which of {which} is to be forgotten"
     return lacking
@@ -85,8 +87,11 @@ def refuse_missing(lacking: dict[str, tuple[str, str]], argv: Iterable[str] = ()
 
 
 def check_lm(wanted: DataConfig) -> int | None:
-    """How many layers the LM has, if known without the hub. Raises WrongRequest for what can be no LM."""
+    """How many layers the LM has, if known without the hub. Raises WrongRequest for what can be no LM, and
+    for a mistake in the testbed's row."""
     row = wanted.row
+    for mistake in mistakes(row):
+        raise WrongRequest(f"--testbed {wanted.name}: its row of SPECS (sae_separation/specs.py): {mistake}")
     if wanted.lm and row.lm and not row.has_world:
         remedy = "leave --testbed out and give --forget_text and --retain_text"
         raise WrongRequest(
@@ -94,12 +99,16 @@ def check_lm(wanted: DataConfig) -> int | None:
         )
     if row.lm_is == "packaged":
         packaged_lm(wanted.name, row.lm)
+        return row.n_layers
     if row.has_world and wanted.lm and not (Path(wanted.lm).expanduser() / "report.json").exists():
         remedy = f"python -m micro_pythia.make --out {wanted.lm} --world_seed 1"
         raise WrongRequest(f"--lm {wanted.lm} holds no embedded world: make one with {remedy}")
-    if wanted.lm:
-        return check_lm_folder(Path(wanted.lm).expanduser()) if lm_is_local(wanted.lm) else None
-    return None if wanted.name == "auto" else row.n_layers
+    if wanted.name == "auto":
+        return None
+    lm = wanted.lm or row.lm
+    if lm_is_local(os.path.join(start_of_paths(row, "lm", lm), lm)):
+        return check_lm_folder(lm_path(row, lm))
+    return None if wanted.lm else row.n_layers
 
 
 def lm_is_local(lm: str) -> bool:

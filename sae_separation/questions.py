@@ -221,7 +221,9 @@ def _questions_of(table: list[tuple[object, str]], subject: str, given: dict) ->
 
 
 @cache
-def read_questions(said: tuple[str, ...]) -> tuple[dict[str, list[Question]], list[dict], list[str]]:
+def read_questions(
+    said: tuple[str, ...], start: str = ""
+) -> tuple[dict[str, list[Question]], list[dict], list[str]]:
     """Questions by subject, a record of each source for config.json, and notes on what was left out.
 
     A record that is no question is refused. Questions that stand twice, or hold a choice twice, are left out
@@ -231,7 +233,7 @@ def read_questions(said: tuple[str, ...]) -> tuple[dict[str, list[Question]], li
     """
     subjects: dict[str, list[Question]] = {}
     records, notes, seen = [], [], {}
-    for source in (parse_source("questions", s) for s in said):
+    for source in (parse_source("questions", s, start) for s in said):
         double, n, first, given = 0, 0, "", {"subject": source.subject} if source.subject else {}
         tables, revision = _question_tables(source)
         for file, subject, table in tables:

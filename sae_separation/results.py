@@ -112,14 +112,14 @@ def summarise(metrics: dict[str, list]) -> dict[str, dict]:
 
 
 def undefined(section: str, summary: dict, seeds: Sequence[int]) -> list[str]:
-    """A warning for each metric that some seeds lack."""
-    lacking = {
-        name: [seed for seed, value in zip(seeds, values) if value is None]
-        for name, values in summary["final_info_dict"].items()
-    }
+    """Warnings of metrics that some seeds lack: one for all metrics that the same seeds lack."""
+    lacking: dict[tuple[int, ...], list[str]] = {}
+    for name, values in summary["final_info_dict"].items():
+        some = tuple(seed for seed, value in zip(seeds, values) if value is None)
+        lacking.setdefault(some, []).append(name)
     return [
-        f"{section}.{name} is undefined for seeds {some}: its mean is null"
-        for name, some in lacking.items()
+        f"{section}: {', '.join(names)} undefined for seeds {list(some)}: each mean is null"
+        for some, names in lacking.items()
         if some
     ]
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from sae_separation import evals, process, run_folder
 from sae_separation.config import Command, Request
 from sae_separation.errors import WrongRequest
-from sae_separation.specs import ASKED, CUSTOM
+from sae_separation.specs import ASKED, CUSTOM, SPECS, defaults_of
 
 R = TypeVar("R", bound=Request)
 
@@ -51,6 +51,7 @@ def to_go_on(folder: Path, request: R, planned: R, evaluations: tuple[str, ...])
     made = run_folder.read_run_json(folder / "config.json", {"requested", "config"})
     if not run_folder.is_complete(folder):
         refuse_differing(folder, request, made, differing(request, made, without=ASKED))
+        refuse_changed_row(folder, request, made)
         run_folder.refuse_lost_result(folder)
         return request
     info = run_folder.read_run_json(folder / "final_info.json", {"training"})
@@ -61,6 +62,7 @@ def to_go_on(folder: Path, request: R, planned: R, evaluations: tuple[str, ...])
     if evaluated:  # what was not asked for by name is as it was made
         differs = [name for name in differs if getattr(request, name) != getattr(planned, name)]
     refuse_differing(folder, request, made, differs)
+    refuse_changed_row(folder, request, made)
     for changed in run_folder.changed_files(folder):
         print(f"warning: {changed}", file=sys.stderr)
     if evaluated:
@@ -92,6 +94,22 @@ def refuse_differing(folder: Path, request: Request, made: dict, differs: list[s
         said = ", ".join(f"{k} {made['config'].get(k)} there, {wanted[k]} wanted" for k in differs)
         remedy = "name another folder, or --overwrite it"
         raise WrongRequest(f"--out_dir {folder} holds a run with other settings ({said}); {remedy}")
+
+
+def refuse_changed_row(folder: Path, request: Request, made: dict):
+    """Raises WrongRequest where a setting was left to the testbed's row, still is, and the row has changed
+    since; not for what only evaluations need."""
+    testbed = made["config"].get("testbed")
+    row = json.loads(json.dumps(defaults_of(SPECS[testbed]))) if testbed in SPECS else {}
+    asked = asdict(request)
+    left = [k for k in row if asked[k] in (None, "", ()) and made["requested"].get(k) in (None, "", [])]
+    changed = [k for k in left if k not in ASKED and made["config"].get(k, row[k]) != row[k]]
+    if changed:
+        what = ", ".join(f"{k} {made['config'][k]} there, {row[k]} now" for k in changed)
+        remedy = "name another folder, or --overwrite it"
+        raise WrongRequest(
+            f"--out_dir {folder} holds a run with other settings of --testbed {testbed} ({what}); {remedy}"
+        )
 
 
 def as_made(request: R, made: dict) -> R:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import simple_parsing
 
@@ -10,6 +10,9 @@ HERE = Path(__file__).resolve().parent.parent
 
 
 Scoring = Literal["letter", "cloze"]
+Place = Literal["a folder or on the hub", "here", "packaged"]  # where a row's LM is
+ClampScale = Literal["feature", "absolute"]
+DEFAULTS = ("d_sae", "tokens", "context_size", "target_l0", "k")  # what every row has a default of
 
 
 ASKED = ("questions", "forget_subject", "scoring")  # settings that evaluations alone need, no training
@@ -19,17 +22,18 @@ ASKED = ("questions", "forget_subject", "scoring")  # settings that evaluations 
 class Spec:
     """What a testbed is made of.
 
-    `lm`: a folder or a hub name, with `lm_is` "here" a folder of this repository, with "packaged" a package
-    that holds it; "" for the user's. `has_world`: its text and questions are an invented world's, kept beside
-    its LM, and the LM of another world can take its place. `layer` counts from 0. `exam_lm`: an LM that is
-    asked the questions instead of `lm`, with the SAE trained on `lm`. `document_end`: the token that parted
+    `lm`: a folder or a hub name, with `lm_is` "here" a folder of this repository (where its text's and
+    questions' relative paths start, too), with "packaged" a package that holds it; "" for the user's.
+    `has_world`: its text and questions are an invented world's, kept beside its LM, and the LM of another
+    world can take its place. `layer` counts from 0, and the LM has `n_layers`. `exam_lm`: an LM that is asked
+    the questions instead of `lm`, with the SAE trained on `lm`. `document_end`: the token that parted
     documents in pre-training, where the tokenizer names another one. `gpu`: whether it gains by one.
-    `prompt_format`, `clamp_scale`, `sweep`, `n_held_out` and `defaults` as in testbeds.Testbed; `published`
-    are core metrics to print beside ours.
+    `prompt_format`, `clamp_scale`, `sweep`, `n_held_out` and `defaults` as in lm.Testbed; `published` are
+    core metrics to print beside ours.
     """
 
     lm: str = ""
-    lm_is: Literal["a folder or on the hub", "here", "packaged"] = "a folder or on the hub"
+    lm_is: Place = "a folder or on the hub"
     has_world: bool = False
     document_end: str = ""
     gpu: bool = True
@@ -39,10 +43,10 @@ class Spec:
     retain_text: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
     forget_subject: str = ""
-    scoring: str = "cloze"
+    scoring: Scoring = "cloze"
     exam_lm: str = ""
     prompt_format: str | None = None
-    clamp_scale: str = "feature"
+    clamp_scale: ClampScale = "feature"
     sweep: dict = field(default_factory=dict)
     n_held_out: int = 128
     defaults: dict = field(default_factory=dict)
@@ -163,9 +167,33 @@ class DataConfig:
         return SPECS[AUTO[0] if self.name == "auto" else self.name]
 
 
+def mistakes(row: Spec) -> list[str]:
+    """What is wrong in a row of SPECS: the field, what it holds, and what is right."""
+    found = []
+    for name in ("forget_text", "retain_text", "questions"):
+        sources = getattr(row, name)
+        if not isinstance(sources, tuple) or not all(isinstance(source, str) for source in sources):
+            found.append(f"{name} is {sources!r}: give a tuple of strings, as ('a.jsonl',)")
+    for name, kind in (("lm_is", Place), ("scoring", Scoring), ("clamp_scale", ClampScale)):
+        if getattr(row, name) not in get_args(kind):
+            found.append(f"{name} is {getattr(row, name)!r}: give one of {', '.join(get_args(kind))}")
+    if row.n_layers and row.layer is not None and row.layer not in range(row.n_layers):
+        found.append(f"layer is {row.layer!r}: give 0 to {row.n_layers - 1}, for n_layers is {row.n_layers}")
+    numbers = all(isinstance(value, int | float) for value in row.defaults.values())
+    if set(row.defaults) != set(DEFAULTS) or not numbers:
+        found.append(f"defaults is {row.defaults}: give a number for each of {', '.join(DEFAULTS)}")
+    return found
+
+
+def start_of_paths(row: Spec, name: str, value: str | tuple[str, ...]) -> str:
+    """Where relative paths in a field of a testbed start: in this repository for the row's own value with
+    lm_is "here", else in the current directory ("")."""
+    return str(HERE) if row.lm_is == "here" and value == getattr(row, name) else ""
+
+
 def lm_path(row: Spec, lm: str) -> Path:
-    """The path of an LM that is a folder: in this repository for a row's own, else as the user gives it."""
-    return HERE / lm if row.lm_is == "here" and lm == row.lm else Path(lm).expanduser()
+    """The path of an LM that is a folder."""
+    return Path(start_of_paths(row, "lm", lm), Path(lm).expanduser())
 
 
 def defaults_of(spec: Spec) -> dict:

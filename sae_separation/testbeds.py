@@ -29,7 +29,16 @@ from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.exam import Exam, logits_at, most_positions, pad_alone
 from sae_separation.lm import InterventionLM, Testbed, load_lm, load_tokenizer, without_bars
 from sae_separation.questions import Question, check_subjects, read_questions
-from sae_separation.specs import AUTO, SPECS, DataConfig, Spec, defaults_of, lm_path, spec_of
+from sae_separation.specs import (
+    AUTO,
+    SPECS,
+    DataConfig,
+    Spec,
+    defaults_of,
+    lm_path,
+    spec_of,
+    start_of_paths,
+)
 from sae_separation.text import (
     LONGEST,
     Text,
@@ -60,7 +69,8 @@ def load(
     if world and spec.questions == row.questions:
         questions, asked, notes = world.questions, [{"source": f"world {world.seed}"}], []
     else:
-        questions, asked, notes = read_questions(spec.questions)
+        start = start_of_paths(row, "questions", spec.questions)
+        questions, asked, notes = read_questions(spec.questions, start)
     if questions:
         check_subjects(questions, spec.forget_subject)
     texts, described = {}, dict[str, Any](questions=asked)
@@ -68,8 +78,10 @@ def load(
         if world and getattr(spec, option) == getattr(row, option):
             texts[option], described[option] = world.text(option), [{"source": f"world {world.seed}"}]
         else:  # 8 characters a token, and half of the tokens are of each domain
+            sources, n_characters = getattr(spec, option), 4 * (tokens or spec.defaults["tokens"])
+            start = start_of_paths(row, option, sources)
             documents, described[option], left_out = read_text(
-                option, getattr(spec, option), max(16_000_000, 4 * (tokens or spec.defaults["tokens"]))
+                option, sources, max(16_000_000, n_characters), start
             )
             texts[option], notes = documents, notes + left_out
     if all(isinstance(t, list) for t in texts.values()):

@@ -95,15 +95,16 @@ class Source:
         return not self.repo
 
 
-def parse_source(option: str, said: str) -> Source:
-    """Raises WrongRequest, naming the option, for what is no source or holds no readable file."""
+def parse_source(option: str, said: str, start: str = "") -> Source:
+    """A source; its relative paths begin at the folder `start`. Raises WrongRequest, naming the option, for
+    what is no source or holds no readable file."""
     subject, name = "", said
-    if option == "questions" and "=" in said and not is_here(said):
+    if option == "questions" and "=" in said and not is_here(said, start):
         subject, name = said.split("=", 1)
     path, column = name, "text"
-    if "#" in name and not is_here(name):
+    if "#" in name and not is_here(name, start):
         path, column = name.rsplit("#", 1)
-    expanded = os.path.expanduser(path)
+    expanded = os.path.join(start, os.path.expanduser(path))
     hub = HUB_SOURCE.fullmatch(name)
     if (
         os.path.exists(expanded)
@@ -119,9 +120,9 @@ def parse_source(option: str, said: str) -> Source:
     )
 
 
-def is_here(path: str) -> bool:
+def is_here(path: str, start: str = "") -> bool:
     """Whether a file or folder has this name, or the glob finds any."""
-    expanded = os.path.expanduser(path)
+    expanded = os.path.join(start, os.path.expanduser(path))
     return os.path.exists(expanded) or next(glob.iglob(expanded, recursive=True), None) is not None
 
 
@@ -457,12 +458,12 @@ def read_files(tally: Tally) -> Iterator[str]:
 
 
 @cache
-def read_local(option: str, said: str, most: int) -> tuple[tuple[str, ...], Tally]:
+def read_local(option: str, said: str, most: int, start: str = "") -> tuple[tuple[str, ...], Tally]:
     """Documents of a local source until they hold `most` characters, and what was left out.
 
     Raises WrongRequest for a file that cannot be read, and by the tally's rule.
     """
-    tally = Tally(option, parse_source(option, said))
+    tally = Tally(option, parse_source(option, said, start))
     documents, total = [], 0
     with reading(option, said):
         for document in read_files(tally):
@@ -476,7 +477,7 @@ def read_local(option: str, said: str, most: int) -> tuple[tuple[str, ...], Tall
 
 
 def read_text(
-    option: str, said: tuple[str, ...], n_characters: int = 16_000_000
+    option: str, said: tuple[str, ...], n_characters: int = 16_000_000, start: str = ""
 ) -> tuple[list[str], list[dict], list[str]]:
     """Documents, a record of each source for config.json, and notes on what was left out.
 
@@ -484,11 +485,11 @@ def read_text(
     equally, only as much is streamed, once, into the cache; from there it is read the next time, also
     offline. Raises WrongRequest for text that cannot be used, RunFailed for what the hub does.
     """
-    sources, documents, records, notes = [parse_source(option, s) for s in said], [], [], []
+    sources, documents, records, notes = [parse_source(option, s, start) for s in said], [], [], []
     left = MOST_CHARACTERS
     for source in sources:
         if source.local:
-            found, tally = read_local(option, source.said, left)
+            found, tally = read_local(option, source.said, left, start)
             left -= sum(map(len, found))
             revision = {}
         else:

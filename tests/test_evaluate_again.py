@@ -106,7 +106,7 @@ def test_a_section_that_is_asked_for_again_is_renewed_with_its_own_warnings(here
     assert here("run_1", evals=["core", "geometry"]) == 0
     before = json.loads((folder / "warnings.json").read_text())
     assert "seed 0: core: old" in before and "seed 0: geometry: old" in before
-    assert "geometry.number is undefined for seeds [0, 1]: its mean is null" in before
+    assert "geometry: number undefined for seeds [0, 1]: each mean is null" in before
     noted()
     assert here("run_1", evals=["geometry"]) == 0
     after = json.loads((folder / "warnings.json").read_text())

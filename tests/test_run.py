@@ -264,4 +264,4 @@ def test_undefined_metrics_are_null_with_a_reason_and_never_a_mean_of_fewer_seed
     ] == pytest.approx(1.0)
     assert summary["final_info_dict"]["bad"] == [1.0, None]
     messages = results.undefined("core", summary, (3, 4))
-    assert messages[0] == "core.bad is undefined for seeds [4]: its mean is null" and len(messages) == 2
+    assert messages[0] == "core: bad undefined for seeds [4]: each mean is null" and len(messages) == 2

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,10 @@ from conftest import ROOT, run_script
 from test_resume import at_step, here, interrupt
 
 import experiment
-from sae_separation import checkpoint, errors, evals, process, run_folder
+from sae_separation import checkpoint, errors, evals, process, resume, run_folder
 from sae_separation.errors import Interrupted, Output, RunFailed, WrongRequest, tell
 from sae_separation.files import HALF_WRITTEN, write_json
+from sae_separation.specs import SPECS
 
 FOREIGN = {
     "notes.json": "mine",
@@ -621,6 +623,42 @@ def test_a_complete_run_that_lost_its_result_is_not_trained_again_unasked(comple
     assert files(complete) == before
     assert experiment.unfinished(*experiment.parse_command([*asked, "--overwrite"]))[1]
     run_folder.unlock()
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"layer": 2}, "layer 1 there, 2 now"),
+        ({"forget_text": ("a.txt",)}, r"forget_text \['invented biology'\] there, \['a.txt'\] now"),
+        ({"defaults": SPECS["micro"].defaults | {"d_sae": 64}}, "d_sae 1024 there, 64 now"),
+        ({"scoring": "cloze", "questions": ("a.jsonl",)}, ""),
+    ],
+    ids=["layer", "forget_text", "d_sae", "what evaluations need"],
+)
+def test_a_run_of_a_testbed_whose_row_has_changed_since_has_other_settings(
+    changed, why, complete, monkeypatch
+):
+    monkeypatch.setitem(SPECS, "micro", replace(SPECS["micro"], **changed))
+    asked = ["--out_dir", str(complete), "--seeds", *"01234"]
+    for more in (["--testbed=micro"], []):
+        if why:
+            with pytest.raises(
+                WrongRequest, match=f"holds a run .* of --testbed micro .{why}.; name another"
+            ):
+                experiment.unfinished(*experiment.parse_command([*asked, *more]))
+        else:
+            assert experiment.unfinished(*experiment.parse_command([*asked, *more]))[1] == []
+    as_it_was = ["--layer=1", "--forget_text=invented biology", "--d_sae=1024"]
+    if why:  # what is given takes the place of the row's
+        assert (
+            experiment.unfinished(*experiment.parse_command([*asked, "--testbed=micro", *as_it_was]))[1] == []
+        )
+
+
+@pytest.mark.parametrize("folder", [f"run_{i}" for i in range(11)] + [f"smollm2/run_{i}" for i in (0, 6, 9)])
+def test_the_rows_of_the_committed_runs_are_as_they_were(folder):
+    made = json.loads((ROOT / folder / "config.json").read_text())
+    resume.refuse_changed_row(ROOT / folder, resume.as_made(experiment.Request(), made), made)
 
 
 def test_two_links_to_one_folder_are_the_same_folder(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,67 @@ def test_an_lm_of_ours_lies_in_the_repository_and_a_users_where_he_says(monkeypa
     row = SPECS["micro"]
     assert specs.lm_path(row, row.lm) == ROOT / "micro_pythia"
     assert specs.lm_path(row, "~/lm") == specs.lm_path(SPECS["custom"], "~/lm") == Path("/home/me/lm")
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_row_of_ours_holds_no_mistake(name):
+    assert specs.mistakes(SPECS[name]) == []
+
+
+MISTAKES = [
+    ({"forget_text": "/a.jsonl"}, "forget_text is '/a.jsonl': give a tuple of strings"),
+    ({"retain_text": [Path("a.jsonl")]}, "retain_text is .*: give a tuple of strings"),
+    ({"questions": "a.jsonl"}, "questions is 'a.jsonl': give a tuple of strings"),
+    ({"scoring": "close"}, "scoring is 'close': give one of letter, cloze"),
+    ({"lm_is": "hub"}, "lm_is is 'hub': give one of a folder or on the hub, here, packaged"),
+    ({"clamp_scale": "units"}, "clamp_scale is 'units': give one of feature, absolute"),
+    ({"layer": 4}, "layer is 4: give 0 to 3, for n_layers is 4"),
+    ({"layer": -1}, "layer is -1: give 0 to 3"),
+    ({"defaults": {"d_sae": 64}}, "defaults is .*: give a number for each of d_sae, tokens, context_size"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "why"), MISTAKES, ids=lambda value: str(value)[:40])
+def test_a_mistake_in_a_row_is_told_by_its_field_and_to_users_of_that_testbed_alone(wrong, why, monkeypatch):
+    monkeypatch.setitem(SPECS, "micro", replace(SPECS["micro"], **wrong))
+    with pytest.raises(WrongRequest, match=f"^--testbed micro: its row of SPECS .*: {why}"):
+        checks.check_lm(DataConfig(testbed="micro"))
+    checks.check_lm(DataConfig(testbed="pythia-70m"))
+
+
+@pytest.mark.parametrize("typo", [{"target_lo": 16.0}, {"target_l0": None}])
+def test_defaults_with_a_typo_or_without_a_number_are_refused(typo):
+    defaults = {k: v for k, v in SPECS["micro"].defaults.items() if k != "target_l0"} | typo
+    (why,) = specs.mistakes(replace(SPECS["micro"], defaults=defaults))
+    assert why.startswith("defaults is ") and why.endswith("d_sae, tokens, context_size, target_l0, k")
+
+
+def test_the_lm_of_a_row_is_looked_for_before_the_hub_is(tmp_path, monkeypatch):
+    for lm, lm_is in (
+        (str(tmp_path / "gone"), "a folder or on the hub"),
+        ("gone", "here"),
+        ("a/gone", "here"),
+    ):
+        monkeypatch.setitem(SPECS, "micro", replace(SPECS["micro"], lm=lm, lm_is=lm_is))
+        with pytest.raises(WrongRequest, match="--lm /.*gone is neither a folder here nor a hub name"):
+            checks.check_lm(DataConfig(testbed="micro"))
+    assert checks.check_lm(DataConfig(testbed="pythia-70m")) == 6, "it is on the hub, which is not asked"
+
+
+def test_a_row_of_the_repository_names_text_and_questions_in_the_repository(tmp_path, monkeypatch):
+    monkeypatch.setattr(specs, "HERE", tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("a.txt", "law.jsonl"):
+        (tmp_path / "data" / name).write_text("one\n\ntwo")
+    row = replace(SPECS["micro"], forget_text=("data/a.txt",), questions=("law=data/*.jsonl",))
+    start = specs.start_of_paths(row, "forget_text", row.forget_text)
+    documents, (record,), _ = text.read_text("forget_text", row.forget_text, start=start)
+    assert documents == ["one", "two"] and record["source"] == "data/a.txt", "wherever the repository is"
+    start = specs.start_of_paths(row, "questions", row.questions)
+    source = text.parse_source("questions", row.questions[0], start)
+    assert (source.files, source.subject) == ((tmp_path / "data/law.jsonl",), "law")
+    assert specs.start_of_paths(row, "forget_text", ("b.txt",)) == "", "a user's own"
+    assert specs.start_of_paths(SPECS["custom"], "forget_text", ()) == ""
 
 
 def test_a_layer_is_counted_from_0():

@@ -488,7 +488,7 @@ def test_auto_takes_pythia_where_it_can_be_had_and_a_named_testbed_never_falls_b
     seen = []
     monkeypatch.setattr(
         "sae_separation.testbeds.read_questions",
-        lambda said: seen.append(said) or (_ for _ in ()).throw(RunFailed("hub")),
+        lambda said, *_: seen.append(said) or (_ for _ in ()).throw(RunFailed("hub")),
     )
     monkeypatch.setattr("sae_separation.testbeds.first_can_be_had", lambda: True)
     for name in ("auto", "pythia-70m"):
