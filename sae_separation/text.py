@@ -113,7 +113,7 @@ def parse_source(option: str, said: str, start: str = "") -> Source:
         or SUFFIXES.search(path)
         or not hub
     ):
-        files, notes = _files(option, path, expanded)
+        files, notes = _files(option, os.path.join(start, path), expanded)
         return Source(said, files, column=column or "text", subject=subject, notes=notes)
     return Source(
         said, (), hub["repo"], hub["config"], hub["split"] or "train", hub["column"] or "text", subject
