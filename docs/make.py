@@ -1,12 +1,13 @@
 """Writes what the documents quote from the committed run folders: make docs
 
-In README.md and docs/results.md, what stands between <!-- NAME --> and <!-- /NAME --> is made anew. In
-notes.txt, the numbers `section.metric = mean ± standard error` and the intervals under each run's heading
-are, and the table of paired tests. All other text is left as it is. `--check` writes nothing: exit code 1
-where a document is out of date.
+In README.md, docs/results.md and docs/reliability.md (of tests/faults.json), what stands between <!--
+NAME --> and <!-- /NAME --> is made anew. In notes.txt, the numbers `section.metric = mean ± standard
+error` and the intervals under each run's heading are, and the table of paired tests. All other text is
+left as it is. `--check` writes nothing: exit code 1 where a document is out of date.
 """
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -71,6 +72,20 @@ def lead(runs: list[plot.Run]) -> str:
     )
 
 
+def faults_table() -> str:
+    """The fault campaign's trials, one row for all faults that are to end alike."""
+    alike: dict[str, list[dict]] = {}
+    for rows in json.loads((ROOT / "tests/faults.json").read_text()).values():
+        for row in rows:
+            alike.setdefault(row["outcome"], []).append(row)
+    table = []
+    for outcome, rows in alike.items():
+        names = dict.fromkeys(re.sub(r" \([^()]*\)$", "", row["fault"]) for row in rows)
+        tried, passed = (str(sum(row[key] for row in rows)) for key in ("tried", "as it should"))
+        table.append([", ".join(names), tried, passed, outcome])
+    return plot.markdown(["fault", "trials", "passed", "expected"], table)
+
+
 def filled(path: Path, blocks: dict[str, str]) -> str:
     """The document with each block between its markers. Raises SystemExit for markers that are not there."""
     text = path.read_text()
@@ -113,11 +128,13 @@ def documents() -> dict[Path, str]:
     runs = runs_in([ROOT / name for name in plot.labels])
     smollm2 = runs_in([ROOT / "smollm2" / name for name in SMOLLM2])
     readme, results, notes = (ROOT / name for name in ("README.md", "docs/results.md", "notes.txt"))
+    reliability = ROOT / "docs/reliability.md"
     tables = {"lead": lead(runs), "results": plot.summary_table(runs), "smollm2": plot.summary_table(smollm2)}
     tables |= {"results-from": provenance(runs), "smollm2-from": provenance(smollm2)}
     return {
         readme: filled(readme, {"results": f"{short_table(runs)}\n\n{provenance(runs)}"}),
         results: filled(results, tables),
+        reliability: filled(reliability, {"faults": faults_table()}),
         notes: quoted_anew(notes.read_text(), runs),
     }
 

@@ -1,6 +1,7 @@
 """Shared fixtures: the real command, the embedded testbed, whole or small, and a block of its activations."""
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+def seconds_of_children() -> float:
+    """Processor time of the processes started here that have ended: what a command takes on any machine, busy
+    or not."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def run_script(*args, cwd=ROOT, timeout=1800) -> subprocess.CompletedProcess:

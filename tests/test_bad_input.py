@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from conftest import run_script
+from conftest import run_script, seconds_of_children
 
 import experiment
 from sae_separation import config
@@ -157,7 +157,7 @@ TEXTS = {
     ),
     "a quotation mark without end": (
         "quote.csv",
-        "quote.csv cannot be read (ValueError: line 3: unexpected end of data)",
+        "quote.csv cannot be read (ValueError: the row that begins in line 3: unexpected end of data)",
     ),
     "a packed parquet": ("good.parquet.gz", "files of this kind are not read"),
 }
@@ -259,10 +259,10 @@ def request(argv: list[str]):
 
 def refused(argv: list[str], said: str, folder: Path):
     before = sorted((str(p), p.stat().st_mtime_ns) for p in folder.rglob("*"))
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(WrongRequest) as wrong:
         request(argv)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert said in str(wrong.value) and "\n" not in str(wrong.value), str(wrong.value)
     assert sorted((str(p), p.stat().st_mtime_ns) for p in folder.rglob("*")) == before, "nothing was written"
 
@@ -371,8 +371,8 @@ def test_the_real_command_ends_with_one_line_and_exit_code_2(case, here):
             "questions": ([*OWN, "--forget_text=good.jsonl", "--questions=bad_q.jsonl"], "the answer is '4'"),
         }[case]
     )
-    before, started = sorted(here.rglob("*")), time.monotonic()
+    before, started = sorted(here.rglob("*")), seconds_of_children()
     done = run_script("experiment.py", *asked, cwd=here)
-    assert done.returncode == 2 and time.monotonic() - started < 5
+    assert done.returncode == 2 and seconds_of_children() - started < 5
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1 and said in done.stderr
     assert sorted(here.rglob("*")) == before, "nothing was written"
