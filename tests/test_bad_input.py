@@ -194,10 +194,8 @@ def here(tmp_path, monkeypatch):
     """A folder with a user's files, good and bad, as the current one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (
-        read_local.cache_clear(),
-        read_questions.cache_clear(),
-    )  # names are relative, and the folder is another
+    read_local.cache_clear()  # names are relative, and the folder is another
+    read_questions.cache_clear()
     tiny.save_jsonl(tmp_path / "good.jsonl", tiny.documents(20, 0))
     tiny.save_jsonl(tmp_path / "good_q.jsonl", tiny.questions("biology", 20) + tiny.questions("history", 20))
     (tmp_path / "empty_folder").mkdir()

@@ -236,7 +236,8 @@ def test_white_space_around_a_text_is_no_part_of_it(tmp_path):
         }
         for q in plain
     ]
-    tiny.save_jsonl(tmp_path / "plain.jsonl", plain), tiny.save_jsonl(tmp_path / "spaced.jsonl", spaced)
+    tiny.save_jsonl(tmp_path / "plain.jsonl", plain)
+    tiny.save_jsonl(tmp_path / "spaced.jsonl", spaced)
     assert read(tmp_path / "spaced.jsonl") == read(tmp_path / "plain.jsonl")
 
 
@@ -325,10 +326,8 @@ def test_subjects_are_counted_apart_whatever_their_names(own, tmp_path, monkeypa
     testbed = testbeds.load(DataConfig(**own | {"questions": paths}))
     sweep = {"retain_thresholds": [0.01], "n_features_list": [5], "multipliers": [10]}
     evaluator = Evaluator(replace(testbed, n_held_out=16, sweep=sweep), 32, n_contexts=16)
-    (
-        monkeypatch.setattr(unlearning, "MIN_KNOWN", 1),
-        monkeypatch.setattr(unlearning, "INTERVENTIONS", ("clamp",)),
-    )
+    monkeypatch.setattr(unlearning, "MIN_KNOWN", 1)
+    monkeypatch.setattr(unlearning, "INTERVENTIONS", ("clamp",))
     described = {
         "model_name": "tiny",
         "hook_name": testbed.hook_name,
@@ -375,7 +374,8 @@ def test_a_choice_without_a_token_is_refused_before_anything_is_trained(own, tmp
             read_questions.cache_clear()
             testbeds.load(DataConfig(**wanted))
     rows[30]["choices"][0] = "5 五"
-    tiny.save_jsonl(tmp_path / "q.jsonl", rows), read_questions.cache_clear()
+    tiny.save_jsonl(tmp_path / "q.jsonl", rows)
+    read_questions.cache_clear()
     assert testbeds.load(DataConfig(**wanted)).questions["history"][10].choices[0] == "5 五"
 
 

@@ -324,7 +324,8 @@ def test_a_complete_run_that_was_killed_before_it_was_cleared_is_cleared_when_it
     (tmp_path / "run_1/warnings.json.sae.tmp").write_text("half")
     (tmp_path / "run_1/checkpoints/mine.txt").write_text("mine")
     run_folder.lock(tmp_path / "run_1")
-    (owned := dict(run_folder._owned)) and run_folder._owned.clear()  # as by another process
+    owned = dict(run_folder._owned)
+    run_folder._owned.clear()  # as by another process
     assert here("run_1", seeds=(0,)) == 0 and checkpoint.steps_in(tmp_path / "run_1"), (
         "not while another owns it"
     )
