@@ -9,6 +9,7 @@ import torch
 
 from sae_separation import exam, lm, losses, sparse
 from sae_separation.errors import WrongRequest
+from sae_separation.rounds import Rounds
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +164,16 @@ def test_blocks_of_rows_are_a_megabyte_and_views_of_the_whole():
 def test_profiles_are_unit_rows_and_the_affinity():
     profile = losses.firing_profile(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([0.5, -1.0]))
     torch.testing.assert_close(profile, torch.tensor([[0.6, 0.8, 0.5], [0.0, 0.0, -1.0]]))
+
+
+def test_a_visit_counts_in_adams_second_moment_as_if_it_had_come_at_every_step():
+    """(n p)² once in n = 4 steps, where p² four times was meant: three quarters of it go again."""
+
+    def unused(*_):
+        raise AssertionError
+
+    moment, visited = torch.full((3, 2), 0.01), torch.tensor([[2.0, 0.0]])
+    Rounds(unused, unused, steps=4).correct_moment(moment, torch.tensor([1]), visited, beta2=0.999)
+    assert moment.flatten().tolist() == pytest.approx([0.01, 0.01, 0.01 - 0.75 * 0.001 * 4, 0.01, 0.01, 0.01])
+    Rounds(unused, unused, steps=4, every=4).correct_moment(moment, torch.tensor([0]), visited, beta2=0.999)
+    assert moment[0].tolist() == pytest.approx([0.01, 0.01]), "as the loss was published"
