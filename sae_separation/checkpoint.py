@@ -17,7 +17,7 @@ from sae_separation.errors import WrongRequest
 from sae_separation.files import Unusable, write_whole
 from sae_separation.run_folder import WRITTEN, written
 
-FORMAT = "orthogonal-sae-checkpoint-1"
+FORMAT = "orthogonal-sae-checkpoint-2"
 
 
 KEPT = 2
@@ -89,7 +89,7 @@ def read(folder: Path, step: int, config_hash: str) -> tuple[dict, dict]:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
-                raise Unusable(f"{path} is not a checkpoint of this program")
+                raise Unusable(f"{path} is not a checkpoint of this version of the program")
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         if digest(tensors, header["facts"]) != header["sha256"]:
             raise Unusable(f"{path} is damaged: its checksum is wrong")

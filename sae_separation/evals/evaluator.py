@@ -142,9 +142,8 @@ class Questions:
 
 class Evaluator:
     """What the evaluations of one testbed share. What does not depend on the SAE is made once for all seeds
-    and runs of the
-    process: contexts and their residual stream here, the LM's own answers in `questions`, the rest by
-    `once`."""
+    and runs of the process: contexts and their residual stream here, the LM's own answers in `questions`, the
+    rest by `once`."""
 
     def __init__(self, testbed: Testbed, context_size: int, n_contexts: int | None = None):
         self.testbed, self.context_size = testbed, context_size
