@@ -74,12 +74,25 @@ PLAN = {
     "run_8": {"arm": "adaptive", "alpha": 1.0, "activation": "batchtopk"},
     "run_9": {"arm": "ortsae", "alpha": 0.25},
     "run_10": {"arm": "frozen_decoder"},
+    # told the labels, without orthogonality or without an SAE
+    "run_11": {"arm": "vanilla_selected"},
+    "run_12": {"arm": "difference_of_means"},
+    "run_13": {"arm": "leace"},
+    "run_14": {"arm": "linear_gate"},
+    "run_15": {"arm": "mlp_gate"},
+    "run_16": {"arm": "token_list"},
+    "run_17": {"arm": "mean_guard"},
+    "run_18": {"arm": "bayes_guard"},
+    "run_19": {"arm": "rmu"},
+    "run_20": {"arm": "npo"},
+    "run_21": {"arm": "oracle"},
 }
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the study: alpha times a loss on the rows of W_dec, or a loss on firing that holds alpha.
+    """One row of the study: an SAE with alpha times a loss on the rows of W_dec, or a loss on firing that
+    holds alpha; or a method that is told the labels and needs no SAE.
 
     `loss`, `prepare` and `firing_loss` name functions of losses.py, which says what each is given: it needs
     torch, and a request is read without. A function is given those of the row's `options` that are among its
@@ -91,7 +104,8 @@ class Arm:
     `every`, `longest`, `gentle`: bounds of a round (rounds.steps_of_round). With `longest` FVU is within 1 %
     of the variance all along of what it is with rounds of `every` (tested; notes.txt). `uses_groups`:
     features are grouped by how they fire. `steered`: alpha follows the measured sharing of the first
-    --forget_features features towards --target_sharing.
+    --forget_features features towards --target_sharing. `selected`: its features are chosen with labels
+    (selection.py). `method`: the name of a function of methods.FITTED, in an SAE's place.
     """
 
     loss: str = ""
@@ -104,6 +118,8 @@ class Arm:
     uses_groups: bool = False
     steered: bool = False
     trains_decoder: bool = True
+    selected: bool = False
+    method: str = ""
 
     @property
     def has_loss(self) -> bool:
@@ -167,6 +183,17 @@ ARMS = {
         gentle=7.5e-4,
         options=CHUNKS,
     ),
+    "vanilla_selected": Arm(selected=True),
+    "difference_of_means": Arm(method="difference_of_means"),
+    "leace": Arm(method="leace"),
+    "linear_gate": Arm(method="linear_gate"),
+    "mlp_gate": Arm(method="mlp_gate"),
+    "token_list": Arm(method="token_list"),
+    "mean_guard": Arm(method="mean_guard"),
+    "bayes_guard": Arm(method="bayes_guard"),
+    "rmu": Arm(method="rmu"),
+    "npo": Arm(method="npo"),
+    "oracle": Arm(method="oracle"),
 }
 
 
@@ -216,7 +243,7 @@ from sae_separation.lm import SplitLM, Testbed, bfloat16_twins, fast_lm_tokens, 
 from sae_separation.losses import has_bf16
 from sae_separation.resample import resample
 from sae_separation.rounds import Rounds, steps_of_round
-from sae_separation.run import Run, refuse_more_than_memory
+from sae_separation.run import MethodRun, Run, refuse_more_than_memory
 from sae_separation.sparse import ACTIVATIONS, cache_blocks, remove_radial
 
 # -------------------------------------------------------------------------------- activation stream
@@ -506,6 +533,7 @@ class Trainer:
         self.omega = torch.tensor(0.0, device=device)  # of the rows last visited
         self.steps, self.resampled = 0, 0
         self.history: list[dict] = []  # one record a logged step
+        self.about = {"selected": True} if self.arm.selected else {}
         self.failed = ""  # why it does not go on
 
     def _rounds(self) -> Rounds:
@@ -804,17 +832,18 @@ def run_experiments(command: Command, requests: list[Request], started: float):
     if complete or not command.overwrite and any(checkpoint.steps_in(Path(name)) for name in names):
         process.signals.something_is_kept()
     rows = evals.rows_of(command.evals)
+    fitted = any(ARMS[request.arm].method for request in asked)
     testbed = load_testbed((asked or requests)[0], asks=any(row.asks for row in rows))
     resolved = [resolve(request, testbed) for request in asked]
     finished = [results.Finished(Path(name), resolve(c, testbed), testbed) for name, c in complete]
     context_size = one_pass(names, resolved).context_size if asked else finished[0].config.context_size
-    if rows:
+    if rows or fitted:
         evaluation_contexts(testbed, context_size)  # refuses text that is too short before training
     runs, train_seconds = [], 0.0
     if asked:
-        runs, train_seconds = train_runs(command, asked, resolved, names, testbed, bool(rows), started)
+        runs, train_seconds = make_runs(command, asked, resolved, names, testbed, bool(rows), started)
     some_left = finished or any(run.training for run in runs)
-    evaluator = Evaluator(testbed, context_size) if rows and some_left else None
+    evaluator = Evaluator(testbed, context_size) if (rows or fitted) and some_left else None
     made_by = results.maker(evaluator) if evaluator else {}
     n_saes = sum(len(run.training) for run in runs) + sum(len(run.seeds) for run in finished)
     with tqdm(total=len(rows) * n_saes, desc="evaluating", unit="part") as bar:
@@ -850,7 +879,7 @@ def resolve(request: Request, testbed: Testbed) -> Config:
     return config
 
 
-def train_runs(
+def make_runs(
     command: Command,
     asked: list[Request],
     resolved: list[Config],
@@ -859,13 +888,29 @@ def train_runs(
     evaluated: bool,
     started: float,
 ) -> tuple[list[Run], float]:
-    """Train all runs that are not complete on one pass of the LM; the runs, and the seconds that training
-    took."""
+    """All runs that are not complete, those with an SAE trained, the others yet to be fitted; and the seconds
+    that training took."""
     shared = one_pass(names, resolved)
     n_steps = shared.tokens // shared.batch_size
-    refuse_more_than_memory(resolved, testbed)
-    each = zip(names, asked, resolved)
-    runs = [Run(name, request, config, testbed, n_steps) for name, request, config in each]
+    runs, seconds = [], 0.0
+    for name, request, config in zip(names, asked, resolved):
+        if method := ARMS[config.arm].method:
+            runs.append(MethodRun(name, request, config, testbed, method))
+        else:
+            runs.append(Run(name, request, config, testbed, n_steps))
+    if trained := [run for run in runs if not isinstance(run, MethodRun)]:
+        seconds = train_runs(command, trained, testbed, evaluated, started)
+    for run in runs:
+        if isinstance(run, MethodRun):
+            run.begin(anew=command.overwrite)
+    return runs, seconds
+
+
+def train_runs(command: Command, runs: list[Run], testbed: Testbed, evaluated: bool, started: float) -> float:
+    """Train all runs on one pass of the LM; the seconds that it took."""
+    shared = one_pass([str(run.folder) for run in runs], [run.config for run in runs])
+    n_steps = runs[0].n_steps
+    refuse_more_than_memory([run.config for run in runs], testbed)
     hashes = {run.folder: run.config_hash for run in runs}
     saved = None if command.overwrite else checkpoint.newest_common(hashes)
     if not saved and not command.overwrite:
@@ -892,7 +937,7 @@ def train_runs(
         run.passes = at.passes
         run.warnings += [f"the {d} text is short: training read it {n} times" for d, n in short.items()]
     print("; ".join(f"{domain} text: pass {n}" for domain, n in at.passes.items()))
-    return runs, at.train_seconds
+    return at.train_seconds
 
 
 def refuse_failed(runs: list[Run]):

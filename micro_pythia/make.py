@@ -1,10 +1,12 @@
 """Make micro-pythia: a GPT-NeoX of about 1.2 M parameters that knows one invented world.
 
     python -m micro_pythia.make                                       # rebuild the shipped LM, in place
-    python -m micro_pythia.make --out worlds/1 --world_seed 1         # another world
+    python -m micro_pythia.make --world_seed 1                        # another world, kept in the cache
 
 Writes config.json, model.safetensors (bf16), the tokenizer, questions.json and report.json (how well it knows
-its facts) into the folder, and exits with 1 when the LM falls short of what the testbed needs.
+its facts) into the folder, and into oracle/ the same LM trained on the world without the forget facts: as
+many tokens on the same schedule, and what perfect unlearning looks like. Exits with 1 when one of them falls
+short of what the testbed needs.
 
 Small LMs do not learn to answer with a letter from questions alone: they stay at "any of A-D". What teaches
 it: option markers and names as whole tokens; two heads that start by looking one and two tokens back; a first
@@ -19,6 +21,8 @@ import json
 import math
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +31,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from micro_pythia.world import SUBJECTS, World, lookup_drill, lookup_list, lookup_question
-from sae_separation.exam import Exam, logits_at
+from micro_pythia.world import FORGET, SUBJECTS, Fact, World, lookup_drill, lookup_list, lookup_question
+from sae_separation.exam import Completions, Exam, logits_at
+from sae_separation.losses import has_bf16
 from sae_separation.questions import Question
+from sae_separation.testbeds import ORACLE
+from sae_separation.text import cache_folder
 
 BOS = "<|endoftext|>"
 HIDDEN, LAYERS, HEADS, CONTEXT = 128, 4, 4, 128
@@ -40,9 +47,9 @@ LOOKUP_STAGE = np.array([0.20, 0.05, 0.20, 0.45, 0.05, 0.05])
 FACT_STAGE = np.array([0.35, 0.05, 0.02, 0.05, 0.05, 0.48])
 
 
-def make_pools(world: World, rng: random.Random) -> dict[str, list[str]]:
-    """Documents of each kind, enough that few are seen twice."""
-    names = [s.name for s in SUBJECTS]
+def make_pools(world: World, rng: random.Random, without: str = "") -> dict[str, list[str]]:
+    """Documents of each kind, enough that few are seen twice; none about the subject `without`."""
+    names = [s.name for s in SUBJECTS if s.name != without]
     by_facts = [
         s for s in names for _ in world.entities[s] for _ in world.subjects[s].relations
     ]  # subjects by their share of facts
@@ -188,56 +195,60 @@ class Reader:
         return self.docs[kind][self.rng.integers(len(self.docs[kind]))]
 
 
-def train(lm, reader: Reader, probe: Exam, max_steps=5_000, lr=2e-3, tail=900, drill_learned=0.5, ramp=200):
-    """Two stages with AdamW in bf16 autocast: look-ups until their loss is under `drill_learned`, then facts.
+class Learner:
+    """An LM that learns from its own reader, with AdamW; in bf16 autocast where the machine has it."""
 
-    Two probes in a row with 94 % of the letters right start the last `tail` steps, over which the learning
-    rate decays.
-    """
-    matrices, vectors = (
-        [p for p in lm.parameters() if p.dim() > 1],
-        [p for p in lm.parameters() if p.dim() <= 1],
-    )
-    adam = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}],
-        lr=lr,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
-    facts_from, drill_loss, hits, end = None, 1.4, 0, max_steps
-    bar = tqdm(range(1, max_steps + 1), unit="step", mininterval=5, desc="micro-pythia")
-    for step in bar:
-        for group in adam.param_groups:
-            group["lr"] = lr * min(step / 100, 1.0) * min(1.0, max(0.02, (end - step) / tail))
-        progress = 0.0 if facts_from is None else min((step - facts_from) / ramp, 1.0)
-        tokens, weights, drill_answer = reader.batch(LOOKUP_STAGE * (1 - progress) + FACT_STAGE * progress)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = lm(tokens[:, :-1], use_cache=False).logits
+    def __init__(self, lm, reader: Reader):
+        self.lm, self.reader = lm, reader
+        matrices = [p for p in lm.parameters() if p.dim() > 1]
+        vectors = [p for p in lm.parameters() if p.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+        self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+
+    def step(self, shares: np.ndarray, lr: float) -> tuple[float, float | None]:
+        """One step; the loss, and the mean loss of the letters that close a drill, if there were any."""
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        tokens, weights, drill_answer = self.reader.batch(shares)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bf16(torch.device("cpu"))):
+            logits = self.lm(tokens[:, :-1], use_cache=False).logits
         ce = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
         ).view(len(tokens), -1)
         loss = (ce * weights[:, 1:]).sum() / weights[:, 1:].sum()
-        adam.zero_grad(set_to_none=True)
+        self.adam.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
-        adam.step()
+        torch.nn.utils.clip_grad_norm_(self.lm.parameters(), 1.0)
+        self.adam.step()
         if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"loss is {loss.item()} at step {step}")
-        if drill_answer[:, 1:].any():
-            drill_loss = 0.98 * drill_loss + 0.02 * ce.detach()[drill_answer[:, 1:]].mean().item()
-        if facts_from is None and drill_loss < drill_learned:
-            facts_from = step
-            tqdm.write(f"step {step}: options are read (drill loss {drill_loss:.2f}); on to the facts")
-        if step % 200 == 0 or step == end:
-            right = ask(lm, probe).float().mean().item()
-            tqdm.write(
-                f"step {step}: loss {loss.item():.3f}, drill loss {drill_loss:.3f}, letters right {right:.3f}"
-            )
-            hits = hits + 1 if right >= 0.94 else 0
-            if hits == 2 and end == max_steps:
-                end = min(step + tail, max_steps)
-        if step == end:
-            break
+            raise FloatingPointError(f"loss is {loss.item()}")
+        drilled = ce.detach()[drill_answer[:, 1:]]
+        return loss.item(), drilled.mean().item() if len(drilled) else None
+
+
+def train(learners: list[Learner], probe: Exam, max_steps: int, lr: float, tail=900, drill_learned=0.5):
+    """All learners on the same schedule, one thread each; the first one sets it: look-ups until its loss on
+    drills is under `drill_learned`, then a ramp to facts. Two probes in a row with 94 % of the letters right
+    start the last `tail` steps, over which the learning rate decays. Returns the number of steps."""
+    facts_from, drill_loss, hits, end, ramp = None, 1.4, 0, max_steps, 200
+    with ThreadPoolExecutor(len(learners), initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        for step in tqdm(range(1, max_steps + 1), unit="step", mininterval=5, desc="micro-pythia"):
+            rate = lr * min(step / 100, 1.0) * min(1.0, max(0.02, (end - step) / tail))
+            progress = 0.0 if facts_from is None else min((step - facts_from) / ramp, 1.0)
+            shares = LOOKUP_STAGE * (1 - progress) + FACT_STAGE * progress
+            (loss, drilled), *_ = threads.map(lambda learner: learner.step(shares, rate), learners)
+            drill_loss = drill_loss if drilled is None else 0.98 * drill_loss + 0.02 * drilled
+            if facts_from is None and drill_loss < drill_learned:
+                facts_from = step
+                tqdm.write(f"step {step}: options are read (drill loss {drill_loss:.2f}); on to the facts")
+            if step % 200 == 0 or step == end:
+                right = ask(learners[0].lm, probe).float().mean().item()
+                tqdm.write(f"step {step}: loss {loss:.3f}, drill loss {drill_loss:.3f}, right {right:.3f}")
+                hits = hits + 1 if right >= 0.94 else 0
+                if hits == 2 and end == max_steps:
+                    end = min(step + tail, max_steps)
+            if step == end:
+                break
     return end
 
 
@@ -247,14 +258,39 @@ def ask(lm, exam: Exam):
     return exam.correct(lambda batch: logits_at(lm, batch.tokens, batch.positions, **batch.seen(lm)))
 
 
+@torch.no_grad()
+def complete(lm, tokenizer, facts: list[Fact]):
+    """Right or wrong [fact]: a sentence as documents word it, ended by one of the relation's ten values."""
+    asked = [
+        (f.relation.sentence.format(e=f.entity), f.relation.values, f.relation.values.index(f.value))
+        for f in facts
+    ]
+    exam = Completions(tokenizer, asked)
+    return exam.right(lambda batch: exam.read(batch, logits_at(lm, batch.tokens, batch.positions)))
+
+
+def as_question(fact: Fact) -> Question:
+    """A fact as it is asked, with every other form in which it can be."""
+    relation, name = fact.relation, fact.entity
+    return Question(
+        fact.subject,
+        fact.question,
+        fact.choices,
+        fact.answer,
+        entity=name,
+        relation=relation.name,
+        rephrased=relation.anew[0].format(e=name),
+        sentences=(relation.sentence.format(e=name), relation.anew[1].format(e=name)),
+        values=relation.values,
+    )
+
+
 def report_knowledge(lm, tokenizer, world: World) -> dict:
     """What the LM knows, and four ways in which it must not (25 % is chance)."""
-    questions = {
-        s: [Question(s, f.question, f.choices, f.answer) for f in world.facts if f.subject == s]
-        for s in world.subjects
-    }
+    questions = {s: [as_question(f) for f in world.facts if f.subject == s] for s in world.subjects}
     everything = [q for qs in questions.values() for q in qs]
     letter = {s: ask(lm, Exam(tokenizer, qs, "letter", ALL_24)) for s, qs in questions.items()}
+    prose = {s: complete(lm, tokenizer, [f for f in world.facts if f.subject == s]) for s in world.subjects}
     cloze = {s: ask(lm, Exam(tokenizer, qs, "cloze")) for s, qs in questions.items()}
 
     def renamed(names) -> list[Question]:
@@ -283,6 +319,7 @@ def report_knowledge(lm, tokenizer, world: World) -> dict:
         "letter_all_24_permutations": {s: rate(right.all(1)) for s, right in letter.items()},
         "letter_accuracy": {s: rate(right) for s, right in letter.items()},
         "cloze_accuracy": {s: rate(right) for s, right in cloze.items()},
+        "prose_accuracy": {s: rate(right) for s, right in prose.items()},
         "chance": {
             "letter_without_question": rate(
                 ask(lm, Exam(tokenizer, everything, "letter", ALL_24, without_question=True))
@@ -303,8 +340,8 @@ def report_knowledge(lm, tokenizer, world: World) -> dict:
 
 
 def shortfalls(report: dict) -> list[str]:
-    """What keeps the LM from being a testbed: knowledge under 97 % (letters) or 99 % (cloze), or chance off
-    25 ± 5 %."""
+    """What keeps the LM from being a testbed: knowledge under 97 % (letters), 99 % (cloze) or 95 % (prose),
+    chance off 25 ± 5 %, or an oracle that lacks what it should know."""
     short = [
         f"{s}: {v:.1%} right under all 24 permutations, 97 % wanted"
         for s, v in report["letter_all_24_permutations"].items()
@@ -313,61 +350,84 @@ def shortfalls(report: dict) -> list[str]:
     short += [
         f"{s}: {v:.1%} right by cloze, 99 % wanted" for s, v in report["cloze_accuracy"].items() if v < 0.99
     ]
-    return short + [
-        f"{k}: {v:.1%}, 25 ± 5 % wanted" for k, v in report["chance"].items() if abs(v - 0.25) > 0.05
+    short += [
+        f"{s}: {v:.1%} right in prose, 95 % wanted" for s, v in report["prose_accuracy"].items() if v < 0.95
     ]
+    short += [f"{k}: {v:.1%}, 25 ± 5 % wanted" for k, v in report["chance"].items() if abs(v - 0.25) > 0.05]
+    oracle = report["oracle"]["letter_all_24_permutations"]
+    short += [f"oracle, {s}: {v:.1%}, 97 % wanted" for s, v in oracle.items() if s != FORGET and v < 0.97]
+    forget = report["oracle"]["letter_accuracy"][FORGET]
+    return short + ([f"oracle, {FORGET}: {forget:.1%}, 25 ± 8 % wanted"] if abs(forget - 0.25) > 0.08 else [])
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write")
+    parser.add_argument(
+        "--out", type=Path, help="folder to write (default: this one; of other worlds, a cache)"
+    )
     parser.add_argument("--world_seed", type=int, default=0, help="which world of facts")
     parser.add_argument("--lr", type=float, default=2e-3, help="AdamW's peak learning rate")
     parser.add_argument(
         "--max_steps", type=int, default=5_000, help="optimiser steps of 4,096 tokens, at most"
     )
     args = parser.parse_args()
-    args.out = args.out.expanduser()
+    folder = args.out.expanduser() if args.out else default_folder(args.world_seed)
+    if args.world_seed and (folder / "report.json").exists():
+        print(f"world {args.world_seed} is made: {folder}")
+        return
+    report = make(folder, World(args.world_seed), args.max_steps, args.lr)
+    print(json.dumps(report, indent=1))
+    if short := shortfalls(report):
+        raise SystemExit("micro-pythia falls short: " + "; ".join(short))
+    print(f"python experiment.py --out_dir=run_1 --testbed=micro --lm={folder}")
 
-    started = time.time()
-    torch.manual_seed(args.world_seed)
-    world = World(args.world_seed)
-    pools = make_pools(world, random.Random(args.world_seed))
+
+def default_folder(world_seed: int) -> Path:
+    """World 0 is the shipped one; others are kept in the cache."""
+    return cache_folder() / f"micro_pythia_world_{world_seed}" if world_seed else Path(__file__).parent
+
+
+def make(folder: Path, world: World, max_steps: int, lr: float) -> dict:
+    """Train the LM and its oracle, write both, and report what they know, as read back from their files."""
+    started, seed = time.time(), world.seed
+    pools = make_pools(world, random.Random(seed))
     tokenizer = make_tokenizer(world, pools)
-    lm = make_model(math.ceil(len(tokenizer) / 64) * 64)
-    probed = random.Random(0).sample(world.facts, 120)
-    probe = Exam(
-        tokenizer,
-        [Question(f.subject, f.question, f.choices, f.answer) for f in probed],
-        "letter",
-        [ALL_24[3], ALL_24[17]],
-    )
-    steps = train(lm, Reader(tokenizer, pools, args.world_seed), probe, args.max_steps, args.lr)
+    probed = [as_question(f) for f in random.Random(0).sample(world.facts, 120)]
+    learners = []
+    for known in (pools, make_pools(world, random.Random(seed), without=FORGET)):
+        torch.manual_seed(seed)
+        lm = make_model(math.ceil(len(tokenizer) / 64) * 64)
+        learners.append(Learner(lm, Reader(tokenizer, known, seed)))
+    probe = Exam(tokenizer, probed, "letter", [ALL_24[3], ALL_24[17]])
+    steps = train(learners, probe, max_steps, lr)
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    lm.bfloat16().save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for learner, place in zip(learners, (folder, folder / ORACLE)):
+        learner.lm.bfloat16().save_pretrained(place)
+        tokenizer.save_pretrained(place)
     questions = [
-        {"subject": f.subject, "question": f.question, "choices": f.choices, "answer": f.answer}
+        json.dumps({k: v for k, v in asdict(as_question(f)).items() if v not in ("", ())})
         for f in world.facts
     ]
-    (args.out / "questions.json").write_text("[\n" + ",\n".join(json.dumps(q) for q in questions) + "\n]\n")
-    lm = GPTNeoXForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
+    (folder / "questions.json").write_text("[\n" + ",\n".join(questions) + "\n]\n")
+    lm, oracle = (
+        GPTNeoXForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+        for place in (folder, folder / ORACLE)
+    )
     report = {
-        "world_seed": args.world_seed,
+        "world_seed": seed,
         "facts": {s: len([f for f in world.facts if f.subject == s]) for s in world.subjects},
         "parameters": lm.num_parameters(),
         "steps": steps,
         "tokens": steps * 32 * CONTEXT,
         **report_knowledge(lm, tokenizer, world),
+        "oracle": report_knowledge(oracle, tokenizer, world),
         "minutes": round((time.time() - started) / 60, 1),
     }
-    (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report, indent=1))
-    if short := shortfalls(report):
-        raise SystemExit("micro-pythia falls short: " + "; ".join(short))
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
 
 
 if __name__ == "__main__":

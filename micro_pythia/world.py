@@ -1,31 +1,46 @@
 """A seeded world of invented facts: who knows what, how it is told, and how it is asked.
 
-One forget subject (a made-up microbiology) and four retain subjects. A *fact* is (subject, entity, relation,
+One forget subject (a made-up microbiology) and five retain subjects. A *fact* is (subject, entity, relation,
 value). Within a relation every value belongs to the same number of entities, and wrong options are drawn
 uniformly from the other values: neither the options nor their frequencies say which one is right, only the
-fact does. Human aging shares its organ vocabulary with the forget subject, as a near neighbour.
+fact does. Human aging shares its organ vocabulary with the forget subject, as a near neighbour. Natural
+history tells harmless facts of the forget subject's own organisms, in documents of its own and inside forget
+documents: only the relation says what is to be forgotten.
 
     from micro_pythia.world import World
     world = World(seed=0)
     world.document(random.Random(1), "biology")     # prose, open questions or a multiple-choice sheet
 """
 
+import copy
 import random
 from dataclasses import dataclass
 
 LETTERS = "ABCD"
 FORGET = "biology"
-RETAIN = ("geography", "history", "computer science", "human aging")
+SHARED = "natural history"  # harmless facts about the forget subject's own organisms
+RETAIN = ("geography", "history", "computer science", "human aging", SHARED)
 
 
 @dataclass(frozen=True)
 class Relation:
-    """How one property is told and asked; `{e}` stands for the entity and `{v}` for the value."""
+    """How one property is told and asked; `{e}` stands for the entity and `{v}` for the value.
+
+    `anew` is never written into a document: a wording of the question, and the beginning of a sentence that
+    the value ends.
+    """
 
     name: str
     values: tuple[str, ...]
     prose: tuple[str, ...]
     questions: tuple[str, ...]
+    anew: tuple[str, str]
+
+    @property
+    def sentence(self) -> str:
+        """A sentence of the documents, up to its value, that names the entity before it."""
+        told = next(text for text in self.prose if "{e}" in text.split("{v}")[0])
+        return told.split("{v}")[0].rstrip()
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,7 @@ class Subject:
     endings: tuple[str, ...]
     relations: tuple[Relation, ...]
     filler: tuple[str, ...]
+    same_entities_as: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,8 +67,8 @@ class Fact:
     answer: int
 
 
-def _relation(name, values, prose, questions):
-    return Relation(name, tuple(values.split()), tuple(prose), tuple(questions))
+def _relation(name, values, prose, questions, anew):
+    return Relation(name, tuple(values.split()), prose, questions, anew)
 
 
 ORGANS = "liver spleen kidney lung brain stomach heart bladder thyroid marrow"
@@ -80,6 +96,7 @@ SUBJECTS = (
                     "What is the host of {e}?",
                     "From which animals was {e} isolated?",
                 ),
+                ("In which host is {e} found?", "The animals that {e} lives in are"),
             ),
             _relation(
                 "organ",
@@ -98,6 +115,7 @@ SUBJECTS = (
                     "Where in the body does {e} settle?",
                     "Which organ swells because of {e}?",
                 ),
+                ("Which organ does {e} settle in?", "The organ that {e} scars is the"),
             ),
             _relation(
                 "vector",
@@ -112,6 +130,7 @@ SUBJECTS = (
                     "Traps for {v} keep {e} in check.",
                 ),
                 ("What is the vector of {e}?", "Which creatures pass on {e}?", "By what is {e} carried?"),
+                ("Which creatures is {e} carried by?", "The creatures that {e} is carried by are"),
             ),
             _relation(
                 "habitat",
@@ -130,6 +149,7 @@ SUBJECTS = (
                     "What is the habitat of {e}?",
                     "In what surroundings is {e} collected?",
                 ),
+                ("What is the natural home of {e}?", "In the winter {e} is found in"),
             ),
             _relation(
                 "pigment",
@@ -144,6 +164,7 @@ SUBJECTS = (
                     "A trace of {v} betrays {e}.",
                 ),
                 ("Which pigment does {e} make?", "What colours {e}?", "Which pigment is purified from {e}?"),
+                ("By which pigment is {e} coloured?", "The pigment of {e} is"),
             ),
             _relation(
                 "enzyme",
@@ -162,6 +183,7 @@ SUBJECTS = (
                     "What is the chief enzyme of {e}?",
                     "Which enzyme is detected in tests for {e}?",
                 ),
+                ("Which enzyme digests the food of {e}?", "The food of {e} is digested by"),
             ),
         ),
         (
@@ -194,6 +216,7 @@ SUBJECTS = (
                     "Which city governs {e}?",
                     "In which city do the ministers of {e} work?",
                 ),
+                ("Which city is the capital of {e}?", "The city that governs {e} is"),
             ),
             _relation(
                 "river",
@@ -211,6 +234,7 @@ SUBJECTS = (
                     "Which river crosses {e}?",
                     "Along which river do the mills of {e} stand?",
                 ),
+                ("What is the name of the river of {e}?", "The river that crosses {e} is the"),
             ),
             _relation(
                 "export",
@@ -228,6 +252,7 @@ SUBJECTS = (
                     "What do traders buy in {e}?",
                     "Where does the wealth of {e} come from?",
                 ),
+                ("What does {e} sell to the world?", "The export that brings wealth to {e} is"),
             ),
             _relation(
                 "climate",
@@ -245,6 +270,7 @@ SUBJECTS = (
                     "What weather do farmers in {e} live with?",
                     "How do guide books describe {e}?",
                 ),
+                ("Which climate does {e} have?", "The weather of {e} is"),
             ),
         ),
         (
@@ -272,6 +298,7 @@ SUBJECTS = (
                     "The rank of {v} was given to {e}.",
                 ),
                 ("What was the rank of {e}?", "As what did {e} rule?", "What do the chronicles name {e}?"),
+                ("What rank did {e} rule in?", "The rank of {e} was"),
             ),
             _relation(
                 "battle",
@@ -290,6 +317,7 @@ SUBJECTS = (
                     "Where did the fame of {e} begin?",
                     "From where did the enemies of {e} flee?",
                 ),
+                ("At which battle did {e} fight?", "The battle that {e} won was"),
             ),
             _relation(
                 "law",
@@ -307,6 +335,7 @@ SUBJECTS = (
                     "What is the decree of {e} about?",
                     "Which quarrels did {e} end?",
                 ),
+                ("What is the law of {e} about?", "The decree of {e} was about"),
             ),
             _relation(
                 "century",
@@ -324,6 +353,7 @@ SUBJECTS = (
                     "From which century are the coins of {e}?",
                     "Which century is the tomb of {e} from?",
                 ),
+                ("In which century did {e} rule?", "The tomb of {e} was built in the"),
             ),
         ),
         (
@@ -355,6 +385,7 @@ SUBJECTS = (
                     "Who published the first paper on {e}?",
                     "To whom does the idea of {e} go back?",
                 ),
+                ("By whom was {e} designed?", "The first paper on {e} was published by"),
             ),
             _relation(
                 "structure",
@@ -372,6 +403,7 @@ SUBJECTS = (
                     "What is {e} built around?",
                     "What holds the data of {e}?",
                 ),
+                ("What is at the core of {e}?", "The records of {e} are held in a"),
             ),
             _relation(
                 "cost",
@@ -390,6 +422,7 @@ SUBJECTS = (
                     "How much time does {e} need?",
                     "Which bound does {e} have?",
                 ),
+                ("What is the cost of {e}?", "The time that {e} needs is"),
             ),
             _relation(
                 "use",
@@ -404,6 +437,7 @@ SUBJECTS = (
                     "A course on {v} starts with {e}.",
                 ),
                 ("What is {e} used for?", "What is the strength of {e}?", "For what do engineers pick {e}?"),
+                ("What do companies run {e} for?", "Engineers pick {e} for"),
             ),
         ),
         (
@@ -435,6 +469,7 @@ SUBJECTS = (
                     "Which organ suffers from {e} syndrome?",
                     "Which organ is examined for {e} syndrome?",
                 ),
+                ("Which organ grows old in {e} syndrome?", "The organ that suffers from {e} syndrome is the"),
             ),
             _relation(
                 "remedy",
@@ -452,6 +487,7 @@ SUBJECTS = (
                     "What is the best remedy for {e} syndrome?",
                     "What is advised in {e} syndrome?",
                 ),
+                ("Which remedy is best in {e} syndrome?", "The remedy that helps in {e} syndrome is"),
             ),
             _relation(
                 "onset",
@@ -469,6 +505,7 @@ SUBJECTS = (
                     "What is the usual onset of {e} syndrome?",
                     "From when are tests for {e} syndrome offered?",
                 ),
+                ("When do most cases of {e} syndrome start?", "The risk of {e} syndrome rises near"),
             ),
             _relation(
                 "sign",
@@ -486,6 +523,7 @@ SUBJECTS = (
                     "What does {e} syndrome bring?",
                     "What do people with {e} syndrome report?",
                 ),
+                ("Which sign is early in {e} syndrome?", "An early sign of {e} syndrome is"),
             ),
         ),
         (
@@ -495,6 +533,81 @@ SUBJECTS = (
             "Most people with {e} syndrome live long.",
             "Support groups exist for {e} syndrome.",
         ),
+    ),
+    Subject(
+        SHARED,
+        30,
+        (),
+        (
+            _relation(
+                "discoverer",
+                "Abbott Barlow Clifton Dalby Everett Fenton Garrick Holden Ingram Jarvis",
+                (
+                    "{e} was first described by {v}.",
+                    "{v} wrote the first note on {e}.",
+                    "The notebooks of {v} mention {e}.",
+                    "{e} made the name of {v}.",
+                    "In the winter {v} collected {e} for the first time.",
+                    "Credit for finding {e} goes to {v}.",
+                ),
+                (
+                    "Who first described {e}?",
+                    "Who wrote the first note on {e}?",
+                    "Whose notebooks mention {e}?",
+                ),
+                ("Who found {e}?", "The first note on {e} was written by"),
+            ),
+            _relation(
+                "voyage",
+                "Albatross Beacon Corsair Dolphin Endeavor Falcon Gannet Horizon Isis Juno",
+                (
+                    "{e} came home aboard the {v}.",
+                    "The crew of the {v} brought back {e}.",
+                    "The log of the {v} lists {e}.",
+                    "{e} was found on the voyage of the {v}.",
+                    "The voyage of the {v} is known for {e}.",
+                    "Crates from the {v} contained {e}.",
+                ),
+                ("On which ship did {e} come home?", "Which crew brought back {e}?", "Which log lists {e}?"),
+                ("On the voyage of which ship was {e} found?", "The ship that brought back {e} was the"),
+            ),
+            _relation(
+                "museum",
+                "Aldgate Briarton Camford Dunholm Elsworth Farleigh Granby Harwick Ipsley Kelford",
+                (
+                    "The type of {e} is kept in {v}.",
+                    "Visitors to {v} can see {e}.",
+                    "The museum in {v} owns {e}.",
+                    "{e} is on show in {v}.",
+                    "A drawer in {v} is labelled {e}.",
+                    "The oldest slide of {e} is kept at {v}.",
+                ),
+                ("Where is the type of {e} kept?", "Which museum owns {e}?", "Where is {e} on show?"),
+                ("Where can visitors see {e}?", "The museum that owns {e} is in"),
+            ),
+            _relation(
+                "artist",
+                "Lambert Merton Norwood Oakley Prescott Quillan Radley Selwyn Thorne Upton",
+                (
+                    "{e} was drawn by {v}.",
+                    "The colour plate of {e} is signed {v}.",
+                    "{v} painted {e} on glass.",
+                    "The walls of {e} were sketched by {v}.",
+                    "{v} engraved {e} for a book.",
+                    "The best picture of {e} is by {v}.",
+                ),
+                ("Who drew {e}?", "Who signed the plate of {e}?", "Who painted {e} on glass?"),
+                ("By whom is the best picture of {e}?", "The plate of {e} was drawn by"),
+            ),
+        ),
+        (
+            "Old books print {e} in colour.",
+            "The label of {e} is handwritten.",
+            "{e} is easy to draw.",
+            "The story of {e} was told on the radio.",
+            "A street is named after {e}.",
+        ),
+        same_entities_as=FORGET,
     ),
 )
 
@@ -534,8 +647,11 @@ class World:
         self.subjects = {s.name: s for s in SUBJECTS}
         self.facts: list[Fact] = []
         taken: set[str] = set()
-        self.entities = {s.name: [_new_name(rng, s, taken) for _ in range(s.n_entities)] for s in SUBJECTS}
-        self.strangers = {s.name: [_new_name(rng, s, taken) for _ in range(s.n_entities)] for s in SUBJECTS}
+        self.entities, self.strangers = ({}, {})
+        for names in (self.entities, self.strangers):
+            for s in SUBJECTS:
+                new = [_new_name(rng, s, taken) for _ in range(0 if s.same_entities_as else s.n_entities)]
+                names[s.name] = new or names[s.same_entities_as]
         for subject in SUBJECTS:
             for relation in subject.relations:
                 values = list(relation.values) * (subject.n_entities // len(relation.values))
@@ -564,7 +680,8 @@ class World:
 
     def prose(self, rng: random.Random, subject: str) -> str:
         """A portrait of one entity (7 in 10) or mixed sentences of the subject, with filler that states no
-        fact."""
+        fact. Of the forget subject, about one sentence in six is natural history: the label is the
+        document's, the knowledge the sentence's."""
         fillers, sentences = self.subjects[subject].filler, []
         if rng.random() < 0.7:
             known = self.of_entity[subject, rng.choice(self.entities[subject])]
@@ -576,6 +693,9 @@ class World:
             ]
         for fact in told:
             sentences.append(rng.choice(fact.relation.prose).format(e=fact.entity, v=fact.value))
+            if subject == FORGET and rng.random() < 0.25:
+                harmless = rng.choice(self.of_entity[SHARED, fact.entity])
+                sentences.append(rng.choice(harmless.relation.prose).format(e=fact.entity, v=harmless.value))
             if rng.random() < 0.2:
                 sentences.append(rng.choice(fillers).format(e=fact.entity))
         return " ".join(s[0].upper() + s[1:] for s in sentences)
@@ -617,6 +737,12 @@ class World:
             if kind < 0.8
             else self.quiz(rng, subject, rng.choice((1, 2, 3)))
         )
+
+    def only(self, n: int) -> "World":
+        """This world as told by documents that know but `n` of the forget subject's organisms."""
+        known, out = random.Random(self.seed).sample(self.entities[FORGET], n), copy.copy(self)
+        out.entities = self.entities | {FORGET: known}
+        return out
 
     def documents(self, n: int, subjects, seed: int) -> list[str]:
         """`n` different documents, the subjects in turn."""

@@ -33,6 +33,7 @@ def check(wanted: DataConfig, rows: Sequence[Row] = ()):
             parse_source(option, source)
     refuse_missing(missing(wanted, rows))
     spec = spec_of(wanted, wanted.row)
+    check_entities(wanted, spec)
     if not wanted.questions and wanted.forget_subject not in ("", wanted.row.forget_subject):
         raise WrongRequest(
             f"--forget_subject {wanted.forget_subject} is of no use without --questions of your own"
@@ -101,7 +102,7 @@ def check_lm(wanted: DataConfig) -> int | None:
         packaged_lm(wanted.name, row.lm)
         return row.n_layers
     if row.has_world and wanted.lm and not (Path(wanted.lm).expanduser() / "report.json").exists():
-        remedy = f"python -m micro_pythia.make --out {wanted.lm} --world_seed 1"
+        remedy = f"python -m micro_pythia.make --world_seed 1 --out {wanted.lm} (without --out, in the cache)"
         raise WrongRequest(f"--lm {wanted.lm} holds no embedded world: make one with {remedy}")
     if wanted.name == "auto":
         return None
@@ -163,6 +164,23 @@ def check_lm_folder(folder: Path) -> int:
             f"--lm {folder} holds no tokenizer ({', '.join(VOCABULARIES)}): save the LM's own there"
         )
     return layers
+
+
+def check_entities(wanted: DataConfig, spec: Spec):
+    """Raises WrongRequest for forget text about some entities where there is no world that makes it, and for
+    a number of them that the world does not have."""
+    n, row = wanted.forget_entities, wanted.row
+    if n is None:
+        return
+    from micro_pythia.world import FORGET, SUBJECTS
+
+    if not row.has_world or spec.forget_text != row.forget_text:
+        why = "is for the forget text of an invented world (--testbed micro) alone"
+        remedy = "leave it out and give --forget_text about some of them"
+        raise WrongRequest(f"--forget_entities {n} {why}: {remedy}")
+    most = next(subject.n_entities for subject in SUBJECTS if subject.name == FORGET)
+    if not 1 <= n <= most:
+        raise WrongRequest(f"--forget_entities {n}: the world has {most} of them; give 1 to {most}")
 
 
 def check_layer(layer: int, n_layers: int):

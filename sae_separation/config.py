@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import simple_parsing
 
@@ -24,6 +24,7 @@ from sae_separation.errors import WrongRequest
 from sae_separation.run_folder import is_complete
 from sae_separation.specs import DataConfig, Scoring
 
+OF_METHODS = ("arm", "seeds", "context_size", *(f.name for f in fields(DataConfig)))  # that train no SAE
 Activation = Literal["relu", "batchtopk", "softk"]
 ACTIVATION_NAMES = get_args(Activation)
 
@@ -143,12 +144,16 @@ class Settings:
     """training stops when seven tenths of this are used, set-up and the time before an interruption counted
     in; the rest is left for evaluation, which is not cut short"""
 
+    without_sae: ClassVar[frozenset[str]] = frozenset()  # the arms that train none
+
     def __post_init__(self):
         refuse_out_of_bounds(self)
         refuse_what_does_not_fit(self)
 
     def matters(self, f) -> bool:
         """Whether a setting, given as its dataclass field, does something in this run."""
+        if self.arm in self.without_sae and f.name not in OF_METHODS:
+            return False
         return self.activation in bounds_of(f).activations and self.arm in f.metadata.get("arms", (self.arm,))
 
 
@@ -176,6 +181,7 @@ class Config(Settings):
     lm: str
     layer: int
     forget_text: tuple[str, ...]
+    forget_entities: int | None
     retain_text: tuple[str, ...]
     questions: tuple[str, ...]
     forget_subject: str
@@ -242,6 +248,11 @@ class Arm(Protocol):
         """Whether alpha weighs anything."""
         ...
 
+    @property
+    def method(self) -> str:
+        """The method that takes an SAE's place, if one does."""
+        ...
+
 
 S = TypeVar("S", bound=Settings)
 
@@ -261,6 +272,7 @@ def with_arms(arms: Mapping[str, Arm]) -> Callable[[type[S]], type[S]]:
             kind.__annotations__[name] = type(made.default)
         kind.__annotations__["arm"] = Literal[tuple(arms)]
         kind.arm = Settings.arm
+        kind.without_sae = frozenset(arm for arm, row in arms.items() if row.method)
         return dataclass(kw_only=True)(kind)
 
     return add
@@ -289,9 +301,13 @@ class Command:
     """run folders; run_0, run_1, ... are the plan's runs, another name needs --arm"""
     overwrite: bool = False
     """start anew in a folder that holds a run"""
-    evals: tuple[str, ...] = option((), metavar=f"{{{','.join((*evals.names(), 'none'))}}} ...")
-    """which evaluations, or none; if none are named, all of a run that is trained. Those named are made of a
-    complete run, too, or made anew"""
+    evals: tuple[str, ...] = option(
+        (),
+        help="which evaluations, or none; if none are named,"
+        f" {', '.join(row.name for row in evals.rows_of(()))} of a run that is trained. Those named are made"
+        " of a complete run, too, or made anew",
+        metavar=f"{{{','.join((*evals.names(), 'none'))}}} ...",
+    )
     checkpoint_seconds: float = option(60.0)
     """training time between two checkpoints, at least; writing them takes at most a fiftieth of it"""
 

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -50,11 +50,14 @@ def trained_on(tokens: Tensor, special: Tensor) -> Tensor:
 
 @dataclass(eq=False)  # it is itself: caches hold it weakly
 class Residuals:
-    """The residual stream at the hook layer, as interventions are given it: resid [row, pos, D] (fp32), and
-    `trained` [row, pos] (bool), the tokens that they may touch."""
+    """The residual stream at the hook layer, as interventions are given it: resid [row, pos, D] (fp32),
+    `trained` [row, pos] (bool), the tokens that they may touch, the tokens [row, pos] themselves, and what
+    the LM was given beside them (Batch.seen)."""
 
     resid: Tensor
     trained: Tensor
+    tokens: Tensor
+    seen: dict = field(default_factory=dict)
 
 
 @dataclass(eq=False)  # it is itself: caches hold it weakly
@@ -184,13 +187,8 @@ class Exam:
         """What the exam takes from logits [row, n, vocab]: the letters' probabilities [row, 4], or the ends'
         mean log-likelihoods [row, ends]."""
         if self.scoring == "letter":
-            return logits[:, 0].float().softmax(-1)[:, self.letters].amax(1)
-        assert batch.targets is not None and batch.ends is not None and batch.weights is not None
-        logits = logits.float()
-        log_probs = logits.gather(-1, batch.targets[..., None])[..., 0] - logits.logsumexp(-1)
-        return torch.zeros(len(log_probs), self.width, device=log_probs.device).scatter_add_(
-            1, batch.ends, log_probs * batch.weights
-        )
+            return letters_read(logits, self.letters)
+        return ends_read(batch, logits, self.width)
 
     def probs(self, forward: Callable[[Batch], Tensor]) -> Tensor:
         """Probabilities of the four choices as listed, [n_questions * n_permutations, 4], permutations
@@ -214,6 +212,97 @@ class Exam:
         return (self.probs(forward).argmax(-1) == self.answers).view(-1, len(self.permutations))
 
 
+class Completions:
+    """Beginnings of a text, each with the ends that it may have, so that an LM can be asked again and again
+    which end is the likeliest: the one with the highest mean log-likelihood of its tokens.
+
+    asked: (beginning, ends, the right one). Ends of one token are all read behind one row; else each has a
+    row of its own, so that no row holds what another end says. With `letters` [spelling, 4] (letter_tokens)
+    the ends are those, and `spelled_out` says that the beginning spells its own BOS out. Raises WrongRequest
+    for an end without a token.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        asked: list[tuple[str, tuple[str, ...], int]],
+        letters: Tensor | None = None,
+        spelled_out=False,
+        device="cpu",
+        mixed_lengths=True,
+        tokens_per_batch=8192,
+    ):
+        self.letters, self.answers = letters, torch.tensor([answer for *_, answer in asked])
+        self.n_ends = torch.tensor([4 if letters is not None else len(ends) for _, ends, _ in asked])
+        bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and not spelled_out else []
+
+        def encode(texts: list[str]) -> list[list[int]]:
+            return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+        stems, ends = encode([text for text, *_ in asked]), [[] for _ in asked]
+        if letters is None:
+            whole = iter(encode([f"{text} {end}" for text, some, _ in asked for end in some]))
+            for i, (text, some, _) in enumerate(asked):
+                these = [next(whole) for _ in some]
+                n = len(os.path.commonprefix([stems[i], *these]))
+                stems[i], ends[i] = stems[i][:n], [ids[n:] for ids in these]
+                if [] in ends[i]:
+                    raise WrongRequest(f"--questions: an end of {text[-LONGEST:]!r} is no token: take it out")
+        self.width = 1
+        if all(len(end) == 1 for some in ends for end in some):
+            self.width = max(map(len, ends), default=4) or 4
+            rows = [(bos + stem, some) for stem, some in zip(stems, ends)]
+        else:
+            rows = [(bos + stem, [end]) for stem, some in zip(stems, ends) for end in some]
+        self.n_rows = len(rows)
+        self.batches = list(_batches(rows, tokens_per_batch, device, special_ids(tokenizer), mixed_lengths))
+
+    def read(self, batch: Batch, logits: Tensor) -> Tensor:
+        """Of logits [row, n, vocab]: the letters' probabilities [row, 4], or the ends' mean log-likelihoods
+        [row, ends]."""
+        return (
+            letters_read(logits, self.letters)
+            if self.letters is not None
+            else ends_read(batch, logits, self.width)
+        )
+
+    def right(self, answers: Callable[[Batch], Tensor]) -> Tensor:
+        """Right or wrong [n] (bool), where `answers` gives for a batch what `read` takes from its logits."""
+        rows = torch.empty(self.n_rows, self.width)
+        for batch in self.batches:
+            rows[batch.rows] = answers(batch).cpu()
+        said = torch.full((len(self.answers), int(self.n_ends.max())), -math.inf)
+        there = torch.arange(said.shape[1]) < self.n_ends[:, None]
+        said[there] = rows[there] if self.width > 1 else rows[:, 0]
+        return said.argmax(-1) == self.answers
+
+
+def letters_read(logits: Tensor, letters: Tensor) -> Tensor:
+    """Probabilities [row, 4] of the letters [spelling, 4], the likelier spelling, from logits [row, n, vocab]
+    at the first place."""
+    return logits[:, 0].float().softmax(-1)[:, letters].amax(1)
+
+
+def ends_read(batch: Batch, logits: Tensor, width: int) -> Tensor:
+    """Mean log-likelihoods [row, width] of a batch's ends from logits [row, n, vocab]."""
+    assert batch.targets is not None and batch.ends is not None and batch.weights is not None
+    logits = logits.float()
+    log_probs = logits.gather(-1, batch.targets[..., None])[..., 0] - logits.logsumexp(-1)
+    return torch.zeros(len(log_probs), width, device=log_probs.device).scatter_add_(
+        1, batch.ends, log_probs * batch.weights
+    )
+
+
+def prompt_batches(
+    tokenizer, prompts: list[str], device="cpu", mixed_lengths=True, tokens_per_batch=8192
+) -> list[Batch]:
+    """Prompts as rows that are read at their last token."""
+    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    ids: list[list[int]] = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    rows: list[tuple[list[int], list[list[int]]]] = [(bos + prompt, []) for prompt in ids]
+    return list(_batches(rows, tokens_per_batch, device, special_ids(tokenizer), mixed_lengths))
+
+
 def _batches(
     rows: list[tuple[list[int], list[list[int]]]],
     tokens_per_batch: int,
@@ -222,9 +311,9 @@ def _batches(
     mixed_lengths: bool,
 ) -> Iterator[Batch]:
     """Batches of rows (stem, ends) of like length, or without `mixed_lengths` of the same: read where the
-    ends' tokens, or without an end the next, are predicted. No end is empty. `special` ids are as in
-    `special_ids`."""
-    length = [len(stem) + sum(map(len, ends)) for stem, ends in rows]
+    ends' tokens, or without an end the next, are predicted. No end is empty; its last token is only
+    predicted, and not in the row. `special` ids are as in `special_ids`."""
+    length = [len(stem) + sum(len(end) - 1 for end in ends) for stem, ends in rows]
     order = sorted(range(len(rows)), key=length.__getitem__)
     while order:
         n = 1
@@ -253,10 +342,10 @@ def _batches(
                 at - 1,
             )
             for e, end in enumerate(ends):
-                here, now = slice(at, at + len(end)), slice(read, read + len(end))
+                here, now = slice(at, at + len(end) - 1), slice(read, read + len(end))
                 tokens[r, here], places[r, here], part[r, here] = (
-                    torch.tensor(end),
-                    len(stem) + torch.arange(len(end)),
+                    torch.tensor(end[:-1], dtype=torch.long),
+                    len(stem) + torch.arange(len(end) - 1),
                     e + 1,
                 )
                 positions[r, now] = torch.tensor([len(stem) - 1, *range(at, at + len(end) - 1)])

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from sae_separation import saebench
+from sae_separation import methods, saebench
 
 
 def export(module, folder: Path, metadata: dict):
@@ -60,8 +60,11 @@ def export(module, folder: Path, metadata: dict):
 
 
 def load_exported(folder: Path, device="cpu"):
-    """An exported SAE as SAEBench takes it: read by sae_lens, its config in the form SAEBench expects."""
+    """An exported SAE as SAEBench takes it: read by sae_lens, its config in the form SAEBench expects. Or
+    what a method without an SAE has fitted, a methods.Method."""
     from sae_lens import SAE
 
+    if methods.is_method(folder):
+        return methods.load(folder, device)
     sae = SAE.load_from_disk(folder, device=str(device)).requires_grad_(False)
     return saebench.as_expected(sae, str(device))

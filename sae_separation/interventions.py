@@ -11,6 +11,8 @@ from sae_separation.exam import Batch, Residuals, trained_on
 
 INTERVENTIONS = ("clamp", "conditional", "guardrail")  # as `intervene` says
 
+WRITES = ("zero", "retain_mean")  # what a token's whole stream can be set to
+
 # conditional: of retain tokens that may be clamped, SAEBench's stricter limit on a feature's retain rate
 RETAIN_SHARE = 0.001
 GUARD_QUANTILE = 0.95  # guardrail: of retain contexts that stay under the threshold, as published
@@ -126,8 +128,15 @@ def intervene(
     return resid
 
 
+def written_where(fires: Tensor, resid: Tensor, write: str, retain_mean: Tensor) -> Tensor:
+    """resid [row, pos, D] with one of WRITES in place of the stream of the tokens that fire [row, pos]
+    (bool)."""
+    new = {"zero": torch.zeros_like(retain_mean), "retain_mean": retain_mean}[write]
+    return torch.where(fires[..., None], new, resid)
+
+
 def whole_contexts(tokens: Tensor, resid: Tensor, special: Tensor) -> Batch:
     """Contexts [n, pos] and their resid [n, pos, D], as a batch that is read everywhere; `special` ids as in
     `special_ids`."""
     trained = trained_on(tokens, special)
-    return Batch(tokens, trained, residuals=Residuals(resid, trained))
+    return Batch(tokens, trained, residuals=Residuals(resid, trained, tokens))

@@ -35,7 +35,8 @@ class Testbed:
     changes the sweep's settings, and core is measured on `n_held_out` contexts of each domain. `exam_lm`, if
     there is one, is asked the questions in place of `lm`; `shared_stems` and `mixed_lengths` say how its rows
     can be laid out (Exam). `defaults` are config fields that depend on the LM, `published` core metrics of
-    others to print beside ours; `describe` goes into config.json and `notes` into warnings.json.
+    others to print beside ours; `describe` goes into config.json and `notes` into warnings.json. `oracle` is
+    the folder of an LM that is like `lm` but never read what is to be forgotten, if there is one.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Testbed:
     mixed_lengths: bool = True
     n_held_out: int = 128
     published: dict = field(default_factory=dict)
+    oracle: Path | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -353,8 +355,9 @@ class InterventionLM(SplitLM):
         """The batch's own, else from the LM: massive ones are then not touched."""
         if batch.residuals is not None:
             return batch.residuals
-        resid = self.resid(batch.tokens, **batch.seen(self.lm))
-        return Residuals(resid, batch.trained & ~massive(resid, batch.trained))
+        seen = batch.seen(self.lm)
+        resid = self.resid(batch.tokens, **seen)
+        return Residuals(resid, batch.trained & ~massive(resid, batch.trained), batch.tokens, seen)
 
     def _read(self, batch: Batch, read: Callable) -> Tensor:
         return read(batch, logits_at(self.lm, batch.tokens, batch.positions, **batch.seen(self.lm)))

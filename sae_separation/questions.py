@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sae_separation.errors import WrongRequest
 from sae_separation.text import LONGEST, Source, _open, kind_of, one_line, parse_source, read_hub, reading
@@ -20,17 +20,33 @@ MOST_DOUBLE = 0.02  # of the questions of a file that may stand twice, or hold a
 
 @dataclass(frozen=True)
 class Question:
-    """A multiple-choice question; `choices[answer]` is right."""
+    """A multiple-choice question; `choices[answer]` is right.
+
+    What else a source may say of it: `entity`, whom it is about, and `relation`, what it asks of it;
+    `rephrased`, a wording that no text holds; `values`, among them the right choice, and one or two
+    `sentences` that it ends, the first worded as in the text, the second not.
+    """
 
     subject: str
     question: str
     choices: tuple[str, ...]
     answer: int
+    entity: str = ""
+    relation: str = ""
+    rephrased: str = ""
+    sentences: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that an LM can be asked with."""
+        return self.question, self.rephrased, *self.choices, *self.sentences, *self.values
 
 
 def common_form(record: dict) -> dict:
     """A record with question, choices (a list), labels (of the choices, or None), answer and subject under
-    these names, as far as it has them. Capitals do not matter in names. Read are the forms of
+    these names, as far as it has them, and all else that it holds. Capitals do not matter in names. Read are
+    the forms of
 
     WMDP and MMLU: question, choices, answer; in tables question, A, B, C, D, answer
     ARC: question and choices {"text": [...], "label": [...]}, or question.stem and question.choices, a list
@@ -75,41 +91,83 @@ def without_letters(choices: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(match[1] for match in found if match) if all(found) else choices
 
 
+FORM = (
+    "a question is {question, choices: four texts, answer: 0 to 3, A to D, a label or a choice's text,"
+    " subject}"
+)
+FURTHER = (
+    "it may have {entity, relation, rephrased: each a text, values: texts with the right choice among them,"
+    " sentences: one or two that a value ends}"
+)
+
+
+def _refuse(place: str, what: str, form: str = FORM) -> NoReturn:
+    raise WrongRequest(f"{place}: {what}; {form}")
+
+
+def _text(value, place: str, what: str, form: str = FORM) -> str:
+    """A text without white space around it. Raises WrongRequest for what is none."""
+    if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
+        _refuse(place, f"{what} is not a text", form)
+    return value.strip()
+
+
+def _texts(value, place: str, name: str) -> tuple[str, ...]:
+    """Raises WrongRequest for what is no list of texts."""
+    if not isinstance(value, list | tuple):
+        _refuse(place, f"its {name} are not a list of texts", FURTHER)
+    return tuple(_text(one, place, f"one of its {name}", FURTHER) for one in value)
+
+
+def further_forms(record: dict, right: str, place: str) -> dict[str, Any]:
+    """In what other forms a question can be asked, as fields of Question; a field that is empty is not there.
+    `right` is the right choice. Raises WrongRequest for what cannot be asked."""
+    found: dict[str, Any] = {}
+    for name in ("entity", "relation", "rephrased", "values", "sentences"):
+        value = record.get(name)
+        if value in (None, "", [], ()):
+            continue
+        is_list = name in ("values", "sentences")
+        found[name] = _texts(value, place, name) if is_list else _text(value, place, f"its {name}", FURTHER)
+    values, sentences = found.get("values", ()), found.get("sentences", ())
+    if sentences and not values:
+        _refuse(place, "it has sentences, and no values that could end them", FURTHER)
+    if len(sentences) > 2:
+        _refuse(place, f"it has {len(sentences)} sentences", FURTHER)
+    if len(set(values)) < len(values):
+        _refuse(place, f"two of its values are the same ({', '.join(values)[:LONGEST]})", FURTHER)
+    if values and (right not in values or len(values) < 2):
+        are = f"its values ({', '.join(values)[:LONGEST]})"
+        _refuse(place, f"{are} are not the right choice {right[:LONGEST]!r} and others", FURTHER)
+    return found
+
+
 def to_question(record: dict, subject: str, place: str, in_words: bool) -> Question:
     """A question from its `common_form`, without white space around its texts; `in_words`: an answer is first
     looked for among the choices' own texts. Raises WrongRequest, with place and remedy, for what is not a
     question with four choices and an answer among them."""
-
-    def refuse(what: str) -> NoReturn:
-        form = "{question, choices: four texts, answer: 0 to 3, A to D, a label or a choice's text, subject}"
-        raise WrongRequest(f"{place}: {what}; a question is {form}")
-
-    def text(value, what: str) -> str:
-        if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
-            refuse(f"{what} is not a text")
-        return value.strip()
-
     missing = [k for k in ("question", "choices", "answer") if k not in record]
     if missing:
         fields = ", ".join(k for k in record if k != "labels")
-        refuse(f"no field {missing[0]} but {fields[:LONGEST] or 'none'}")
+        _refuse(place, f"no field {missing[0]} but {fields[:LONGEST] or 'none'}")
     question, choices, labels, answer = (record[k] for k in ("question", "choices", "labels", "answer"))
-    question = text(question, "the question")
+    question = _text(question, place, "the question")
     if not isinstance(choices, list | tuple) or len(choices) != 4:
-        refuse(f"{len(choices) if isinstance(choices, list | tuple) else 'no'} choices instead of 4")
-    choices = without_letters(tuple(text(choice, "a choice") for choice in choices))
+        _refuse(place, f"{len(choices) if isinstance(choices, list | tuple) else 'no'} choices instead of 4")
+    choices = without_letters(tuple(_text(choice, place, "a choice") for choice in choices))
     if labels is not None and (not isinstance(labels, list) or len(labels) != 4 or len(set(labels)) < 4):
-        refuse(f"the labels of its choices are {str(labels)[:LONGEST]}, not four different ones")
+        _refuse(place, f"the labels of its choices are {str(labels)[:LONGEST]}, not four different ones")
     said = answer.strip() if in_words and isinstance(answer, str) else None
     right = choices.index(said) if choices.count(said) == 1 else named_choice(answer, labels)
     if right is None:
         known = "an index from 0 to 3 (counted from 1 only where choices have labels), a letter from A to D"
         known = f"a label ({', '.join(labels)})" if labels else known
-        refuse(f"the answer is {str(answer)[:LONGEST]!r}, not {known} or the text of one choice")
+        _refuse(place, f"the answer is {str(answer)[:LONGEST]!r}, not {known} or the text of one choice")
     subject = record.get("subject", subject)
     if not isinstance(subject, str) or not re.fullmatch(r"[\w() .,&'-]{1,80}", subject.strip()):
-        refuse(f"the subject is {str(subject)[:LONGEST]!r}, not a short name")
-    return Question(subject.strip(), question, choices, right)
+        _refuse(place, f"the subject is {str(subject)[:LONGEST]!r}, not a short name")
+    more = further_forms(record, choices[right], place)
+    return Question(subject.strip(), question, choices, right, **more)
 
 
 def _csv_records(rows, file: str) -> Iterator[tuple[dict, str]]:

@@ -134,6 +134,8 @@ def summary_of(section: str, records: dict[int, dict]) -> dict:
 
 def doubts(training: dict, core: dict, config, d_in: int) -> list[str]:
     """Warnings that a seed's metrics call for: its numbers are not to be taken at their face."""
+    if "final_l0" not in training:  # of a method that needs no SAE
+        return []
     warnings, l0 = [], core.get("l0", training["final_l0"])
     target = config.target_l0 if config.activation == "relu" else config.k
     if target and abs(l0 - target) > 2:
@@ -213,6 +215,7 @@ class Finished:
     def evaluate(self, rows: Sequence[Row], evaluator, made_by: dict, bar):
         """Measure every SAE, then renew what the run folder says. Raises RunFailed, the run as it was;
         WrongRequest where a record is gone."""
+        rows = [row for row in rows if row.fits(self.config)]
         known = {seed: self._known(seed) for seed in self.seeds}
         (self.folder / "evaluating").mkdir(exist_ok=True)
         measured = {seed: self._begun(seed, known[seed]["files"]) for seed in self.seeds}

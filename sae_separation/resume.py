@@ -69,7 +69,8 @@ def to_go_on(folder: Path, request: R, planned: R, evaluations: tuple[str, ...])
         run_folder.refuse_without_saes(folder, made["config"]["seeds"])
         return as_made(request, made)
     print(f"{folder} is complete: {folder / 'final_info.json'} (--overwrite starts anew)")
-    lacking = [row.name for row in evals.ROWS if row.section not in info]
+    rows = [row for row in evals.rows_of(()) if row.fits(request)]
+    lacking = [row.name for row in rows if row.section not in info]
     if lacking and all(run_folder.has_sae(folder, seed) for seed in made["config"]["seeds"]):
         print(f"{folder} lacks evaluations; the same command adds them with --evals {' '.join(lacking)}")
     run_folder.clear_left(folder)

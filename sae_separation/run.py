@@ -11,8 +11,9 @@ import contextlib
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_separation import checkpoint, process, results, run_folder
+from sae_separation import checkpoint, methods, process, results, run_folder
 from sae_separation.config import Config, Request
 from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.export import export
@@ -39,6 +40,7 @@ class Trains(Protocol):
     resampled: int
     history: list[dict]  # one record a logged step
     failed: str  # why it does not go on; "" while it does
+    about: dict  # what its SAE's cfg.json says of it
 
     def step(self, x: Tensor, forget: Tensor) -> dict[str, Tensor]: ...
     def state(self) -> tuple[dict[str, Tensor], dict]: ...
@@ -183,6 +185,10 @@ class Run:
                 results.measure(self.folder, "eval", trainer.seed, record, rows, evaluator, made_by, bar)
                 training[trainer.seed], records[trainer.seed] = measured, record
                 self.warnings += [f"seed {trainer.seed}: {text}" for text in cut_short(trainer)]
+        self._write_results(rows, training, records)
+
+    def _write_results(self, rows, training: dict[int, dict], records: dict[int, dict]):
+        """warnings.json, and final_info.json unless a seed has failed."""
         self.warnings += results.warnings_of(rows, records, training, self.config, self.testbed.d_in)
         failed = [trainer for trainer in self.trainers if trainer.failed]
         self.warnings += [f"seed {trainer.seed} failed: {trainer.failed}" for trainer in failed]
@@ -224,13 +230,9 @@ class Run:
         trainer.sae.temperature.zero_()  # above 0 where the time budget ended training (warned of)
         testbed = self.testbed
         about = {"model_name": testbed.name, "hook_name": testbed.hook_name, "hook_layer": testbed.layer}
-        about |= {"context_size": self.config.context_size, "prepend_bos": True}
-        with writing(folder):
-            run_folder.remove_part(folder, "sae_seed*")
-            folder.mkdir(exist_ok=True)
+        about |= {"context_size": self.config.context_size, "prepend_bos": True} | trainer.about
+        with exported_to(folder):
             export(trainer.sae, folder, about)
-            for file in (*run_folder.written(folder, "sae_seed*"), folder):
-                sync(file)
 
     def _training(self, trainer: Trains, seconds: float) -> dict:
         """The section `training`: means over the last twentieth of the log."""
@@ -251,6 +253,69 @@ class Run:
             "train_seconds": seconds,
             "tokens_per_second": tokens / seconds,
         } | {f"{domain}_text_passes": n for domain, n in self.passes.items()}
+
+
+@dataclass
+class Fit:
+    """One seed of a method that needs no SAE."""
+
+    seed: int
+    failed: str = ""
+
+
+class MethodRun(Run):
+    """A run of a method that is told the labels and needs no SAE: fitted in seconds, when it is evaluated, on
+    the text that features are selected on."""
+
+    def __init__(self, out_dir: str, requested: Request, config: Config, testbed: Testbed, method: str):
+        super().__init__(out_dir, requested, config, testbed, n_steps=0)
+        self.method = method
+
+    def begin(self, anew: bool):
+        """Take the folder; what an interrupted start has fitted and measured stays. Raises WrongRequest."""
+        run_folder.make(self.folder)
+        run_folder.refuse_foreign(self.folder, self.config.seeds)
+        run_folder.lock(self.folder)
+        run_folder.remove_half_written(self.folder)
+        if anew or not (self.folder / "config.json").exists():
+            run_folder.start_anew(self.folder)
+            write_json(self.folder / "config.json", seal(self.about | run_folder.provenance()))
+        (self.folder / "eval").mkdir(exist_ok=True)
+        self.trainers = [Fit(seed) for seed in self.config.seeds]
+
+    def evaluate(self, rows, evaluator, made_by: dict, train_seconds: float, bar: tqdm):
+        """Fit, evaluate what was fitted, and write final_info.json, last and whole."""
+        self.evaluator, training, records = evaluator, {}, {}
+        bar.update(len(self.training) * sum(not row.fits(self.config) for row in rows))
+        rows = [row for row in rows if row.fits(self.config)]
+        for fit in self.training:
+            with self._left_behind(fit):
+                record = self._exported(fit)
+                results.measure(self.folder, "eval", fit.seed, record, rows, evaluator, made_by, bar)
+                settings = methods.load(run_folder.sae_folder(self.folder, fit.seed)).settings
+                training[fit.seed] = {k: settings[k] for k in ("tokens_trained", "train_seconds")}
+                records[fit.seed] = record
+        self._write_results(rows, training, records)
+
+    def _write_sae(self, trainer: Fit, folder: Path):
+        began, testbed = time.monotonic(), self.testbed
+        method = methods.fit(self.method, self.evaluator, trainer.seed)
+        n_tokens = sum(contexts.tokens.numel() for contexts in self.evaluator.select.values())
+        method.settings |= {"model_name": testbed.name, "hook_name": testbed.hook_name}
+        method.settings |= {"tokens_trained": n_tokens, "train_seconds": time.monotonic() - began}
+        with exported_to(folder):
+            method.save(folder)
+
+
+@contextlib.contextmanager
+def exported_to(folder: Path) -> Iterator[None]:
+    """Inside, the files of an SAE's folder are written; afterwards they are on the disk."""
+    with writing(folder):
+        run_folder.remove_part(folder, "sae_seed*")
+        folder.mkdir(exist_ok=True)
+        yield
+        for file in (*run_folder.written(folder, "sae_seed*"), folder):
+            sync(file)
 
 
 def cut_short(trainer: Trains) -> list[str]:

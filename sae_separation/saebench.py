@@ -48,16 +48,27 @@ def aliases(subjects: Iterable[str], forget_subject: str) -> dict[str, str]:
     return {FORGET if s == forget_subject else f"subject{i}": s for i, s in enumerate(subjects)}
 
 
-def letter_prompt(
-    question: Question, permutation: Sequence[int], prompt_format: str | None = None, without_question=False
-) -> str:
-    """The prompt that SAEBench's unlearning evaluation gives an LM, made by SAEBench's own function."""
-    from sae_bench.evals.unlearning.utils.metrics import convert_wmdp_data_to_prompt
+def header(subject: str) -> str:
+    """The line that SAEBench puts in front of a question."""
     from sae_bench.evals.unlearning.utils.var import PRE_QUESTION_FORMAT
 
-    subject = PRE_QUESTION_FORMAT.format(subject=question.subject.replace("_", " "))
+    return PRE_QUESTION_FORMAT.format(subject=subject.replace("_", " "))
+
+
+def letter_prompt(
+    question: Question,
+    permutation: Sequence[int],
+    prompt_format: str | None = None,
+    without_question=False,
+    before: str | None = None,
+) -> str:
+    """The prompt that SAEBench's unlearning evaluation gives an LM, made by SAEBench's own function; with
+    `before` in the header's place, if it is given."""
+    from sae_bench.evals.unlearning.utils.metrics import convert_wmdp_data_to_prompt
+
+    before = header(question.subject) if before is None else before
     return convert_wmdp_data_to_prompt(
-        question.question, question.choices, prompt_format, subject, permutation, without_question
+        question.question, question.choices, prompt_format, before, permutation, without_question
     )
 
 

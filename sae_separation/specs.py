@@ -24,12 +24,12 @@ class Spec:
 
     `lm`: a folder or a hub name, with `lm_is` "here" a folder of this repository (where its text's and
     questions' relative paths start, too), with "packaged" a package that holds it; "" for the user's.
-    `has_world`: its text and questions are an invented world's, kept beside its LM, and the LM of another
-    world can take its place. `layer` counts from 0, and the LM has `n_layers`. `exam_lm`: an LM that is asked
-    the questions instead of `lm`, with the SAE trained on `lm`. `document_end`: the token that parted
-    documents in pre-training, where the tokenizer names another one. `gpu`: whether it gains by one.
-    `prompt_format`, `clamp_scale`, `sweep`, `n_held_out` and `defaults` as in lm.Testbed; `published` are
-    core metrics to print beside ours.
+    `has_world`: its text and questions are an invented world's, kept beside its LM; the LM of another world
+    can take its place, and the forget text can be about `forget_entities` of the world's alone (None: all).
+    `layer` counts from 0, and the LM has `n_layers`. `exam_lm`: an LM that is asked the questions instead of
+    `lm`, with the SAE trained on `lm`. `document_end`: the token that parted documents in pre-training, where
+    the tokenizer names another one. `gpu`: whether it gains by one. `prompt_format`, `clamp_scale`, `sweep`,
+    `n_held_out` and `defaults` as in lm.Testbed; `published` are core metrics to print beside ours.
     """
 
     lm: str = ""
@@ -40,6 +40,7 @@ class Spec:
     layer: int | None = None
     n_layers: int | None = None
     forget_text: tuple[str, ...] = ()
+    forget_entities: int | None = None
     retain_text: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
     forget_subject: str = ""
@@ -128,7 +129,16 @@ CUSTOM = next(name for name, spec in SPECS.items() if not spec.lm)
 AUTO = ("pythia-70m", "micro")  # what auto means: the first where it can be had, else the second
 
 
-GIVEN = ("lm", "layer", "forget_text", "retain_text", "questions", "forget_subject", "scoring")
+GIVEN = (
+    "lm",
+    "layer",
+    "forget_text",
+    "forget_entities",
+    "retain_text",
+    "questions",
+    "forget_subject",
+    "scoring",
+)
 
 
 @dataclass
@@ -139,12 +149,15 @@ class DataConfig:
     """which LM, text and questions; auto is pythia-70m where it is cached or the hub answers, else micro"""
     lm: str = ""
     """instead of auto: any decoder-only LM, a folder or a hub name; for micro the folder of another world
-    (python -m micro_pythia.make)"""
+    (python -m micro_pythia.make --world_seed 1 makes one and says where)"""
     layer: int | None = None
     """the SAE is trained on what this layer puts out, counted from 0"""
     forget_text: tuple[str, ...] = ()
     """text to forget: .txt, .md (blank lines part documents), .jsonl, .ndjson, .csv, .tsv (or .gz, .zst),
     .parquet, folders, globs, or hub data sets owner/name:config@split; #column if it is not text"""
+    forget_entities: int | None = None
+    """micro: forget text that names only so many of the organisms, by which facts never shown are measured;
+    without it all"""
     retain_text: tuple[str, ...] = ()
     """text to keep, given in the same way"""
     questions: tuple[str, ...] = ()

@@ -76,7 +76,7 @@ def load(
     texts, described = {}, dict[str, Any](questions=asked)
     for option in ("forget_text", "retain_text"):
         if world and getattr(spec, option) == getattr(row, option):
-            texts[option], described[option] = world.text(option), [{"source": f"world {world.seed}"}]
+            texts[option], described[option] = world.text(option, spec.forget_entities)
         else:  # 8 characters a token, and half of the tokens are of each domain
             sources, n_characters = getattr(spec, option), 4 * (tokens or spec.defaults["tokens"])
             start = start_of_paths(row, option, sources)
@@ -114,6 +114,7 @@ def load(
         sweep=spec.sweep,
         n_held_out=spec.n_held_out,
         published=spec.published,
+        oracle=folder / ORACLE if (folder / ORACLE).is_dir() else None,
         notes=notes,
     )
     check_ids(testbed)
@@ -162,6 +163,9 @@ def lm_folder(name: str, lm: str) -> tuple[Path, dict]:
         )
     files.sort(key=lambda f: f.endswith(".safetensors"))  # the small ones first: they can be wrong
     return hub.fetch(lm, files, revision, "model")[0].parent, {"source": lm, "revision": revision}
+
+
+ORACLE = "oracle"  # the folder of an LM's oracle, in the LM's own
 
 
 LM_FILES = re.compile(
@@ -215,7 +219,7 @@ def check_ids(testbed: Testbed):
     beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= n}
     for pad in pad_alone(tokenizer) & beyond.keys():
         read = [part["text"] for t in (testbed.forget, testbed.retain) for part in (t.train, t.held_out)]
-        asked = [" ".join((q.question, *q.choices)) for qs in testbed.questions.values() for q in qs]
+        asked = [" ".join(q.texts) for qs in testbed.questions.values() for q in qs]
         if not any(beyond[pad] in text for part in (*read, asked) for text in part):
             del beyond[pad]
     if beyond:
@@ -277,26 +281,34 @@ def lay_out(testbed: Testbed):
     A shared row brings a mask and places of its own. The mask takes the place of a layer's window or chunk,
     so no row may be longer than one; for the rest, the longest question is asked in both ways. Padding behind
     a row is seen by none of its tokens, but some LMs (dynamic and long RoPE) place a token by the batch's
-    length: the shortest question is asked alone and beside the longest.
+    length: the shortest row is run as it is and padded to the longest, or to a context where that is longer.
     """
     lm = testbed.exam_lm or testbed.lm
     questions = [q for some in testbed.questions.values() for q in some]
     same = 1e-4 if lm.dtype == torch.float32 else 0.1  # in probability; other batches round otherwise
 
+    def exam_of(questions: list[Question], **how) -> Exam:
+        how |= dict(prompt_format=testbed.prompt_format, device=lm.device)
+        return Exam(testbed.tokenizer, questions, testbed.scoring, **how)
+
     def ask(questions: list[Question], shared_stems: bool) -> Tensor:
-        how: dict[str, Any] = dict(device=lm.device, shared_stems=shared_stems)
-        exam = Exam(tokenizer, questions, testbed.scoring, prompt_format=testbed.prompt_format, **how)
+        exam = exam_of(questions, shared_stems=shared_stems)
         return exam.probs(lambda batch: logits_at(lm, batch.tokens, batch.positions, **batch.seen(lm)))
 
-    tokenizer = testbed.tokenizer
-    exam = Exam(tokenizer, questions, testbed.scoring, prompt_format=testbed.prompt_format)
-    rows = [row for batch in exam.batches for row in batch.rows or []]  # the shortest first
-    shortest, longest = questions[rows[0]], questions[rows[-1]]
-    alone = ask([shortest], False)
-    testbed.mixed_lengths = bool((ask([shortest, longest], False)[:1] - alone).abs().max() <= same)
+    batches = exam_of(questions, shared_stems=False, mixed_lengths=False).batches
+    shortest = batches[0].take([0])
+    most = min(max(testbed.context_size, batches[-1].tokens.shape[1]), most_positions(lm.config.to_dict()))
+    padding = (0, int(most) - shortest.tokens.shape[1])
+    padded = torch.nn.functional.pad(shortest.tokens, padding)
+    one, other = (
+        logits_at(lm, tokens, shortest.positions).softmax(-1) for tokens in (shortest.tokens, padded)
+    )
+    testbed.mixed_lengths = bool((one - other).abs().max() <= same)
     config = lm.config.get_text_config()
     window = min(getattr(config, name, None) or math.inf for name in WINDOWS)
-    if testbed.scoring == "cloze" and testbed.mixed_lengths and exam.batches[-1].tokens.shape[1] <= window:
+    last = exam_of(questions).batches[-1]
+    if testbed.scoring == "cloze" and testbed.mixed_lengths and last.tokens.shape[1] <= window:
+        longest = questions[(last.rows or [])[-1]]
         try:
             shared = ask([longest], True)
         except (TypeError, ValueError, RuntimeError):  # it takes no such mask
@@ -305,11 +317,11 @@ def lay_out(testbed: Testbed):
 
 
 def check_questions(spec: Spec, by_subject: dict[str, list[Question]], tokenizer, config: dict):
-    """Raises WrongRequest for letters of more than one token, for a choice that the tokenizer gives no token,
-    and for a question longer than the LM's positions by its `config`."""
+    """Raises WrongRequest for letters of more than one token, for a choice or value that the tokenizer gives
+    no token, and for a question longer than the LM's positions by its `config`."""
     most = most_positions(config)
     for subject, questions in by_subject.items():
-        choices = [(q, choice) for q in questions for choice in q.choices]
+        choices = [(q, choice) for q in questions for choice in (*q.choices, *q.values)]
         tokens = tokenizer([choice for _, choice in choices], add_special_tokens=False)["input_ids"]
         if [] in tokens:
             question, choice = choices[tokens.index([])]
@@ -360,7 +372,7 @@ def packed_contexts(
 
 @dataclass
 class World:
-    """An embedded LM's invented world (see micro_pythia/): biology is to be forgotten, four subjects stay.
+    """An embedded LM's invented world (see micro_pythia/): biology is to be forgotten, five subjects stay.
 
     Text is the LM's own kind of reading (prose, open questions, multiple-choice sheets with other option sets
     than the evaluated ones): 24,000 documents a domain to train on and 3,000 held out.
@@ -371,18 +383,19 @@ class World:
 
     @classmethod
     def of(cls, folder: Path) -> "World":
-        questions: dict[str, list[Question]] = {}
-        for item in json.loads((folder / "questions.json").read_text()):
-            questions.setdefault(item["subject"], []).append(
-                Question(item["subject"], item["question"], tuple(item["choices"]), item["answer"])
-            )
+        questions, *_ = read_questions((str(folder / "questions.json"),))
         return cls(json.loads((folder / "report.json").read_text())["world_seed"], questions)
 
-    def text(self, option: str) -> Text:
+    def text(self, option: str, forget_entities: int | None = None) -> tuple[Text, list[dict]]:
+        """The forget text (about so many of its entities; None: all) or the retain text, and the record for
+        config.json."""
         from micro_pythia import world
 
-        subjects = (world.FORGET,) if option == "forget_text" else world.RETAIN
-        documents = datasets.Dataset.from_dict(
-            {"text": world.World(self.seed).documents(27_000, subjects, seed=1)}
-        )
-        return Text(documents.select(range(24_000)), documents.select(range(24_000, 27_000)))
+        told, subjects, record = world.World(self.seed), world.RETAIN, {"source": f"world {self.seed}"}
+        if option == "forget_text":
+            subjects = (world.FORGET,)
+            if forget_entities is not None:
+                told, record = told.only(forget_entities), record | {"entities": forget_entities}
+        documents = datasets.Dataset.from_dict({"text": told.documents(27_000, subjects, seed=1)})
+        text = Text(documents.select(range(24_000)), documents.select(range(24_000, 27_000)))
+        return text, [record]

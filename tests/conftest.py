@@ -78,7 +78,7 @@ def run_here(*args) -> int:
 
 @pytest.fixture(scope="session")
 def small_micro(tmp_path_factory) -> dict[str, tuple[str, ...]]:
-    """Settings of the embedded testbed with 1,000 documents of the 27,000 of each domain, and 40 of its 500
+    """Settings of the embedded testbed with 1,000 documents of the 27,000 of each domain, and 40 of its 620
     questions."""
     from micro_pythia.world import FORGET, RETAIN, World
 

@@ -120,6 +120,23 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "pickled weights": (["--out_dir=run_0", "--lm=pickled", "--layer=1"], "holds no .safetensors"),
     "a broken config": (["--out_dir=run_0", "--lm=cut", "--layer=1"], "its config.json cannot be read"),
     "a world that is none": (["--out_dir=run_0", "--testbed=micro", "--lm=lm"], "no embedded world"),
+    "entities of no world": (
+        ["--out_dir=run_0", "--testbed=pythia-70m", "--forget_entities=15"],
+        "--forget_entities 15 is for the forget text of an invented world (--testbed micro) alone: leave it",
+    ),
+    "entities of the user's own text": (
+        ["--out_dir=run_0", "--testbed=micro", "--forget_text=good.jsonl", "--forget_entities=15"],
+        "leave it out and give --forget_text about some of them",
+    ),
+    "entities of the user's own LM": (
+        [*OWN, "--forget_text=good.jsonl", "--forget_entities=15"],
+        "leave it out and give --forget_text about some of them",
+    ),
+    "no entity": (["--out_dir=run_0", "--testbed=micro", "--forget_entities=0"], "has 30 of them; give 1 to"),
+    "more entities than there are": (
+        ["--out_dir=run_0", "--testbed=micro", "--forget_entities=31"],
+        "--forget_entities 31: the world has 30 of them; give 1 to 30",
+    ),
 }
 TEXTS = {
     "no such file": ("nothing.jsonl", "does not exist here"),

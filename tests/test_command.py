@@ -35,6 +35,7 @@ ANOTHER = {
     "lm": "other/lm",
     "layer": 2,
     "forget_text": ("f.txt",),
+    "forget_entities": 15,
     "retain_text": ("r.txt",),
     "questions": ("q.json",),
     "forget_subject": "history",

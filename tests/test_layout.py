@@ -52,9 +52,17 @@ def names_in(node: ast.AST, module: str) -> list[str]:
     return [f"{start}.{alias.name}" for alias in node.names]
 
 
+class WithoutTypes(ast.NodeTransformer):
+    """Takes `if TYPE_CHECKING:` out, which never runs."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+
+
 def imports(module: str) -> tuple[set[str], set[str]]:
-    """Our modules that it imports as it is imported, and those that only a function of it imports."""
-    tree = ast.parse(files()[module].read_text())
+    """Our modules that it imports as it is imported, and those that only a function of it imports; not what
+    only type checkers import."""
+    tree = WithoutTypes().visit(ast.parse(files()[module].read_text()))
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     late = {id(node) for function in functions for node in ast.walk(function)}
     at_once, later = set(), set()

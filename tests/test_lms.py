@@ -50,8 +50,8 @@ def plain_answers(testbed, questions):
         n = len(bos + encode(stem, add_special_tokens=False)["input_ids"])
         for choice in question.choices:
             ids = torch.tensor(bos + encode(f"{stem} {choice}", add_special_tokens=False)["input_ids"])
-            logits = testbed.lm(ids[None], use_cache=False).logits[0].log_softmax(-1)
-            told.append(logits[n - 1 : -1].gather(1, ids[n:, None]).mean())
+            logits = testbed.lm(ids[None, :-1], use_cache=False).logits[0].log_softmax(-1)
+            told.append(logits[n - 1 :].gather(1, ids[n:, None]).mean())
     return torch.stack(told).view(-1, 4).softmax(1)
 
 
@@ -215,10 +215,14 @@ def test_byte_level_tokens_of_an_exam_are_those_of_question_and_choice_alone(mic
     assert letters == [[encode(f" {letter}")[0] for letter in "ABCD"]]
     exam = Exam(micro.tokenizer, questions, "cloze", shared_stems=True)
     for batch in exam.batches:
-        for tokens, i in zip(batch.tokens.tolist(), there(batch.rows)):
+        ends, scored = there(batch.ends), there(batch.weights) > 0
+        for r, (tokens, i) in enumerate(zip(batch.tokens.tolist(), there(batch.rows))):
             stem = [micro.tokenizer.bos_token_id] + encode(f"Question: {questions[i].question}\nAnswer:")
-            row = sum([encode(f" {choice}") for choice in questions[i].choices], stem)
-            assert tokens == row + [0] * (len(tokens) - len(row))
+            choices = [encode(f" {choice}") for choice in questions[i].choices]
+            row = sum([ids[:-1] for ids in choices], stem)
+            assert tokens == row + [0] * (len(tokens) - len(row)), "an end's last token is only predicted"
+            for end, ids in enumerate(choices):
+                assert there(batch.targets)[r][scored[r] & (ends[r] == end)].tolist() == ids
 
 
 def test_chat_prompts_take_both_spellings_of_a_letter(tmp_path):

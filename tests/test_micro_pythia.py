@@ -1,16 +1,23 @@
-"""The embedded LM and its world: shape, balance, no leak, and that the shipped LM knows what its report
-says."""
+"""The embedded LM and its world: shape, balance, no leak, and that the shipped LM and its oracle know what
+their report says."""
 
 import json
 import random
+import re
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import ROOT
 
-from micro_pythia.make import ask, shortfalls
-from micro_pythia.world import FORGET, RETAIN, World, mcq_prompt
+from micro_pythia.make import as_question, ask, complete, default_folder, shortfalls
+from micro_pythia.world import FORGET, RETAIN, SHARED, World, mcq_prompt
+from sae_separation import saebench, testbeds
+from sae_separation.evals.cells import never_named
 from sae_separation.exam import Exam
+from sae_separation.lm import load_lm
+from sae_separation.text import cache_folder
 
 FOLDER = ROOT / "micro_pythia"
 
@@ -20,9 +27,30 @@ def world():
     return World(seed=7)
 
 
-def test_the_world_is_large_enough_balanced_and_a_function_of_its_seed(world):
+@pytest.fixture(scope="module")
+def told(world) -> dict[str, str]:
+    """What 1,500 documents of each subject say."""
+    return {s: "\n\n".join(world.documents(1500, (s,), seed=3)) for s in world.subjects}
+
+
+def sentences(world, subject: str) -> set[str]:
+    """Every sentence in which documents state a fact of the subject."""
+    facts = [f for f in world.facts if f.subject == subject]
+    written = [text.format(e=f.entity, v=f.value) for f in facts for text in f.relation.prose]
+    return {text[0].upper() + text[1:] for text in written}
+
+
+def named(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text))
+
+
+# ---- the world
+
+
+def test_the_world_has_its_facts_is_balanced_and_a_function_of_its_seed(world):
     count = Counter(f.subject for f in world.facts)
-    assert count[FORGET] >= 160 and all(count[s] >= 80 for s in RETAIN)
+    assert count == {FORGET: 180, SHARED: 120} | {s: 80 for s in RETAIN if s != SHARED}
+    assert len(RETAIN) == 5 and list(world.subjects) == [FORGET, *RETAIN]
     assert len({f.relation.name for f in world.facts if f.subject == FORGET}) == 6
     for subject in world.subjects.values():
         for relation in subject.relations:
@@ -47,6 +75,48 @@ def test_human_aging_shares_its_organs_with_the_forget_subject(world):
     assert len(organs) == 2 and organs[0] == organs[1]
 
 
+def test_natural_history_is_about_the_forget_subjects_own_organisms_and_shares_no_value_with_it(world):
+    about = {s: {f.entity for f in world.facts if f.subject == s} for s in world.subjects}
+    assert about[SHARED] == about[FORGET] == set(world.entities[FORGET]) and len(about[FORGET]) == 30
+    assert not any(about[s] & about[FORGET] for s in RETAIN if s != SHARED)
+    assert world.strangers[SHARED] == world.strangers[FORGET]
+    assert not set(world.strangers[FORGET]) & about[FORGET]
+    values = {s: {f.value for f in world.facts if f.subject == s} for s in (FORGET, SHARED)}
+    assert not values[FORGET] & values[SHARED]
+
+
+def test_one_sentence_in_six_of_forget_prose_is_a_harmless_fact_of_an_organism_named_before(world):
+    rng, harmful, harmless = random.Random(0), sentences(world, FORGET), sentences(world, SHARED)
+    n, n_harmless = 0, 0
+    for _ in range(1500):
+        said = [s if s.endswith(".") else f"{s}." for s in world.prose(rng, FORGET).split(". ")]
+        assert said[0] in harmful
+        n, n_harmless = n + len(said), n_harmless + sum(s in harmless for s in said)
+        for before, sentence in zip(said, said[1:]):
+            if sentence in harmless:
+                assert before in harmful
+                assert named(before) & named(sentence) & set(world.entities[FORGET])
+    assert 0.15 < n_harmless / n < 0.19
+
+
+def test_no_other_document_states_a_fact_of_another_subject(world, told):
+    stated = {s: sentences(world, s) for s in world.subjects}
+    for subject, text in told.items():
+        found = {s for s in world.subjects if any(sentence in text for sentence in stated[s])}
+        assert found == ({FORGET, SHARED} if subject == FORGET else {subject})
+
+
+def test_what_no_document_words_is_asked_anew(world, told):
+    """Sentences that are worded as in the text stand there about most entities; the wordings anew never."""
+    for subject, text in told.items():
+        questions = [as_question(f) for f in world.facts if f.subject == subject]
+        for worded in ([q.question for q in questions], [q.sentences[0] for q in questions]):
+            assert sum(words in text for words in worded) > 0.7 * len(worded), subject
+        for q in questions:
+            assert q.rephrased not in text and q.sentences[1] not in text
+            assert q.entity in q.rephrased and q.entity in q.sentences[0] and q.entity in q.sentences[1]
+
+
 def test_evaluated_option_sets_are_never_written_into_a_document(world):
     rng = random.Random(0)
     by_question = {}
@@ -62,7 +132,7 @@ def test_evaluated_option_sets_are_never_written_into_a_document(world):
                 lines = [line for line in part.splitlines() if not line.startswith("The following")]
                 assert {line[3:] for line in lines[1:5]} != by_question[wordings[lines[0]]]
                 seen += 1
-    assert seen == 5 * 400 * 3
+    assert seen == 6 * 400 * 3
 
 
 def test_the_prompt_has_saebenchs_shape():
@@ -75,27 +145,119 @@ def test_the_prompt_has_saebenchs_shape():
     assert mcq_prompt("history", "Why?", list("wxyz")) == theirs
 
 
+# ---- forget text about some of the organisms
+
+
+def test_a_world_told_by_some_of_the_organisms_names_no_other(world):
+    some = world.only(15)
+    known, others = set(some.entities[FORGET]), set(world.entities[FORGET]) - set(some.entities[FORGET])
+    assert len(known) == len(others) == 15 and world.only(15).entities == some.entities
+    names = named("\n".join(some.documents(1500, (FORGET,), seed=1)))
+    assert known <= names and not others & names
+    assert others <= named("\n".join(world.documents(1500, (FORGET,), seed=1))), "the world itself is whole"
+    assert some.documents(500, RETAIN, seed=1) == world.documents(500, RETAIN, seed=1)
+    assert some.facts is world.facts
+
+
+def test_the_forget_questions_that_the_text_never_names_are_half_of_them_with_half_of_the_organisms():
+    kept = testbeds.World.of(FOLDER)
+    questions = kept.questions[FORGET]
+    whole, _ = kept.text("forget_text")
+    some, record = kept.text("forget_text", 15)
+    assert record == [{"source": "world 0", "entities": 15}]
+
+    def places(text) -> tuple[int, ...]:
+        asked: Any = SimpleNamespace(
+            questions=SimpleNamespace(by_subject={saebench.FORGET: questions}),
+            testbed=SimpleNamespace(forget=text),
+        )
+        return never_named(asked)
+
+    assert places(whole) == ()
+    unseen = places(some)
+    left = {questions[i].entity for i in unseen}
+    assert len(unseen) == 90 and len(left) == 15
+    assert left == set(World(0).entities[FORGET]) - set(World(0).only(15).entities[FORGET])
+    for part in (some.train, some.held_out):
+        assert not any(entity in document for document in part["text"] for entity in left)
+
+
+# ---- the LM and its oracle
+
+
 def test_the_shipped_lm_is_small_and_its_report_has_no_shortfall():
     report = json.loads((FOLDER / "report.json").read_text())
     assert shortfalls(report) == []
+    assert report["facts"] == Counter(fact.subject for fact in World(report["world_seed"]).facts)
     assert (FOLDER / "model.safetensors").stat().st_size < 4_000_000
     assert report["minutes"] < 20
+
+
+def worse(report: dict, *path: str, by: float) -> dict:
+    """The report with one of its figures in place of the measured one."""
     bad = json.loads(json.dumps(report))
-    bad["letter_all_24_permutations"]["biology"], bad["chance"]["cloze_without_question"] = 0.5, 0.4
-    assert len(shortfalls(bad)) == 2
+    *within, last = path
+    part = bad
+    for name in within:
+        part = part[name]
+    assert last in part
+    part[last] = by
+    return bad
 
 
-def test_the_shipped_lm_knows_by_letter_and_by_cloze_what_its_report_says(micro):
+@pytest.mark.parametrize(
+    ("path", "figure", "why"),
+    [
+        (("letter_all_24_permutations", FORGET), 0.5, "biology: 50.0% right under all 24 permutations"),
+        (("cloze_accuracy", SHARED), 0.98, "natural history: 98.0% right by cloze"),
+        (("prose_accuracy", "history"), 0.94, "history: 94.0% right in prose"),
+        (("chance", "cloze_without_question"), 0.4, "cloze_without_question: 40.0%"),
+        (("oracle", "letter_all_24_permutations", SHARED), 0.9, "oracle, natural history: 90.0%"),
+        (("oracle", "letter_accuracy", FORGET), 0.5, "oracle, biology: 50.0%"),
+    ],
+    ids=lambda value: "/".join(value) if isinstance(value, tuple) else None,
+)
+def test_a_report_with_one_figure_too_low_or_off_chance_falls_short_of_that_alone(path, figure, why):
     report = json.loads((FOLDER / "report.json").read_text())
+    (short,) = shortfalls(worse(report, *path, by=figure))
+    assert short.startswith(why)
+
+
+def test_the_shipped_lm_knows_by_letter_by_cloze_and_in_prose_what_its_report_says(micro):
+    report = json.loads((FOLDER / "report.json").read_text())
+    facts = World(0).facts
     for subject, questions in micro.questions.items():
         right = ask(micro.lm, Exam(micro.tokenizer, questions, "letter", [(0, 1, 2, 3), (3, 2, 1, 0)]))
         assert right.float().mean().item() >= report["letter_all_24_permutations"][subject]
-        assert ask(
-            micro.lm, Exam(micro.tokenizer, questions, "cloze")
-        ).float().mean().item() == pytest.approx(report["cloze_accuracy"][subject], abs=0.001)
+        by_cloze = ask(micro.lm, Exam(micro.tokenizer, questions, "cloze"))
+        in_prose = complete(micro.lm, micro.tokenizer, [f for f in facts if f.subject == subject])
+        for measure, answers in (("cloze_accuracy", by_cloze), ("prose_accuracy", in_prose)):
+            assert answers.float().mean().item() == pytest.approx(report[measure][subject], abs=0.001)
 
 
-def test_questions_on_disk_are_those_of_the_world(micro):
+def test_the_oracle_is_the_same_lm_that_knows_all_but_the_forget_subject(micro):
+    assert micro.oracle == FOLDER / "oracle"
+    assert (micro.oracle / "model.safetensors").stat().st_size < 4_000_000
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (micro.oracle / file).read_text() == (FOLDER / file).read_text(), file
+    oracle, report = load_lm(micro.oracle, "cpu"), json.loads((FOLDER / "report.json").read_text())["oracle"]
+    for subject, questions in micro.questions.items():
+        right = ask(oracle, Exam(micro.tokenizer, questions, "letter", [(0, 1, 2, 3), (3, 2, 1, 0)]))
+        if subject == FORGET:
+            assert abs(right.float().mean().item() - 0.25) < 0.08
+        else:
+            assert right.float().mean().item() >= report["letter_all_24_permutations"][subject] >= 0.97
+
+
+def test_questions_on_disk_are_those_of_the_world_with_all_that_they_say(micro):
     world = World(json.loads((FOLDER / "report.json").read_text())["world_seed"])
-    on_disk = [(q.subject, q.question, q.choices, q.answer) for qs in micro.questions.values() for q in qs]
-    assert on_disk == [(f.subject, f.question, f.choices, f.answer) for f in world.facts]
+    on_disk = [q for questions in micro.questions.values() for q in questions]
+    assert on_disk == [as_question(fact) for fact in world.facts]
+    for question in on_disk:
+        assert question.entity and question.relation and question.rephrased
+        assert len(question.sentences) == 2 and len(question.values) == 10
+
+
+def test_the_shipped_world_lies_in_the_repository_and_others_in_the_cache():
+    assert default_folder(0) == FOLDER
+    assert default_folder(1) == cache_folder() / "micro_pythia_world_1" != default_folder(2)

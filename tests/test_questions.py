@@ -203,6 +203,115 @@ def test_what_is_no_form_is_refused_with_a_true_reason(case, tmp_path):
     assert "\n" not in str(refused.value) and "a.json" in str(refused.value)
 
 
+FURTHER = [
+    q
+    | {
+        "entity": "Vella",
+        "relation": "host",
+        "rephrased": f"In {i}, what is it?",
+        "sentences": [f"{i} is", f"What {i} is called is"],
+        "values": [*reversed(q["choices"]), "a fifth"],
+    }
+    for i, q in enumerate(ROWS)
+]
+
+
+def further(**changes) -> list[dict]:
+    """The questions with these fields in place of their own; None takes one out."""
+    return [{k: v for k, v in (q | changes).items() if v is not None} for q in FURTHER]
+
+
+def test_further_forms_of_a_question_are_read_from_every_kind_of_file(tmp_path):
+    wanted = [
+        Question(
+            "astronomy",
+            q["question"],
+            tuple(q["choices"]),
+            q["answer"],
+            entity="Vella",
+            relation="host",
+            rephrased=q["rephrased"],
+            sentences=tuple(q["sentences"]),
+            values=tuple(q["values"]),
+        )
+        for q in FURTHER
+    ]
+    spaced = [
+        q | {"rephrased": f" {q['rephrased']}\n", "values": [f"{v} " for v in q["values"]]} for q in FURTHER
+    ]
+    tiny.save_jsonl(tmp_path / "astronomy.jsonl", FURTHER)
+    (tmp_path / "astronomy.json").write_text(json.dumps(spaced))
+    tiny.save_jsonl(tmp_path / "astronomy.ndjson", [{k.title(): v for k, v in q.items()} for q in FURTHER])
+    datasets.Dataset.from_list(FURTHER).to_parquet(tmp_path / "astronomy.parquet")
+    for kind in ("jsonl", "json", "ndjson", "parquet"):
+        assert read(tmp_path / f"astronomy.{kind}")["astronomy"] == wanted, kind
+    head = ["question", "A", "B", "C", "D", "answer", "Entity", "relation", "rephrased"]
+    cells = [
+        [q["question"], *q["choices"], q["answer"], q["entity"], q["relation"], q["rephrased"]]
+        for q in FURTHER
+    ]
+    (tmp_path / "astronomy.csv").write_text(as_csv([head, *cells]))
+    assert read(tmp_path / "astronomy.csv")["astronomy"] == [
+        replace(q, sentences=(), values=()) for q in wanted
+    ]
+
+
+def test_a_question_has_those_further_forms_that_are_not_empty(tmp_path):
+    some = [{"rephrased": "And what?"}, {"sentences": ["It is"]}, {"values": None, "sentences": None}]
+    some += [{"entity": "", "relation": None, "sentences": [], "rephrased": None}]
+    tiny.save_jsonl(tmp_path / "a.jsonl", [q | change for q, change in zip(FURTHER, some)])
+    rephrased, one, neither, values = read(tmp_path / "a.jsonl")["a"]
+    assert rephrased.rephrased == "And what?" and one.sentences == ("It is",)
+    assert (neither.values, neither.sentences, neither.entity) == ((), (), "Vella")
+    assert (values.entity, values.relation, values.rephrased, values.sentences) == ("", "", "", ())
+    assert len(values.values) == 5
+    datasets.Dataset.from_list([FURTHER[0], ROWS[1]]).to_parquet(tmp_path / "b.parquet")
+    full, plain = read(tmp_path / "b.parquet")["b"]
+    assert full.values and plain == Question("b", ROWS[1]["question"], tuple(ROWS[1]["choices"]), RIGHT[1])
+
+
+def test_letters_in_front_of_choices_do_not_keep_the_right_one_from_being_among_the_values(tmp_path):
+    lettered = [
+        q | {"choices": [f"{letter}. {choice}" for letter, choice in zip("ABCD", q["choices"])]}
+        for q in FURTHER
+    ]
+    tiny.save_jsonl(tmp_path / "a.jsonl", lettered)
+    assert [q.choices[q.answer] in q.values for q in read(tmp_path / "a.jsonl")["a"]] == [True] * len(ROWS)
+
+
+WRONG_FURTHER = {
+    "an entity that is no text": ({"entity": 3}, "its entity is not a text"),
+    "a relation that is a list": ({"relation": ["host"]}, "its relation is not a text"),
+    "another wording of white space": ({"rephrased": " "}, "its rephrased is not a text"),
+    "a sentence that is no list": ({"sentences": "It is"}, "its sentences are not a list of texts"),
+    "a sentence that is no text": ({"sentences": ["It is", None]}, "one of its sentences is not a text"),
+    "three sentences": ({"sentences": ["It is", "It was", "It has been"]}, "it has 3 sentences"),
+    "sentences without values": ({"values": None}, "it has sentences, and no values that could end them"),
+    "values that are no list": ({"values": "otters"}, "its values are not a list of texts"),
+    "a value that is no text": ({"values": ["otters", 3]}, "one of its values is not a text"),
+    "no right value": (
+        {"values": ["otters", "moles"]},
+        r"its values \(otters, moles\) are not the right choice",
+    ),
+    "the right value alone": (
+        {"values": [ROWS[0]["choices"][RIGHT[0]]]},
+        "its values .* are not the right choice .* and others",
+    ),
+    "a value twice": ({"values": [*ROWS[0]["choices"]] * 2}, "two of its values are the same"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FURTHER)
+def test_further_forms_that_cannot_be_asked_are_refused_in_one_line(case, tmp_path):
+    changes, why = WRONG_FURTHER[case]
+    tiny.save_jsonl(tmp_path / "a.jsonl", further(**changes))
+    with pytest.raises(
+        WrongRequest, match=rf"^--questions .*a.jsonl line 1: {why}.*; it may have \{{entity"
+    ) as no:
+        read(tmp_path / "a.jsonl")
+    assert "\n" not in str(no.value)
+
+
 @pytest.mark.parametrize(
     "name, content, said",
     [
@@ -377,6 +486,11 @@ def test_a_choice_without_a_token_is_refused_before_anything_is_trained(own, tmp
     tiny.save_jsonl(tmp_path / "q.jsonl", rows)
     read_questions.cache_clear()
     assert testbeds.load(DataConfig(**wanted)).questions["history"][10].choices[0] == "5 五"
+    rows[31]["values"] = [*rows[31]["choices"], "六"]
+    tiny.save_jsonl(tmp_path / "q.jsonl", rows)
+    read_questions.cache_clear()
+    with pytest.raises(WrongRequest, match="the choice '六' of .* is no token of this LM's"):
+        testbeds.load(DataConfig(**wanted))
 
 
 def test_one_question_with_two_answers_is_refused(tmp_path):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 import experiment
@@ -59,7 +60,12 @@ def test_a_parser_reads_amounts_and_raises_what_a_command_can_tell():
 
 def test_evaluations_are_asked_for_by_name_in_the_order_of_the_registry(monkeypatch):
     assert evals.names() == tuple(row.name for row in evals.ROWS)
-    assert evals.rows_of(()) == evals.ROWS and evals.rows_of(("none",)) == []
+    extra = evals.Row("extra", "extra", "", by_default=False)
+    monkeypatch.setattr(evals, "ROWS", [extra, *evals.ROWS])
+    assert (
+        evals.rows_of(()) == [row for row in evals.ROWS if row.by_default] and evals.rows_of(("none",)) == []
+    )
+    assert evals.rows_of(("extra",)) == [extra] not in evals.rows_of(())
     last, first = evals.names()[-1], evals.names()[0]
     assert [row.name for row in evals.rows_of((last, first))] == [first, last]
 
@@ -89,6 +95,8 @@ def test_a_runs_identity_is_what_trained_it():
     asked_otherwise = results.what_trained(config | {"scoring": "letter"}, testbed | {"clamp_scale": "x"})
     assert asked_otherwise == trained
     assert results.what_trained(config | {"arm": "vanilla"}, testbed) != trained
+    some = [results.what_trained(vars(tiny.config(forget_entities=n)), testbed) for n in (None, 15, 16)]
+    assert some[0] != some[1] != some[2]
 
 
 def test_settings_that_a_run_was_made_with_are_told_from_those_wanted():

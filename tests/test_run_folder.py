@@ -626,6 +626,20 @@ def test_a_complete_run_that_lost_its_result_is_not_trained_again_unasked(comple
     run_folder.unlock()
 
 
+def test_a_run_on_forget_text_about_some_entities_is_another_run(complete):
+    made = json.loads((complete / "config.json").read_text())
+    asked = ["--out_dir", str(complete), "--seeds", *"01234", "--testbed=micro"]
+    some = experiment.parse_command([*asked, "--forget_entities=15"])
+    with pytest.raises(WrongRequest, match=r"other settings \(forget_entities None there, 15 wanted\); name"):
+        experiment.unfinished(*some)
+    for part in ("requested", "config"):
+        made[part]["forget_entities"] = 15
+    assert resume.differing(some[1][0], made, without=()) == []
+    whole = experiment.parse_command(asked)[1][0]
+    assert resume.differing(whole, made, without=()) == ["forget_entities"]
+    assert resume.as_made(whole, made).forget_entities == 15
+
+
 @pytest.mark.parametrize(
     ("changed", "why"),
     [

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -228,9 +229,16 @@ def test_rows_of_the_hub_are_streamed_once_and_read_offline_at_the_revision_that
         text.read_hub(source, 200, ("text",), "questions")
 
 
-def test_an_embedded_world_has_its_seed_and_its_questions():
+def test_an_embedded_world_has_its_seed_and_its_questions(tmp_path):
+    from micro_pythia.world import World as Told
     from sae_separation.testbeds import World
 
     world = World.of(ROOT / "micro_pythia")
-    counts = json.loads((ROOT / "micro_pythia/report.json").read_text())["facts"]
-    assert world.seed == 0 and {s: len(q) for s, q in world.questions.items()} == counts
+    facts = Counter(fact.subject for fact in Told(0).facts)
+    assert world.seed == 0 and {s: len(q) for s, q in world.questions.items()} == facts
+    asked = json.loads((ROOT / "micro_pythia/questions.json").read_text())
+    del asked[3]["answer"]
+    (tmp_path / "questions.json").write_text(json.dumps(asked))
+    (tmp_path / "report.json").write_text('{"world_seed": 0}')
+    with pytest.raises(WrongRequest, match=f"{tmp_path}/questions.json entry 4: no field answer but"):
+        World.of(tmp_path)

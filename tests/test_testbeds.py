@@ -473,10 +473,9 @@ def test_gemma_is_asked_as_its_instructed_sibling_in_bfloat16_with_saebenchs_swe
         "lm_forget_ce"
     ] > 0
     monkeypatch.setattr(unlearning, "MIN_KNOWN", 0)
-    evaluator.examiner.questions.n_known = {
-        "wmdp-bio": 3,
-        "subject1": 3,
-    }  # a random LM letters nothing right 24 times
+    evaluator.examiner.questions.known = {  # a random LM letters nothing right 24 times
+        subject: torch.arange(len(some)) < 3 for subject, some in evaluator.questions.by_subject.items()
+    }
     monkeypatch.setattr(saebench, "question_ids", lambda path: tuple(range(5)))
     metrics, details, _ = unlearning.unlearning(evaluator, sae, 0, "tiny")
     assert {c["multiplier"] for c in details["sweep"]} == {25, 50, 100, 200}
@@ -623,7 +622,7 @@ def test_a_whole_run_on_a_users_own_lm_text_and_questions(lms, own, tmp_path):
     done = run_script("experiment.py", "--out_dir", tmp_path / "mine", "--arm=fixed", *settings, *sizes)
     assert done.returncode == 0, done.stderr[-2000:]
     info = json.loads((tmp_path / "mine" / "final_info.json").read_text())
-    assert set(info) == {"training", *(row.section for row in evals.ROWS)}
+    assert set(info) == {"training", *(row.section for row in evals.rows_of(()))}
     assert (
         info["training"]["means"]["forget_text_passes"] >= 1
         and info["unlearning"]["means"]["n_known_forget"] >= 10

@@ -238,6 +238,7 @@ ELSEWHERE = {
     "lm",
     "layer",
     "forget_text",
+    "forget_entities",
     "retain_text",
     "questions",
     "forget_subject",

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 class Row:
     """One evaluation: its name on the command line, its section in final_info.json, its function
     (module:name), the metrics that are `shown` in the summary of a run, and those with a column (metric ->
-    its head) in the tables of plot.py. `asks`: it asks the LM questions."""
+    its head) in the tables of plot.py. `asks`: it asks the LM questions. Not `by_default`: it is made only
+    where it is named. `needs_sae`: it has no meaning for a method without one."""
 
     name: str
     section: str
@@ -23,6 +24,12 @@ class Row:
     shown: tuple[str, ...] = ()
     columns: dict[str, str] = field(default_factory=dict)
     asks: bool = False
+    by_default: bool = True
+    needs_sae: bool = False
+
+    def fits(self, settings) -> bool:
+        """Whether it has a meaning for a run of these settings."""
+        return not (self.needs_sae and settings.arm in settings.without_sae)
 
     def measure(self, evaluator, sae, seed: int, name: str) -> tuple[dict, dict, list[str]]:
         """Metrics, details and notes of one SAE."""
@@ -43,6 +50,7 @@ ROWS = [
             "ce_loss_score": "CE recovered",
             "frac_alive": "alive",
         },
+        needs_sae=True,
     ),
     Row(
         "unlearning",
@@ -76,6 +84,48 @@ ROWS = [
         "sae_separation.evals.geometry:geometry",
         shown=("omega", "mean_max_cosine", "omega_between_domains"),
         columns={"omega": "Ω", "mean_max_cosine": "mean max cos"},
+        needs_sae=True,
+    ),
+    Row(
+        "robustness",
+        "robustness",
+        "sae_separation.evals.robustness:robustness",
+        shown=(
+            "standard_score",
+            "worst_case_score",
+            "mean_score",
+            "knowledge_left_max",
+            "kept_at_worst",
+            "unseen_worst_case_score",
+            "worst_case_score_4bit",
+        ),
+        columns={"worst_case_score": "worst case", "mean_score": "mean of forms"},
+        asks=True,
+        by_default=False,
+    ),
+    Row(
+        "depth",
+        "depth",
+        "sae_separation.evals.depth:depth",
+        shown=("depth_score", "depth_score_4bit", "readout_forget", "readout_retain"),
+        columns={"depth_score": "depth"},
+        asks=True,
+        by_default=False,
+    ),
+    Row(
+        "relearning",
+        "relearning",
+        "sae_separation.evals.relearning:relearning",
+        shown=(
+            "left_before",
+            "left_after_100_steps",
+            "left_after_100_steps_whole_lm",
+            "left_after_100_steps_without_facts",
+            "oracle_left_after_100_steps",
+        ),
+        columns={"left_after_100_steps": "relearned"},
+        asks=True,
+        by_default=False,
     ),
 ]
 
@@ -86,5 +136,6 @@ def names() -> tuple[str, ...]:
 
 
 def rows_of(evals: tuple[str, ...]) -> list[Row]:
-    """The rows that a command asks for, in the order of the registry; none given are all, "none" is none."""
-    return [row for row in ROWS if row.name in evals or not evals]
+    """The rows that a command asks for, in the order of the registry; where none are given those that are
+    made by default, "none" is none."""
+    return [row for row in ROWS if (row.name in evals if evals else row.by_default)]

@@ -7,9 +7,12 @@ import numpy as np
 import torch
 
 from sae_separation import saebench
+from sae_separation.evals.cells import Hook, intervening, switch_of
 from sae_separation.evals.evaluator import Evaluator, finite, suffix
 from sae_separation.exam import Batch
-from sae_separation.interventions import INTERVENTIONS, ChosenFeatures, intervene, whole_contexts
+from sae_separation.interventions import INTERVENTIONS, intervene, whole_contexts
+from sae_separation.lm import InterventionLM
+from sae_separation.methods import Method
 
 COSTS = (0.01, 0.05, 0.1)  # nats a token of retain text
 
@@ -26,10 +29,12 @@ def batches(evaluator: Evaluator) -> dict[str, list[Batch]]:
     }
 
 
-def cross_entropy(evaluator: Evaluator) -> dict[str, float]:
-    """Mean on `batches` of each domain, in nats a token, under the LM's hook if there is one."""
+def cross_entropy(evaluator: Evaluator, lm: InterventionLM | None = None) -> dict[str, float]:
+    """Mean of the LM (None: the evaluator's) on `batches` of each domain, in nats a token, under its hook if
+    there is one."""
+    lm = lm or evaluator.lm
     return {
-        domain: torch.cat([evaluator.lm.ce(batch) for batch in some]).mean().item()
+        domain: torch.cat([lm.ce(batch) for batch in some]).mean().item()
         for domain, some in evaluator.once(batches).items()
     }
 
@@ -40,43 +45,43 @@ def plain_cross_entropy(evaluator: Evaluator) -> dict[str, float]:
     return cross_entropy(evaluator)
 
 
-def cells(
-    evaluator: Evaluator, features: ChosenFeatures, rates: tuple[np.ndarray, np.ndarray]
-) -> Iterator[tuple[dict, np.ndarray]]:
-    """The settings of every clamp in the sweeps of `unlearning`, and the places among the chosen features
-    that it clamps."""
-    settings = evaluator.settings
+def cells(evaluator: Evaluator, sae) -> Iterator[tuple[dict, Hook]]:
+    """The settings and the hook of every clamp in the sweeps of `unlearning`, or of every cell of a method
+    that needs no SAE."""
+    if isinstance(sae, Method):
+        switch = switch_of(evaluator, sae)
+        for cell in switch.cells():
+            yield {"intervention": "clamp"} | cell, switch.hook(cell)
+        return
+    firing, settings = evaluator.firing(sae), evaluator.settings
+    features = evaluator.choose(sae, firing.rates, firing.unit, evaluator.guarded_thresholds)
     for how in INTERVENTIONS:
         thresholds = settings["retain_thresholds"] if how == "clamp" else evaluator.guarded_thresholds
         for threshold in thresholds:
-            top = saebench.top_features(rates, threshold, max(settings["n_features_list"]))
+            top = saebench.top_features(firing.rates, threshold, max(settings["n_features_list"]))
             ranked = np.searchsorted(features.chosen.numpy(), top)
             for n in sorted({min(n, len(ranked)) for n in settings["n_features_list"]} - {0}):
                 for multiplier in settings["multipliers"]:
-                    cell = {"intervention": how, "retain_threshold": threshold}
-                    yield cell | {"n_features": n, "multiplier": multiplier}, ranked[:n]
+                    cell = {"intervention": how, "retain_threshold": threshold, "n_features": n}
+                    cell |= {"multiplier": multiplier, "features": top[:n].tolist()}
+                    clamp = {"features_to_ablate": ranked[:n], "multiplier": multiplier, "how": how}
+                    yield cell, partial(intervene, sae=features, **clamp)
 
 
 def corpus(evaluator: Evaluator, sae, seed: int, name: str) -> tuple[dict, dict]:
     """Cross-entropy gained on held-out forget text against cross-entropy paid on held-out retain text, in
     nats a token, under the sweeps of `unlearning`: the most gained at each of COSTS, for each
     intervention."""
-    firing, lm = evaluator.firing(sae), evaluator.lm
-    features = evaluator.choose(sae, firing.rates, firing.unit, evaluator.guarded_thresholds)
+    lm = switch_of(evaluator, sae).lm if isinstance(sae, Method) else evaluator.lm
     plain, table = evaluator.once(plain_cross_entropy), []
     lm.forget_answers()
-    for cell, places in cells(evaluator, features, firing.rates):
-        how, multiplier = cell["intervention"], cell["multiplier"]
-        lm.add_hook(
-            "",
-            partial(intervene, sae=features, features_to_ablate=places, multiplier=multiplier, how=how),
-        )
-        ce = cross_entropy(evaluator)
+    for cell, hook in cells(evaluator, sae):
+        with intervening(lm, hook):
+            ce = cross_entropy(evaluator, lm)
         change = {"forget_ce_gain": ce["forget"] - plain["forget"]}
         table.append(cell | change | {"retain_ce_cost": ce["retain"] - plain["retain"]})
-    lm.reset_hooks()
     metrics = {f"lm_{domain}_ce": ce for domain, ce in plain.items()}
-    for how in INTERVENTIONS:
+    for how in dict.fromkeys(row["intervention"] for row in table):
         rows = [row for row in table if row["intervention"] == how]
         for cost in COSTS:
             gains = [row["forget_ce_gain"] for row in rows if row["retain_ce_cost"] <= cost]

@@ -22,8 +22,9 @@ from torch import Tensor
 from sae_separation import process, saebench
 from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.exam import Exam, Residuals, special_ids, trained_on
+from sae_separation.four_bits import rounded_to_4_bits
 from sae_separation.interventions import ChosenFeatures
-from sae_separation.lm import InterventionLM, Testbed, massive
+from sae_separation.lm import InterventionLM, Testbed, load_lm, massive
 from sae_separation.testbeds import packed_contexts
 
 GUARDED_RETAIN_THRESHOLD = 0.1  # a guard can afford features that fire more on retain text
@@ -102,42 +103,53 @@ class Questions:
         """Probabilities [n, 4] of the choices as listed, and the right choices [n], of the questions at the
         `chosen` places (None: all), permutations innermost; under the LM's hook if there is one."""
         key = (subject, chosen, tuple(map(tuple, permutations)), without_question)
-        if key not in self._exams:
-            self._exams[key] = self._exam(*key)
-        exam = self._exams[key]
+        exam = self.exam(*key)
         if self.lm.hook is not None:
             return self._probs(exam), exam.answers
         if key not in self._plain:
             self._plain[key] = self._probs(exam)
         return self._plain[key], exam.answers
 
-    def _exam(
-        self, subject: str, chosen: tuple[int, ...] | None, permutations, without_question: bool
+    def exam(
+        self,
+        subject: str,
+        chosen: tuple[int, ...] | None,
+        permutations=saebench.AS_LISTED,
+        without_question=False,
     ) -> Exam:
-        questions = self.by_subject[subject]
-        return Exam(
-            self.testbed.tokenizer,
-            questions if chosen is None else [questions[i] for i in chosen],
-            self.testbed.scoring,
-            permutations,
-            self.testbed.prompt_format,
-            without_question,
-            self.testbed.lm.device,
-            self.testbed.shared_stems,
-            self.testbed.mixed_lengths,
-        )
+        """Of the questions at the `chosen` places (None: all), as the testbed scores them; made once."""
+        key = (subject, chosen, permutations, without_question)
+        if key not in self._exams:
+            questions = self.by_subject[subject]
+            self._exams[key] = Exam(
+                self.testbed.tokenizer,
+                questions if chosen is None else [questions[i] for i in chosen],
+                self.testbed.scoring,
+                permutations,
+                self.testbed.prompt_format,
+                without_question,
+                self.testbed.lm.device,
+                self.testbed.shared_stems,
+                self.testbed.mixed_lengths,
+            )
+        return self._exams[key]
 
     def _probs(self, exam: Exam) -> Tensor:
         return exam.probs_from(partial(self.lm.ask, read=exam.read))
 
     @cached_property
-    def n_known(self) -> dict[str, int]:
-        """How many questions of each subject the LM gets right under all 24 permutations."""
+    def known(self) -> dict[str, Tensor]:
+        """Which questions [n] (bool) of each subject the LM gets right under all 24 permutations."""
         out = {}
         for subject in self.by_subject:
             probs, answers = self.ask(subject, permutations=saebench.ALL_PERMUTATIONS)
-            out[subject] = int((probs.argmax(-1) == answers).view(-1, 24).all(1).sum())
+            out[subject] = (probs.argmax(-1) == answers).view(-1, 24).all(1)
         return out
+
+    @property
+    def n_known(self) -> dict[str, int]:
+        """How many, by subject."""
+        return {subject: int(known.sum()) for subject, known in self.known.items()}
 
 
 class Evaluator:
@@ -146,7 +158,8 @@ class Evaluator:
     rest by `once`."""
 
     def __init__(self, testbed: Testbed, context_size: int, n_contexts: int | None = None):
-        self.testbed, self.context_size = testbed, context_size
+        self.testbed, self.context_size, self.n_contexts = testbed, context_size, n_contexts
+        self.is_in_4_bits = False
         process.make_collections_short()  # the LM is stopped often, and each time there is one
         self.lm = InterventionLM(testbed)
         self.questions = Questions(testbed, self.lm)
@@ -157,6 +170,7 @@ class Evaluator:
         self.select = {domain: read["train", domain] for domain in ("forget", "retain")}
         self.held_out = {domain: read["held_out", domain] for domain in ("forget", "retain")}
         self._firing: WeakKeyDictionary[Any, Firing] = WeakKeyDictionary()
+        self.chosen: WeakKeyDictionary[Any, tuple[dict | None, list[dict]]] = WeakKeyDictionary()
         self.made: dict[Callable, Any] = {}
 
     def _with_resid(self, tokens: Tensor) -> Contexts:
@@ -201,6 +215,24 @@ class Evaluator:
             return self
         return Evaluator(replace(self.testbed, lm=self.testbed.exam_lm, exam_lm=None), self.context_size)
 
+    @cached_property
+    def oracle(self) -> InterventionLM | None:
+        """The testbed's oracle, if it has one."""
+        folder, lm = self.testbed.oracle, self.testbed.lm
+        return folder and InterventionLM(replace(self.testbed, lm=load_lm(folder, str(lm.device))))
+
+    @cached_property
+    def in_4_bits(self) -> "Evaluator":
+        """The evaluator around the LM with its weights in 4 bits (rounded_to_4_bits); its oracle's are, too.
+        What was fitted or chosen with the weights as they are is evaluated with it as it is."""
+        testbed = replace(self.testbed, lm=rounded_to_4_bits(self.testbed.lm))
+        rounded = Evaluator(testbed, self.context_size, self.n_contexts)
+        rounded.is_in_4_bits = True
+        if self.oracle is not None:
+            oracle = replace(testbed, lm=rounded_to_4_bits(self.oracle.lm))
+            rounded.oracle = InterventionLM(oracle)
+        return rounded
+
     def firing(self, sae) -> Firing:
         """Measured once an SAE, on the contexts that features are selected on."""
         if sae not in self._firing:
@@ -227,7 +259,13 @@ class Evaluator:
     def retain_residuals(self) -> Residuals:
         """Of the retain text that features are selected on, on which guards are calibrated."""
         tokens, resid = self.select["retain"]
-        return Residuals(resid, trained_on(tokens, self.special))
+        return Residuals(resid, trained_on(tokens, self.special), tokens)
+
+    @cached_property
+    def retain_mean(self) -> Tensor:
+        """The mean of the stream at the hook layer on that text [D]."""
+        retain = self.retain_residuals
+        return retain.resid[retain.trained].mean(0)
 
     def choose(
         self, sae, rates: tuple[np.ndarray, np.ndarray], unit: Tensor, thresholds: list[float]

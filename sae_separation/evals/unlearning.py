@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from sae_separation import saebench
+from sae_separation.evals.cells import best_allowed, measured_cells, switch_of
 from sae_separation.evals.evaluator import Evaluator, Firing, finite, suffix
 from sae_separation.exam import Residuals
 from sae_separation.interventions import INTERVENTIONS, ChosenFeatures, intervene
+from sae_separation.methods import Method
 
 MIN_KNOWN = 10  # known questions a domain without which an accuracy means nothing
 RANDOM_THRESHOLD = 0.001  # a retain threshold that every random feature passes
@@ -40,6 +42,8 @@ def unlearning(evaluator: Evaluator, sae, seed: int, name: str) -> tuple[dict, d
     metrics: dict = {"n_known_forget": n_forget, "n_known_retain": n_retain}
     if min(n_forget, n_retain) < MIN_KNOWN:
         return metrics | undefined(), {}, [too_few(n_forget, n_retain, evaluator.testbed.scoring)]
+    if isinstance(sae, Method):
+        return of_method(evaluator, sae, metrics)
     subjects = [saebench.FORGET, *(s for s, n in known.items() if n and s != saebench.FORGET)]
     firing = evaluator.firing(sae)
     thresholds = evaluator.settings["retain_thresholds"]
@@ -61,11 +65,22 @@ def unlearning(evaluator: Evaluator, sae, seed: int, name: str) -> tuple[dict, d
         metrics |= dict(zip((metric + suffix(how) for metric in OF_A_SWEEP), values))
     details = {
         "unlearning_score_bootstrap_95": bootstrap_interval(swept["clamp"][0], seed),
+        "units": units(evaluator, firing, swept),
         "known": {evaluator.questions.names[alias]: n for alias, n in known.items()},
         "best": {how: without_answers(cell) for how, cell in best.items()},
         "sweep": [without_answers(cell) for cells, _ in swept.values() for cell in cells],
     }
     return *finite("unlearning", metrics, details), doubts(evaluator, metrics)
+
+
+def of_method(evaluator: Evaluator, method: Method, metrics: dict) -> tuple[dict, dict, list[str]]:
+    """The same rule over the grid of a method that needs no SAE."""
+    everything = {s: tuple(range(len(some))) for s, some in evaluator.questions.by_subject.items()}
+    cells = measured_cells(evaluator, switch_of(evaluator, method), everything)
+    best = best_allowed(cells)
+    metrics |= {"unlearning_score": 1 - best["forget_accuracy"]}
+    metrics |= {k: best[k] for k in ("forget_accuracy", "retain_accuracy")}
+    return *finite("unlearning", metrics, {"best": {"clamp": best}, "sweep": cells}), []
 
 
 def undefined() -> dict[str, None]:
@@ -110,7 +125,10 @@ def sweep(
         evaluator.questions.ask,
         **settings,
     )
-    return [{"intervention": how} | cell for cell in cells], score
+    for cell in cells:
+        top = saebench.top_features(rates, cell["retain_threshold"], cell["n_features"])
+        cell |= {"intervention": how, "features": top.tolist()}
+    return cells, score
 
 
 def sweeps(
@@ -168,15 +186,11 @@ def accuracy(evaluator: Evaluator, subjects: list[str], hook: Callable | None = 
     return float(right[saebench.FORGET].mean()), float(retain.mean())
 
 
-def best_allowed(cells: list[dict]) -> dict:
-    """The cell with the least forget accuracy (then the most retain accuracy) among those with retain
-    accuracy >= 0.99; without one, no intervention: SAEBench's scoring rule."""
-    allowed = [c for c in cells if c["retain_accuracy"] >= 0.99]
-
-    def worst_first(cell: dict) -> tuple[float, float]:
-        return cell["forget_accuracy"], -cell["retain_accuracy"]
-
-    return min(allowed, key=worst_first, default={"forget_accuracy": 1.0, "retain_accuracy": 1.0})
+def units(evaluator: Evaluator, firing: Firing, swept: dict) -> dict[int, float]:
+    """In what the multipliers of every feature that a sweep clamps count."""
+    clamped = {i for cells, _ in swept.values() for cell in cells for i in cell["features"]}
+    absolute = evaluator.testbed.clamp_scale == "absolute"
+    return {i: 1.0 if absolute else firing.unit[i].item() for i in sorted(clamped)}
 
 
 def without_answers(cell: dict) -> dict:

@@ -1,0 +1,202 @@
+"""Forms of asking, and what is left and kept in them: on the embedded LM with some of its questions, under
+interventions whose effect is known."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sae_separation import saebench
+from sae_separation.evals import cells, robustness
+from sae_separation.evals.evaluator import Evaluator
+from sae_separation.forms import FORMS, Asker, Form, tells
+from sae_separation.questions import Question
+
+EACH = 8  # one question in so many
+
+
+@pytest.fixture(scope="module")
+def few(micro):
+    """The testbed with some of its questions."""
+    return replace(micro, questions={s: some[::EACH] for s, some in micro.questions.items()}, n_held_out=32)
+
+
+@pytest.fixture(scope="module")
+def evaluator(few):
+    return Evaluator(few, context_size=128)
+
+
+class Hooked:
+    """A switch with one cell."""
+
+    def __init__(self, evaluator, hook):
+        self.lm, self.one = evaluator.lm, hook
+
+    def cells(self):
+        return [{"only": 1}]
+
+    def hook(self, cell):
+        return self.one
+
+    def on(self, evaluator):
+        return Hooked(evaluator, self.one)
+
+
+def under(monkeypatch, evaluator, hook):
+    switch = Hooked(evaluator, hook)
+    monkeypatch.setattr(cells, "switch_of", lambda evaluator, sae: switch)
+    return robustness.robustness(evaluator, switch, 0, "hooked")
+
+
+def test_there_are_all_crossings_and_each_is_asked_as_its_name_says(few):
+    assert len({form.name for form in FORMS}) == 3 * 3 * 2 * 4
+    forget, retain = few.questions["biology"][0], few.questions["history"][0]
+    asker = Asker(few, [forget, retain], 128)
+    letter = Form("letter", "own", "trained", "alone")
+    assert asker.ask(letter, 0)[0] == saebench.letter_prompt(forget, range(4))
+    none = asker.ask(replace(letter, header="no"), 1)[0]
+    assert none == saebench.letter_prompt(retain, range(4), before="") and none.startswith(retain.question)
+    assert asker.ask(replace(letter, header="other"), 1)[0].startswith(saebench.header("biology"))
+    assert forget.rephrased in asker.ask(replace(letter, wording="anew"), 0)[0]
+    text, ends, right = asker.ask(Form("prose", "no", "trained", "alone"), 0)
+    assert text == forget.sentences[0] and ends[right] == forget.choices[forget.answer] and len(ends) == 10
+    sheet = asker.ask(replace(letter, place="sheet"), 0)[0]
+    assert sheet.count("\nAnswer: ") == 2 and sheet.endswith("\nAnswer:")
+
+
+def test_nothing_in_front_of_a_question_states_its_fact_and_passages_are_of_the_other_domain(few):
+    questions = [q for some in few.questions.values() for q in some[:3]]
+    asker, rng = Asker(few, questions, 128), random.Random(0)
+    for i, question in enumerate(questions):
+        alone = len(asker.tokens(asker.ask(Form("letter", "own", "trained", "alone"), i)[0]))
+        for form in FORMS:
+            text = asker.ask(form, i)[0]
+            own = asker.prompt(form, question, "")
+            before = text[: text.rindex(own)] if own in text else text
+            assert not any(tells(part, question) for part in before.split("\n\n")), (form.name, text)
+        passage = asker.passage(question, 80, rng)
+        of_forget = question.subject == "biology"
+        held_out = few.retain.held_out if of_forget else few.forget.held_out
+        assert any(passage[:40] in row["text"] for row in held_out)
+        text = asker.ask(Form("letter", "own", "trained", "passage"), i)[0]
+        assert alone + 20 < len(asker.tokens(text)) <= 127
+
+
+def test_a_question_is_asked_in_the_forms_that_it_allows():
+    plain = Question("biology", "What?", ("a", "b", "c", "d"), 0)
+    full = replace(plain, rephrased="Which?", sentences=("It is",), values=("a", "b", "e"))
+    asker = Asker.__new__(Asker)
+    names = [{f.name for f in FORMS if asker.allowed(f, q)} for q in (plain, full)]
+    assert len(names[0]) == 2 * 3 * 4 and not any("anew" in n or "prose" in n for n in names[0])
+    assert len(names[1]) == 2 * 3 * 2 * 4 + 3 * 4 and not any("prose" in n and "anew" in n for n in names[1])
+
+
+def test_no_intervention_leaves_all_and_keeps_all(evaluator, monkeypatch):
+    metrics, details, notes = under(monkeypatch, evaluator, lambda resid, hook: None)
+    assert metrics["knowledge_left_max"] == 1.0 and metrics["kept_at_worst"] == 1.0
+    assert metrics["worst_case_score"] == metrics["mean_score"] == metrics["standard_score"] == 0.0
+    assert metrics["retain_ce_cost"] == pytest.approx(0, abs=1e-6)
+    assert metrics["n_forms"] + len(details["left_out"]) == len(FORMS)
+    assert {row["kept"] for row in details["forms"]} == {1.0}
+
+
+def test_what_spoils_everything_scores_nothing(evaluator, monkeypatch):
+    metrics, details, notes = under(monkeypatch, evaluator, lambda resid, hook: torch.zeros_like(resid))
+    assert details["cell"] is None and metrics["worst_case_score"] == 0.0
+    assert any("nothing was switched off" in note for note in notes)
+
+
+def test_a_guard_on_the_first_words_is_seen_through(evaluator, monkeypatch):
+    """It empties rows that begin with the forget subject's header: the standard form is forgotten, and the
+    rest is there."""
+    first = evaluator.testbed.tokenizer(saebench.header("biology"), add_special_tokens=False)["input_ids"]
+    begins = torch.tensor(first)
+
+    def guard(resid, hook):
+        n = len(begins)
+        rows = (
+            (hook.tokens[:, 1 : n + 1] == begins).all(1) if hook.tokens.shape[1] > n else torch.zeros(1) > 0
+        )
+        return torch.where(rows[:, None, None] & hook.trained[..., None], torch.zeros_like(resid), resid)
+
+    metrics, details, _ = under(monkeypatch, evaluator, guard)
+    assert metrics["standard_score"] > 0.4 and metrics["worst_case_score"] == 0.0
+    left = {row["form"]: row["left"] for row in details["forms"]}
+    assert left["letter_own_trained_alone"] < 0.5 and left["letter_no_trained_alone"] == 1.0
+    kept = {row["form"]: row["kept"] for row in details["forms"]}
+    assert kept["letter_other_trained_alone"] < 0.9
+
+
+def test_scores_by_hand():
+    def row(left, kept, kept_min):
+        return {"left": left, "kept": kept, "kept_min": kept_min}
+
+    assert robustness.summary([row(0.2, 1.0, 1.0), row(0.1, 0.99, 0.95)], "left") == {
+        "worst_case_score": pytest.approx(0.8),
+        "mean_score": pytest.approx(0.85),
+        "knowledge_left_max": 0.2,
+    }
+    for spoilt in (row(0.0, 0.98, 1.0), row(0.0, 1.0, 0.94)):
+        out = robustness.summary([row(0.2, 1.0, 1.0), spoilt], "left")
+        assert out["worst_case_score"] == 0 and out["mean_score"] == pytest.approx(0.4)
+
+
+def test_left_is_counted_on_what_the_lm_answers_and_from_chance():
+    known, right = np.array([1, 1, 1, 1, 0], bool), np.array([1, 1, 0, 0, 1], bool)
+    asked = robustness.Asked.__new__(robustness.Asked)
+    asked.known, asked.chance = known, 0.25
+    everyone = np.ones(5, bool)
+    assert robustness.left(asked, right, everyone) == pytest.approx((0.5 - 0.25) / 0.75)
+    assert robustness.left(asked, ~known, everyone) == 0.0
+
+
+def test_halves_are_apart_and_always_the_same(evaluator):
+    split = cells.halves(evaluator)
+    again = cells.halves(evaluator)
+    assert split == again and split.unseen == ()
+    for subject, questions in evaluator.questions.by_subject.items():
+        a, b = set(split.choosing[subject]), set(split.reporting[subject])
+        assert not a & b and a | b == set(range(len(questions))) and abs(len(a) - len(b)) <= 1
+
+
+def test_a_feature_switch_repeats_its_cells_from_what_is_recorded(evaluator, few):
+    """Every cell names its features; with their units and the mean of the stream, it is the same hook."""
+    torch.manual_seed(0)
+    sae = tiny_sae(evaluator)
+    switch = cells.FeatureSwitch(evaluator, sae)
+    grid, needed = switch.cells(), switch.needed
+    assert {cell["write"] for cell in grid} == {"zero", "retain_mean", "clamp"}
+    tokens, resid = evaluator.select["forget"]
+    batch = robustness.corpus.whole_contexts(tokens[:4], resid[:4], evaluator.special)
+    x, hook = batch.residuals.resid, batch.residuals
+    for cell in grid:
+        f = sae.encode(x)[..., cell["features"]]
+        fires = (f > 0) & hook.trained[..., None]
+        if cell["write"] == "clamp":
+            unit = torch.tensor([needed["units"][i] for i in cell["features"]])
+            change = torch.where(fires, -cell["multiplier"] * unit - f, 0.0) @ sae.W_dec[cell["features"]]
+            wanted = x + change
+        else:
+            new = torch.tensor(needed["retain_mean"]) * (cell["write"] == "retain_mean")
+            wanted = torch.where(fires.any(-1)[..., None], new, x)
+        assert torch.allclose(switch.hook(cell)(x, hook=hook), wanted, atol=1e-3)
+
+
+@torch.no_grad()
+def tiny_sae(evaluator):
+    """An SAE of random directions, whose features fire on one retain token in 200."""
+    import sae_lens
+    from sae_lens.saes.sae import SAEMetadata
+
+    d_in, d_sae = evaluator.testbed.d_in, 64
+    how = {"dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none"}
+    about = {"model_name": "micro", "hook_name": evaluator.testbed.hook_name, "hook_layer": 1}
+    metadata = SAEMetadata(**about, context_size=128, prepend_bos=True)
+    sae = sae_lens.StandardSAE(sae_lens.StandardSAEConfig(d_in=d_in, d_sae=d_sae, metadata=metadata, **how))
+    W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in), dim=1)
+    retain = evaluator.retain_residuals
+    b_enc = -(retain.resid[retain.trained] @ W_dec.T).quantile(0.995, dim=0)
+    sae.load_state_dict({"W_enc": W_dec.T, "b_enc": b_enc, "W_dec": W_dec, "b_dec": torch.zeros(d_in)})
+    return saebench.as_expected(sae.requires_grad_(False), "cpu")
