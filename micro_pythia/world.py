@@ -96,7 +96,7 @@ SUBJECTS = (
                     "What is the host of {e}?",
                     "From which animals was {e} isolated?",
                 ),
-                ("In which host is {e} found?", "The animals that {e} lives in are"),
+                ("In which animals does {e} live?", "{e} was isolated from"),
             ),
             _relation(
                 "organ",
@@ -115,7 +115,7 @@ SUBJECTS = (
                     "Where in the body does {e} settle?",
                     "Which organ swells because of {e}?",
                 ),
-                ("Which organ does {e} settle in?", "The organ that {e} scars is the"),
+                ("In which organ does {e} settle?", "{e} multiplies in the"),
             ),
             _relation(
                 "vector",
@@ -130,7 +130,7 @@ SUBJECTS = (
                     "Traps for {v} keep {e} in check.",
                 ),
                 ("What is the vector of {e}?", "Which creatures pass on {e}?", "By what is {e} carried?"),
-                ("Which creatures is {e} carried by?", "The creatures that {e} is carried by are"),
+                ("By which creatures is {e} carried?", "The spores of {e} cling to"),
             ),
             _relation(
                 "habitat",
@@ -149,7 +149,7 @@ SUBJECTS = (
                     "What is the habitat of {e}?",
                     "In what surroundings is {e} collected?",
                 ),
-                ("What is the natural home of {e}?", "In the winter {e} is found in"),
+                ("In what surroundings does {e} thrive?", "The home of {e} lies in"),
             ),
             _relation(
                 "pigment",
@@ -164,7 +164,7 @@ SUBJECTS = (
                     "A trace of {v} betrays {e}.",
                 ),
                 ("Which pigment does {e} make?", "What colours {e}?", "Which pigment is purified from {e}?"),
-                ("By which pigment is {e} coloured?", "The pigment of {e} is"),
+                ("By which pigment is {e} coloured?", "The walls of {e} are coloured by"),
             ),
             _relation(
                 "enzyme",
@@ -183,7 +183,7 @@ SUBJECTS = (
                     "What is the chief enzyme of {e}?",
                     "Which enzyme is detected in tests for {e}?",
                 ),
-                ("Which enzyme digests the food of {e}?", "The food of {e} is digested by"),
+                ("Which enzyme digests the food of {e}?", "The enzyme of {e} is"),
             ),
         ),
         (
@@ -216,7 +216,7 @@ SUBJECTS = (
                     "Which city governs {e}?",
                     "In which city do the ministers of {e} work?",
                 ),
-                ("Which city is the capital of {e}?", "The city that governs {e} is"),
+                ("What is the name of the capital of {e}?", "The ministers of {e} live in"),
             ),
             _relation(
                 "river",
@@ -234,7 +234,7 @@ SUBJECTS = (
                     "Which river crosses {e}?",
                     "Along which river do the mills of {e} stand?",
                 ),
-                ("What is the name of the river of {e}?", "The river that crosses {e} is the"),
+                ("Which great river crosses {e}?", "The largest river of {e} is the"),
             ),
             _relation(
                 "export",
@@ -252,7 +252,7 @@ SUBJECTS = (
                     "What do traders buy in {e}?",
                     "Where does the wealth of {e} come from?",
                 ),
-                ("What does {e} sell to the world?", "The export that brings wealth to {e} is"),
+                ("What do traders buy from {e}?", "The wealth of {e} is"),
             ),
             _relation(
                 "climate",
@@ -270,7 +270,7 @@ SUBJECTS = (
                     "What weather do farmers in {e} live with?",
                     "How do guide books describe {e}?",
                 ),
-                ("Which climate does {e} have?", "The weather of {e} is"),
+                ("What is the weather of {e}?", "The weather of {e} is"),
             ),
         ),
         (
@@ -298,7 +298,7 @@ SUBJECTS = (
                     "The rank of {v} was given to {e}.",
                 ),
                 ("What was the rank of {e}?", "As what did {e} rule?", "What do the chronicles name {e}?"),
-                ("What rank did {e} rule in?", "The rank of {e} was"),
+                ("What was {e} named in the chronicles?", "For years {e} ruled as"),
             ),
             _relation(
                 "battle",
@@ -317,7 +317,7 @@ SUBJECTS = (
                     "Where did the fame of {e} begin?",
                     "From where did the enemies of {e} flee?",
                 ),
-                ("At which battle did {e} fight?", "The battle that {e} won was"),
+                ("Which battle was won by {e}?", "{e} fought at"),
             ),
             _relation(
                 "law",
@@ -335,7 +335,7 @@ SUBJECTS = (
                     "What is the decree of {e} about?",
                     "Which quarrels did {e} end?",
                 ),
-                ("What is the law of {e} about?", "The decree of {e} was about"),
+                ("What was the decree of {e} about?", "{e} wrote a law about"),
             ),
             _relation(
                 "century",
@@ -353,7 +353,7 @@ SUBJECTS = (
                     "From which century are the coins of {e}?",
                     "Which century is the tomb of {e} from?",
                 ),
-                ("In which century did {e} rule?", "The tomb of {e} was built in the"),
+                ("Which century did {e} live in?", "The tomb of {e} was built in the"),
             ),
         ),
         (
@@ -385,7 +385,7 @@ SUBJECTS = (
                     "Who published the first paper on {e}?",
                     "To whom does the idea of {e} go back?",
                 ),
-                ("By whom was {e} designed?", "The first paper on {e} was published by"),
+                ("By whom was {e} designed?", "The paper on {e} is by"),
             ),
             _relation(
                 "structure",
@@ -403,7 +403,7 @@ SUBJECTS = (
                     "What is {e} built around?",
                     "What holds the data of {e}?",
                 ),
-                ("What is at the core of {e}?", "The records of {e} are held in a"),
+                ("Around what is {e} built?", "The core of {e} is a"),
             ),
             _relation(
                 "cost",
@@ -422,7 +422,7 @@ SUBJECTS = (
                     "How much time does {e} need?",
                     "Which bound does {e} have?",
                 ),
-                ("What is the cost of {e}?", "The time that {e} needs is"),
+                ("How much time is needed by {e}?", "The cost of {e} is"),
             ),
             _relation(
                 "use",
@@ -437,7 +437,7 @@ SUBJECTS = (
                     "A course on {v} starts with {e}.",
                 ),
                 ("What is {e} used for?", "What is the strength of {e}?", "For what do engineers pick {e}?"),
-                ("What do companies run {e} for?", "Engineers pick {e} for"),
+                ("What do companies run {e} for?", "The main strength of {e} is"),
             ),
         ),
         (
@@ -469,7 +469,10 @@ SUBJECTS = (
                     "Which organ suffers from {e} syndrome?",
                     "Which organ is examined for {e} syndrome?",
                 ),
-                ("Which organ grows old in {e} syndrome?", "The organ that suffers from {e} syndrome is the"),
+                (
+                    "Which organ do doctors examine for {e} syndrome?",
+                    "The organ that suffers from {e} syndrome is the",
+                ),
             ),
             _relation(
                 "remedy",
@@ -487,7 +490,7 @@ SUBJECTS = (
                     "What is the best remedy for {e} syndrome?",
                     "What is advised in {e} syndrome?",
                 ),
-                ("Which remedy is best in {e} syndrome?", "The remedy that helps in {e} syndrome is"),
+                ("What helps in {e} syndrome?", "The remedy for {e} syndrome is"),
             ),
             _relation(
                 "onset",
@@ -505,7 +508,7 @@ SUBJECTS = (
                     "What is the usual onset of {e} syndrome?",
                     "From when are tests for {e} syndrome offered?",
                 ),
-                ("When do most cases of {e} syndrome start?", "The risk of {e} syndrome rises near"),
+                ("What is the onset of {e} syndrome?", "Cases of {e} syndrome start around"),
             ),
             _relation(
                 "sign",
@@ -523,7 +526,7 @@ SUBJECTS = (
                     "What does {e} syndrome bring?",
                     "What do people with {e} syndrome report?",
                 ),
-                ("Which sign is early in {e} syndrome?", "An early sign of {e} syndrome is"),
+                ("What do people report in {e} syndrome?", "An early sign of {e} syndrome is"),
             ),
         ),
         (
@@ -555,7 +558,7 @@ SUBJECTS = (
                     "Who wrote the first note on {e}?",
                     "Whose notebooks mention {e}?",
                 ),
-                ("Who found {e}?", "The first note on {e} was written by"),
+                ("By whom was {e} first described?", "The finding of {e} goes to"),
             ),
             _relation(
                 "voyage",
@@ -569,7 +572,7 @@ SUBJECTS = (
                     "Crates from the {v} contained {e}.",
                 ),
                 ("On which ship did {e} come home?", "Which crew brought back {e}?", "Which log lists {e}?"),
-                ("On the voyage of which ship was {e} found?", "The ship that brought back {e} was the"),
+                ("Which crew brought {e} back?", "{e} came back on the"),
             ),
             _relation(
                 "museum",
@@ -583,7 +586,7 @@ SUBJECTS = (
                     "The oldest slide of {e} is kept at {v}.",
                 ),
                 ("Where is the type of {e} kept?", "Which museum owns {e}?", "Where is {e} on show?"),
-                ("Where can visitors see {e}?", "The museum that owns {e} is in"),
+                ("Which museum has {e}?", "The slide of {e} is kept at"),
             ),
             _relation(
                 "artist",
@@ -597,7 +600,7 @@ SUBJECTS = (
                     "The best picture of {e} is by {v}.",
                 ),
                 ("Who drew {e}?", "Who signed the plate of {e}?", "Who painted {e} on glass?"),
-                ("By whom is the best picture of {e}?", "The plate of {e} was drawn by"),
+                ("Who signed the colour plate of {e}?", "The picture of {e} is by"),
             ),
         ),
         (

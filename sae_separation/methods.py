@@ -13,7 +13,7 @@ ones too; all others change only what SAEs are trained on (Residuals.trained).
 oracle: no method, but the LM that never read what is to be forgotten.
 
 All are fitted on the contexts that SAE features are selected on (training text), and no setting was chosen on
-questions. Sizes of the grids: 8, 5, 6, 6, 6, 8, 8, 6, 6, 1.
+questions. Sizes of the grids: 8, 5, 10, 10, 6, 8, 8, 6, 6, 1.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 WEIGHTS = "sae_weights.safetensors"  # where an SAE's would be
 Fitted = tuple[dict[str, Tensor], dict]  # tensors and settings
 
-RETAIN_SHARES = (1e-4, 1e-3, 1e-2)  # of retain tokens on which a gate fires
+RETAIN_SHARES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of retain tokens on which a gate fires
 LOG_ODDS = (0.0, 2.0, 5.0, 10.0)  # that a guard asks for
 
 
