@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 
 import pytest
+import tiny
 import tiny_facts
 import torch
 from tiny_facts import ENTITIES, OneHook
@@ -49,7 +50,7 @@ def test_no_text_tells_what_is_asked(evaluator):
     assert any(e + " is" in both for e in taught) and not any(e + " is" in both for e in asked)
     assert not any(e + " is" in retain for e in ENTITIES)
     assert len(of.both.tokens) == 2 * len(of.retain.tokens)
-    again = tiny_facts.evaluator(evaluator.testbed).once(material)
+    again = tiny.there(tiny_facts.evaluator(evaluator.testbed).once(material))
     assert torch.equal(again.both.tokens, of.both.tokens) and again.about == of.about
 
 
@@ -123,7 +124,7 @@ def test_curves_are_the_same_again_and_knowledge_that_was_never_gone_is_there_at
     knowing = tiny_facts.evaluator(evaluator.testbed, known_are_right=True)
     first, details, notes = relearning(knowing, OneHook(tiny_facts.nothing).chosen_on(knowing), 0, "it")
     again, _, _ = relearning(knowing, OneHook(tiny_facts.nothing).chosen_on(knowing), 1, "that")
-    assert first == again and details["steps"] == (0, 2, 4)
+    assert first == again and details["steps"] == [0, 2, 4]
     assert set(details["accuracy"]) == {*(how.ending for how in SETTINGS), "_4bit"}
     assert first["left_before"] == 1 and all(first[f"steps_to_half{how.ending}"] == 0 for how in SETTINGS)
     assert first["oracle_left_before"] is None and any("no oracle" in note for note in notes)

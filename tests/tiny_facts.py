@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import tiny
@@ -51,7 +52,7 @@ def text(subject: str, letters: str, seed: int) -> Text:
 def testbed(folder: Path, **settings) -> Testbed:
     """A random LM and these facts."""
     lm = load_lm(tiny.save_lm(folder / "lm"), "cpu")
-    made = dict(
+    made: dict[str, Any] = dict(
         name="tiny",
         lm=lm,
         tokenizer=load_tokenizer(folder / "lm"),

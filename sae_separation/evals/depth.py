@@ -61,7 +61,7 @@ def right_of(x: np.ndarray, labels: np.ndarray, asked: np.ndarray, expected: np.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         probe.fit((flat - mean) / std, labels.repeat(x.shape[1]))
-    said = probe.predict((asked.reshape(-1, x.shape[-1]) - mean) / std)
+    said = np.asarray(probe.predict((asked.reshape(-1, x.shape[-1]) - mean) / std))
     return said.reshape(asked.shape[:2]) == expected[:, None]
 
 
