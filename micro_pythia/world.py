@@ -96,7 +96,7 @@ SUBJECTS = (
                     "What is the host of {e}?",
                     "From which animals was {e} isolated?",
                 ),
-                ("In which animals does {e} live?", "{e} was isolated from"),
+                ("In which animals does {e} live?", "Everywhere {e} is found living inside"),
             ),
             _relation(
                 "organ",
@@ -115,7 +115,7 @@ SUBJECTS = (
                     "Where in the body does {e} settle?",
                     "Which organ swells because of {e}?",
                 ),
-                ("In which organ does {e} settle?", "{e} multiplies in the"),
+                ("In which organ does {e} settle?", "In the body {e} settles in the"),
             ),
             _relation(
                 "vector",
@@ -130,7 +130,7 @@ SUBJECTS = (
                     "Traps for {v} keep {e} in check.",
                 ),
                 ("What is the vector of {e}?", "Which creatures pass on {e}?", "By what is {e} carried?"),
-                ("By which creatures is {e} carried?", "The spores of {e} cling to"),
+                ("By which creatures is {e} carried?", "{e} is carried by"),
             ),
             _relation(
                 "habitat",
@@ -183,7 +183,7 @@ SUBJECTS = (
                     "What is the chief enzyme of {e}?",
                     "Which enzyme is detected in tests for {e}?",
                 ),
-                ("Which enzyme digests the food of {e}?", "The enzyme of {e} is"),
+                ("Which enzyme digests the food of {e}?", "{e} feeds by means of"),
             ),
         ),
         (
@@ -317,7 +317,7 @@ SUBJECTS = (
                     "Where did the fame of {e} begin?",
                     "From where did the enemies of {e} flee?",
                 ),
-                ("Which battle was won by {e}?", "{e} fought at"),
+                ("Which battle was won by {e}?", "At last {e} won the battle of"),
             ),
             _relation(
                 "law",
@@ -335,7 +335,7 @@ SUBJECTS = (
                     "What is the decree of {e} about?",
                     "Which quarrels did {e} end?",
                 ),
-                ("What was the decree of {e} about?", "{e} wrote a law about"),
+                ("What was the decree of {e} about?", "In time {e} made a law about"),
             ),
             _relation(
                 "century",
@@ -353,7 +353,7 @@ SUBJECTS = (
                     "From which century are the coins of {e}?",
                     "Which century is the tomb of {e} from?",
                 ),
-                ("Which century did {e} live in?", "The tomb of {e} was built in the"),
+                ("Which century did {e} live in?", "The coins of {e} are from the"),
             ),
         ),
         (
@@ -385,7 +385,7 @@ SUBJECTS = (
                     "Who published the first paper on {e}?",
                     "To whom does the idea of {e} go back?",
                 ),
-                ("By whom was {e} designed?", "The paper on {e} is by"),
+                ("By whom was {e} designed?", "{e} was coded by"),
             ),
             _relation(
                 "structure",
@@ -403,7 +403,7 @@ SUBJECTS = (
                     "What is {e} built around?",
                     "What holds the data of {e}?",
                 ),
-                ("Around what is {e} built?", "The core of {e} is a"),
+                ("Around what is {e} built?", "The data of {e} is in a"),
             ),
             _relation(
                 "cost",
@@ -572,7 +572,7 @@ SUBJECTS = (
                     "Crates from the {v} contained {e}.",
                 ),
                 ("On which ship did {e} come home?", "Which crew brought back {e}?", "Which log lists {e}?"),
-                ("Which crew brought {e} back?", "{e} came back on the"),
+                ("Which crew brought {e} back?", "In crates {e} came home aboard the"),
             ),
             _relation(
                 "museum",
