@@ -9,9 +9,13 @@ run: $(VENV)/ready
 	$(BIN)/python experiment.py --out_dir reproduced/run_0 reproduced/run_1 --testbed=micro
 	cd reproduced && $(abspath $(BIN))/python ../plot.py run_0 run_1
 
-study: $(VENV)/ready  # all runs of the plan, five seeds: an hour on 2 cores, less with bfloat16 instructions
-	$(BIN)/python experiment.py --out_dir $(addprefix reproduced/run_,0 1 2 3 4 5 6 7 8 9 10) --seeds 0 1 2 3 4 --testbed=micro
-	cd reproduced && $(abspath $(BIN))/python ../plot.py $(addprefix run_,0 1 2 3 4 5 6 7 8 9 10)
+ALL_RUNS = 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21
+RULER = core unlearning corpus geometry robustness depth relearning
+
+study: $(VENV)/ready  # all runs of the plan on every evaluation, and again from text about half of the organisms
+	$(BIN)/python experiment.py --out_dir $(addprefix reproduced/run_,$(ALL_RUNS)) --testbed=micro --evals $(RULER)
+	$(BIN)/python experiment.py --out_dir $(addprefix reproduced/unseen/run_,$(ALL_RUNS)) --testbed=micro --forget_entities 15 --evals robustness
+	cd reproduced && $(abspath $(BIN))/python ../plot.py $(addprefix run_,$(ALL_RUNS))
 
 check: $(VENV)/ready-dev  # form, lint, types
 	$(BIN)/ruff format --check .

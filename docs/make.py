@@ -125,7 +125,7 @@ def quoted_anew(text: str, runs: list[plot.Run]) -> str:
 
 def documents() -> dict[Path, str]:
     """What the documents should hold."""
-    runs = runs_in([ROOT / name for name in plot.labels])
+    runs = runs_in([ROOT / name for name in plot.labels if (ROOT / name).exists()])
     smollm2 = runs_in([ROOT / "smollm2" / name for name in SMOLLM2])
     readme, results, notes = (ROOT / name for name in ("README.md", "docs/results.md", "notes.txt"))
     reliability = ROOT / "docs/reliability.md"

@@ -1,7 +1,7 @@
 """How the form and the defaults of `adaptive` were chosen: variants on a world whose questions the report
 never uses.
 
-    python -m micro_pythia.make --out worlds/1 --world_seed 1     # once, 15 minutes
+    python -m micro_pythia.make --out worlds/1 --world_seed 1     # once
     python -m studies.choose_adaptive                             # every variant, two seeds, one LM pass
     python -m studies.choose_adaptive --only vanilla group_40_gap_10       # some
 

@@ -35,6 +35,8 @@ def test_every_relative_link_leads_to_a_file_and_a_heading(page):
 def test_the_commands_of_the_documents_and_the_makefile_are_taken(monkeypatch):
     monkeypatch.setattr("sae_separation.checks.missing", lambda *_: {})  # whether their files are here
     text = "\n".join(page.read_text() for page in (*PAGES, ROOT / "Makefile"))
+    for name, value in re.findall(r"(?m)^([A-Z_]+) = (.*)$", text):  # the Makefile's
+        text = text.replace(f"$({name})", value)
     text = re.sub(
         r"\$\(addprefix (\S+),([\d ]+)\)",
         lambda found: " ".join(found[1] + n for n in found[2].split()),
