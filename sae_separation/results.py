@@ -86,6 +86,7 @@ def measure(
         record["made_by"][row.section] = made_by | took
         with process.signals.held():
             write_json(run_folder.record_of(folder, seed, part), seal(record))
+        process.signals.something_is_kept()
 
 
 def by_metric(values: Sequence[dict]) -> dict[str, list]:

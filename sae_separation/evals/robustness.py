@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+from torch import Tensor
 
 from sae_separation import saebench
 from sae_separation.evals import corpus
@@ -23,12 +24,13 @@ from sae_separation.evals.cells import (
     answers,
     chosen_for,
     halves,
+    intervening,
     known_among,
     under_cell,
 )
 from sae_separation.evals.evaluator import Evaluator, finite
 from sae_separation.evals.unlearning import MIN_KNOWN, too_few
-from sae_separation.exam import Completions
+from sae_separation.exam import Completions, Residuals
 from sae_separation.forms import FORMS, Asker, Form
 from sae_separation.lm import InterventionLM
 
@@ -54,9 +56,13 @@ class Asked:
     known: np.ndarray
 
     def right(self, lm: InterventionLM) -> np.ndarray:
-        """Right or wrong of every question [n] (bool), under the LM's hook if there is one."""
+        """Right or wrong of every question [n] (bool), under the LM's hook if there is one. Residuals of up to
+        MOST_KEPT_BYTES stay for the next one."""
         out = np.zeros(len(self.known), dtype=bool)
         out[self.places] = self.exam.right(partial(lm.ask, read=self.exam.read)).numpy()
+        if sum(asked.residuals.resid.nbytes for asked in lm.asked.values()) > MOST_KEPT_BYTES:
+            for batch in self.exam.batches:
+                lm.asked.pop(batch, None)
         return out
 
 
@@ -108,11 +114,16 @@ def examined(evaluator: Evaluator) -> Examined:
     return answered(evaluator.lm, out)
 
 
+def unchanged(resid: Tensor, hook: Residuals) -> None:
+    """A hook that changes nothing: the LM keeps what every other one needs."""
+
+
 def answered(lm: InterventionLM, exam: Examined) -> Examined:
     """The same questions, in the forms that count for this LM."""
     out = replace(exam, forms=[], left_out={})
     for form in exam.forms:
-        asked = replace(form, known=form.right(lm))
+        with intervening(lm, unchanged):
+            asked = replace(form, known=form.right(lm))
         here, rates = np.isin(np.arange(len(exam.subject)), form.places), {}
         for domain, group in (("forget", exam.forget | exam.unseen), ("retain", exam.retain)):
             n = (group & here).sum()
@@ -204,13 +215,9 @@ def in_all_forms(
 
 
 def under(switch: Switch, cell: dict | None, asked: Asked) -> np.ndarray:
-    """Right or wrong [n] under a cell. Residuals of up to MOST_KEPT_BYTES stay for the next SAE."""
+    """Right or wrong [n] under a cell."""
     with under_cell(switch, cell):
-        right = asked.right(switch.lm)
-    if sum(a.residuals.resid.nbytes for a in switch.lm.asked.values()) > MOST_KEPT_BYTES:
-        for batch in asked.exam.batches:
-            switch.lm.asked.pop(batch, None)
-    return right
+        return asked.right(switch.lm)
 
 
 def left(asked: Asked, right: np.ndarray, group: np.ndarray) -> float:
