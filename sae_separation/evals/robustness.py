@@ -56,8 +56,8 @@ class Asked:
     known: np.ndarray
 
     def right(self, lm: InterventionLM) -> np.ndarray:
-        """Right or wrong of every question [n] (bool), under the LM's hook if there is one. Residuals of up to
-        MOST_KEPT_BYTES stay for the next one."""
+        """Right or wrong of every question [n] (bool), under the LM's hook if there is one. Residuals of up
+        to MOST_KEPT_BYTES stay for the next one."""
         out = np.zeros(len(self.known), dtype=bool)
         out[self.places] = self.exam.right(partial(lm.ask, read=self.exam.read)).numpy()
         if sum(asked.residuals.resid.nbytes for asked in lm.asked.values()) > MOST_KEPT_BYTES:
