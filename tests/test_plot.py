@@ -21,12 +21,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
 
+import numpy as np
 import pytest
 from conftest import ROOT, run_script
 from scipy import stats
 
 sys.path.insert(0, str(ROOT))
 import plot
+from experiment import PLAN
 from sae_separation.errors import Output, keep_output_open
 from sae_separation.files import seal
 
@@ -232,13 +234,65 @@ def test_eleven_runs_give_every_figure_in_print_size(eleven):
 
 
 def test_every_run_of_the_plan_has_a_label_and_a_look_of_its_own(eleven):
-    assert list(plot.labels) == [f"run_{i}" for i in range(11)]
+    assert list(plot.labels) == list(PLAN)
     runs, skipped = plot.find_runs(list(eleven.glob("run_*")))
-    assert [run.name for run in runs] == list(plot.labels) and not skipped
+    assert [run.name for run in runs] == list(plot.labels)[:11] and not skipped
     for part in ("color", "marker"):
         assert len({run.style[part] for run in runs}) == 11
     alone, _ = plot.find_runs([eleven / "run_6"])
     assert alone[0].style == runs[6].style, "a run looks the same whichever others are drawn"
+
+
+FORMS = {"letter_own_trained_alone": (0.1, 1.0), "prose_no_trained_passage": (0.3, 0.98)}
+
+
+def robust(folder: Path, eleven: Path, run: str, worst: float, forms: dict, **more) -> Path:
+    """A copy of a run that was evaluated for robustness."""
+    copied = shutil.copytree(eleven / run, folder / run)
+    rows = [
+        {"form": form, "left": left, "kept": kept, "kept_min": kept} for form, (left, kept) in forms.items()
+    ]
+    metrics = {"worst_case_score": worst, "knowledge_left_max": 0.3, "kept_at_worst": 0.98} | more
+    seeds = json.loads((copied / "config.json").read_text())["config"]["seeds"]
+    section = {"means": metrics, "stderrs": dict.fromkeys(metrics)}
+    section["final_info_dict"] = {name: [value] * len(seeds) for name, value in metrics.items()}
+    edit(copied / "final_info.json", lambda info: info.update(robustness=section))
+    for seed in seeds:
+        (copied / "eval" / f"seed{seed}_robustness.json").write_text(json.dumps({"forms": rows}))
+    return copied
+
+
+def test_the_figure_and_the_table_of_the_ruler_have_the_best_worst_case_first(eleven, tmp_path):
+    robust(tmp_path, eleven, "run_0", 0.0, FORMS)
+    robust(tmp_path, eleven, "run_6", 0.7, {form: (left, 1.0) for form, (left, _) in FORMS.items()})
+    shutil.copytree(eleven / "run_1", tmp_path / "run_1")
+    runs, skipped = plot.find_runs(sorted(tmp_path.iterdir()))
+    assert not skipped and [run.name for run in plot.by_worst_case(runs)] == ["run_6", "run_0"]
+    assert plot.by_form(runs[0]) == {
+        "letter_own_trained_alone": (0.1, 0.0),
+        "prose_no_trained_passage": (0.3, 1.0),
+    }
+    figure = plot.robustness(runs)
+    assert not isinstance(figure, str)
+    axis = figure.axes[0]
+    assert [text.get_text().split("   ")[1] for text in axis.get_yticklabels()] == [
+        "0.70 (0.98)",
+        "0.00 (0.98)",
+    ]
+    assert np.allclose(axis.images[0].get_array(), [[0.1, 0.3], [0.1, 0.3]])
+    crossed = axis.lines[0].get_xydata()
+    assert np.array_equal(crossed, [[1, 1]]), "run_0 behind a passage"
+    assert isinstance(plot.robustness([runs[1]]), str)
+    table = plot.ruler_table(runs, {}).splitlines()
+    assert len(table) == 4 and "adaptive" in table[2] and table[2].split(" | ")[3] == "0.70"
+
+
+def test_forms_that_are_no_numbers_are_refused(eleven, tmp_path):
+    broken = robust(tmp_path, eleven, "run_0", 0.0, FORMS)
+    (file,) = broken.glob("eval/seed0_robustness.json")
+    file.write_text(json.dumps({"forms": [{"form": "letter", "left": "much"}]}))
+    _, skipped = plot.find_runs([broken])
+    assert "forms are not names with numbers" in skipped[0]
 
 
 def test_two_folders_of_one_name_are_kept_apart(eleven):
