@@ -385,7 +385,7 @@ SUBJECTS = (
                     "Who published the first paper on {e}?",
                     "To whom does the idea of {e} go back?",
                 ),
-                ("By whom was {e} designed?", "{e} was coded by"),
+                ("By whom was {e} designed?", "The first paper on {e} was published by"),
             ),
             _relation(
                 "structure",
