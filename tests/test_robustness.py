@@ -124,7 +124,7 @@ def test_a_guard_on_the_first_words_is_seen_through(evaluator, monkeypatch):
     metrics, details, _ = under(monkeypatch, evaluator, guard)
     assert metrics["standard_score"] > 0.4 and metrics["worst_case_score"] == 0.0
     left = {row["form"]: row["left"] for row in details["forms"]}
-    assert left["letter_own_trained_alone"] < 0.5 and left["letter_no_trained_alone"] == 1.0
+    assert left["letter_own_trained_alone"] < 0.5 and left["letter_no_trained_passage"] == 1.0
     kept = {row["form"]: row["kept"] for row in details["forms"]}
     assert kept["letter_other_trained_alone"] < 0.9
 

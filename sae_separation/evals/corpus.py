@@ -81,7 +81,7 @@ def corpus(evaluator: Evaluator, sae, seed: int, name: str) -> tuple[dict, dict]
         change = {"forget_ce_gain": ce["forget"] - plain["forget"]}
         table.append(cell | change | {"retain_ce_cost": ce["retain"] - plain["retain"]})
     metrics = {f"lm_{domain}_ce": ce for domain, ce in plain.items()}
-    for how in dict.fromkeys(row["intervention"] for row in table):
+    for how in ("clamp",) if isinstance(sae, Method) else INTERVENTIONS:
         rows = [row for row in table if row["intervention"] == how]
         for cost in COSTS:
             gains = [row["forget_ce_gain"] for row in rows if row["retain_ce_cost"] <= cost]
