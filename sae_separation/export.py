@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from sae_separation import methods, saebench
 
@@ -59,7 +60,7 @@ def export(module, folder: Path, metadata: dict):
     )  # safetensors lets the owner alone read
 
 
-def load_exported(folder: Path, device="cpu"):
+def load_exported(folder: Path, device="cpu") -> Any:
     """An exported SAE as SAEBench takes it: read by sae_lens, its config in the form SAEBench expects. Or
     what a method without an SAE has fitted, a methods.Method."""
     from sae_lens import SAE

@@ -152,7 +152,7 @@ class Asker:
         longest = 8 * self.context_size
         texts = {False: self.testbed.retain.held_out, True: self.testbed.forget.held_out}
         return {
-            forget: [row["text"][:longest] for row in islice(text, N_DOCUMENTS)]
+            forget: [dict(row)["text"][:longest] for row in islice(text, N_DOCUMENTS)]
             for forget, text in texts.items()
         }
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny import there
 
 from sae_separation import saebench
 from sae_separation.evals import cells, robustness
@@ -170,7 +171,8 @@ def test_a_feature_switch_repeats_its_cells_from_what_is_recorded(evaluator, few
     assert {cell["write"] for cell in grid} == {"zero", "retain_mean", "clamp"}
     tokens, resid = evaluator.select["forget"]
     batch = robustness.corpus.whole_contexts(tokens[:4], resid[:4], evaluator.special)
-    x, hook = batch.residuals.resid, batch.residuals
+    hook = there(batch.residuals)
+    x = hook.resid
     for cell in grid:
         f = sae.encode(x)[..., cell["features"]]
         fires = (f > 0) & hook.trained[..., None]
@@ -181,7 +183,7 @@ def test_a_feature_switch_repeats_its_cells_from_what_is_recorded(evaluator, few
         else:
             new = torch.tensor(needed["retain_mean"]) * (cell["write"] == "retain_mean")
             wanted = torch.where(fires.any(-1)[..., None], new, x)
-        assert torch.allclose(switch.hook(cell)(x, hook=hook), wanted, atol=1e-3)
+        assert torch.allclose(there(switch.hook(cell)(x, hook=hook)), wanted, atol=1e-3)
 
 
 @torch.no_grad()

@@ -173,7 +173,7 @@ def never_named(evaluator: Evaluator) -> tuple[int, ...]:
     questions = evaluator.questions.by_subject.get(saebench.FORGET, [])
     left = {q.entity for q in questions if q.entity}
     for part in evaluator.testbed.forget.train.iter(batch_size=256):
-        text = "\n".join(part["text"])
+        text = "\n".join(dict(part)["text"])
         left = {entity for entity in left if entity not in text}
         if not left:
             break

@@ -45,7 +45,7 @@ def plain_cross_entropy(evaluator: Evaluator) -> dict[str, float]:
     return cross_entropy(evaluator)
 
 
-def cells(evaluator: Evaluator, sae) -> Iterator[tuple[dict, Hook]]:
+def cells(evaluator: Evaluator, sae) -> Iterator[tuple[dict, Hook | None]]:
     """The settings and the hook of every clamp in the sweeps of `unlearning`, or of every cell of a method
     that needs no SAE."""
     if isinstance(sae, Method):
