@@ -105,7 +105,7 @@ class Arm:
     of the variance all along of what it is with rounds of `every` (tested; notes.txt). `uses_groups`:
     features are grouped by how they fire. `steered`: alpha follows the measured sharing of the first
     --forget_features features towards --target_sharing. `selected`: its features are chosen with labels
-    (selection.py). `method`: the name of a function of methods.FITTED, in an SAE's place.
+    (selection.py). Without `trains_sae` it is the method of its name in methods.FITTED.
     """
 
     loss: str = ""
@@ -119,7 +119,7 @@ class Arm:
     steered: bool = False
     trains_decoder: bool = True
     selected: bool = False
-    method: str = ""
+    trains_sae: bool = True
 
     @property
     def has_loss(self) -> bool:
@@ -184,16 +184,16 @@ ARMS = {
         options=CHUNKS,
     ),
     "vanilla_selected": Arm(selected=True),
-    "difference_of_means": Arm(method="difference_of_means"),
-    "leace": Arm(method="leace"),
-    "linear_gate": Arm(method="linear_gate"),
-    "mlp_gate": Arm(method="mlp_gate"),
-    "token_list": Arm(method="token_list"),
-    "mean_guard": Arm(method="mean_guard"),
-    "bayes_guard": Arm(method="bayes_guard"),
-    "rmu": Arm(method="rmu"),
-    "npo": Arm(method="npo"),
-    "oracle": Arm(method="oracle"),
+    "difference_of_means": Arm(trains_sae=False),
+    "leace": Arm(trains_sae=False),
+    "linear_gate": Arm(trains_sae=False),
+    "mlp_gate": Arm(trains_sae=False),
+    "token_list": Arm(trains_sae=False),
+    "mean_guard": Arm(trains_sae=False),
+    "bayes_guard": Arm(trains_sae=False),
+    "rmu": Arm(trains_sae=False),
+    "npo": Arm(trains_sae=False),
+    "oracle": Arm(trains_sae=False),
 }
 
 
@@ -832,7 +832,7 @@ def run_experiments(command: Command, requests: list[Request], started: float):
     if complete or not command.overwrite and any(checkpoint.steps_in(Path(name)) for name in names):
         process.signals.something_is_kept()
     rows = evals.rows_of(command.evals)
-    fitted = any(ARMS[request.arm].method for request in asked)
+    fitted = not all(ARMS[request.arm].trains_sae for request in asked)
     testbed = load_testbed((asked or requests)[0], asks=any(row.asks for row in rows))
     resolved = [resolve(request, testbed) for request in asked]
     finished = [results.Finished(Path(name), resolve(c, testbed), testbed) for name, c in complete]
@@ -894,10 +894,8 @@ def make_runs(
     n_steps = shared.tokens // shared.batch_size
     runs, seconds = [], 0.0
     for name, request, config in zip(names, asked, resolved):
-        if method := ARMS[config.arm].method:
-            runs.append(MethodRun(name, request, config, testbed, method))
-        else:
-            runs.append(Run(name, request, config, testbed, n_steps))
+        kind = Run if ARMS[config.arm].trains_sae else MethodRun
+        runs.append(kind(name, request, config, testbed, n_steps))
     if trained := [run for run in runs if not isinstance(run, MethodRun)]:
         seconds = train_runs(command, trained, testbed, evaluated, started)
     for run in runs:

@@ -124,7 +124,6 @@ SCORE, GAIN, EXPLAINED = (
 )
 # intervention -> suffix of its metrics
 WORST = ("robustness", "worst_case_score")
-KEPT, KEPT_OF_A_SUBJECT = 0.99, 0.95  # what every form must keep
 INTERVENTIONS = {"clamp": "", "conditional": "_conditional", "guardrail": "_guardrail"}
 GROUPS = ("forget", "retain", "shared")
 TESTED = {
@@ -307,7 +306,7 @@ class Run:
         forms = details.get("forms") or []
         whole = isinstance(forms, list) and all(isinstance(form, dict) for form in forms)
         whole = whole and all(isinstance(form.get("form"), str) for form in forms)
-        numbers = [form.get(key) for form in forms if whole for key in ("left", "kept", "kept_min")]
+        numbers = [form.get(key) for form in forms if whole for key in ("left", "kept")]
         need(whole and are_numbers(numbers), f"{where}: forms are not names with numbers")
         return details
 
@@ -472,12 +471,13 @@ RULER = {  # head -> section and metric of a column of the table of methods
 }
 
 
-def ruler_table(runs: list[Run], unseen: dict[str, Run]) -> str:
-    """Markdown: every method on the ruler, the best worst case first. `unseen`: by name, the same runs made
-    from text about some of the entities, for the column of facts never shown."""
+def ruler_table(runs: list[Run]) -> str:
+    """Markdown: every method on the ruler, the best worst case first. The column of facts never shown is of
+    the run of the same name in the folder `unseen` beside a run (--forget_entities), where there is one."""
     rows = []
     for run in by_worst_case(runs):
-        of = {head: run for head in RULER} | {"unseen": unseen.get(run.name, run)}
+        twin = run.folder.parent / "unseen" / run.folder.name
+        of = {head: run for head in RULER} | {"unseen": Run(twin) if twin.is_dir() else run}
         numbers = [shown(*of[head].mean(*metric), digits_of(head)) for head, metric in RULER.items()]
         rows.append([run.label, str(len(run.seeds)), *numbers])
     return markdown(["method", "seeds", *RULER], rows)
@@ -864,7 +864,7 @@ def by_form(run: Run) -> dict[str, tuple[float, float]]:
     tables = [details["forms"] for details in run.evals.get("robustness", []) if details.get("forms")]
     cells: dict[str, list] = {}
     for row in (row for table in tables for row in table):
-        spoilt = finite(row.get("kept")) < KEPT or finite(row.get("kept_min")) < KEPT_OF_A_SUBJECT
+        spoilt = row.get("kept_enough") is not True
         cells.setdefault(cut(plain(row["form"]), 60), []).append((finite(row.get("left")), spoilt))
     left, spoilt = ({f: float(np.mean([c[k] for c in v])) for f, v in cells.items()} for k in (0, 1))
     return {form: (left[form], spoilt[form]) for form in cells}
@@ -1146,6 +1146,8 @@ def show():
     if args.against is not None:
         return say(against_table(run_named(args.against, runs), runs))
     say(summary_table(runs))
+    if by_worst_case(runs):
+        say("\n" + ruler_table(runs))
     if args.table:
         return
     for text in cautions(runs, []):

@@ -236,7 +236,9 @@ def train(learners: list[Learner], probe: Exam, max_steps: int, lr: float, tail=
             rate = lr * min(step / 100, 1.0) * min(1.0, max(0.02, (end - step) / tail))
             progress = 0.0 if facts_from is None else min((step - facts_from) / ramp, 1.0)
             shares = LOOKUP_STAGE * (1 - progress) + FACT_STAGE * progress
-            (loss, drilled), *_ = threads.map(lambda learner: learner.step(shares, rate), learners)
+            (loss, drilled), *_ = threads.map(
+                Learner.step, learners, itertools.repeat(shares), itertools.repeat(rate)
+            )
             drill_loss = drill_loss if drilled is None else 0.98 * drill_loss + 0.02 * drilled
             if facts_from is None and drill_loss < drill_learned:
                 facts_from = step

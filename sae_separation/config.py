@@ -249,8 +249,8 @@ class Arm(Protocol):
         ...
 
     @property
-    def method(self) -> str:
-        """The method that takes an SAE's place, if one does."""
+    def trains_sae(self) -> bool:
+        """Whether it trains an SAE, or is a method that needs none."""
         ...
 
 
@@ -272,7 +272,7 @@ def with_arms(arms: Mapping[str, Arm]) -> Callable[[type[S]], type[S]]:
             kind.__annotations__[name] = type(made.default)
         kind.__annotations__["arm"] = Literal[tuple(arms)]
         kind.arm = Settings.arm
-        kind.without_sae = frozenset(arm for arm, row in arms.items() if row.method)
+        kind.without_sae = frozenset(arm for arm, row in arms.items() if not row.trains_sae)
         return dataclass(kw_only=True)(kind)
 
     return add

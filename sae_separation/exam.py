@@ -362,9 +362,18 @@ def _batches(
 
 
 def letter_tokens(tokenizer, prompt_format=None) -> Tensor:
+    """`single_letters`. Raises WrongRequest for a letter of more than one token."""
+    letters = single_letters(tokenizer, prompt_format)
+    if letters is None:
+        why = "an answer letter is more than one token of this LM's tokenizer"
+        raise WrongRequest(f"--scoring letter: {why}; give --scoring cloze")
+    return letters
+
+
+def single_letters(tokenizer, prompt_format=None) -> Tensor | None:
     """Token ids [spelling, 4] of the letters: after a space, as they stand behind a prompt's "Answer:"; in
-    chat formats by themselves, with and without the space (as SAEBench). Raises WrongRequest for a letter of
-    more than one token."""
+    chat formats by themselves, with and without the space (as SAEBench). None where a letter is more than one
+    token."""
     before, spellings = ("", ["", " "]) if prompt_format else ("Answer:", [" "])
 
     def encode(text: str) -> list[int]:
@@ -373,6 +382,5 @@ def letter_tokens(tokenizer, prompt_format=None) -> Tensor:
     ids = [[encode(before + space + letter) for letter in "ABCD"] for space in spellings]
     stem = encode(before)
     if any(i[:-1] != stem for row in ids for i in row):
-        why = "an answer letter is more than one token of this LM's tokenizer"
-        raise WrongRequest(f"--scoring letter: {why}; give --scoring cloze")
+        return None
     return torch.tensor([[i[-1] for i in row] for row in ids])

@@ -12,8 +12,10 @@ from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from itertools import islice, product
 
+from torch import Tensor
+
 from sae_separation import saebench
-from sae_separation.exam import Completions, letter_tokens
+from sae_separation.exam import Completions, most_positions, single_letters
 from sae_separation.lm import Testbed
 from sae_separation.questions import Question
 
@@ -70,18 +72,24 @@ class Asker:
         return form.wording == "trained" or bool(question.rephrased)
 
     def exam(self, form: Form) -> tuple[Completions, list[int]] | None:
-        """The questions that the form allows, asked in it, and their places; None where there are none."""
-        testbed = self.testbed
+        """The questions that allow the form, asked in it, and their places. None where there are none, where
+        letters are more than one token of the LM's tokenizer, and where a prompt exceeds its positions."""
+        testbed, by_letter = self.testbed, form.how == "letter"
         places = [i for i, q in enumerate(self.questions) if self.allowed(form, q)]
-        if not places:
+        if not places or by_letter and self.letters is None:
             return None
-        spelled_out = form.how == "letter" and testbed.prompt_format is not None
-        letters = letter_tokens(testbed.tokenizer, testbed.prompt_format) if form.how == "letter" else None
+        how = {"device": testbed.lm.device, "mixed_lengths": testbed.mixed_lengths}
+        how |= {"spelled_out": by_letter and testbed.prompt_format is not None}
         asked = [self.ask(form, i) for i in places]
-        device = testbed.lm.device
-        letters = letters if letters is None else letters.to(device)
-        exam = Completions(testbed.tokenizer, asked, letters, spelled_out, device, testbed.mixed_lengths)
-        return exam, places
+        exam = Completions(testbed.tokenizer, asked, self.letters if by_letter else None, **how)
+        longest = max(batch.tokens.shape[1] for batch in exam.batches)
+        return (exam, places) if longest <= most_positions(testbed.lm.config.to_dict()) else None
+
+    @cached_property
+    def letters(self) -> Tensor | None:
+        """As Completions takes them."""
+        found = single_letters(self.testbed.tokenizer, self.testbed.prompt_format)
+        return None if found is None else found.to(self.testbed.lm.device)
 
     def ask(self, form: Form, place: int) -> tuple[str, tuple[str, ...], int]:
         """The text in front of the answer, the answers there are (none: letters), and the right one."""

@@ -73,6 +73,11 @@ class MethodSwitch:
         self.method, self.evaluator = method, evaluator
         self.lm = oracle_of(evaluator) if method.kind == "oracle" else evaluator.lm
 
+    @property
+    def needed(self) -> dict:
+        """Nothing: its files hold all."""
+        return {}
+
     def cells(self) -> list[dict]:
         """Its grid, as it was saved."""
         return self.method.settings["cells"]

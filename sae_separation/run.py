@@ -62,7 +62,7 @@ class Run:
         self.config_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.warnings: list[str] = list(testbed.notes)
         self.passes: dict[str, int] = {}  # over each domain's text, by the stream
-        self.trainers: Sequence[Trains] = ()
+        self.trainers: Sequence[Any] = ()  # Trains; of a MethodRun Fit
         self.info: dict = {}  # final_info.json, once it is complete
 
     def start(self, trainers: Sequence[Trains], saved: tuple[dict, dict] | None):
@@ -116,7 +116,7 @@ class Run:
                 self.warnings.append("begun before, and its checkpoints were gone: trained again from step 0")
 
     @property
-    def training(self) -> list[Trains]:
+    def training(self) -> list[Any]:
         """The trainers that have not failed."""
         return [trainer for trainer in self.trainers if not trainer.failed]
 
@@ -267,10 +267,6 @@ class MethodRun(Run):
     """A run of a method that is told the labels and needs no SAE: fitted in seconds, when it is evaluated, on
     the text that features are selected on."""
 
-    def __init__(self, out_dir: str, requested: Request, config: Config, testbed: Testbed, method: str):
-        super().__init__(out_dir, requested, config, testbed, n_steps=0)
-        self.method = method
-
     def begin(self, anew: bool):
         """Take the folder; what an interrupted start has fitted and measured stays. Raises WrongRequest."""
         run_folder.make(self.folder)
@@ -299,7 +295,7 @@ class MethodRun(Run):
 
     def _write_sae(self, trainer: Fit, folder: Path):
         began, testbed = time.monotonic(), self.testbed
-        method = methods.fit(self.method, self.evaluator, trainer.seed)
+        method = methods.fit(self.config.arm, self.evaluator, trainer.seed)
         n_tokens = sum(contexts.tokens.numel() for contexts in self.evaluator.select.values())
         method.settings |= {"model_name": testbed.name, "hook_name": testbed.hook_name}
         method.settings |= {"tokens_trained": n_tokens, "train_seconds": time.monotonic() - began}

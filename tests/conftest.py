@@ -92,6 +92,21 @@ def small_micro(tmp_path_factory) -> dict[str, tuple[str, ...]]:
     return {setting: (str(folder / name),) for setting, name in files.items()}
 
 
+@pytest.fixture(scope="module")
+def facts_testbed(tmp_path_factory):
+    """A small LM that was taught facts about entities (tiny_facts.py)."""
+    import tiny_facts
+
+    return tiny_facts.testbed(tmp_path_factory.mktemp("facts"))
+
+
+@pytest.fixture(scope="module")
+def facts_evaluator(facts_testbed):
+    import tiny_facts
+
+    return tiny_facts.evaluator(facts_testbed)
+
+
 @pytest.fixture(scope="session")
 def activations(micro):
     """One block of real activations, forget and retain."""

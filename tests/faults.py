@@ -835,7 +835,7 @@ def spoil(name: str, value: float):
 
 
 INF, NAN = float("inf"), float("nan")
-ALL = tuple(arm for arm, row in experiment.ARMS.items() if not row.method)
+ALL = tuple(arm for arm, row in experiment.ARMS.items() if row.trains_sae)
 INJECTED = [
     ("activation", ALL, spoil_x, "activations of the LM not finite in 1 of"),
     ("gradient", ("vanilla", "adaptive"), spoil_gradient, "gradient of W_enc_FD not finite in 1 of"),

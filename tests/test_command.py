@@ -489,7 +489,7 @@ def test_options_said_to_do_nothing_do_nothing(activations):
         "temperature": 0.9,
     }
     ever = set()
-    with_sae = [arm for arm, row in ARMS.items() if not row.method]
+    with_sae = [arm for arm, row in ARMS.items() if row.trains_sae]
     for setting, values in (("arm", with_sae), ("activation", ACTIVATION_NAMES)):
         for value in values:
             plain = replace(SMALL, **{setting: value})

@@ -17,81 +17,71 @@ from sae_separation.evals.depth import depth, depth_score, material, readout_of,
 from sae_separation.lm import InterventionLM
 
 
-@pytest.fixture(scope="module")
-def testbed(tmp_path_factory):
-    return tiny_facts.testbed(tmp_path_factory.mktemp("facts"))
+def measured(facts_evaluator, method) -> tuple[dict, dict, list[str]]:
+    return depth(facts_evaluator, method.chosen_on(facts_evaluator), 0, "it")
 
 
-@pytest.fixture(scope="module")
-def evaluator(testbed):
-    return tiny_facts.evaluator(testbed)
-
-
-def measured(evaluator, method) -> tuple[dict, dict, list[str]]:
-    return depth(evaluator, method.chosen_on(evaluator), 0, "it")
-
-
-def test_what_changes_nothing_has_depth_0_and_what_overwrites_every_token_depth_1(evaluator):
-    before = [p.clone() for p in evaluator.lm.lm.parameters()]
-    metrics, details, notes = measured(evaluator, OneHook(tiny_facts.nothing))
+def test_what_changes_nothing_has_depth_0_and_what_overwrites_every_token_depth_1(facts_evaluator):
+    before = [p.clone() for p in facts_evaluator.lm.lm.parameters()]
+    metrics, details, notes = measured(facts_evaluator, OneHook(tiny_facts.nothing))
     assert metrics["depth_score"] == metrics["depth_score_4bit"] == 0
     assert metrics["readout_forget"] == metrics["lm_readout_forget"] > 0.5
     assert metrics["readout_retain"] == metrics["lm_readout_retain"] > 0.5
     assert metrics["oracle_readout_forget"] is None and "no oracle: chance" in notes[0]
     assert details["layers"] == [1, 2] and set(details["by_layer"]) == {"biology", "history"}
-    over, details, _ = measured(evaluator, OneHook(tiny_facts.retain_mean))
+    over, details, _ = measured(facts_evaluator, OneHook(tiny_facts.retain_mean))
     assert over["depth_score"] > 0.9 and over["depth_score_4bit"] > 0.9
     assert details["by_layer"]["biology"]["intervention"][0] == details["chance"] == 0.25
     assert over["readout_retain"] < 0.4 and over["lm_readout_retain"] == metrics["lm_readout_retain"]
-    assert all(torch.equal(p, q) for p, q in zip(evaluator.lm.lm.parameters(), before))
-    assert evaluator.lm.hook is None
+    assert all(torch.equal(p, q) for p, q in zip(facts_evaluator.lm.lm.parameters(), before))
+    assert facts_evaluator.lm.hook is None
 
 
-def test_the_oracle_has_depth_1_and_stands_where_chance_stood(testbed):
+def test_the_oracle_has_depth_1_and_stands_where_chance_stood(facts_testbed):
     """An LM whose tokens do not see one another knows nothing of the question at its end."""
-    evaluator = tiny_facts.evaluator(testbed)
-    blind = copy.deepcopy(testbed.lm)
+    facts_evaluator = tiny_facts.evaluator(facts_testbed)
+    blind = copy.deepcopy(facts_testbed.lm)
     for layer in blind.model.layers:
         layer.self_attn.o_proj.weight.data.zero_()
-    evaluator.oracle = InterventionLM(replace(testbed, lm=blind))
-    metrics, details, notes = measured(evaluator, OneHook(on_oracle=True))
+    facts_evaluator.oracle = InterventionLM(replace(facts_testbed, lm=blind))
+    metrics, details, notes = measured(facts_evaluator, OneHook(on_oracle=True))
     assert metrics["depth_score"] == metrics["depth_score_4bit"] == 1 and not notes
     assert metrics["readout_forget"] == metrics["oracle_readout_forget"] < metrics["lm_readout_forget"]
     assert details["by_layer"]["biology"]["oracle"] == details["by_layer"]["biology"]["intervention"]
 
 
-def test_without_an_allowed_cell_nothing_is_switched_off(evaluator):
+def test_without_an_allowed_cell_nothing_is_switched_off(facts_evaluator):
     of_all = OneHook(tiny_facts.retain_mean)
-    assert cells.chosen_for(evaluator, of_all).cell is None, "it keeps nothing"
-    metrics, _, notes = depth(evaluator, of_all, 0, "it")
+    assert cells.chosen_for(facts_evaluator, of_all).cell is None, "it keeps nothing"
+    metrics, _, notes = depth(facts_evaluator, of_all, 0, "it")
     assert metrics["depth_score"] == 0 and any("nothing was switched off" in note for note in notes)
 
 
-def test_the_cell_is_chosen_once_an_sae(evaluator, monkeypatch):
+def test_the_cell_is_chosen_once_an_sae(facts_evaluator, monkeypatch):
     made, method = [], OneHook(tiny_facts.nothing)
 
-    def chosen(evaluator, switch):
+    def chosen(facts_evaluator, switch):
         made.append(({"n": len(made)}, []))
         return made[-1]
 
     monkeypatch.setattr(cells, "chosen", chosen)
-    assert [cells.chosen_for(evaluator, method).cell for _ in range(2)] == 2 * [{"n": 0}]
-    assert cells.chosen_for(evaluator, OneHook(tiny_facts.nothing)).cell == {"n": 1} and len(made) == 2
+    assert [cells.chosen_for(facts_evaluator, method).cell for _ in range(2)] == 2 * [{"n": 0}]
+    assert cells.chosen_for(facts_evaluator, OneHook(tiny_facts.nothing)).cell == {"n": 1} and len(made) == 2
 
 
-def test_the_stream_is_the_lms_own_after_every_layer_from_the_hook_up(evaluator):
-    asked = evaluator.once(material)
-    x = streams(evaluator.lm, asked.batches, None)
+def test_the_stream_is_the_lms_own_after_every_layer_from_the_hook_up(facts_evaluator):
+    asked = facts_evaluator.once(material)
+    x = streams(facts_evaluator.lm, asked.batches, None)
     prompts = [prompt for readout in asked.readouts for some in readout.prompts for prompt in some]
     assert len(x) == len(prompts)
-    tokenizer, i = evaluator.testbed.tokenizer, 30
+    tokenizer, i = facts_evaluator.testbed.tokenizer, 30
     ids = torch.tensor(
         [[tokenizer.bos_token_id, *tokenizer(prompts[i], add_special_tokens=False)["input_ids"]]]
     )
     with torch.no_grad():
-        hidden = evaluator.lm.lm.model(ids, output_hidden_states=True).hidden_states
+        hidden = facts_evaluator.lm.lm.model(ids, output_hidden_states=True).hidden_states
     assert torch.allclose(x[i, 0], hidden[2][0, -1], atol=1e-4)
-    last = evaluator.lm.lm.model.norm(x[i, 1])  # hidden_states end behind the last norm
+    last = facts_evaluator.lm.lm.model.norm(x[i, 1])  # hidden_states end behind the last norm
     assert torch.allclose(last, hidden[3][0, -1], atol=1e-4)
 
 
@@ -144,9 +134,11 @@ def test_the_score_is_the_mean_way_from_the_lm_to_the_reference(lm, reference, u
     assert found == (score if score is None else pytest.approx(score))
 
 
-def test_questions_that_say_nothing_of_entities_leave_depth_undefined(testbed):
-    evaluator = tiny_facts.evaluator(replace(testbed, questions=tiny_facts.questions(about=False)))
-    metrics, details, notes = measured(evaluator, OneHook(tiny_facts.nothing))
+def test_questions_that_say_nothing_of_entities_leave_depth_undefined(facts_testbed):
+    facts_evaluator = tiny_facts.evaluator(
+        replace(facts_testbed, questions=tiny_facts.questions(about=False))
+    )
+    metrics, details, notes = measured(facts_evaluator, OneHook(tiny_facts.nothing))
     assert set(metrics) == set(module.METRICS) and set(metrics.values()) == {None} and details == {}
     assert notes == [module.NO_RELATIONS]
 

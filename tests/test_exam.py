@@ -132,12 +132,7 @@ def test_small_batches_read_what_large_ones_do(tmp_path):
 def test_ends_that_change_the_beginnings_last_token_are_scored_from_where_they_part(tmp_path):
     """Where ":" and an end's first letter are one token, every end is scored from ":" on."""
     folder = tiny.save_lm(tmp_path / "lm")
-    tiny.save_prefix_space_tokenizer(folder)
-    saved = json.loads((folder / "tokenizer.json").read_text())
-    for pair in ((":", "▁"), (":▁", "x")):
-        saved["model"]["vocab"]["".join(pair)] = len(saved["model"]["vocab"])
-        saved["model"]["merges"].append(list(pair))
-    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    tiny.save_merging_tokenizer(folder)
     lm, tokenizer = load_lm(folder, "cpu"), load_tokenizer(folder)
     asked = [("Its host:", ("xyz", "the", "D"), 0), ("Its host is", ("the", "D"), 1)]
     exam = Completions(tokenizer, asked)

@@ -181,12 +181,7 @@ def test_choices_that_change_the_questions_last_token_are_scored_from_where_they
     from transformers import AutoTokenizer
 
     folder = tiny.save_lm(tmp_path / "lm")
-    tiny.save_prefix_space_tokenizer(folder)
-    saved = json.loads((folder / "tokenizer.json").read_text())
-    for pair in ((":", "▁"), (":▁", "x")):
-        saved["model"]["vocab"]["".join(pair)] = len(saved["model"]["vocab"])
-        saved["model"]["merges"].append(list(pair))
-    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    tiny.save_merging_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     questions = [Question("x", "Which?", ("xyz", "the", "D", "q"), 0)]
     for shared in (True, False):

@@ -250,7 +250,8 @@ def robust(folder: Path, eleven: Path, run: str, worst: float, forms: dict, **mo
     """A copy of a run that was evaluated for robustness."""
     copied = shutil.copytree(eleven / run, folder / run)
     rows = [
-        {"form": form, "left": left, "kept": kept, "kept_min": kept} for form, (left, kept) in forms.items()
+        {"form": form, "left": left, "kept": kept, "kept_enough": kept >= 0.99}
+        for form, (left, kept) in forms.items()
     ]
     metrics = {"worst_case_score": worst, "knowledge_left_max": 0.3, "kept_at_worst": 0.98} | more
     seeds = json.loads((copied / "config.json").read_text())["config"]["seeds"]
@@ -279,12 +280,14 @@ def test_the_figure_and_the_table_of_the_ruler_have_the_best_worst_case_first(el
         "0.70 (0.98)",
         "0.00 (0.98)",
     ]
-    assert np.allclose(axis.images[0].get_array(), [[0.1, 0.3], [0.1, 0.3]])
+    assert np.asarray(axis.images[0].get_array()).tolist() == [[0.1, 0.3], [0.1, 0.3]]
     crossed = axis.lines[0].get_xydata()
     assert np.array_equal(crossed, [[1, 1]]), "run_0 behind a passage"
     assert isinstance(plot.robustness([runs[1]]), str)
-    table = plot.ruler_table(runs, {}).splitlines()
-    assert len(table) == 4 and "adaptive" in table[2] and table[2].split(" | ")[3] == "0.70"
+    robust(tmp_path / "unseen", eleven, "run_6", 0.1, FORMS, unseen_knowledge_left_max=0.25)
+    table = [row.split(" | ") for row in plot.ruler_table(runs).splitlines()]
+    assert len(table) == 4 and "adaptive" in table[2][0] and table[2][3] == "0.70"
+    assert [row[table[0].index("unseen")] for row in table[2:]] == ["0.25", "-"]
 
 
 def test_forms_that_are_no_numbers_are_refused(eleven, tmp_path):

@@ -132,7 +132,7 @@ def test_a_guard_on_the_first_words_is_seen_through(evaluator, monkeypatch):
 
 def test_scores_by_hand():
     def row(left, kept, kept_min):
-        return {"left": left, "kept": kept, "kept_min": kept_min}
+        return {"left": left, "kept": kept, "kept_enough": kept >= 0.99 and kept_min >= 0.95}
 
     assert robustness.summary([row(0.2, 1.0, 1.0), row(0.1, 0.99, 0.95)], "left") == {
         "worst_case_score": pytest.approx(0.8),

@@ -15,6 +15,7 @@ from sae_separation.losses import grouped_grad, groups_and_pairs, omega_all_pair
 from sae_separation.resample import resample
 from sae_separation.rounds import Rounds
 from sae_separation.sparse import SPARSE_SHARE, remove_radial
+from sae_separation.specs import GIVEN
 
 SMALL = tiny.config(
     arm="vanilla",
@@ -42,7 +43,7 @@ def train(config, activations, steps=60, seed=0, killed=0) -> tuple[Trainer, lis
     return trainer, history
 
 
-WITH_SAE = [arm for arm, row in ARMS.items() if not row.method]
+WITH_SAE = [arm for arm, row in ARMS.items() if row.trains_sae]
 
 
 @pytest.mark.parametrize("arm", WITH_SAE)
@@ -238,14 +239,7 @@ for arm, row in ARMS.items():  # an arm's own option that is not above
     CHANGES = {name: (arm, another_value(made)) for name, made in row.options.items()} | CHANGES
 ELSEWHERE = {
     "testbed",
-    "lm",
-    "layer",
-    "forget_text",
-    "forget_entities",
-    "retain_text",
-    "questions",
-    "forget_subject",
-    "scoring",
+    *GIVEN,
     "seeds",
     "tokens",
     "context_size",

@@ -133,6 +133,16 @@ def save_prefix_space_tokenizer(folder: Path):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles).save_pretrained(folder)
 
 
+def save_merging_tokenizer(folder: Path):
+    """The same, but ":", a space and an "x" behind it are one token."""
+    save_prefix_space_tokenizer(folder)
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    for pair in ((":", "▁"), (":▁", "x")):
+        saved["model"]["vocab"]["".join(pair)] = len(saved["model"]["vocab"])
+        saved["model"]["merges"].append(list(pair))
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+
+
 def save_lm(folder: Path, kind: str = "llama", letters: bool = True, seed: int = 0) -> Path:
     """A random LM of D_IN and N_LAYERS, and its tokenizer."""
     import torch

@@ -19,7 +19,7 @@ from sae_separation import saebench
 from sae_separation.evals.evaluator import Evaluator
 from sae_separation.evals.selection import SELECTIONS
 from sae_separation.exam import Batch, Residuals
-from sae_separation.interventions import WRITES, ChosenFeatures, intervene, written_where
+from sae_separation.interventions import WRITES, intervene, written_where
 from sae_separation.lm import InterventionLM
 from sae_separation.methods import Method
 
@@ -31,6 +31,11 @@ class Switch(Protocol):
     the oracle."""
 
     lm: InterventionLM
+
+    @property
+    def needed(self) -> dict:
+        """What repeats a cell, beside the cell and the files of the SAE or method."""
+        ...
 
     def cells(self) -> list[dict]:
         """Its grid: the settings of every cell, from which (and the run folder) the cell can be repeated."""
@@ -88,7 +93,7 @@ class FeatureSwitch:
 
     @property
     def needed(self) -> dict:
-        """What repeats a cell, beside the SAE and the cell: each feature's unit, the mean of the stream."""
+        """Each feature's unit, and the mean of the stream over retain text."""
         units = zip(self.features.chosen.tolist(), self.features.unit.tolist())
         return {"units": dict(units), "retain_mean": self.evaluator.retain_mean.tolist()}
 
@@ -106,10 +111,8 @@ class SelectedSwitch(FeatureSwitch):
         super().__init__(evaluator, sae)
         most = max(self.settings["n_features_list"])
         self.ranked = {how: rank(evaluator, sae, most) for how, rank in SELECTIONS.items()}
-        chosen = torch.tensor(sorted({i for ranked in self.ranked.values() for i in ranked}))
-        unit = evaluator.firing(sae).unit
-        unit = unit if evaluator.testbed.clamp_scale == "feature" else torch.ones_like(unit)
-        self.features = ChosenFeatures(sae, chosen, unit, evaluator.retain_residuals)
+        chosen = np.unique(np.concatenate(list(self.ranked.values())))
+        self.features = evaluator.features(sae, chosen, evaluator.firing(sae).unit)
 
     def cells(self) -> list[dict]:
         return [

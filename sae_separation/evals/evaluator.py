@@ -275,7 +275,10 @@ class Evaluator:
         most = max(self.settings["n_features_list"])
         top = [saebench.top_features(rates, threshold, most) for threshold in thresholds]
         at_least_two = [[0, 1]]  # or SAEBench reads a number for a list
-        chosen = np.unique(np.concatenate(top + at_least_two))
+        return self.features(sae, np.unique(np.concatenate(top + at_least_two)), unit)
+
+    def features(self, sae, chosen: np.ndarray, unit: Tensor) -> ChosenFeatures:
+        """Of these places [n] among all; `unit` [F] is each feature's mean active value."""
         unit = unit if self.testbed.clamp_scale == "feature" else torch.ones_like(unit)
         return ChosenFeatures(sae, torch.from_numpy(chosen), unit, self.retain_residuals)
 

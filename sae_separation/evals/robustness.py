@@ -68,9 +68,11 @@ class Asked:
 
 @dataclass
 class Examined:
-    """The questions that report [n], in every form that counts: `subject` [n] by SAEBench's name, which are
-    `forget` questions, which of those are `unseen`, which retain questions are about a `same_entity` as a
-    forget question, each [n] (bool); and the forms that do not count, with the LM's accuracies."""
+    """The questions that report [n], in every form that counts: `subject` [n] by SAEBench's name; which are
+    `forget` questions, which `unseen` ones (about entities that the forget text never names), and which
+    retain questions are about a `same_entity` as a forget question, each [n] (bool). And the forms that do
+    not count: `left_out`, with the LM's accuracies, and `not_asked`, as the questions or the LM's positions
+    do not allow them."""
 
     subject: np.ndarray
     forget: np.ndarray
@@ -78,18 +80,26 @@ class Examined:
     same_entity: np.ndarray
     forms: list[Asked]
     left_out: dict[str, dict[str, float]]
+    not_asked: list[str]
 
     @property
     def retain(self) -> np.ndarray:
         return ~self.forget & ~self.unseen
 
+    @property
+    def domains(self) -> dict[str, np.ndarray]:
+        """Whose questions a form must be answered in."""
+        both = {"forget": self.forget, "retain": self.retain}
+        return both | ({"unseen": self.unseen} if self.unseen.any() else {})
+
 
 def examined(evaluator: Evaluator) -> Examined:
     """What `robustness` asks of every SAE alike. The questions are those that the LM knows; a form counts
-    where it answers ANSWERED of the forget and of the retain questions in it."""
+    where it answers ANSWERED of the forget, of the retain and of the unseen questions in it."""
     split: Halves = evaluator.once(halves)
     places = known_among(evaluator, split.reporting)
     unseen = known_among(evaluator, {saebench.FORGET: split.unseen})[saebench.FORGET]
+    unseen = unseen if len(unseen) >= MIN_KNOWN else ()
     chosen_places = [(s, i, False) for s, some in places.items() for i in some]
     chosen_places += [(saebench.FORGET, i, True) for i in unseen]
     by_subject = evaluator.questions.by_subject
@@ -104,6 +114,7 @@ def examined(evaluator: Evaluator) -> Examined:
         np.array([s != saebench.FORGET and q.entity in about for s, q in zip(subject, questions)]),
         [],
         {},
+        [],
     )
     asker = Asker(evaluator.testbed, questions, evaluator.context_size)
     for form in FORMS:
@@ -111,6 +122,8 @@ def examined(evaluator: Evaluator) -> Examined:
             exam, places = made
             known = np.isin(np.arange(len(questions)), places)
             out.forms.append(Asked(form, exam, places, (1 / exam.n_ends).mean().item(), known))
+        else:
+            out.not_asked.append(form.name)
     return answered(evaluator.lm, out)
 
 
@@ -125,7 +138,7 @@ def answered(lm: InterventionLM, exam: Examined) -> Examined:
         with intervening(lm, unchanged):
             asked = replace(form, known=form.right(lm))
         here, rates = np.isin(np.arange(len(exam.subject)), form.places), {}
-        for domain, group in (("forget", exam.forget | exam.unseen), ("retain", exam.retain)):
+        for domain, group in exam.domains.items():
             n = (group & here).sum()
             rates[domain] = float((asked.known & group).sum() / n) if n >= MIN_KNOWN else 0.0
         if min(rates.values()) >= ANSWERED:
@@ -169,12 +182,13 @@ def robustness(evaluator: Evaluator, sae, seed: int, name: str) -> tuple[dict, d
     metrics |= {f"{k}_4bit": measured4.get(k) for k in OF_4_BITS}
     details = {
         "cell": cell,
-        "needed": getattr(switch, "needed", {}),
+        "needed": switch.needed,
         "intervals_95": intervals(exam, right, seed),
         "forms": table,
         "forms_4bit": table4,
         "left_out": exam.left_out,
         "left_out_4bit": exam4.left_out,
+        "not_asked": exam.not_asked,
         "frontier": frontier(evaluator, exam, switch, cells),
         "subjects": evaluator.questions.names,
     }
@@ -208,9 +222,9 @@ def in_all_forms(
         metrics |= {f"unseen_{k}": v for k, v in summary(table, "left_unseen").items()}
     else:
         metrics |= {f"unseen_{k}": None for k in OF_A_GROUP}
-    for subject in table[0]["kept_by_subject"]:
-        kept = min(row["kept_by_subject"][subject] for row in table)
-        metrics[f"retain_kept_{subject.replace(' ', '_')}"] = kept
+    for subject in dict.fromkeys(subject for row in table for subject in row["kept_by_subject"]):
+        kept = [row["kept_by_subject"][subject] for row in table if subject in row["kept_by_subject"]]
+        metrics[f"retain_kept_{subject.replace(' ', '_')}"] = min(kept)
     return metrics | {f"knowledge_left_{row['form']}": row["left"] for row in table}, table, right
 
 
@@ -236,12 +250,14 @@ def of_form(evaluator: Evaluator, exam: Examined, asked: Asked, right: np.ndarra
     groups = dict(by_subject)
     if (retain & exam.same_entity).any():
         groups["same entity"] = float(right[retain & exam.same_entity].mean())
+    kept, kept_min = float(right[retain].mean()), min(by_subject.values())
     return {
         "form": asked.form.name,
         "left": left(asked, right, exam.forget),
-        "left_unseen": left(asked, right, exam.unseen) if (exam.unseen & asked.known).any() else None,
-        "kept": float(right[retain].mean()),
-        "kept_min": min(by_subject.values()),
+        "left_unseen": left(asked, right, exam.unseen) if exam.unseen.any() else None,
+        "kept": kept,
+        "kept_min": kept_min,
+        "kept_enough": kept >= KEPT and kept_min >= KEPT_OF_A_SUBJECT,
         "kept_by_subject": groups,
         "n_forget": int((exam.forget & asked.known).sum()),
         "n_retain": int(retain.sum()),
@@ -250,7 +266,7 @@ def of_form(evaluator: Evaluator, exam: Examined, asked: Asked, right: np.ndarra
 
 def summary(table: list[dict], what: str) -> dict:
     """Scores over a table of forms, of what is `left` (or left_unseen)."""
-    ok = [row["kept"] >= KEPT and row["kept_min"] >= KEPT_OF_A_SUBJECT for row in table]
+    ok = [row["kept_enough"] for row in table]
     most = max(row[what] for row in table)
     return {
         "worst_case_score": (1 - most) if all(ok) else 0.0,
