@@ -32,6 +32,8 @@ def evaluator(few):
 class Hooked:
     """A switch with one cell."""
 
+    needed = {}
+
     def __init__(self, evaluator, hook):
         self.lm, self.one = evaluator.lm, hook
 
