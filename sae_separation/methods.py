@@ -33,7 +33,7 @@ from sae_separation.exam import Residuals, trained_on
 from sae_separation.files import as_json, content_of, write_whole
 from sae_separation.four_bits import rounded
 from sae_separation.interventions import WRITES, written_where
-from sae_separation.lm import InterventionLM, hidden_of, parameters_as
+from sae_separation.lm import InterventionLM, Testbed, hidden_of, parameters_as
 
 if TYPE_CHECKING:
     from sae_separation.evals.cells import Hook
@@ -482,13 +482,17 @@ def log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
 # What perfect unlearning looks like
 
 
+def check(kind: str, testbed: Testbed):
+    """Raises WrongRequest for the oracle of a testbed without one."""
+    if kind == "oracle" and testbed.oracle is None:
+        why = f"{testbed.name} has no LM that never read the forget text (a folder oracle in its LM's)"
+        raise WrongRequest(f"--arm oracle: {why}: leave the arm out, or take --testbed micro")
+
+
 def oracle_of(evaluator: Evaluator) -> InterventionLM:
     """The testbed's oracle. Raises WrongRequest when it has none."""
-    if evaluator.oracle is None:
-        why = (
-            f"{evaluator.testbed.name} has no LM that never read the forget text (a folder oracle beside it)"
-        )
-        raise WrongRequest(f"method oracle: {why}: leave the method out, or take --testbed micro")
+    check("oracle", evaluator.testbed)
+    assert evaluator.oracle is not None
     return evaluator.oracle
 
 

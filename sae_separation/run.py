@@ -267,6 +267,11 @@ class MethodRun(Run):
     """A run of a method that is told the labels and needs no SAE: fitted in seconds, when it is evaluated, on
     the text that features are selected on."""
 
+    def __init__(self, out_dir: str, requested: Request, config: Config, testbed: Testbed, n_steps: int):
+        """Raises WrongRequest for a method that the testbed does not allow."""
+        super().__init__(out_dir, requested, config, testbed, n_steps)
+        methods.check(config.arm, testbed)
+
     def begin(self, anew: bool):
         """Take the folder; what an interrupted start has fitted and measured stays. Raises WrongRequest."""
         run_folder.make(self.folder)

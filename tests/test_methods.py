@@ -355,9 +355,9 @@ def test_a_testbed_without_an_oracle_is_told_so(micro, evaluator):
     without.__dict__.pop("oracle", None)
     without.testbed = copy.copy(micro)
     without.testbed.oracle = None
-    with pytest.raises(WrongRequest, match="^method oracle: micro has no LM .* leave the method out"):
+    with pytest.raises(WrongRequest, match="^--arm oracle: micro has no LM .* leave the arm out"):
         methods.fit("oracle", without, seed=0)
-    with pytest.raises(WrongRequest, match="^method oracle"):
+    with pytest.raises(WrongRequest, match="^--arm oracle"):
         methods.Method("oracle", {}, {"cells": [{}]}).switch(without)
 
 
