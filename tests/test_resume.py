@@ -190,7 +190,7 @@ def test_killed_at_random_instants_a_command_ends_as_if_left_alone(tmp_path, sma
     begun = time.monotonic() - started
     assert alone.communicate(timeout=300) and alone.returncode == 0
     took, rng, kills = time.monotonic() - started - begun, random.Random(0), 0
-    for fraction in (0.3, 0.4, None):  # the second goes on from where the first was killed
+    for fraction in (0.15, 0.2, None):  # the second goes on from where the first was killed
         process = begin("killed")
         wait = 300 if fraction is None else begun + (fraction + rng.uniform(-0.1, 0.1)) * took
         try:
@@ -199,7 +199,7 @@ def test_killed_at_random_instants_a_command_ends_as_if_left_alone(tmp_path, sma
             process.kill()
             process.communicate()
             kills += 1
-    assert kills == 2 and process.returncode == 0
+    assert kills and process.returncode == 0  # a machine whose load falls can overtake the second
     for run in ("run_1", "run_6"):
         assert results(tmp_path / "killed" / run) == results(tmp_path / "alone" / run)
         assert not (tmp_path / "killed" / run / "checkpoints").exists()
