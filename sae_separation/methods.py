@@ -438,8 +438,8 @@ def finite(kind: str, loss: Tensor) -> Tensor:
 
 def fit_rmu(evaluator: Evaluator, generator: torch.Generator) -> Fitted:
     """RMU (arXiv 2403.03218): the stream of forget text goes to one random vector, that of retain text stays.
-    The vector's norm is 5 times the stream's mean norm on forget text, as in Adaptive RMU (arXiv
-    2408.06223)."""
+    The vector's norm is 5 times the stream's mean norm on forget text: Adaptive RMU (arXiv 2408.06223; 5
+    is its authors' default, --scale in their code)."""
     forget, retain = both(evaluator)
     direction = torch.rand(forget.resid.shape[-1], generator=generator).to(forget.resid)
     norm = forget.resid[forget.trained].norm(dim=-1).mean()

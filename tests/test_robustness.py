@@ -204,3 +204,14 @@ def tiny_sae(evaluator):
     b_enc = -(retain.resid[retain.trained] @ W_dec.T).quantile(0.995, dim=0)
     sae.load_state_dict({"W_enc": W_dec.T, "b_enc": b_enc, "W_dec": W_dec, "b_dec": torch.zeros(d_in)})
     return saebench.as_expected(sae.requires_grad_(False), "cpu")
+
+
+def test_the_frontier_is_what_no_other_cell_beats_in_both():
+    def cell(forget, retain):
+        return {"forget_accuracy": forget, "retain_accuracy": retain}
+
+    front = [cell(0.9, 1.0), cell(0.5, 0.99), cell(0.1, 0.92)]
+    beaten = [cell(0.9, 0.97), cell(0.5, 0.99), cell(0.6, 0.98), cell(0.2, 0.92)]
+    outside = [cell(0.96, 1.0), cell(0.0, 0.89)]  # takes next to nothing; keeps too little
+    assert robustness.undominated([*beaten[:1], *outside, *front[::-1], *beaten[1:]]) == front
+    assert robustness.undominated(outside) == []

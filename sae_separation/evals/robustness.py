@@ -41,7 +41,7 @@ TRIED = tuple(
     Form(how, "own" if how == "letter" else "no", "trained", place).name
     for how in ("letter", "cloze", "prose")
     for place in ("alone", "passage")
-)  # by every cell
+)  # by every cell of the frontier
 
 
 @dataclass
@@ -302,16 +302,32 @@ def cost(evaluator: Evaluator, switch: Switch, cell: dict | None) -> dict:
 
 
 def frontier(evaluator: Evaluator, exam: Examined, switch: Switch, cells: list[dict]) -> list[dict]:
-    """Every cell with its accuracies on the choosing half and, where it takes 5 % of the forget questions and
-    keeps 90 % of the retain questions there, with what it leaves and keeps in the forms of TRIED."""
+    """Every cell with its accuracies on the choosing half and, if it is one of the `undominated` there, with
+    what it leaves and keeps in the forms of TRIED."""
     forms, out = [asked for asked in exam.forms if asked.form.name in TRIED], []
+    tried = undominated(cells)
     for cell in cells:
-        if forms and cell["forget_accuracy"] <= 0.95 and cell["retain_accuracy"] >= 0.9:
+        if forms and cell in tried:
             table = [of_form(evaluator, exam, asked, under(switch, cell, asked)) for asked in forms]
             cell = cell | {row["form"]: {k: row[k] for k in ("left", "kept")} for row in table}
             cell |= {"left": max(r["left"] for r in table), "kept": min(r["kept"] for r in table)}
         out.append(cell)
     return out
+
+
+def undominated(cells: list[dict]) -> list[dict]:
+    """Of the cells that take 5 % of the forget questions and keep 90 % of the retain questions, those that no
+    other one beats in both (of equals the first), from the most kept to the least left."""
+    out: list[dict] = []
+    some = [c for c in cells if c["forget_accuracy"] <= 0.95 and c["retain_accuracy"] >= 0.9]
+    for cell in sorted(some, key=most_kept_first):
+        if not out or cell["forget_accuracy"] < out[-1]["forget_accuracy"]:
+            out.append(cell)
+    return out
+
+
+def most_kept_first(cell: dict) -> tuple[float, float]:
+    return -cell["retain_accuracy"], cell["forget_accuracy"]
 
 
 def intervals(exam: Examined, right: np.ndarray, seed: int, draws: int = 1000) -> dict[str, list[float]]:
