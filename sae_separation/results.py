@@ -25,7 +25,8 @@ SHOWN = {"training": ("tokens_trained", "l1_coefficient", "alpha", "tokens_per_s
 
 def what_trained(config: dict, testbed: dict) -> list[dict]:
     """The settings and the testbed of a run without what only its evaluations need: the run's identity."""
-    sources = {k: v for k, v in testbed.get("sources", {}).items() if k not in ("questions", "exam_lm")}
+    asked = ("questions", "exam_lm", "oracle")
+    sources = {k: v for k, v in testbed.get("sources", {}).items() if k not in asked}
     testbed = {k: v for k, v in testbed.items() if k not in ("scoring", "clamp_scale")} | {"sources": sources}
     config = {k: v for k, v in config.items() if k not in ("evals", *ASKED)}
     return json.loads(json.dumps([config, testbed]))

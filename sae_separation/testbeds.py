@@ -89,6 +89,7 @@ def load(
     texts = {option: split_text(t) if isinstance(t, list) else t for option, t in texts.items()}
     read_local.cache_clear()
     folder, described["lm"] = lm_folder(name, spec.lm)
+    oracle = oracle_in(folder, described)
     assert spec.layer is not None, "checks.missing refuses that"
     checks.check_layer(spec.layer, checks.check_lm_folder(folder))
     tokenizer = load_tokenizer(folder, spec.document_end)
@@ -114,7 +115,7 @@ def load(
         sweep=spec.sweep,
         n_held_out=spec.n_held_out,
         published=spec.published,
-        oracle=folder / ORACLE if (folder / ORACLE).is_dir() else None,
+        oracle=oracle,
         notes=notes,
     )
     check_ids(testbed)
@@ -142,8 +143,7 @@ def lm_folder(name: str, lm: str) -> tuple[Path, dict]:
         return unpacked_lm(name, row.lm)
     path = lm_path(row, lm)
     if path.is_dir():
-        weights = sorted(path.glob("*.safetensors"))
-        return path, {"source": lm, "sha256": {w.name: sha256(w) for w in weights}}
+        return path, {"source": lm, "sha256": sha256_of_weights(path)}
     from sae_separation import hub
 
     revision = hub.revision(lm)
@@ -171,6 +171,19 @@ ORACLE = "oracle"  # the folder of an LM's oracle, in the LM's own
 LM_FILES = re.compile(
     r"[\w.-]+\.json|model[\w.-]*\.safetensors|[\w.-]+\.model|merges\.txt|vocab\.txt"
 )  # no pickle among them
+
+
+def oracle_in(folder: Path, described: dict[str, Any]) -> Path | None:
+    """The folder of an LM's oracle, if it has one, which is then described."""
+    oracle = folder / ORACLE
+    if not oracle.is_dir():
+        return None
+    described[ORACLE] = {"sha256": sha256_of_weights(oracle)}
+    return oracle
+
+
+def sha256_of_weights(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def sha256(path: Path) -> str:

@@ -18,7 +18,7 @@ from conftest import ROOT, run_script
 from tiny import there
 
 import experiment
-from sae_separation import evals, saebench, testbeds
+from sae_separation import evals, results, saebench, testbeds
 from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.evals import unlearning
 from sae_separation.evals.core import core
@@ -379,7 +379,14 @@ def test_sources_and_digests_are_recorded(lms, own):
         set(recorded["lm"]["sha256"]) == {"model.safetensors"}
         and recorded["questions"][0]["questions"] == 160
     )
-    assert testbed.defaults["forget_text"] == own["forget_text"]
+    assert testbed.defaults["forget_text"] == own["forget_text"] and "oracle" not in recorded
+
+
+def test_the_oracle_is_recorded_and_is_no_part_of_what_trains_an_sae(micro):
+    recorded = results.described(micro)
+    wanted = testbeds.sha256(ROOT / "micro_pythia/oracle/model.safetensors")
+    assert recorded["sources"]["oracle"] == {"sha256": {"model.safetensors": wanted}}
+    assert "oracle" not in json.dumps(results.what_trained({}, recorded))
 
 
 # ---- named testbeds
