@@ -236,6 +236,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_separation import losses, testbeds
+from sae_separation.devices import all_finite, upload
 from sae_separation.evals.evaluator import Evaluator, evaluation_contexts
 from sae_separation.exam import most_positions, special_ids
 from sae_separation.gradients import Terms, accumulate_grads
@@ -244,7 +245,7 @@ from sae_separation.losses import has_bf16
 from sae_separation.resample import resample
 from sae_separation.rounds import Rounds, steps_of_round
 from sae_separation.run import MethodRun, Run, refuse_more_than_memory
-from sae_separation.sparse import ACTIVATIONS, cache_blocks, remove_radial
+from sae_separation.sparse import ACTIVATIONS, remove_radial, unit_rows
 
 # -------------------------------------------------------------------------------- activation stream
 
@@ -263,12 +264,14 @@ class ActivationBlock:
             yield self.x[start : start + size], self.forget[start : start + size]
 
     def without(self, places: Tensor) -> "ActivationBlock":
-        """All rows but those at `places`, which the last rows take; nothing else is moved."""
+        """All rows but those at `places` (on the CPU), which the last rows take; nothing else is moved."""
         n = len(self.x) - len(places)
-        kept_at_end = torch.ones(len(places), dtype=torch.bool, device=places.device)
+        kept_at_end = torch.ones(len(places), dtype=torch.bool)
         kept_at_end[places[places >= n] - n] = False
+        taken = upload(places[places < n], self.x.device)
+        last = upload(n + kept_at_end.nonzero()[:, 0], self.x.device)
         for t in (self.x, self.forget):
-            t[places[places < n]] = t[n:][kept_at_end]
+            t.index_copy_(0, taken, t.index_select(0, last))
         return ActivationBlock(self.x[:n], self.forget[:n])
 
     @classmethod
@@ -295,7 +298,7 @@ class ActivationStream:
     ):
         self.device, self.d_in = testbed.lm.device, testbed.d_in
         self.lm = SplitLM(testbed)
-        self.special = special_ids(testbed.tokenizer).to(self.device)
+        self.special = special_ids(testbed.tokenizer)
         self.low_precision = bfloat16_twins(testbed) if has_bf16(self.device) else []
         lm_tokens = lm_tokens or fast_lm_tokens(testbed.lm)
         self.n_contexts = max(2, lm_tokens // context_size // 2 * 2)  # per LM batch
@@ -320,12 +323,13 @@ class ActivationStream:
 
     def next_block(self) -> ActivationBlock:
         """The LM's output goes straight to its shuffled place: one buffer, one LM batch, no copy of the
-        buffer. The stream lets go of the block before."""
+        buffer. The stream lets go of the block before. The device is waited for once, when all is on its way:
+        which rows are massive."""
         self.block = None
         process.return_freed_memory()
         half = self.n_contexts // 2
         batches = [
-            torch.tensor([c for text in self.texts for c in islice(text, half)], device=self.device)
+            torch.tensor([c for text in self.texts for c in islice(text, half)])
             for _ in range(self.n_lm_batches)
         ]
         kept = [(~torch.isin(tokens, self.special)).flatten().nonzero()[:, 0] for tokens in batches]
@@ -334,16 +338,18 @@ class ActivationStream:
         x = torch.empty(n, self.d_in, device=self.device)
         forget = torch.empty(n, dtype=torch.bool, device=self.device)
         for tokens, rows in zip(batches, kept):
-            place = places[first : first + len(rows)]
+            place = upload(places[first : first + len(rows)], self.device)
             with process.signals.held():  # the LM's weights are not to be left in the middle
-                resid = self.activations(tokens).flatten(0, 1).index_select(0, rows).float()
+                resid = self.activations(upload(tokens, self.device)).flatten(0, 1)
+                resid = resid.index_select(0, upload(rows, self.device)).float()
             x.index_copy_(0, place, resid)
-            forget.index_copy_(0, place, rows < half * tokens.shape[1])
-            sink = massive(resid, torch.ones_like(rows, dtype=torch.bool))
-            sinks.append(place[sink])
-            with_sinks += len((rows[sink] // tokens.shape[1]).unique())
+            forget.index_copy_(0, place, upload(rows < half * tokens.shape[1], self.device))
+            sinks.append(massive(resid))
             first += len(rows)
-        self.block = ActivationBlock(x, forget).without(torch.cat(sinks))
+        sink = torch.cat(sinks).cpu()
+        for tokens, rows, here in zip(batches, kept, sink.split([len(rows) for rows in kept])):
+            with_sinks += len((rows[here] // tokens.shape[1]).unique())
+        self.block = ActivationBlock(x, forget).without(places[sink])
         self.with_massive = with_sinks / sum(map(len, batches))
         process.return_freed_memory()
         return self.block
@@ -353,7 +359,7 @@ class ActivationStream:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.block_index)
         self.block_index += 1
         order = torch.randperm(n, generator=generator)
-        return torch.empty_like(order).scatter_(0, order, torch.arange(n)).to(self.device)
+        return torch.empty_like(order).scatter_(0, order, torch.arange(n))
 
     def skip_blocks(self, n: int):
         """Go on behind the first n blocks, without the LM: a block is a function of text, seed and index."""
@@ -480,10 +486,8 @@ class OrthogonalSAE(torch.nn.Module):
         fvu = (self.decode(f, x) - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
         return fvu, f.sum() / len(x) / math.sqrt(x.shape[1])
 
-    @torch.no_grad()
     def normalise_decoder(self):
-        for W in cache_blocks(self.W_dec):
-            W /= W.norm(dim=1, keepdim=True)
+        unit_rows(self.W_dec)
 
     @torch.no_grad()
     def update_statistics(self, fired_2F: Tensor, n_forget: Tensor, n_rows: int, decay: float = 0.99):
@@ -493,7 +497,7 @@ class OrthogonalSAE(torch.nn.Module):
             new_F = decay * rate_F + (1 - decay) * fired_F / n.clamp(min=1)
             rate_F.copy_(torch.where(n > 0, new_F, rate_F))
         self.idle += n_rows
-        self.idle[fired_2F.sum(0) > 0] = 0
+        self.idle.masked_fill_(fired_2F.sum(0) > 0, 0)
 
 
 # -------------------------------------------------------------------------------- trainer
@@ -501,7 +505,12 @@ class OrthogonalSAE(torch.nn.Module):
 
 class Trainer:
     """One SAE in training: Adam, unit decoder rows, lambda steered to the target L0, dead features
-    resampled."""
+    resampled.
+
+    A GPU works behind the host, which waits for it where a number there decides what comes next. That is put
+    off to the steps that are logged (`step` with `look`): whether all is finite, forming groups, resampling.
+    On a CPU every step is looked at (`always_looks`).
+    """
 
     def __init__(
         self, config: settings.Config, seed: int, d_in: int, n_steps: int, first_block: ActivationBlock
@@ -513,10 +522,15 @@ class Trainer:
         scale = math.sqrt(d_in / (sum(parts, start=x.new_zeros(())) / len(x)).item())
         options = config.activation, config.k, config.layer_norm, config.skip, config.orthogonal_init
         self.sae = OrthogonalSAE(d_in, config.d_sae, seed, scale, *options).to(device)
+        for name in ("groups", "unlocked", "temperature"):  # what the host decides, it does not ask a GPU for
+            setattr(self.sae, name, getattr(self.sae, name).cpu())
         self.steered_l0 = config.target_l0 if config.activation == "relu" else 0.0
         self._set_biases(x)
         self.sae.W_dec.requires_grad_(self.arm.trains_decoder)
-        self.accumulate_grads = torch.compile(accumulate_grads) if config.compile else accumulate_grads
+        work = accumulate_grads, remove_radial, unit_rows
+        if config.compile:
+            work = tuple(map(torch.compile, work))
+        self.accumulate_grads, self.remove_radial, self.unit_rows = work
         self.generator = torch.Generator().manual_seed(seed)
         self.adam = torch.optim.Adam(self.sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, self._lr_factor)
@@ -531,6 +545,9 @@ class Trainer:
             self.arm.function(self.arm.firing_loss, config) if self.arm.firing_loss and alpha else None
         )
         self.omega = torch.tensor(0.0, device=device)  # of the rows last visited
+        self.always_looks = device.type == "cpu"
+        self.x_sum = torch.tensor(0.0, device=device)  # of the batches since the last look
+        self.due: list[str] = []  # at the next look: "groups", "resample"
         self.steps, self.resampled = 0, 0
         self.history: list[dict] = []  # one record a logged step
         self.about = {"selected": True} if self.arm.selected else {}
@@ -565,17 +582,19 @@ class Trainer:
         for name, parameter in self.sae.named_parameters():
             tensors |= {f"adam.{name}.{k}": v for k, v in self.adam.state.get(parameter, {}).items()}
             tensors |= {} if parameter.grad is None else {f"grad.{name}": parameter.grad}
-        facts = {name: getattr(self, name) for name in ("seed", "steps", "resampled", "history", "failed")}
+        names = ("seed", "steps", "resampled", "history", "failed", "due")
+        facts = {name: getattr(self, name) for name in names}
         return tensors, facts | {"updates": self.schedule.last_epoch}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict):
         """Take over what `state` gave."""
         for name in ("steps", "resampled", "history", "failed"):
             setattr(self, name, facts[name])
+        self.due = facts.get("due", [])  # checkpoints from before there was anything to put off lack it
         if self.failed:
             return
         tensors = {name: t.to(self.l0.device) for name, t in tensors.items()}
-        self.sae.groups = torch.empty_like(tensors["sae.groups"])
+        self.sae.groups = torch.empty_like(tensors["sae.groups"], device="cpu")
         self.sae.load_state_dict(checkpoint.under("sae.", tensors))
         self.generator.set_state(tensors["generator"].cpu())
         for name in ("log_l1", "log_alpha", "l0", "omega"):
@@ -622,20 +641,25 @@ class Trainer:
         sae, p = self.sae, self.config.feature_dropout
         if not p and not self.config.unlock_steps:
             return None
-        gain = (torch.arange(self.config.d_sae, device=sae.unlocked.device) < sae.unlocked).float()
-        return gain * (torch.rand(len(gain), generator=self.generator) >= p).to(gain) / (1 - p) if p else gain
+        gain = (torch.arange(self.config.d_sae) < sae.unlocked).float()
+        if p:
+            gain = gain * (torch.rand(len(gain), generator=self.generator) >= p).to(gain) / (1 - p)
+        return upload(gain, sae.b_enc.device)
 
     # one step
-    def step(self, x: Tensor, forget: Tensor) -> dict[str, Tensor]:
+    def step(self, x: Tensor, forget: Tensor, look: bool = True) -> dict[str, Tensor]:
         """One batch x [B, D]; returns its loss terms as 0-d tensors (`omega` as it was when last computed, in
-        `loss` with its plain weight alpha). Raises RunFailed, before anything is updated, if one of them or a
-        gradient is not finite."""
+        `loss` with its plain weight alpha). Raises RunFailed, with `look` or on a CPU, before anything is
+        updated, if one of them or a gradient is not finite."""
         sae, config = self.sae, self.config
+        look = look or self.always_looks
         self._unlock_and_cool()
         updates, batch = divmod(self.steps, config.grad_accumulation)
         update_now = batch == config.grad_accumulation - 1
-        regroup = self.arm.uses_groups and update_now and self._groups_are_due(updates)
-        signs = losses.random_signs(len(x), 16, self.generator).to(x.device) if regroup else None
+        if self.arm.uses_groups and update_now and self._groups_are_due(updates):
+            self._put_off("groups")
+        regroup = look and self._takes_up("groups")
+        signs = upload(losses.random_signs(len(x), 16, self.generator), x.device) if regroup else None
         l1, alpha = self._weights()
         firing_loss = None
         if self.firing_loss:
@@ -644,13 +668,16 @@ class Trainer:
         terms = self.accumulate_grads(sae, x, forget, l1, *how)
         if terms.sketch is not None and terms.fvu.isfinite():
             profile = losses.firing_profile(terms.sketch, sae.affinity)
-            sae.groups = losses.form_groups(profile, self.options["group_size"]).to(x.device)
+            sae.groups = losses.form_groups(profile, self.options["group_size"])
         visited = None
         if self.rounds and update_now:
             visited = self.rounds.add_gradient(sae.W_dec, sae.groups, updates, alpha)
             self.omega = self.omega if visited is None else visited.value
         measured = self._measured(terms, l1, alpha, with_omega=bool(self.rounds and (updates or update_now)))
-        self._refuse_nonfinite_step(x, measured)
+        if look:
+            self._refuse_nonfinite_step(x, measured)
+        else:
+            self.x_sum += x.sum()
         if update_now:
             self._update(visited)
         sae.update_statistics(terms.fired, forget.sum(), len(x))
@@ -658,9 +685,20 @@ class Trainer:
         self.steps += 1
         still = self.steps < (1 - config.decay_fraction) * self.n_steps
         if config.resample_steps and self.steps % config.resample_steps == 0 and still:
+            self._put_off("resample")
+        if look and self._takes_up("resample"):
             dead = sae.idle >= config.dead_tokens
             self.resampled += resample(sae, dead, x, self.adam, self.generator)
         return measured
+
+    def _put_off(self, what: str):
+        """To this step or the next one that is looked at."""
+        self.due = sorted({*self.due, what})
+
+    def _takes_up(self, what: str) -> bool:
+        """Whether it is due; afterwards it no longer is."""
+        due, self.due = what in self.due, [other for other in self.due if other != what]
+        return due
 
     def _groups_are_due(self, updates: int) -> bool:
         """Every --group_update_steps, to the nearest round over all groups."""
@@ -680,15 +718,22 @@ class Trainer:
         return measured | {"loss": loss}
 
     def _refuse_nonfinite_step(self, x: Tensor, measured: dict[str, Tensor]):
-        """One look a step; what is wrong, if anything is, afterwards. Raises RunFailed."""
+        """One look; what is wrong, if anything is, afterwards. Raises RunFailed."""
         named = dict(self.sae.named_parameters())
         grads = {f"gradient of {name}": p.grad for name, p in named.items() if p.grad is not None}
-        sums = [measured["loss"], *(grad.sum() for grad in grads.values())]
+        sums = [measured["loss"], self.x_sum, *(grad.sum() for grad in grads.values())]
         if not torch.stack(sums).isfinite().all():
-            self.refuse_nonfinite({"activations of the LM": x} | named | measured | grads)
+            seen = {
+                "activations of the LM": x,
+                "activations of the LM, their sum since the last look": self.x_sum,
+            }
+            self.refuse_nonfinite(seen | named | measured | grads)
+        self.x_sum.zero_()
 
     def refuse_nonfinite(self, named: dict[str, Tensor]):
         """Raises RunFailed, naming the tensors with entries that are not finite, if there are any."""
+        if all_finite(named.values()):
+            return
         wrong = [text for name, t in named.items() if (text := checkpoint.describe_nonfinite(name, t))]
         if wrong:
             of_lm = "activations of the LM" in wrong[0]
@@ -701,7 +746,7 @@ class Trainer:
         """Take the optimiser's step on the gradients gathered."""
         sae, config = self.sae, self.config
         if self.arm.trains_decoder and sae.W_dec.grad is not None:
-            remove_radial(sae.W_dec.grad, sae.W_dec)
+            self.remove_radial(sae.W_dec.grad, sae.W_dec)
         if config.grad_clip:
             norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), config.grad_clip)
             if visited is not None:
@@ -714,7 +759,7 @@ class Trainer:
         self.adam.zero_grad()
         self.schedule.step()
         if self.arm.trains_decoder:
-            sae.normalise_decoder()
+            self.unit_rows(sae.W_dec)
 
     @contextlib.contextmanager
     def _own_learning_rates(self):
@@ -809,7 +854,12 @@ class TrainingLoop:
         bar.set_postfix_str(", ".join(run.progress() for run in self.runs[:3]))
 
     def _save(self):
+        """Unless no SAE is finite any more: then the last good checkpoint stays."""
         at, now = self.at, time.monotonic()
+        for run in self.runs:
+            run.look()
+        if not any(run.training for run in self.runs):
+            return
         at.train_seconds = self.before.train_seconds + now - self.began
         at.used_seconds = self.before.used_seconds + now - self.started
         at.written, at.passes = at.written + 1, dict(self.stream.passes)

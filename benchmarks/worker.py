@@ -8,8 +8,13 @@ answers each with one line of JSON on stdout, after a first line when it is read
 goes to stderr. Every system reads the same LM and the same contexts from `folder`, holds one ReLU SAE
 (sparsify: TopK, all that it has) and takes batches of 2,048 activations. The peers' packages are those of
 benchmarks/requirements.txt, in an environment of their own.
+
+With `d_in` instead of `folder` there is no LM: activations of that width are made up on `device`, and `step`
+trains an SAE of `activation` relu or topk (BatchTopK where a system has it) on them; "build" makes another.
 """
 
+import contextlib
+import gc
 import itertools
 import json
 import math
@@ -48,16 +53,49 @@ def load_contexts(folder: str, size: int = 128):
     return load_file(Path(folder) / "contexts.safetensors")["tokens"].view(-1, size)
 
 
+def made_up(d_in: int, device: str):
+    """Eight batches [n, row, D] of sums of 32 of 4 D directions, with a mean squared norm of about D; at
+    2,304 more than a GPU's caches hold."""
+    import torch
+
+    generator = torch.Generator(device).manual_seed(0)
+    directions = torch.randn(4 * d_in, d_in, generator=generator, device=device)
+    some = torch.randint(4 * d_in, (8 * BATCH, 32), generator=generator, device=device)
+    weight = torch.rand(8 * BATCH, 32, generator=generator, device=device)
+    x = torch.nn.functional.embedding_bag(some, directions, mode="sum", per_sample_weights=weight)
+    return (x * (3 / 32) ** 0.5).view(8, BATCH, d_in)
+
+
 class System:
     """What all have in common. `lm(n)`, `step(n)` and `end_to_end(n)` return how many tokens went through;
     `train(xs)` trains on given batches."""
 
+    rows: Any  # batches, without end
+
     def __init__(self, spec: dict):
-        self.spec, self.d_sae = spec, spec["d_sae"]
-        self.build()
+        self.spec, self.d_sae, self.device = spec, spec["d_sae"], spec.get("device", "cpu")
+        self.low, self.compiled = (word in spec.get("variant", "") for word in ("bf16", "compiled"))
+        self.batch_top_k = spec.get("activation") == "topk"
+        if "d_in" in spec:
+            self.made_up = made_up(spec["d_in"], self.device)
+            self.rows = itertools.cycle(self.made_up)
+            self.build_sae(spec["d_in"])
+        else:
+            self.build()
+
+    def wait(self):
+        """Until the device has done all that it was told to."""
+        if self.device != "cpu":
+            import torch
+
+            torch.cuda.synchronize()
 
     def build(self):
         """Load the LM and the contexts, and make the SAE and its optimiser."""
+        raise NotImplementedError
+
+    def build_sae(self, d_in: int):
+        """Make the SAE and its optimiser alone."""
         raise NotImplementedError
 
     def train(self, batches):
@@ -81,15 +119,16 @@ class System:
 
 
 class Ours(System):
-    def build(self):
+    def __init__(self, spec: dict):
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+        super().__init__(spec)
+
+    def build(self):
         import torch
 
         import experiment
         from sae_separation import process
-        from sae_separation.config import complete
         from sae_separation.lm import Testbed
-        from sae_separation.specs import SPECS, defaults_of
         from sae_separation.text import Text
 
         process.keep_freed_memory()
@@ -111,7 +150,6 @@ class Ours(System):
         )
         texts: list[Iterator[list[int]]] = [itertools.cycle(contexts[half::2].tolist()) for half in (0, 1)]
         self.stream.texts = texts
-        self.trainers = []
         if "activations" in spec:
             x = stored(spec["activations"], 0, 32 * BATCH)
             block = experiment.ActivationBlock(x, torch.arange(len(x)) % 2 == 0)
@@ -121,8 +159,25 @@ class Ours(System):
                 int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
             )  # libraries, LM, one LM batch
             block = self.stream.next_block()
-        arms = spec.get("arms", ["vanilla"])
-        for seed, arm in enumerate(arms):
+        self._make_trainers(self.testbed.d_in, block)
+
+    def build_sae(self, d_in: int):
+        import torch
+
+        import experiment
+
+        forget = torch.arange(BATCH, device=self.device) % 2 == 0
+        self.rows = itertools.cycle([(x, forget) for x in self.made_up])
+        block = experiment.ActivationBlock(self.made_up.flatten(0, 1), forget.repeat(len(self.made_up)))
+        self._make_trainers(d_in, block)
+
+    def _make_trainers(self, d_in: int, block):
+        import experiment
+        from sae_separation.config import complete
+        from sae_separation.specs import SPECS, defaults_of
+
+        self.trainers, spec = [], self.spec
+        for seed, arm in enumerate(spec.get("arms", ["vanilla"])):
             request = experiment.Request(
                 arm=arm,
                 tokens=10**9,
@@ -130,10 +185,11 @@ class Ours(System):
                 k=32,
                 context_size=128,
                 resample_steps=0,
+                compile=self.compiled,
+                activation="batchtopk" if self.batch_top_k else "relu",
                 **{"target_l0": 0.0} | spec.get("settings", {}),
             )
-            defaults, d_in = defaults_of(SPECS["micro"]), self.testbed.d_in
-            config = complete(request, experiment.Config, "bench", defaults, d_in)
+            config = complete(request, experiment.Config, "bench", defaults_of(SPECS["micro"]), d_in)
             self.trainers.append(experiment.Trainer(config, seed, d_in, spec.get("steps", 10**6), block))
 
     @property
@@ -180,11 +236,22 @@ class Ours(System):
         return done * BATCH
 
     def step(self, n: int, arm: int | None = None) -> int:
-        for x, forget in itertools.islice(self.rows, n):
+        for i, (x, forget) in enumerate(itertools.islice(self.rows, n)):
             for trainer in self.trainers if arm is None else [self.trainers[arm]]:
-                measured = trainer.step(x, forget)
+                measured = trainer.step(x, forget, look=i % 25 == 0)
         self.l0 = measured["l0"].item()
         return n * BATCH
+
+    def profile(self, n: int) -> dict[str, float]:
+        """Milliseconds a step of all kernels on a GPU, and by name of those that take the most."""
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            self.step(n)
+            self.wait()
+        took = {event.key: event.self_device_time_total / 1000 / n for event in seen.key_averages()}
+        longest = sorted(took, key=took.__getitem__, reverse=True)[:12]
+        return {"all": sum(took.values())} | {name: took[name] for name in longest}
 
     def side_by_side(self, n: int) -> dict[str, dict]:
         """Seconds of each of n steps, of every arm by turns on the same batch, so that what the machine
@@ -298,9 +365,6 @@ class DictionaryLearning(System):
     def build(self):
         import torch
         from dictionary_learning.buffer import ActivationBuffer  # pyright: ignore[reportMissingImports]
-        from dictionary_learning.trainers.standard import (  # pyright: ignore[reportMissingImports]
-            StandardTrainer,
-        )
         from nnsight import LanguageModel
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
@@ -332,23 +396,35 @@ class DictionaryLearning(System):
             out_batch_size=BATCH,
             device="cpu",
         )
-        self.trainer = StandardTrainer(
-            steps=spec.get("steps", 10**6),
-            activation_dim=lm.config.hidden_size,
-            dict_size=self.d_sae,
-            layer=LAYER,
-            lm_name="bench",
-            seed=0,
-            device="cpu",
-            **spec.get("settings", {}),
-        )
+        self.build_sae(lm.config.hidden_size)
         if "activations" not in spec:
             self.buffer.refresh()
             self.buffer.read[: self.n_ctxs * contexts.shape[1] // 2] = (
                 True  # half read: from here on, one refill to every ten batches
             )
             self.rows = itertools.cycle(self.buffer.activations.float().split(BATCH)[:4])
-        self.steps = 0
+
+    def build_sae(self, d_in: int):
+        import torch
+        from dictionary_learning.trainers import (  # pyright: ignore[reportMissingImports]
+            BatchTopKTrainer,
+            StandardTrainer,
+        )
+
+        self.trainer = (BatchTopKTrainer if self.batch_top_k else StandardTrainer)(
+            steps=self.spec.get("steps", 10**6),
+            activation_dim=d_in,
+            dict_size=self.d_sae,
+            layer=LAYER,
+            lm_name="bench",
+            seed=0,
+            device=self.device,
+            **({"k": 32} if self.batch_top_k else {}),
+            **self.spec.get("settings", {}),
+        )
+        self.steps, self.dtype, self.autocast = 0, torch.float32, contextlib.nullcontext()
+        if self.low and self.device != "cpu":  # as its trainSAE does with autocast_dtype
+            self.dtype, self.autocast = torch.bfloat16, torch.autocast(self.device, torch.bfloat16)
 
     def lm(self, n: int) -> int:
         done = 0
@@ -360,7 +436,9 @@ class DictionaryLearning(System):
         return done
 
     def _update(self, x):
-        self.trainer.update(self.steps, x)
+        x = x.to(self.dtype)
+        with self.autocast:
+            self.trainer.update(self.steps, x)
         self.steps += 1
 
     def step(self, n: int) -> int:
@@ -389,53 +467,64 @@ class SAELens(System):
 
     def build(self):
         import datasets
-        import sae_lens
         from sae_lens.load_model import HookedProxyLM
-        from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
         from sae_lens.training.activations_store import ActivationsStore
-        from sae_lens.training.sae_trainer import SAETrainer
 
         spec = self.spec
-        low, compiled = (word in spec["variant"] for word in ("bf16", "compiled"))
         contexts = load_contexts(spec["folder"])
-        lm, name = load_lm(spec["folder"]), f"gpt_neox.layers.{LAYER}"
+        lm = load_lm(spec["folder"])
         ids: Any = SimpleNamespace(bos_token_id=0, eos_token_id=0, sep_token_id=0, all_special_ids=[0])
-        cfg = sae_lens.LanguageModelSAERunnerConfig(
-            sae=StandardTrainingSAEConfig(
-                d_in=lm.config.hidden_size, d_sae=self.d_sae, **spec.get("sae", {})
-            ),
+        self.build_sae(lm.config.hidden_size, contexts.shape[1])
+        dataset = datasets.Dataset.from_dict({"tokens": contexts.tolist()})
+        self.store = ActivationsStore.from_config(
+            HookedProxyLM(lm, ids, hook_names=[self.cfg.hook_name]), self.cfg, override_dataset=dataset
+        )
+        self.trainer.data_provider = self.store
+        if "activations" not in spec:
+            self.rows = itertools.cycle([next(self.store) for _ in range(4)])
+
+    def build_sae(self, d_in: int, context_size: int = 128):
+        import sae_lens
+        from sae_lens.saes import batchtopk_sae, standard_sae
+        from sae_lens.training.sae_trainer import SAETrainer
+
+        spec, size = self.spec, {"d_in": d_in, "d_sae": self.d_sae} | self.spec.get("sae", {})
+        if self.batch_top_k:
+            kind, of_sae = (
+                batchtopk_sae.BatchTopKTrainingSAE,
+                batchtopk_sae.BatchTopKTrainingSAEConfig(k=32, **size),
+            )
+        else:
+            kind, of_sae = standard_sae.StandardTrainingSAE, standard_sae.StandardTrainingSAEConfig(**size)
+        cfg = self.cfg = sae_lens.LanguageModelSAERunnerConfig(
+            sae=of_sae,
             model_name="bench",
-            hook_name=name,
+            hook_name=f"gpt_neox.layers.{LAYER}",
             dataset_path="bench",
             is_dataset_tokenized=True,
             streaming=False,
-            context_size=contexts.shape[1],
+            context_size=context_size,
             training_tokens=spec.get("steps", 10**5) * BATCH,
             train_batch_size_tokens=BATCH,
-            autocast=low,
-            autocast_lm=low,
-            compile_sae=compiled,
+            autocast=self.low,
+            autocast_lm=self.low,
+            compile_sae=self.compiled,
             logger=sae_lens.LoggingConfig(log_to_wandb=False),
             checkpoint_path=None,
             output_path=None,
-            device="cpu",
+            device=self.device,
             exclude_special_tokens=False,
             **spec.get("settings", {}),
         )
-        dataset = datasets.Dataset.from_dict({"tokens": contexts.tolist()})
-        self.store = ActivationsStore.from_config(
-            HookedProxyLM(lm, ids, hook_names=[name]), cfg, override_dataset=dataset
-        )
-        sae = StandardTrainingSAE(cfg.sae)
+        sae = kind(cfg.sae).to(self.device)
         if cfg.compile_sae:
             import torch
 
             sae.training_forward_pass = torch.compile(
                 sae.training_forward_pass, mode=cfg.sae_compilation_mode
             )
-        self.trainer = SAETrainer(cfg=cfg.to_sae_trainer_config(), sae=sae, data_provider=self.store)
-        if "activations" not in spec:
-            self.rows = itertools.cycle([next(self.store) for _ in range(4)])
+        nothing: Any = iter(())  # in place of a store, where there is no LM
+        self.trainer = SAETrainer(cfg=cfg.to_sae_trainer_config(), sae=sae, data_provider=nothing)
 
     def lm(self, n: int) -> int:
         done = 0
@@ -472,15 +561,40 @@ class Sparsify(System):
     LM in bfloat16."""
 
     def build(self):
-        import datasets
         import torch
-        from sparsify import SaeConfig, TrainConfig, Trainer  # pyright: ignore[reportMissingImports]
         from transformers import GPTNeoXModel
 
         spec = self.spec
         lm = load_lm(spec["folder"], torch.bfloat16 if spec["variant"] == "bf16" else torch.float32)
         self.model = cast(GPTNeoXModel, lm.gpt_neox)
         contexts = load_contexts(spec["folder"])
+        self._make_trainer(contexts)
+        kept = []
+        hook = self.model.layers[LAYER].register_forward_hook(
+            lambda module, args, out: kept.append(out[0] if isinstance(out, tuple) else out)
+        )
+        for batch in contexts[: 4 * self.per_batch].split(self.per_batch):
+            self.model(batch)
+        hook.remove()
+        self.rows = itertools.cycle([x.flatten(0, 1).float() for x in kept])
+
+    def build_sae(self, d_in: int):
+        """Its Trainer reads off an LM how wide the SAE is: here a small one."""
+        import torch
+        from transformers import GPTNeoXConfig, GPTNeoXModel
+
+        if self.device != "cpu":
+            os.environ["SPARSIFY_DISABLE_TRITON"] = "0"
+            torch.set_float32_matmul_precision("high")  # as its fit does
+        small = {"num_hidden_layers": LAYER + 1, "num_attention_heads": 8, "intermediate_size": 64}
+        config = GPTNeoXConfig(hidden_size=d_in, vocab_size=200, **small)
+        self.model = GPTNeoXModel(config).to(self.device)  # pyright: ignore[reportArgumentType]
+        self._make_trainer(torch.zeros(BATCH, 1, dtype=torch.long))
+
+    def _make_trainer(self, contexts):
+        import datasets
+        from sparsify import SaeConfig, TrainConfig, Trainer  # pyright: ignore[reportMissingImports]
+
         self.contexts, self.per_batch = contexts, BATCH // contexts.shape[1]
         self.dataset = datasets.Dataset.from_dict({"input_ids": contexts.tolist()}).with_format("torch")
         config = TrainConfig(
@@ -493,14 +607,6 @@ class Sparsify(System):
         self.trainer = Trainer(config, self.dataset, self.model)
         self.trainer.save = lambda: None  # it would write the SAE after every call of fit
         self.sae = next(iter(self.trainer.saes.values()))
-        kept = []
-        hook = self.model.layers[LAYER].register_forward_hook(
-            lambda module, args, out: kept.append(out[0] if isinstance(out, tuple) else out)
-        )
-        for batch in contexts[: 4 * self.per_batch].split(self.per_batch):
-            self.model(batch)
-        hook.remove()
-        self.rows = itertools.cycle([x.flatten(0, 1).float() for x in kept])
 
     def lm(self, n: int) -> int:
         done, batches = 0, itertools.cycle(self.contexts.split(self.per_batch))
@@ -623,11 +729,22 @@ def main():
         if command["do"] in ("quality", "scaling", "store"):
             say({"quality": quality, "scaling": scaling, "store": store}[command["do"]](system, command))
             continue
-        if command["do"] in ("side_by_side", "form_groups", "memory", "nnsight", "draw"):
+        if command["do"] == "build":
+            system = None  # lets go of the one before
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before, spec = time.perf_counter(), spec | command
+            system = SYSTEMS[spec["system"]](spec)
+            system.wait()
+            say({"ready_seconds": time.perf_counter() - before})
+            continue
+        if command["do"] in ("side_by_side", "form_groups", "memory", "nnsight", "draw", "profile"):
             say(getattr(system, command.pop("do"))(**command))
             continue
         before = time.perf_counter()
         tokens = getattr(system, command.pop("do"))(**command)
+        system.wait()
         seconds = time.perf_counter() - before
         say(
             {
@@ -635,6 +752,7 @@ def main():
                 "seconds": seconds,
                 "tokens_per_second": tokens / seconds,
                 "l0": getattr(system, "l0", None),
+                "peak_device_mb": torch.cuda.max_memory_allocated() / 2**20,
             }
         )
     say({"peak_rss_mb": rss_mb()})

@@ -218,12 +218,14 @@ def parameters_as(twins: list[tuple[torch.nn.Parameter, Tensor]]):
             p.data = old
 
 
-def massive(resid: Tensor, among: Tensor) -> Tensor:
-    """Which of the rows `among` [...] (bool) of resid [..., D] have over 10 times their median norm. Some LMs
-    keep attention sinks in a few tokens at the start of a text (Sun et al., Massive Activations, arXiv
-    2402.17762): they hold most of the squared norm and nothing of what the text says, so no SAE is trained or
-    measured on them."""
+def massive(resid: Tensor, among: Tensor | None = None) -> Tensor:
+    """Which of the rows `among` [...] (bool; None: all) of resid [..., D] have over 10 times their median
+    norm. Some LMs keep attention sinks in a few tokens at the start of a text (Sun et al., Massive
+    Activations, arXiv 2402.17762): they hold most of the squared norm and nothing of what the text says, so
+    no SAE is trained or measured on them."""
     norm = resid.norm(dim=-1)
+    if among is None:
+        return norm > 10 * norm.median()
     return among & (norm > 10 * norm[among].median())
 
 

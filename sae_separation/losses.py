@@ -3,7 +3,7 @@
 A loss on W_dec is given the unit rows W_dec [F, D], `blocks` [n, size] of the features to look at together
 (-1: none) and `whole`, a tensor about all rows; it returns a DecoderGrad for the features of these blocks.
 Before it comes its `prepare(W_dec, groups)`: all blocks of the dictionary, each feature in one of them, and
-`whole`.
+`whole`. Groups and blocks are indices that the host decides: they lie on the CPU, whatever W_dec lies on.
 """
 
 import math
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from sae_separation.devices import upload
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -64,7 +66,7 @@ def tangential(grad: Tensor, rows: Tensor) -> Tensor:
 
 def each_row(W_dec: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     """Every feature in a block of its own [F, 1], and nothing about the whole."""
-    return torch.arange(len(W_dec), device=W_dec.device)[:, None], W_dec.new_zeros(0)
+    return torch.arange(len(W_dec))[:, None], W_dec.new_zeros(0)
 
 
 def rows_and_gram(W_dec: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,7 +80,7 @@ def all_pairs_grad(W_dec: Tensor, blocks: Tensor, gram_DD: Tensor) -> DecoderGra
     remains."""
     (n, d_in), rest = W_dec.shape, gram_DD.clone()
     rest.diagonal().sub_(gram_DD.diagonal().mean())
-    rows = blocks.flatten()
+    rows = upload(blocks.flatten(), W_dec.device)
     low = W_dec.index_select(0, rows).to(fast_dtype(W_dec))
     grad = low @ (4 * d_in / max(n * (n - 1), 1) * rest).to(low)
     return DecoderGrad(omega_all_pairs(W_dec, gram_DD), rows, grad.to(W_dec))
@@ -89,13 +91,15 @@ def group_cosines(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of groups [G, size] of feature indices (-1: none): their rows [G, size, D] in `dtype`, the cosines of
     these [G, size, size], `no_pair` where they are not of two features, and which places hold a feature [G,
-    size] (bool)."""
+    size] (bool, on the CPU)."""
     present = groups >= 0
-    rows = W_dec.index_select(0, groups.clamp(min=0).flatten()).view(*groups.shape, -1).to(dtype)
+    places = upload(groups.clamp(min=0).flatten(), W_dec.device)
+    rows = W_dec.index_select(0, places).view(*groups.shape, -1).to(dtype)
     cosines = rows @ rows.transpose(1, 2)
     cosines.diagonal(dim1=1, dim2=2).fill_(no_pair)
     if not present.all():
-        cosines.masked_fill_(~(present[:, :, None] & present[:, None, :]), no_pair)
+        pairs = present[:, :, None] & present[:, None, :]
+        cosines.masked_fill_(upload(~pairs, cosines.device), no_pair)
     return rows, cosines, present
 
 
@@ -103,8 +107,9 @@ def of_features(value: Tensor, groups: Tensor, present: Tensor, grad: Tensor) ->
     """The gradients of the places in groups [G, size] that hold a feature."""
     grad = grad.view(-1, grad.shape[-1])
     if present.all():
-        return DecoderGrad(value, groups.flatten(), grad)
-    return DecoderGrad(value, groups[present], grad[present.flatten()])
+        return DecoderGrad(value, upload(groups.flatten(), grad.device), grad)
+    places = upload(present.flatten().nonzero()[:, 0], grad.device)
+    return DecoderGrad(value, upload(groups[present], grad.device), grad.index_select(0, places))
 
 
 def groups_and_pairs(W_dec: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,8 +137,8 @@ def random_chunks(n: int, size: int, generator: torch.Generator) -> Tensor:
 def chunks_of_rows(
     W_dec: Tensor, groups: Tensor, chunk_size: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """`random_chunks` of the rows of W_dec [F, D], where these are, and nothing about the whole."""
-    return random_chunks(len(W_dec), chunk_size, generator).to(W_dec.device), W_dec.new_zeros(0)
+    """`random_chunks` of the rows of W_dec [F, D], and nothing about the whole."""
+    return random_chunks(len(W_dec), chunk_size, generator), W_dec.new_zeros(0)
 
 
 def ortsae_grad(W_dec: Tensor, chunks: Tensor, whole: Tensor) -> DecoderGrad:

@@ -49,7 +49,7 @@ class Rounds:
         return {"round.blocks": self.blocks, "round.whole": self.whole}
 
     def restore(self, tensors: dict[str, Tensor]):
-        self.blocks, self.whole = tensors["round.blocks"], tensors["round.whole"]
+        self.blocks, self.whole = tensors["round.blocks"].cpu(), tensors["round.whole"]
 
     @torch.no_grad()
     def visit(self, W_dec: Tensor, groups: Tensor, update: int) -> DecoderGrad | None:

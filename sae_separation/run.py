@@ -3,6 +3,7 @@
 run = Run(out_dir, requested, config, testbed, n_steps)
 run.start(trainers, saved)                       # anew, or as a checkpoint holds them
 run.step(x, forget, log=True)                    # every seed that has not failed
+run.look()                                       # a trainer whose state is not finite has failed
 run.save(position)
 run.evaluate(rows, evaluator, config_hash, train_seconds, bar)        # final_info.json, last
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,7 +44,7 @@ class Trains(Protocol):
     failed: str  # why it does not go on; "" while it does
     about: dict  # what its SAE's cfg.json says of it
 
-    def step(self, x: Tensor, forget: Tensor) -> dict[str, Tensor]: ...
+    def step(self, x: Tensor, forget: Tensor, look: bool) -> dict[str, Tensor]: ...
     def state(self) -> tuple[dict[str, Tensor], dict]: ...
     def restore(self, tensors: dict[str, Tensor], facts: dict): ...
     def refuse_nonfinite(self, named: dict[str, Tensor]): ...
@@ -124,7 +126,7 @@ class Run:
         """One step of every seed on x [B, D] with its labels [B]; one that fails is told and left behind."""
         for trainer in self.training:
             with self._left_behind(trainer):
-                measured = trainer.step(x, forget)
+                measured = trainer.step(x, forget, look=log)
                 if log:
                     trainer.refuse_nonfinite(dict(trainer.sae.named_parameters()))
                     trainer.history.append(self._record(trainer, measured))
@@ -143,16 +145,20 @@ class Run:
             trainer.failed = str(failed)
             tqdm.write(f"{self.folder}: seed {trainer.seed} failed: {failed}", file=sys.stderr)
 
+    def look(self):
+        """A trainer whose state is not finite has failed."""
+        for trainer in self.training:
+            with self._left_behind(trainer):
+                state = trainer.state()[0]
+                logs = {name for name in state if name.startswith("log_")}  # -inf where there is no loss
+                trainer.refuse_nonfinite({k: t for k, t in state.items() if k not in logs})
+
     def save(self, at: checkpoint.Position):
-        """Write a checkpoint. A trainer whose state is not finite has failed and leaves no tensors."""
+        """Write a checkpoint. A trainer that has failed leaves no tensors."""
         tensors, facts = {}, []
         for i, trainer in enumerate(self.trainers):
-            with self._left_behind(trainer):
-                if not trainer.failed:
-                    state = trainer.state()[0]
-                    logs = {name for name in state if name.startswith("log_")}  # -inf where there is no loss
-                    trainer.refuse_nonfinite({k: t for k, t in state.items() if k not in logs})
-                    tensors |= {f"{i}.{name}": t for name, t in state.items()}
+            if not trainer.failed:
+                tensors |= {f"{i}.{name}": t for name, t in trainer.state()[0].items()}
             facts.append(trainer.state()[1])
         about = {"config_hash": self.config_hash, "position": asdict(at), "warnings": self.warnings}
         checkpoint.save(self.folder, at.step, tensors, about | {"trainers": facts})
@@ -160,15 +166,12 @@ class Run:
     def _record(self, trainer: Trains, measured: dict[str, Tensor]) -> dict:
         sae = trainer.sae
         when = {"seed": trainer.seed, "step": trainer.steps, "tokens": trainer.steps * self.config.batch_size}
-        return (
-            when
-            | {name: value.item() for name, value in measured.items()}
-            | {
-                "frac_dead": (sae.idle >= self.config.dead_tokens).float().mean().item(),
-                "sharing": sharing(sae.rate).item(),
-                "between_domains": omega_between_domains(sae.W_dec.detach(), sae.affinity).item(),
-            }
-        )
+        measured = measured | {
+            "frac_dead": (sae.idle >= self.config.dead_tokens).float().mean(),
+            "sharing": sharing(sae.rate),
+            "between_domains": omega_between_domains(sae.W_dec.detach(), sae.affinity),
+        }
+        return when | dict(zip(measured, torch.stack(list(measured.values())).tolist()))  # one look
 
     def progress(self) -> str:
         last = self.training[-1].history[-1:] if self.training else []

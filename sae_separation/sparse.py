@@ -141,6 +141,13 @@ def remove_radial(grad_FD: Tensor, W_FD: Tensor):
         tangential(grad, W)
 
 
+@torch.no_grad()
+def unit_rows(W_FD: Tensor):
+    """Scale each row of W to unit norm."""
+    for W in cache_blocks(W_FD):
+        W /= W.norm(dim=1, keepdim=True)
+
+
 # Share of active features under which SparseFeatures is faster than DenseFeatures on a CPU, whose products
 # run in this precision: measured at d_in 512; in bfloat16 they are equal at 5 % of 1,024 features, 4.5 % of
 # 4,096 and 2.5 % of 16,384 (2.5 % of 1,024 at d_in 128).
@@ -220,7 +227,12 @@ def relu(pre: Tensor, sae: Encoder) -> tuple[Tensor, None]:
 def batch_border(few: Tensor, n: int, sae: Encoder) -> Tensor:
     """The n-th largest feature of a batch, 0 if fewer are active, from all candidates; a moving average of it
     is the threshold at inference."""
-    border = few.kthvalue(len(few) - n + 1).values if len(few) >= n else few.new_zeros(())
+    if len(few) < n:
+        border = few.new_zeros(())
+    elif few.is_cuda:  # kthvalue keeps one block of threads busy there
+        border = few.topk(n, sorted=False).values.min().float()
+    else:
+        border = few.kthvalue(len(few) - n + 1).values
     sae.threshold.copy_(torch.where(sae.threshold > 0, sae.threshold.lerp(border, 0.01), border))
     return border
 
@@ -229,11 +241,12 @@ def batch_top_k(pre: Tensor, sae: Encoder) -> tuple[Tensor, None]:
     """The k·B largest of a batch (Bussmann et al., BatchTopK, arXiv 2412.06410); equals at the border are
     kept."""
     f = torch.relu(pre)
-    n = sae.k * (f.numel() // f.shape[-1])
-    few = f.flatten()[
-        true_places(f > 0.8 * sae.threshold)
-    ].float()  # the border is near where it was: seldom more than a few per cent must be ranked
-    return f.masked_fill_(f < batch_border(few if len(few) >= n else f.flatten().float(), n, sae), 0), None
+    n, few = sae.k * (f.numel() // f.shape[-1]), f.flatten()
+    if not f.is_cuda:  # where to find how many there are, a GPU would be waited for
+        # the border is near where it was: seldom more than a few per cent must be ranked
+        near = few[true_places(f > 0.8 * sae.threshold)].float()
+        few = near if len(near) >= n else few.float()
+    return f.masked_fill_(f < batch_border(few, n, sae), 0), None
 
 
 def soft_k_winners(pre: Tensor, sae: Encoder) -> tuple[Tensor, Tensor | None]:
@@ -243,10 +256,11 @@ def soft_k_winners(pre: Tensor, sae: Encoder) -> tuple[Tensor, Tensor | None]:
     border = (top[..., -2:].sum(-1, keepdim=True) / 2).detach()
     if not sae.temperature > 0:
         return torch.relu(pre) * (pre >= top[..., -2:-1]), None
-    gate = torch.sigmoid((pre - border) / sae.temperature.to(pre))
+    temperature = sae.temperature.to(pre.dtype)
+    gate = torch.sigmoid((pre - border) / temperature)
     gate = gate * (gate >= 0.01)
     f = torch.relu(pre) * gate
-    return f, gate + f * (1 - gate) / sae.temperature.to(pre)
+    return f, gate + f * (1 - gate) / temperature
 
 
 ACTIVATIONS = {"relu": relu, "batchtopk": batch_top_k, "softk": soft_k_winners}

@@ -1,12 +1,15 @@
 """Shared fixtures: the real command, the embedded testbed, whole or small, and a block of its activations."""
 
+import copy
 import json
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -113,3 +116,23 @@ def activations(micro):
     from experiment import ActivationStream
 
     return ActivationStream(micro, context_size=128, buffer_tokens=16_384, seed=5).next_block()
+
+
+@pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def device(request) -> torch.device:
+    """The CPU, and a GPU where there is one."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def block(activations, device):
+    """The activations on a device."""
+    from experiment import ActivationBlock
+
+    return ActivationBlock(activations.x.to(device), activations.forget.to(device))
+
+
+@pytest.fixture
+def testbed(micro, device):
+    """The embedded testbed with its LM on a device."""
+    return replace(micro, lm=copy.deepcopy(micro.lm).to(device))

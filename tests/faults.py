@@ -747,9 +747,9 @@ def do_at(step: int, act, seed: int = 1):
     takes the place of x."""
     take = experiment.Trainer.step
 
-    def stepped(self, x, forget):
+    def stepped(self, x, forget, look):
         changed = act(self, x) if self.steps == step and self.seed == seed else None
-        return take(self, x if changed is None else changed, forget)
+        return take(self, x if changed is None else changed, forget, look)
 
     experiment.Trainer.step = stepped
 

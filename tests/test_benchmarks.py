@@ -1,11 +1,12 @@
-"""The benchmark: its limits by hand, its table, and our worker, run for real on a tiny LM."""
+"""The benchmarks: limits by hand, tables, and our worker, run for real on a tiny LM and on made-up
+activations."""
 
 import pytest
 import torch
 from conftest import run_script
 from safetensors.torch import save_file
 
-from benchmarks import bench
+from benchmarks import bench, gpu
 
 
 def test_the_dense_limit_is_six_products_of_the_sae_and_the_layers_up_to_the_hook(tmp_path):
@@ -150,3 +151,45 @@ def test_our_worker_answers_every_command_and_a_worker_that_ends_is_an_error_wit
     assert trained["explained_variance"] > 0.5 and 0 < trained["l0"] <= 64
     with pytest.raises(RuntimeError, match="ours default ended: KeyError: 'd_sae'"):
         session.start("ours")  # before it imports anything heavy
+
+
+# ---- on a GPU
+
+
+def test_the_gpu_benchmark_measures_ours_first_in_every_group_and_every_peer_at_every_size():
+    cells = gpu.plan()
+    for size in gpu.SIZES:
+        for activation in gpu.SYSTEMS:
+            group = [c for c in cells if (c["d_in"], c["d_sae"]) == size and c["activation"] == activation]
+            assert (group[0]["system"], group[0]["variant"]) == ("ours", "default")
+    assert {c["system"] for c in cells} == {"ours", "sae_lens", "dictionary_learning", "sparsify"}
+
+
+def test_ratios_and_shares_of_the_gpu_benchmark_are_of_the_same_sae_and_what_failed_is_named():
+    def cell(system: str, activation: str, rate: float) -> dict:
+        about = {"d_in": 512, "d_sae": 1000, "activation": activation, "system": system, "variant": "default"}
+        return about | {"step": bench.spread([rate / 2, rate, 2 * rate]), "peak_device_mb": 1234.0}
+
+    cells = [cell("ours", "relu", 4e5), cell("ours", "topk", 1e5), cell("peer", "topk", 5e4)]
+    failed = {k: v for k, v in cell("absent", "topk", 1.0).items() if k not in ("step", "peak_device_mb")}
+    cells.append(failed | {"failed": "no module"})
+    gpu.compare(cells, peak=10.0)
+    assert [c.get("ours_over_this") for c in cells] == [1.0, 1.0, 2.0, None]
+    assert cells[0]["share_of_peak"] == pytest.approx(4e5 * 6 * 2 * 512 * 1000 / 10e12)
+    about = {"date": "d", "commit": "c", "card": "a card", "torch": "t", "peaks": {"bf16 TFLOP/s": 10.0}}
+    text = gpu.table({"about": about, "cells": cells})
+    assert "d, commit c, a card, torch t; bf16 TFLOP/s 10." in text
+    assert "| 512 | 1,000 | topk | peer default | 50,000 [25,000, 100,000] | 2.00 | 3% | 1,234 |" in text
+    assert "| 512 | 1,000 | topk | absent default | not measured: no module | | | |" in text
+
+
+@pytest.mark.slow
+def test_a_worker_without_an_lm_trains_on_made_up_activations_and_makes_one_sae_after_another(tmp_path):
+    session = bench.Session(tmp_path, "none", quick=True)
+    systems = gpu.Systems(session, "cpu")
+    cell = {"d_in": 16, "d_sae": 64, "system": "ours", "variant": "default"}
+    for activation in ("relu", "topk"):
+        found = systems.measure(cell | {"activation": activation})
+        assert found["step"]["median"] > 0 and found["l0"] > 0
+        assert activation == "relu" or found["l0"] == pytest.approx(32, rel=0.05)
+    systems.stop()

@@ -27,15 +27,14 @@ N, D = 40, 12
 
 
 @pytest.fixture
-def W():
-    return normalize(
-        torch.randn(N, D, generator=torch.Generator().manual_seed(1)).double(), dim=1
-    ).requires_grad_()
+def W(device):
+    rows = torch.randn(N, D, generator=torch.Generator().manual_seed(1)).double()
+    return normalize(rows, dim=1).to(device).requires_grad_()
 
 
 @pytest.fixture
-def affinity():
-    return (torch.rand(N, generator=torch.Generator().manual_seed(2)) * 2 - 1).double()
+def affinity(device):
+    return (torch.rand(N, generator=torch.Generator().manual_seed(2)) * 2 - 1).double().to(device)
 
 
 @pytest.fixture

@@ -165,9 +165,9 @@ def test_options_and_their_state_are_in_the_state_dict():
 # ---- activation functions
 
 
-def test_batch_top_k_keeps_the_largest_of_the_batch_and_learns_their_border():
-    sae = make(activation="batchtopk")
-    pre = torch.randn(64, F, generator=torch.Generator().manual_seed(2))
+def test_batch_top_k_keeps_the_largest_of_the_batch_and_learns_their_border(device):
+    sae = make(activation="batchtopk").to(device)
+    pre = torch.randn(64, F, generator=torch.Generator().manual_seed(2)).to(device)
     f, slope = batch_top_k(pre, sae)
     kept = f[f > 0]
     assert len(kept) == 8 * 64 and slope is None
@@ -180,8 +180,8 @@ def test_batch_top_k_keeps_the_largest_of_the_batch_and_learns_their_border():
     assert sae.threshold.item() == pytest.approx(3 * border, rel=0.01)
 
 
-def test_batch_top_k_with_fewer_positive_values_than_places_keeps_them_all():
-    sae, pre = make(activation="batchtopk"), torch.full((4, F), -1.0)
+def test_batch_top_k_with_fewer_positive_values_than_places_keeps_them_all(device):
+    sae, pre = make(activation="batchtopk").to(device), torch.full((4, F), -1.0, device=device)
     pre[:, :3] = 1.0
     assert torch.equal(batch_top_k(pre, sae)[0], pre.relu())
 

@@ -102,12 +102,12 @@ def at_step(monkeypatch, step, act, seed=1, times=1):
     anything, takes the place of x."""
     take, left = experiment.Trainer.step, [times]
 
-    def stepped(self, x, forget):
+    def stepped(self, x, forget, look=True):
         if self.steps == step and self.seed == seed and left[0]:
             left[0] -= 1
             changed = act(self, x)
             x = x if changed is None else changed
-        return take(self, x, forget)
+        return take(self, x, forget, look)
 
     monkeypatch.setattr(experiment.Trainer, "step", stepped)
 

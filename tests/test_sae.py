@@ -32,9 +32,9 @@ def x():
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
-def test_hand_written_gradients_equal_autograd_of_the_plain_forward(sae, x, dtype, rtol):
-    l1 = torch.tensor(0.05)
-    terms = accumulate_grads(sae, x, torch.arange(256) % 2 == 0, l1, dtype)
+def test_hand_written_gradients_equal_autograd_of_the_plain_forward(sae, x, dtype, rtol, device):
+    sae, x, l1 = sae.to(device), x.to(device), torch.tensor(0.05, device=device)
+    terms = accumulate_grads(sae, x, torch.arange(256, device=device) % 2 == 0, l1, dtype)
     by_hand = {name: p.grad.clone() for name, p in sae.named_parameters()}
     sae.zero_grad()
     fvu, sparsity = sae.loss_terms(x)

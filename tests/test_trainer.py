@@ -47,38 +47,38 @@ WITH_SAE = [arm for arm, row in ARMS.items() if row.trains_sae]
 
 
 @pytest.mark.parametrize("arm", WITH_SAE)
-def test_every_arm_learns_keeps_unit_rows_and_stays_finite(arm, activations):
-    trainer, history = train(replace(SMALL, arm=arm), activations)
+def test_every_arm_learns_keeps_unit_rows_and_stays_finite(arm, block):
+    trainer, history = train(replace(SMALL, arm=arm), block)
     assert history[-1]["fvu"] < (0.95 if arm == "frozen_decoder" else 0.8) * history[0]["fvu"]
     assert all(math.isfinite(v) for record in history for v in record.values())
-    torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(256))
+    torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1).cpu(), torch.ones(256))
     assert any("omega" in record or "omega_firing" in record for record in history) == (
         arm not in ("vanilla", "vanilla_selected", "frozen_decoder")
     )
 
 
-def test_the_sae_trained_is_the_function_evaluated(activations):
+def test_the_sae_trained_is_the_function_evaluated(block):
     """FVU reported by a training step equals FVU of forward() on the same batch and weights."""
-    trainer, _ = train(SMALL, activations, steps=30)
-    x, forget = next(activations.batches(512))
+    trainer, _ = train(SMALL, block, steps=30)
+    x, forget = next(block.batches(512))
     fvu = trainer.sae.loss_terms(x)[0].item()
     plain = ((trainer.sae(x) - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()).item()
     assert fvu == pytest.approx(plain, rel=1e-4)
     assert trainer.step(x, forget)["fvu"].item() == pytest.approx(plain, rel=0.02)
 
 
-def test_the_input_is_scaled_to_mean_square_norm_d_in(activations):
-    trainer, _ = train(SMALL, activations, steps=1)
-    assert (activations.x * trainer.sae.scale).pow(2).sum(1).mean().item() == pytest.approx(
-        activations.x.shape[1], rel=1e-4
+def test_the_input_is_scaled_to_mean_square_norm_d_in(block):
+    trainer, _ = train(SMALL, block, steps=1)
+    assert (block.x * trainer.sae.scale).pow(2).sum(1).mean().item() == pytest.approx(
+        block.x.shape[1], rel=1e-4
     )
 
 
-def test_lambda_is_steered_to_the_target_l0(activations):
-    _, history = train(replace(SMALL, decay_fraction=0.0), activations, steps=900)
+def test_lambda_is_steered_to_the_target_l0(block):
+    _, history = train(replace(SMALL, decay_fraction=0.0), block, steps=900)
     assert sum(r["l0"] for r in history[-50:]) / 50 == pytest.approx(8.0, abs=2.0)
     assert history[-1]["l1_coefficient"] != history[0]["l1_coefficient"]
-    _, fixed = train(replace(SMALL, target_l0=0.0), activations, steps=20)
+    _, fixed = train(replace(SMALL, target_l0=0.0), block, steps=20)
     assert fixed[-1]["l1_coefficient"] == pytest.approx(SMALL.l1)
 
 
@@ -89,12 +89,10 @@ def test_relu_starts_sparse_whether_lambda_is_steered_or_held(target_l0, l0, act
     assert history[0]["l0"] == pytest.approx(l0, rel=0.15)
 
 
-def test_the_orthogonality_losses_lower_what_they_measure(activations):
-    plain, _ = train(SMALL, activations, steps=150)
-    fixed, _ = train(replace(SMALL, arm="fixed", alpha=1.0), activations, steps=150)
-    grouped, _ = train(
-        replace(SMALL, arm="grouped", alpha=1.0, group_update_steps=1000), activations, steps=150
-    )
+def test_the_orthogonality_losses_lower_what_they_measure(block):
+    plain, _ = train(SMALL, block, steps=150)
+    fixed, _ = train(replace(SMALL, arm="fixed", alpha=1.0), block, steps=150)
+    grouped, _ = train(replace(SMALL, arm="grouped", alpha=1.0, group_update_steps=1000), block, steps=150)
     assert omega_all_pairs(fixed.sae.W_dec) < 0.95 * omega_all_pairs(plain.sae.W_dec)
     inside = [
         grouped_grad(W, *groups_and_pairs(W, grouped.sae.groups)).value
@@ -103,12 +101,10 @@ def test_the_orthogonality_losses_lower_what_they_measure(activations):
     assert inside[0] < 0.5 * inside[1]
 
 
-def test_a_frozen_decoder_is_never_trained(activations):
+def test_a_frozen_decoder_is_never_trained(block):
     config = replace(SMALL, arm="frozen_decoder")
-    trainer, _ = train(config, activations, killed=40)
-    assert torch.equal(
-        trainer.sae.W_dec, Trainer(config, 0, activations.x.shape[1], 200, activations).sae.W_dec
-    )
+    trainer, _ = train(config, block, killed=40)
+    assert torch.equal(trainer.sae.W_dec, Trainer(config, 0, block.x.shape[1], 200, block).sae.W_dec)
     assert trainer.resampled >= 40, "revived features keep their random directions too"
 
 
@@ -134,12 +130,10 @@ def test_ortsae_visits_a_row_every_fifth_step_with_five_times_the_weight(activat
 
 
 @pytest.mark.parametrize("arm", ["fixed", "grouped", "ortsae"])
-def test_a_round_adds_the_gradient_of_every_row_once_with_the_weight_of_the_round(
-    arm, activations, monkeypatch
-):
+def test_a_round_adds_the_gradient_of_every_row_once_with_the_weight_of_the_round(arm, block, monkeypatch):
     monkeypatch.setattr(rounds, "ROWS_A_STEP", 30)  # nine steps a round
-    trainer = Trainer(replace(SMALL, arm=arm, chunk_size=40), 0, activations.x.shape[1], 200, activations)
-    sae, alpha = trainer.sae, torch.tensor(0.3)
+    trainer = Trainer(replace(SMALL, arm=arm, chunk_size=40), 0, block.x.shape[1], 200, block)
+    sae, alpha = trainer.sae, torch.tensor(0.3, device=block.x.device)
     sae.groups = torch.arange(256).view(8, 32)
     sae.W_dec.grad = torch.zeros_like(sae.W_dec)
     in_parts = there(trainer.rounds)
@@ -155,19 +149,19 @@ def test_a_round_adds_the_gradient_of_every_row_once_with_the_weight_of_the_roun
     assert seen.abs().max() > 1e-4
 
 
-def test_dead_features_are_revived_with_unit_rows_and_fresh_moments(activations):
-    trainer, _ = train(replace(SMALL, resample_steps=0), activations, steps=10)
+def test_dead_features_are_revived_with_unit_rows_and_fresh_moments(block):
+    trainer, _ = train(replace(SMALL, resample_steps=0), block, steps=10)
     sae = trainer.sae
     with torch.no_grad():
         sae.b_enc[:40] = -100.0
         sae.idle[:40] = SMALL.dead_tokens
-    x, _ = next(activations.batches(512))
+    x, _ = next(block.batches(512))
     assert (sae.encode(x)[:, :40] > 0).sum() == 0
     dead = sae.idle >= SMALL.dead_tokens
     assert resample(sae, dead, x, trainer.adam, trainer.generator) == 40
     assert (sae.encode(x)[:, :40] > 0).any(0).float().mean() > 0.9
     assert sae.idle[:40].max() == 0
-    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(256))
+    torch.testing.assert_close(sae.W_dec.norm(dim=1).cpu(), torch.ones(256))
     assert (
         trainer.adam.state[sae.W_enc_FD]["exp_avg"][:40].abs().max()
         == 0
@@ -180,9 +174,9 @@ def W_nan(trainer):
 
 
 @pytest.mark.parametrize("where", ["activation", "weight", "omega"])
-def test_a_non_finite_term_stops_the_run_and_is_named(where, activations, monkeypatch):
-    trainer, _ = train(replace(SMALL, arm="fixed"), activations, steps=10)
-    x, forget = next(activations.batches(512))
+def test_a_non_finite_term_stops_the_run_and_is_named(where, block, monkeypatch):
+    trainer, _ = train(replace(SMALL, arm="fixed"), block, steps=10)
+    x, forget = next(block.batches(512))
     before = trainer.sae.W_dec.detach().clone()
     if where == "activation":
         x = x.clone()
@@ -265,25 +259,25 @@ def test_changing_a_field_changes_the_run(name, activations):
     assert one.W_dec.shape != two.W_dec.shape or not torch.equal(one.W_enc, two.W_enc)
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(activations):
+def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(block):
     one, two, three = (
-        train(replace(SMALL, arm="adaptive"), activations, steps=30, seed=s)[0].sae.W_dec for s in (0, 0, 1)
+        train(replace(SMALL, arm="adaptive"), block, steps=30, seed=s)[0].sae.W_dec for s in (0, 0, 1)
     )
     assert torch.equal(one, two) and not torch.equal(one, three)
 
 
-def test_seeds_trained_side_by_side_are_independent(activations):
-    alone = train(SMALL, activations, steps=20, seed=1)[0].sae.W_enc
-    a, b = (Trainer(SMALL, s, activations.x.shape[1], 200, activations) for s in (0, 1))
-    batches = list(activations.batches(512))
+def test_seeds_trained_side_by_side_are_independent(block):
+    alone = train(SMALL, block, steps=20, seed=1)[0].sae.W_enc
+    a, b = (Trainer(SMALL, s, block.x.shape[1], 200, block) for s in (0, 1))
+    batches = list(block.batches(512))
     for i in range(20):
         for t in (a, b):
             t.step(*batches[i % len(batches)])
     assert torch.equal(b.sae.W_enc, alone)
 
 
-def test_a_single_domain_in_the_stream_trains_too(activations):
-    only = ActivationBlock(activations.x, torch.zeros_like(activations.forget))
+def test_a_single_domain_in_the_stream_trains_too(block):
+    only = ActivationBlock(block.x, torch.zeros_like(block.forget))
     for arm in WITH_SAE:
         _, history = train(replace(SMALL, arm=arm), only, steps=45)
         assert all(math.isfinite(v) for r in history for v in r.values())

@@ -1,0 +1,274 @@
+"""Training on a device that is waited for seldom; the stream, evaluations and a run on a GPU, where there is
+one."""
+
+import contextlib
+import copy
+import math
+import subprocess
+import warnings
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from conftest import SMALL_SWEEP, small_command
+from test_trainer import SMALL
+
+from experiment import ActivationBlock, ActivationStream, RunFailed, Trainer
+from sae_separation import checkpoint, testbeds
+from sae_separation.devices import all_finite, upload
+from sae_separation.evals.core import core
+from sae_separation.evals.corpus import corpus
+from sae_separation.evals.evaluator import Evaluator
+from sae_separation.evals.geometry import geometry
+from sae_separation.evals.unlearning import unlearning
+from sae_separation.export import export, load_exported
+from sae_separation.specs import DataConfig
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+EVERY = 25  # steps between two that are looked at
+
+
+def seldom(config, block: ActivationBlock, seed: int = 0) -> Trainer:
+    """A trainer that looks as one on a GPU does, wherever it is."""
+    trainer = Trainer(config, seed, block.x.shape[1], 200, block)
+    trainer.always_looks = False
+    return trainer
+
+
+def run(trainer: Trainer, block: ActivationBlock, steps: range) -> list[dict[str, float]]:
+    """The terms of the steps that are looked at."""
+    batches, seen = list(block.batches(512)), []
+    for i in steps:
+        measured = trainer.step(*batches[i % len(batches)], look=i % EVERY == 0)
+        if i % EVERY == 0:
+            seen.append({name: value.item() for name, value in measured.items()})
+    return seen
+
+
+# ---- what is looked at
+
+
+def test_on_a_cpu_every_step_is_looked_at_whether_it_is_logged_or_not(activations):
+    trainer = Trainer(SMALL, 0, activations.x.shape[1], 200, activations)
+    x, forget = next(activations.batches(512))
+    assert trainer.always_looks
+    trainer.step(x, forget, look=False)
+    x = x.clone()
+    x[3, 4] = math.nan
+    with pytest.raises(
+        RunFailed, match="activations of the LM not finite in 1 of .* at step 1 of arm vanilla"
+    ):
+        trainer.step(x, forget, look=False)
+
+
+def test_elsewhere_a_failure_is_named_at_the_next_look_and_where_it_came_from(block):
+    """NaN in one batch, 20 steps before."""
+    trainer = seldom(SMALL, block)
+    run(trainer, block, range(0, 30))
+    x, forget = next(block.batches(512))
+    x = x.clone()
+    x[3, 4] = math.nan
+    trainer.step(x, forget, look=False)
+    run(trainer, block, range(31, 50))
+    with pytest.raises(RunFailed) as failed:
+        run(trainer, block, range(50, 51))
+    text = str(failed.value)
+    assert "activations of the LM, their sum since the last look = nan" in text and "at step 50" in text
+    assert "see to the LM" in text
+
+
+def test_a_weight_that_is_none_is_named_at_the_next_look(block):
+    trainer = seldom(SMALL, block)
+    run(trainer, block, range(0, 30))
+    trainer.sae.W_dec.data[2, 9] = math.nan
+    run(trainer, block, range(30, 50))
+    with pytest.raises(
+        RunFailed, match="W_dec not finite in .* at step 50 of arm vanilla, seed 0: lower --lr"
+    ):
+        run(trainer, block, range(50, 51))
+
+
+def test_what_is_put_off_is_done_at_the_next_look(block):
+    """Groups are due at steps 0, 16, 32 and 48 of a round of eight, resampling at 40 and 80."""
+    config = replace(SMALL, arm="grouped", group_update_steps=16, resample_steps=40, dead_tokens=5_000)
+    trainer, groups, resampled = seldom(config, block), [], []
+    trainer.sae.b_enc.data[:40] = -100.0
+    for i in range(60):
+        run(trainer, block, range(i, i + 1))
+        groups.append(trainer.sae.groups)
+        resampled.append(trainer.resampled)
+    formed = [i for i in range(1, 60) if groups[i] is not groups[i - 1]]
+    assert formed == [25, 50] and len(groups[0]) == 8
+    assert [i for i in range(1, 60) if resampled[i] > resampled[i - 1]] == [50]
+
+
+def test_what_is_put_off_is_in_the_checkpoint(block):
+    """A trainer restored between due and done goes on as one that was not interrupted."""
+    config = replace(SMALL, arm="grouped", group_update_steps=16, resample_steps=40, dead_tokens=5_000)
+    whole, parts = seldom(config, block), seldom(config, block)
+    for trainer in (whole, parts):
+        trainer.sae.b_enc.data[:40] = -100.0
+        run(trainer, block, range(0, 45))
+    tensors, facts = parts.state()
+    assert facts["due"] == ["groups", "resample"]
+    kept = {name: t.detach().cpu().clone() for name, t in tensors.items()}
+    again = seldom(config, block)
+    again.restore(kept, facts)
+    for trainer in (whole, again):
+        run(trainer, block, range(45, 60))
+    assert whole.resampled == again.resampled > 0 and torch.equal(whole.sae.groups, again.sae.groups)
+    for name, t in whole.state()[0].items():
+        assert torch.equal(t, again.state()[0][name]), name
+
+
+def test_a_checkpoint_from_before_there_was_anything_to_put_off_is_taken(block):
+    trainer = seldom(SMALL, block)
+    run(trainer, block, range(0, 3))
+    tensors, facts = trainer.state()
+    del facts["due"]
+    other = seldom(SMALL, block)
+    other.restore({name: t.detach().cpu() for name, t in tensors.items()}, facts)
+    assert other.due == []
+
+
+@pytest.mark.parametrize("arm", ["vanilla", "grouped", "adaptive"])
+def test_looking_seldom_learns_the_curve_of_looking_always(arm, block):
+    config = replace(SMALL, arm=arm, resample_steps=0, group_update_steps=1000)
+    often, rarely = Trainer(config, 0, block.x.shape[1], 200, block), seldom(config, block)
+    often.always_looks = True
+    a, b = run(often, block, range(0, 76)), run(rarely, block, range(0, 76))
+    assert a == b, "nothing is put off here, so nothing differs"
+
+
+# ---- waits
+
+
+@contextlib.contextmanager
+def waits():
+    """Inside, the list of the waits for a GPU that torch warns of."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield seen
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@GPU
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"arm": "fixed"},
+        {"arm": "grouped", "d_sae": 2050, "group_update_steps": 8},
+        {"arm": "ortsae", "d_sae": 2050},
+        {"arm": "adaptive"},
+        {"activation": "batchtopk"},
+        {"activation": "softk"},
+        {"unlock_steps": 3, "feature_dropout": 0.1, "grad_clip": 1.0, "feature_lr_power": 0.5},
+    ],
+    ids=str,
+)
+def test_a_gpu_is_waited_for_at_logged_steps_alone(settings, activations):
+    """With groups and chunks that are not all full, groups due every eight steps and dead features."""
+    block = ActivationBlock(activations.x.cuda(), activations.forget.cuda())
+    config = replace(SMALL, **{"resample_steps": 10, "dead_tokens": 3_000} | settings)
+    trainer = Trainer(config, 0, block.x.shape[1], 200, block)
+    assert not trainer.always_looks
+    trainer.sae.b_enc.data[:40] = -100.0
+    batches, waited = list(block.batches(512)), []
+    for i in range(2 * EVERY + 2):
+        with waits() as seen:
+            trainer.step(*batches[i % len(batches)], look=i % EVERY == 0)
+        waited += [(i, str(w.message), w.filename, w.lineno) for w in seen if "synchroniz" in str(w.message)]
+    assert {step for step, *_ in waited} <= {0, EVERY, 2 * EVERY}, waited
+    assert waited, "the comparison would be empty"
+
+
+@GPU
+def test_a_gpu_is_waited_for_once_a_block(micro):
+    """But for transformers, which looks at positions in every pass of the LM."""
+    there = replace(micro, lm=copy.deepcopy(micro.lm).cuda())
+    stream = ActivationStream(there, context_size=128, buffer_tokens=65_536, seed=5)
+    stream.next_block()
+    assert stream.n_lm_batches > 1
+    with waits() as seen:
+        stream.next_block()
+    seen = [(w.filename, w.lineno) for w in seen if "synchroniz" in str(w.message)]
+    ours = [place for place in seen if "/transformers/" not in place[0]]
+    assert len(ours) == 1 and len(seen) <= 1 + stream.n_lm_batches, seen
+
+
+@GPU
+@pytest.mark.parametrize("settings", [{"arm": "adaptive"}, {"activation": "batchtopk"}], ids=str)
+def test_the_compiled_step_learns_the_curve_of_the_plain_one_on_a_gpu(settings, activations):
+    """FVU within half a per cent of the variance: what is fused is not rounded to bfloat16 in between."""
+    block = ActivationBlock(activations.x.cuda(), activations.forget.cuda())
+    config, curves = replace(SMALL, resample_steps=0, **settings), []
+    for compiled in (False, True):
+        trainer = Trainer(replace(config, compile=compiled), 0, block.x.shape[1], 200, block)
+        curves.append([terms["fvu"] for terms in run(trainer, block, range(0, 76))])
+    assert max(abs(a - b) for a, b in zip(*curves)) < 5e-3 and curves[0][-1] < 0.8 * curves[0][0]
+
+
+# ---- tensors
+
+
+def test_upload_gives_the_same_values_and_all_finite_looks_at_all_devices(device):
+    t = torch.arange(6.0).view(2, 3)
+    there = upload(t, device)
+    assert there.device.type == device.type and torch.equal(there.cpu(), t) and upload(there, device) is there
+    assert all_finite([t, there, torch.arange(3)]) and all_finite([])
+    assert not all_finite([t, there / 0])
+
+
+# ---- the whole, on a device
+
+
+def test_a_block_holds_the_same_rows_in_the_same_places_on_any_device(testbed, micro):
+    """But for the rounding of the LM's products."""
+    how = {"context_size": 128, "buffer_tokens": 16_384, "seed": 5, "lm_tokens": 8192}
+    block, plain = (ActivationStream(bed, **how).next_block() for bed in (testbed, micro))
+    assert torch.equal(block.forget.cpu(), plain.forget)
+    assert (block.x.cpu() - plain.x).norm() < 0.02 * plain.x.norm()
+
+
+@GPU
+def test_evaluations_on_a_gpu_measure_what_they_do_on_a_cpu(small_micro, activations, tmp_path):
+    """An SAE trained on the GPU, exported, and measured there and on the CPU, on 16 contexts and 40
+    questions."""
+    micro = testbeds.load(DataConfig(testbed="micro", **small_micro))
+    block = ActivationBlock(activations.x.cuda(), activations.forget.cuda())
+    config = tiny.config(arm="adaptive", d_sae=512, target_l0=16.0, tokens=10**6)
+    trainer = Trainer(config, 0, block.x.shape[1], 200, block)
+    batches = list(block.batches(2048))
+    for i in range(60):
+        trainer.step(*batches[i % len(batches)])
+    about = {"model_name": "micro", "hook_name": micro.hook_name, "hook_layer": 1, "context_size": 128}
+    export(trainer.sae, tmp_path, about | {"prepend_bos": True})
+    found = []
+    for lm in (copy.deepcopy(micro.lm).cuda(), micro.lm):
+        bed = replace(micro, lm=lm, sweep=SMALL_SWEEP, n_held_out=16)
+        evaluator, sae = Evaluator(bed, context_size=128), load_exported(tmp_path, bed.lm.device)
+        found.append({})
+        for evaluation in (core, geometry, unlearning, corpus):
+            found[-1] |= evaluation(evaluator, sae, 0, "it")[0]
+    here, there = found
+    for name in ("explained_variance", "ce_loss_score", "l0", "mean_max_cosine", "unlearning_score"):
+        assert here[name] == pytest.approx(there[name], rel=0.02, abs=0.02), name
+    assert set(here) == set(there) and all(math.isfinite(v) for v in here.values() if v is not None)
+
+
+@GPU
+@pytest.mark.slow
+def test_a_run_on_a_gpu_trains_and_evaluates_and_its_checkpoints_are_read_again(tmp_path):
+    """The embedded testbed, which the plan keeps on the CPU as it is too small to gain."""
+    data = ["--testbed=micro", "--seeds", 0, "--tokens", "256k", "--buffer_tokens", 32768]
+    how = ["--checkpoint_seconds", 0, "--evals", "core", "geometry"]
+    command = small_command("--out_dir", tmp_path / "run_6", *data, *how)
+    command[2] = command[2].replace("n_held_out=16", "n_held_out=16, gpu=True")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert checkpoint.steps_in(tmp_path / "run_6") == []
