@@ -40,8 +40,11 @@ SYSTEMS = {  # activation -> system, variant; the first is what the others are h
         ("sparsify", "default"),
     ),
 }
-COMPILED = (("relu", "ours", "compiled"), ("relu", "sae_lens", "bf16 compiled"))  # at the largest size, last
-SECONDS = 0.4  # of steps in one repetition
+COMPILED = (
+    ("relu", "ours", "compiled"),
+    ("relu", "sae_lens", "bf16 compiled"),
+)  # last, from the largest size
+SECONDS = 0.3  # of steps in one repetition
 
 
 def plan() -> list[dict[str, Any]]:
@@ -53,8 +56,11 @@ def plan() -> list[dict[str, Any]]:
         for system, variant in systems
     ]
     names = ("activation", "system", "variant")
-    d_in, d_sae = SIZES[-1]
-    return cells + [{"d_in": d_in, "d_sae": d_sae} | dict(zip(names, cell)) for cell in COMPILED]
+    return cells + [
+        {"d_in": d_in, "d_sae": d_sae} | dict(zip(names, cell))
+        for d_in, d_sae in reversed(SIZES)
+        for cell in COMPILED
+    ]
 
 
 def peaks(device: str) -> dict[str, float]:

@@ -76,6 +76,10 @@ class System:
         self.spec, self.d_sae, self.device = spec, spec["d_sae"], spec.get("device", "cpu")
         self.low, self.compiled = (word in spec.get("variant", "") for word in ("bf16", "compiled"))
         self.batch_top_k = spec.get("activation") == "topk"
+        if self.compiled:  # what was compiled for other sizes is not stretched to this one
+            import torch
+
+            torch.compiler.reset()
         if "d_in" in spec:
             self.made_up = made_up(spec["d_in"], self.device)
             self.rows = itertools.cycle(self.made_up)

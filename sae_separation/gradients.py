@@ -14,6 +14,7 @@ from torch import Tensor
 from sae_separation.sparse import (
     ACTIVATIONS,
     SPARSE_SHARE,
+    SPARSE_SHARE_ON_GPU,
     DenseFeatures,
     Encoder,
     SparseFeatures,
@@ -106,13 +107,19 @@ def accumulate_grads(
     )
 
 
+def few_active(sae: TrainedSAE, u_BD: Tensor, dtype: torch.dtype) -> bool | Tensor:
+    """Whether so few features are active that SparseFeatures are faster; a GPU is not asked."""
+    if u_BD.device.type == "cpu":
+        return sae.active < SPARSE_SHARE[dtype] * len(sae.b_enc)
+    return sae.activation == "batchtopk" and sae.k < SPARSE_SHARE_ON_GPU * len(sae.b_enc)
+
+
 def features_of(
     sae: TrainedSAE, u_BD: Tensor, dtype: torch.dtype, gain_F: Tensor | None, forget: Tensor
 ) -> SparseFeatures | DenseFeatures:
-    """SparseFeatures where few were active in the last batch, on a CPU and not compiled; else
-    DenseFeatures."""
-    few = sae.active < SPARSE_SHARE[dtype] * len(sae.b_enc)
-    if u_BD.device.type == "cpu" and not torch.compiler.is_compiling() and few:
+    """SparseFeatures where few are active and it is not compiled: on a CPU as in the last batch, on a GPU of
+    batchtopk and by k. Else DenseFeatures."""
+    if not torch.compiler.is_compiling() and few_active(sae, u_BD, dtype):
         return sparse_features(sae, u_BD, dtype, gain_F, forget)
     f_BF, slope_BF = ACTIVATIONS[sae.activation](sae.pre_activations(u_BD.to(dtype)), sae)
     return DenseFeatures(f_BF, slope_BF, gain_F, forget)

@@ -14,8 +14,8 @@ import torch
 from conftest import SMALL_SWEEP, small_command
 from test_trainer import SMALL
 
-from experiment import ActivationBlock, ActivationStream, RunFailed, Trainer
-from sae_separation import checkpoint, testbeds
+from experiment import ActivationBlock, ActivationStream, OrthogonalSAE, RunFailed, Trainer
+from sae_separation import checkpoint, losses, testbeds
 from sae_separation.devices import all_finite, upload
 from sae_separation.evals.core import core
 from sae_separation.evals.corpus import corpus
@@ -23,6 +23,8 @@ from sae_separation.evals.evaluator import Evaluator
 from sae_separation.evals.geometry import geometry
 from sae_separation.evals.unlearning import unlearning
 from sae_separation.export import export, load_exported
+from sae_separation.gradients import accumulate_grads
+from sae_separation.sparse import batch_top_k, largest_entries
 from sae_separation.specs import DataConfig
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -166,13 +168,16 @@ def waits():
         {"arm": "ortsae", "d_sae": 2050},
         {"arm": "adaptive"},
         {"activation": "batchtopk"},
+        {"activation": "batchtopk", "d_sae": 2050, "feature_dropout": 0.1},
         {"activation": "softk"},
         {"unlock_steps": 3, "feature_dropout": 0.1, "grad_clip": 1.0, "feature_lr_power": 0.5},
     ],
     ids=str,
 )
-def test_a_gpu_is_waited_for_at_logged_steps_alone(settings, activations):
-    """With groups and chunks that are not all full, groups due every eight steps and dead features."""
+def test_a_gpu_is_waited_for_at_logged_steps_alone(settings, activations, monkeypatch):
+    """With groups and chunks that are not all full, groups due every eight steps and dead features; of
+    batchtopk both paths."""
+    monkeypatch.setattr("sae_separation.gradients.SPARSE_SHARE_ON_GPU", 0.02)
     block = ActivationBlock(activations.x.cuda(), activations.forget.cuda())
     config = replace(SMALL, **{"resample_steps": 10, "dead_tokens": 3_000} | settings)
     trainer = Trainer(config, 0, block.x.shape[1], 200, block)
@@ -211,6 +216,58 @@ def test_the_compiled_step_learns_the_curve_of_the_plain_one_on_a_gpu(settings, 
         trainer = Trainer(replace(config, compile=compiled), 0, block.x.shape[1], 200, block)
         curves.append([terms["fvu"] for terms in run(trainer, block, range(0, 76))])
     assert max(abs(a - b) for a, b in zip(*curves)) < 5e-3 and curves[0][-1] < 0.8 * curves[0][0]
+
+
+# ---- the sparse path of BatchTopK
+
+
+@pytest.mark.parametrize("lower", [0.0, 1.5])
+def test_the_largest_entries_are_the_features_of_batch_top_k(lower, device):
+    """Also where fewer than k B are active."""
+    sae = OrthogonalSAE(24, 96, seed=3, activation="batchtopk", k=5).to(device)
+    sae.b_enc.data.sub_(lower)
+    other = copy.deepcopy(sae)
+    u = torch.randn(64, 24, generator=torch.Generator().manual_seed(5)).to(device)
+    col, row, value, slope = largest_entries(sae, u)
+    f, _ = batch_top_k(other.pre_activations(u), other)
+    assert (int((f > 0).sum()) < 5 * 64) == (lower > 0) and len(value) == 5 * 64
+    entries = torch.zeros_like(f).index_put_((row, col), value)
+    torch.testing.assert_close(entries, f)
+    assert torch.equal(slope, (value > 0).float()) and torch.equal(col, col.sort().values)
+    torch.testing.assert_close(sae.threshold, other.threshold)
+
+
+@GPU
+@pytest.mark.parametrize("lower", [0.0, 2.0])
+def test_on_a_gpu_the_sparse_path_of_batch_top_k_measures_what_the_dense_one_does(lower, monkeypatch):
+    x = torch.randn(256, 24, generator=torch.Generator().manual_seed(5)).cuda() + 0.5
+    forget, l1, seen = torch.arange(256).cuda() < 100, torch.tensor(0.0).cuda(), []
+    signs = losses.random_signs(256, 16, torch.Generator().manual_seed(1)).cuda()
+    for share in (0.0, 2.0):
+        monkeypatch.setattr("sae_separation.gradients.SPARSE_SHARE_ON_GPU", share)
+        sae = OrthogonalSAE(24, 96, seed=3, activation="batchtopk", k=5).cuda()
+        sae.b_enc.data.sub_(lower)
+        gain = torch.arange(96).cuda() % 7 / 3
+        terms = accumulate_grads(sae, x, forget, l1, torch.float32, None, gain, 1.0, signs)
+        seen.append(
+            [terms.fvu, terms.l1, terms.l0, terms.fired, terms.sketch, *(p.grad for p in sae.parameters())]
+        )
+        sae.W_enc.data[3, 7] = torch.nan
+        assert not accumulate_grads(sae, x, forget, l1, torch.float32).fvu.isfinite()
+    for dense, sparse in zip(*seen):
+        torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-6)
+    assert seen[0][3].sum() > 0
+
+
+@GPU
+def test_on_a_gpu_the_sparse_path_gives_the_same_bits_again(activations, monkeypatch):
+    monkeypatch.setattr("sae_separation.gradients.SPARSE_SHARE_ON_GPU", 0.02)
+    block = ActivationBlock(activations.x.cuda(), activations.forget.cuda())
+    config = replace(SMALL, activation="batchtopk", d_sae=2048)
+    one, two = (Trainer(config, 0, block.x.shape[1], 200, block) for _ in range(2))
+    for trainer in (one, two):
+        run(trainer, block, range(0, 60))
+    assert torch.equal(one.sae.W_dec, two.sae.W_dec) and torch.equal(one.sae.b_enc, two.sae.b_enc)
 
 
 # ---- tensors
