@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run study check test test-fast docs micro faults bench bench-quick
+.PHONY: run study check test test-fast docs micro faults bench bench-gpu bench-quick
 
 run: $(VENV)/ready
 	$(BIN)/python experiment.py --out_dir reproduced/run_0 reproduced/run_1 --testbed=micro
@@ -43,6 +43,9 @@ micro: $(VENV)/ready
 
 bench: $(VENV)/ready benchmarks/.venv/ready
 	$(BIN)/python benchmarks/bench.py
+
+bench-gpu: $(VENV)/ready benchmarks/.venv/ready
+	$(BIN)/python benchmarks/gpu.py
 
 bench-quick: $(VENV)/ready benchmarks/.venv/ready
 	$(BIN)/python benchmarks/bench.py --quick

@@ -148,14 +148,17 @@ def test_looking_seldom_learns_the_curve_of_looking_always(arm, block):
 
 @contextlib.contextmanager
 def waits():
-    """Inside, the list of the waits for a GPU that torch warns of."""
+    """A list that holds, afterwards, where inside a GPU was waited for: file and line, as torch tells it."""
+    places = []
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield seen
+            yield places
         finally:
             torch.cuda.set_sync_debug_mode("default")
+            told = "called a synchronizing CUDA operation"
+            places += [(w.filename, w.lineno) for w in seen if str(w.message).startswith(told)]
 
 
 @GPU
@@ -185,9 +188,9 @@ def test_a_gpu_is_waited_for_at_logged_steps_alone(settings, activations, monkey
     trainer.sae.b_enc.data[:40] = -100.0
     batches, waited = list(block.batches(512)), []
     for i in range(2 * EVERY + 2):
-        with waits() as seen:
+        with waits() as places:
             trainer.step(*batches[i % len(batches)], look=i % EVERY == 0)
-        waited += [(i, str(w.message), w.filename, w.lineno) for w in seen if "synchroniz" in str(w.message)]
+        waited += [(i, *place) for place in places]
     assert {step for step, *_ in waited} <= {0, EVERY, 2 * EVERY}, waited
     assert waited, "the comparison would be empty"
 
@@ -199,11 +202,10 @@ def test_a_gpu_is_waited_for_once_a_block(micro):
     stream = ActivationStream(there, context_size=128, buffer_tokens=65_536, seed=5)
     stream.next_block()
     assert stream.n_lm_batches > 1
-    with waits() as seen:
+    with waits() as places:
         stream.next_block()
-    seen = [(w.filename, w.lineno) for w in seen if "synchroniz" in str(w.message)]
-    ours = [place for place in seen if "/transformers/" not in place[0]]
-    assert len(ours) == 1 and len(seen) <= 1 + stream.n_lm_batches, seen
+    ours = [place for place in places if "/transformers/" not in place[0]]
+    assert len(ours) == 1 and len(places) <= 1 + stream.n_lm_batches, places
 
 
 @GPU
