@@ -527,10 +527,10 @@ class Trainer:
         self.steered_l0 = config.target_l0 if config.activation == "relu" else 0.0
         self._set_biases(x)
         self.sae.W_dec.requires_grad_(self.arm.trains_decoder)
-        work = accumulate_grads, remove_radial, unit_rows
+        self.accumulate_grads, self.remove_radial, self.unit_rows = accumulate_grads, remove_radial, unit_rows
         if config.compile:
-            work = tuple(map(torch.compile, work))
-        self.accumulate_grads, self.remove_radial, self.unit_rows = work
+            self.accumulate_grads = torch.compile(accumulate_grads)
+            self.remove_radial, self.unit_rows = torch.compile(remove_radial), torch.compile(unit_rows)
         self.generator = torch.Generator().manual_seed(seed)
         self.adam = torch.optim.Adam(self.sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, self._lr_factor)

@@ -332,16 +332,17 @@ class Run:
             sweeps.append(np.array([pair for pair in pairs if not np.isnan(pair).any()]))
         return [sweep for sweep in sweeps if len(sweep)]
 
-    def notes(self) -> Counter[str]:
-        """The warnings without their seeds and how often each stands there; metrics that are merely
-        undefined come last."""
-        texts = [re.sub(r"^seed \d+: ", "", w) for w in self.warnings]
-        return Counter(sorted(texts, key=is_of_undefined_metrics))
+    def doubts(self) -> Counter[str]:
+        """The warnings for which the run's numbers are not to be taken at their face, without their seeds,
+        and how often each stands there."""
+        return Counter(re.sub(r"^seed \d+: ", "", w) for w in self.warnings if not is_a_remark(w))
 
 
-def is_of_undefined_metrics(warning: str) -> bool:
-    """Whether a warning merely says which metrics are undefined (results.undefined)."""
-    return "undefined for seeds" in warning
+def is_a_remark(warning: str) -> bool:
+    """Whether a warning merely says what is not there: metrics that are undefined, forms that the LM does not
+    answer, knowledge that does not come back."""
+    remarks = ("undefined for seeds", "which do not count", "relearning: more than")
+    return any(remark in warning for remark in remarks)
 
 
 def in_order(folder: Path) -> list[tuple[bool, int, str]]:
@@ -368,7 +369,7 @@ def name_and_style(runs: list[Run]):
     names = Counter(run.name for run in runs)
     for run in runs:
         run.name = plain(str(run.folder)) if names[run.name] > 1 else run.name
-        run.label = labels.get(run.name, f"{run.name} ({run.arm})") + " †" * bool(run.warnings)
+        run.label = labels.get(run.name, f"{run.name} ({run.arm})") + " †" * bool(run.doubts())
         run.mark = run.label.replace("$", r"\$").lstrip("_")  # as matplotlib takes a text literally
     places = [*labels, *(run.name for run in runs if run.name not in labels)]
     for run in runs:
@@ -459,7 +460,8 @@ RULER = {  # head -> section and metric of a column of the table of methods
     "left at most": ("robustness", "knowledge_left_max"),
     "kept at least": ("robustness", "kept_at_worst"),
     "mean": ("robustness", "mean_score"),
-    "unseen": ("robustness", "unseen_knowledge_left_max"),
+    "unseen": ("robustness", "unseen_worst_case_score"),
+    "unseen: left": ("robustness", "unseen_knowledge_left_max"),
     "4 bits: left": ("robustness", "knowledge_left_max_4bit"),
     "depth": ("depth", "depth_score"),
     "relearned": ("relearning", "left_after_100_steps"),
@@ -471,16 +473,26 @@ RULER = {  # head -> section and metric of a column of the table of methods
 }
 
 
-def ruler_table(runs: list[Run]) -> str:
-    """Markdown: every method on the ruler, the best worst case first. The column of facts never shown is of
-    the run of the same name in the folder `unseen` beside a run (--forget_entities), where there is one."""
+def ruler_table(runs: list[Run], heads: Iterable[str] = RULER) -> str:
+    """Markdown: every method on the ruler, the best worst case first; the columns that some run has. Those of
+    facts never shown are of the run of the same name in the folder `unseen` beside a run (--forget_entities),
+    where there is one."""
+    ranked = by_worst_case(runs)
+    numbers = {head: [on_ruler(run, head) for run in ranked] for head in heads}
+    numbers = {head: column for head, column in numbers.items() if np.isfinite(column).any()}
     rows = []
-    for run in by_worst_case(runs):
-        twin = run.folder.parent / "unseen" / run.folder.name
-        of = {head: run for head in RULER} | {"unseen": Run(twin) if twin.is_dir() else run}
-        numbers = [shown(*of[head].mean(*metric), digits_of(head)) for head, metric in RULER.items()]
-        rows.append([run.label, str(len(run.seeds)), *numbers])
-    return markdown(["method", "seeds", *RULER], rows)
+    for i, run in enumerate(ranked):
+        shown_here = [shown(*column[i], digits_of(head)) for head, column in numbers.items()]
+        rows.append([run.label, str(len(run.seeds)), *shown_here])
+    return markdown(["method", "seeds", *numbers], rows)
+
+
+def on_ruler(run: Run, head: str) -> tuple[float, float]:
+    """Mean and standard error of a column of RULER."""
+    twin = run.folder.parent / "unseen" / run.folder.name
+    if head.startswith("unseen") and twin.is_dir() and (twins := find_runs([twin])[0]):
+        run = twins[0]
+    return run.mean(*RULER[head])
 
 
 def digits_of(head: str) -> str:
@@ -548,7 +560,7 @@ def cautions(runs: list[Run], skipped: list[str]) -> list[str]:
             f"The runs do not share their {', '.join(differing)}; the settings of each stand below."
         )
     for run in runs:
-        notes = [f"{text}{f' ({n} times)' if n > 1 else ''}" for text, n in run.notes().items()]
+        notes = [f"{text}{f' ({n} times)' if n > 1 else ''}" for text, n in run.doubts().items()]
         messages += [f"† {run.name} ({run.label.removesuffix(' †')}): {note}." for note in first(notes, 10)]
     return messages
 
@@ -619,7 +631,7 @@ def finish(figure: Figure, runs: list[Run], **legend) -> Figure:
     """The legend under the panels, headed by what † stands for."""
     flagged = []
     for run in runs:
-        if notes := list(run.notes()):
+        if notes := list(run.doubts()):
             more = f" (and {len(notes) - 1} more)" if len(notes) > 1 else ""
             flagged.append(f"{run.name}: {notes[0]}{more}")
     text = "† " + "; ".join(flagged).replace("$", r"\$")

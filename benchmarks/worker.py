@@ -253,7 +253,9 @@ class Ours(System):
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
             self.step(n)
             self.wait()
-        took = {event.key: event.self_device_time_total / 1000 / n for event in seen.key_averages()}
+        took: dict[str, float] = {}
+        for event in seen.key_averages():
+            took[event.key] = event.self_device_time_total / 1000 / n
         longest = sorted(took, key=took.__getitem__, reverse=True)[:12]
         return {"all": sum(took.values())} | {name: took[name] for name in longest}
 
@@ -494,10 +496,8 @@ class SAELens(System):
 
         spec, size = self.spec, {"d_in": d_in, "d_sae": self.d_sae} | self.spec.get("sae", {})
         if self.batch_top_k:
-            kind, of_sae = (
-                batchtopk_sae.BatchTopKTrainingSAE,
-                batchtopk_sae.BatchTopKTrainingSAEConfig(k=32, **size),
-            )
+            kind: Any = batchtopk_sae.BatchTopKTrainingSAE
+            of_sae = batchtopk_sae.BatchTopKTrainingSAEConfig(k=32, **size)
         else:
             kind, of_sae = standard_sae.StandardTrainingSAE, standard_sae.StandardTrainingSAEConfig(**size)
         cfg = self.cfg = sae_lens.LanguageModelSAERunnerConfig(
@@ -590,8 +590,13 @@ class Sparsify(System):
         if self.device != "cpu":
             os.environ["SPARSIFY_DISABLE_TRITON"] = "0"
             torch.set_float32_matmul_precision("high")  # as its fit does
-        small = {"num_hidden_layers": LAYER + 1, "num_attention_heads": 8, "intermediate_size": 64}
-        config = GPTNeoXConfig(hidden_size=d_in, vocab_size=200, **small)
+        config = GPTNeoXConfig(
+            hidden_size=d_in,
+            vocab_size=200,
+            num_hidden_layers=LAYER + 1,
+            num_attention_heads=8,
+            intermediate_size=64,
+        )
         self.model = GPTNeoXModel(config).to(self.device)  # pyright: ignore[reportArgumentType]
         self._make_trainer(torch.zeros(BATCH, 1, dtype=torch.long))
 

@@ -18,57 +18,81 @@ sys.path.insert(0, str(ROOT))
 import plot  # noqa: E402  (the checkout's, from wherever this is started)
 
 SMOLLM2 = ("run_0", "run_6", "run_9")
-SHORT = (  # the columns of README's table
-    ("core", "explained_variance", "explained variance"),
-    ("geometry", "mean_max_cosine", "mean max cosine"),
-    ("unlearning", "unlearning_score", "unlearning score"),
-    ("unlearning", "unlearning_score_guardrail", "with guardrail"),
-)
-REFERENCE, BASELINE, VARIANTS = "run_6", "run_0", ("run_7", "run_8")
+SHORT = ("standard", "worst case", "left at most", "kept at least", "mean")  # README's columns
+REFERENCE, BASELINE = "run_6", "run_0"
 INTERVALS = "95 % bootstrap intervals of the unlearning score over questions, seed by seed: "
 
 
 def runs_in(folders: list[Path]) -> list[plot.Run]:
-    """Complete runs, all of one commit. Raises SystemExit for others: documents quote no mixture."""
+    """Complete runs, all trained at one commit and all evaluated at one. Raises SystemExit for others:
+    documents quote no mixture."""
     runs, skipped = plot.find_runs(folders)
-    commits = {run.config.get("git") for run in runs}
-    if skipped or len(commits) != 1:
-        reason = "; ".join(skipped) or f"runs of several commits: {', '.join(sorted(map(str, commits)))}"
+    commits = commits_of(runs)
+    if skipped or any(len(some) != 1 for some in commits):
+        several = ", ".join(sorted(map(str, set().union(*commits))))
+        reason = "; ".join(skipped) or f"runs of several commits: {several}"
         raise SystemExit(f"error: {reason}; make them anew by one command (CONTRIBUTING.md, Results)")
     return runs
 
 
-def short_table(runs: list[plot.Run]) -> str:
-    rows = [[f"{run.name}: {run.label}", *(plot.shown(*run.mean(s, m)) for s, m, _ in SHORT)] for run in runs]
-    return plot.markdown(["run", *(title for _, _, title in SHORT)], rows)
+def commits_of(runs: list[plot.Run]) -> tuple[set, set]:
+    """Those that runs were trained at, and those that they were evaluated at (older folders name none)."""
+    trained = {run.config.get("git") for run in runs}
+    made = {part["made_by"]["git"] for run in runs for part in run.info.values() if "made_by" in part}
+    return trained, made or trained
 
 
 def provenance(runs: list[plot.Run]) -> str:
-    seeds = {len(run.seeds) for run in runs}
-    return (
-        f"Mean ± standard error over {' or '.join(map(str, seeds))} seeds. Commit `{runs[0].config['git']}`."
-    )
+    seeds = sorted({len(run.seeds) for run in runs})
+    (trained,), (evaluated,) = commits_of(runs)
+    text = f"Mean ± standard error over {' or '.join(map(str, seeds))} seeds. Commit `{trained}`"
+    return text + ("." if evaluated == trained else f", evaluated at `{evaluated}`.")
 
 
 def lead(runs: list[plot.Run]) -> str:
-    """What the lead rests on, in numbers."""
-    by_name = {run.name: run for run in runs}
-    reference, vanilla = by_name[REFERENCE], by_name[BASELINE]
-    l0 = [run.mean("core", "l0")[0] for run in runs]
-    others = [run for run in runs if run.name not in (REFERENCE, *VARIANTS)]
-    tested = plot.paired_tests([(reference, run) for run in runs if run is not reference], *plot.SCORE)
-    largest = max(test["holm"] for test in tested if test["b"] in others)
-    forget, retain = (reference.mean("unlearning", f"{d}_accuracy")[0] for d in ("forget", "retain"))
-    explained = reference.mean(*plot.EXPLAINED)[0] - vanilla.mean(*plot.EXPLAINED)[0]
-    scores = [run.mean(*plot.SCORE)[0] for run in (reference, vanilla)]
+    """What the ruler says, in numbers."""
+    ranked = plot.by_worst_case(runs)
+    above = [run for run in ranked if run.mean(*plot.WORST)[0] > 0]
+    named = ", ".join(f"{run.label} {run.mean(*plot.WORST)[0]:.2f}" for run in above)
+    return "\n".join(
+        [
+            f"In the worst case {len(above)} of {len(ranked)} rows score above 0: {named}.",
+            of_best(ranked),
+            *(of_one(run) for run in ranked if run.name in (REFERENCE, BASELINE)),
+            of_dictionaries(runs),
+        ]
+    )
+
+
+def of_best(runs: list[plot.Run]) -> str:
+    """Of SAEBench's rule, what it calls best."""
+
+    def standard(run: plot.Run) -> float:
+        return run.mean(*plot.RULER["standard"])[0]
+
+    best = max(runs, key=standard)
+    return f"SAEBench's rule calls {best.label} the best ({standard(best):.2f})."
+
+
+def of_one(run: plot.Run) -> str:
+    standard, left, kept = (
+        run.mean(*plot.RULER[head])[0] for head in ("standard", "left at most", "kept at least")
+    )
     return (
-        f"`adaptive` ({REFERENCE}) leaves {forget:.2f} of the known forget questions right (chance is 0.25) "
-        f"and {retain:.3f} of the retain questions.\n"
-        f"Its unlearning score is {scores[0]:.2f}, vanilla's {scores[1]:.2f}; its explained variance is "
-        f"{explained:+.3f} against vanilla's.\n"
-        f"Mean L0 lies between {min(l0):.1f} and {max(l0):.1f}. Paired t-tests over seeds, Holm's correction "
-        f"over {len(tested)} comparisons:\n"
-        f"p is at most {largest:.2g} against every arm but its own variants ({', '.join(VARIANTS)})."
+        f"`{run.label}` ({run.name}) scores {standard:.2f} by that rule; asked in every form, it leaves "
+        f"up to {left:.2f} of the knowledge and keeps down to {kept:.2f} of the retain questions."
+    )
+
+
+def of_dictionaries(runs: list[plot.Run]) -> str:
+    """What the SAEs of the two compare in."""
+    by_name = {run.name: run for run in runs}
+    explained = by_name[REFERENCE].mean(*plot.EXPLAINED)[0] - by_name[BASELINE].mean(*plot.EXPLAINED)[0]
+    l0 = [run.mean("core", "l0")[0] for run in runs]
+    l0 = [v for v in l0 if v == v]  # methods without an SAE have none
+    return (
+        f"Mean L0 of the SAEs lies between {min(l0):.1f} and {max(l0):.1f}; the explained variance of "
+        f"{REFERENCE} is {explained:+.3f} against vanilla's."
     )
 
 
@@ -109,9 +133,10 @@ def quoted_anew(text: str, runs: list[plot.Run]) -> str:
             digits = len(found[3].partition(".")[2])
             return f"{found[1]}.{found[2]} = {plot.shown(*run.mean(found[1], found[2]), f'.{digits}f')}"
 
-        part = re.sub(r"(\w+)\.([\w.]+) = (-?[\d.]+) ± [\d.]+", number, part)
+        part = re.sub(r"(\w+)\.([\w.]+) = (-?[\d.]+)(?: ± [\d.]+)?", number, part)
         details = run.evals.get("unlearning", [])
-        intervals = ["[{:.3f}, {:.3f}]".format(*d["unlearning_score_bootstrap_95"]) for d in details]
+        scored = [d["unlearning_score_bootstrap_95"] for d in details if "unlearning_score_bootstrap_95" in d]
+        intervals = ["[{:.3f}, {:.3f}]".format(*interval) for interval in scored]
         return re.sub(f"{re.escape(INTERVALS)}.*", INTERVALS + ", ".join(intervals), part)
 
     names = [re.match(r"## (run_\d+):", part) for part in heads]
@@ -119,7 +144,8 @@ def quoted_anew(text: str, runs: list[plot.Run]) -> str:
         of(by_name[name[1]], part) if name and name[1] in by_name else part
         for name, part in zip(names, heads)
     )
-    table = plot.against_table(by_name[REFERENCE], runs)
+    saes = [run for run in runs if "core" in run.info]
+    table = plot.against_table(by_name[REFERENCE], saes)
     return re.sub(rf"(?m)^\| {REFERENCE} less \|.*\n(\|.*\n)+", f"{table}\n".replace("\\", r"\\"), text)
 
 
@@ -129,10 +155,12 @@ def documents() -> dict[Path, str]:
     smollm2 = runs_in([ROOT / "smollm2" / name for name in SMOLLM2])
     readme, results, notes = (ROOT / name for name in ("README.md", "docs/results.md", "notes.txt"))
     reliability = ROOT / "docs/reliability.md"
-    tables = {"lead": lead(runs), "results": plot.summary_table(runs), "smollm2": plot.summary_table(smollm2)}
+    saes = [run for run in runs if "core" in run.info]
+    tables = {"lead": lead(runs), "results": plot.summary_table(saes), "smollm2": plot.summary_table(smollm2)}
+    tables |= {"ruler": plot.ruler_table(runs)}
     tables |= {"results-from": provenance(runs), "smollm2-from": provenance(smollm2)}
     return {
-        readme: filled(readme, {"results": f"{short_table(runs)}\n\n{provenance(runs)}"}),
+        readme: filled(readme, {"results": f"{plot.ruler_table(runs, SHORT)}\n\n{provenance(runs)}"}),
         results: filled(results, tables),
         reliability: filled(reliability, {"faults": faults_table()}),
         notes: quoted_anew(notes.read_text(), runs),

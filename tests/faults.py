@@ -747,7 +747,7 @@ def do_at(step: int, act, seed: int = 1):
     takes the place of x."""
     take = experiment.Trainer.step
 
-    def stepped(self, x, forget, look):
+    def stepped(self, x, forget, look=True):
         changed = act(self, x) if self.steps == step and self.seed == seed else None
         return take(self, x if changed is None else changed, forget, look)
 

@@ -287,7 +287,8 @@ def test_the_figure_and_the_table_of_the_ruler_have_the_best_worst_case_first(el
     robust(tmp_path / "unseen", eleven, "run_6", 0.1, FORMS, unseen_knowledge_left_max=0.25)
     table = [row.split(" | ") for row in plot.ruler_table(runs).splitlines()]
     assert len(table) == 4 and "adaptive" in table[2][0] and table[2][3] == "0.70"
-    assert [row[table[0].index("unseen")] for row in table[2:]] == ["0.25", "-"]
+    assert [row[table[0].index("unseen: left")] for row in table[2:]] == ["0.25", "-"]
+    assert plot.ruler_table(runs, ["worst case"]).splitlines()[2].split(" | ")[2:] == ["0.70 |"]
 
 
 def test_forms_that_are_no_numbers_are_refused(eleven, tmp_path):
