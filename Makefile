@@ -10,15 +10,15 @@ run: $(VENV)/ready
 	cd reproduced && $(abspath $(BIN))/python ../plot.py run_0 run_1
 
 SEEDED = 0 1 2 3 4 5 6 7 8 9 10 11 15 19 20
-SEEDLESS = 12 13 14 16 17 18 21  # methods in which no number is drawn: one seed says all
-STUDY = $(BIN)/python experiment.py --testbed=micro
+# of methods in which no number is drawn one seed says all
+SEEDLESS = 12 13 14 16 17 18 21
 RULER = --evals core unlearning corpus geometry robustness depth relearning
 UNSEEN = --forget_entities 15 --evals robustness --seeds 0
 
 study: $(VENV)/ready  # all runs of the plan on every evaluation, and again from text about half of the organisms
-	$(STUDY) --out_dir $(addprefix reproduced/run_,$(SEEDED)) --seeds 0 1 2 $(RULER)
-	$(STUDY) --out_dir $(addprefix reproduced/run_,$(SEEDLESS)) --seeds 0 $(RULER)
-	$(STUDY) --out_dir $(addprefix reproduced/unseen/run_,$(SEEDED) $(SEEDLESS)) $(UNSEEN)
+	$(BIN)/python experiment.py --testbed=micro --out_dir $(addprefix reproduced/run_,$(SEEDED)) --seeds 0 1 2 $(RULER)
+	$(BIN)/python experiment.py --testbed=micro --out_dir $(addprefix reproduced/run_,$(SEEDLESS)) --seeds 0 $(RULER)
+	$(BIN)/python experiment.py --testbed=micro --out_dir $(addprefix reproduced/unseen/run_,$(SEEDED) $(SEEDLESS)) $(UNSEEN)
 	cd reproduced && $(abspath $(BIN))/python ../plot.py $(addprefix run_,$(SEEDED) $(SEEDLESS))
 
 check: $(VENV)/ready-dev  # form, lint, types

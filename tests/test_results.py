@@ -104,7 +104,7 @@ def test_every_number_in_the_notes_is_in_the_run_folders():
     parts = {part.split(":")[0]: part for part in (ROOT / "notes.txt").read_text().split("\n## ")[1:]}
     for name, info in INFOS.items():
         quoted = re.findall(r"(\w+)\.([\w.]+) = (-?[\d.]+)(?: ± ([\d.]+))?", parts[name])
-        assert len(quoted) >= (40 if name in SAES else 20), name
+        assert len(quoted) >= (35 if name in SAES else 20), name
         for section, metric, mean, stderr in quoted:
             for text, kind in ((mean, "means"), (stderr, "stderrs")):
                 there = info[section][kind][metric]
@@ -129,7 +129,7 @@ def test_a_number_changed_by_hand_is_named_and_mended(tmp_path, monkeypatch, cap
         (tmp_path / name).symlink_to(ROOT / name)
     readme, notes = tmp_path / "README.md", tmp_path / "notes.txt"
     whole = readme.read_text(), notes.read_text()
-    readme.write_text(whole[0].replace("| run_6: adaptive | 0.", "| run_6: adaptive | 1."))
+    readme.write_text(whole[0].replace("| adaptive | 3 | 0.", "| adaptive | 3 | 1."))
     notes.write_text(whole[1].replace("core.l0 = 1", "core.l0 = 2", 1))
     monkeypatch.syspath_prepend(ROOT / "docs")
     make = importlib.import_module("make")
