@@ -276,8 +276,8 @@ def test_the_figure_and_the_table_of_the_ruler_have_the_best_worst_case_first(el
     runs, skipped = plot.find_runs(sorted(tmp_path.iterdir()))
     assert not skipped and [run.name for run in plot.by_worst_case(runs)] == ["run_6", "run_0"]
     assert plot.by_form(runs[0]) == {
-        "letter_own_trained_alone": (0.1, 0.0),
-        "prose_no_trained_passage": (0.3, 1.0),
+        "letter_own_trained_alone": pytest.approx((0.1, 0.0)),
+        "prose_no_trained_passage": pytest.approx((0.3, 1.0)),
     }
     figure = plot.robustness(runs)
     assert not isinstance(figure, str)
@@ -286,13 +286,14 @@ def test_the_figure_and_the_table_of_the_ruler_have_the_best_worst_case_first(el
         "0.70 (0.98)",
         "0.00 (0.98)",
     ]
-    assert np.asarray(axis.images[0].get_array()).tolist() == [[0.1, 0.3], [0.1, 0.3]]
+    assert np.asarray(axis.images[0].get_array()) == pytest.approx(np.array([[0.1, 0.3], [0.1, 0.3]]))
     crossed = axis.lines[0].get_xydata()
     assert np.array_equal(crossed, [[1, 1]]), "run_0 behind a passage"
     assert isinstance(plot.robustness([runs[1]]), str)
     robust(tmp_path / "unseen", eleven, "run_6", 0.1, FORMS, unseen_knowledge_left_max=0.25)
     table = [row.split(" | ") for row in plot.ruler_table(runs).splitlines()]
-    assert len(table) == 4 and "adaptive" in table[2][0] and table[2][3] == "0.70"
+    assert len(table) == 4 and "adaptive" in table[2][0]
+    assert table[2][table[0].index("worst case")] == "0.70"
     assert [row[table[0].index("unseen: left")] for row in table[2:]] == ["0.25", "-"]
     assert plot.ruler_table(runs, ["worst case"]).splitlines()[2].split(" | ")[2:] == ["0.70 |"]
 
