@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT))
 import plot  # noqa: E402  (the checkout's, from wherever this is started)
 
 SMOLLM2 = ("run_0", "run_6", "run_9")
-SHORT = ("standard", "worst case", "left at most", "kept at least")  # README's columns, and its runs:
-OF_README = [f"run_{i}" for i in (0, 1, 6, 9, 11, 13, 14, 15, 16, 17, 18, 19, 21)]
+SHORT = ("standard", "worst case", "left at most", "kept at least")  # the columns of README's table
+OF_README = [f"run_{i}" for i in (0, 1, 6, 9, 11, 13, 14, 15, 16, 17, 18, 19, 21)]  # its rows
 REFERENCE, BASELINE = "run_6", "run_0"
 INTERVALS = "95 % bootstrap intervals of the unlearning score over questions, seed by seed: "
 
@@ -85,12 +85,15 @@ def of_one(run: plot.Run) -> str:
     )
 
 
+def with_saes(runs: list[plot.Run]) -> list[plot.Run]:
+    return [run for run in runs if "core" in run.info]
+
+
 def of_dictionaries(runs: list[plot.Run]) -> str:
     """What the SAEs of the two compare in."""
     by_name = {run.name: run for run in runs}
     explained = by_name[REFERENCE].mean(*plot.EXPLAINED)[0] - by_name[BASELINE].mean(*plot.EXPLAINED)[0]
-    l0 = [run.mean("core", "l0")[0] for run in runs]
-    l0 = [v for v in l0 if v == v]  # methods without an SAE have none
+    l0 = [run.mean("core", "l0")[0] for run in with_saes(runs)]
     return (
         f"Mean L0 of the SAEs lies between {min(l0):.1f} and {max(l0):.1f}; the explained variance of "
         f"{REFERENCE} is {explained:+.3f} against vanilla's."
@@ -145,8 +148,7 @@ def quoted_anew(text: str, runs: list[plot.Run]) -> str:
         of(by_name[name[1]], part) if name and name[1] in by_name else part
         for name, part in zip(names, heads)
     )
-    saes = [run for run in runs if "core" in run.info]
-    table = plot.against_table(by_name[REFERENCE], saes)
+    table = plot.against_table(by_name[REFERENCE], with_saes(runs))
     return re.sub(rf"(?m)^\| {REFERENCE} less \|.*\n(\|.*\n)+", f"{table}\n".replace("\\", r"\\"), text)
 
 
@@ -156,9 +158,8 @@ def documents() -> dict[Path, str]:
     smollm2 = runs_in([ROOT / "smollm2" / name for name in SMOLLM2])
     readme, results, notes = (ROOT / name for name in ("README.md", "docs/results.md", "notes.txt"))
     reliability = ROOT / "docs/reliability.md"
-    saes = [run for run in runs if "core" in run.info]
-    tables = {"lead": lead(runs), "results": plot.summary_table(saes), "smollm2": plot.summary_table(smollm2)}
-    tables |= {"ruler": plot.ruler_table(runs)}
+    tables = {"lead": lead(runs), "ruler": plot.ruler_table(runs)}
+    tables |= {"results": plot.summary_table(with_saes(runs)), "smollm2": plot.summary_table(smollm2)}
     short = plot.ruler_table([run for run in runs if run.name in OF_README], SHORT)
     tables |= {"results-from": provenance(runs), "smollm2-from": provenance(smollm2)}
     return {
