@@ -742,7 +742,8 @@ def main():
             system = None  # lets go of the one before
             gc.collect()
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
             before, spec = time.perf_counter(), spec | command
             system = SYSTEMS[spec["system"]](spec)
             system.wait()
