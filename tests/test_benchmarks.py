@@ -187,7 +187,7 @@ def test_ratios_and_shares_of_the_gpu_benchmark_are_of_the_same_sae_and_what_fai
 def test_a_worker_without_an_lm_trains_on_made_up_activations_and_makes_one_sae_after_another(tmp_path):
     session = bench.Session(tmp_path, "none", quick=True)
     systems = gpu.Systems(session, "cpu")
-    cell = {"d_in": 16, "d_sae": 64, "system": "ours", "variant": "default"}
+    cell = {"d_in": 16, "d_sae": 256, "system": "ours", "variant": "default"}
     for activation in ("relu", "topk"):
         found = systems.measure(cell | {"activation": activation})
         assert found["step"]["median"] > 0 and found["l0"] > 0
