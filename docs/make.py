@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import plot  # noqa: E402  (the checkout's, from wherever this is started)
+from sae_separation.plots import folders, tables  # noqa: E402  (the checkout's, from wherever this is started)
 
 SMOLLM2 = ("run_0", "run_6", "run_9")
 SHORT = ("standard", "worst case", "left at most", "kept at least")  # the columns of README's table
@@ -24,10 +24,10 @@ REFERENCE, BASELINE = "run_6", "run_0"
 INTERVALS = "95 % bootstrap intervals of the unlearning score over questions, seed by seed: "
 
 
-def runs_in(folders: list[Path]) -> list[plot.Run]:
+def runs_in(where: list[Path]) -> list[folders.Run]:
     """Complete runs, all trained at one commit and all evaluated at one. Raises SystemExit for others:
     documents quote no mixture."""
-    runs, skipped = plot.find_runs(folders)
+    runs, skipped = folders.find_runs(where)
     commits = commits_of(runs)
     if skipped or any(len(some) != 1 for some in commits):
         several = ", ".join(sorted(map(str, set().union(*commits))))
@@ -36,25 +36,25 @@ def runs_in(folders: list[Path]) -> list[plot.Run]:
     return runs
 
 
-def commits_of(runs: list[plot.Run]) -> tuple[set, set]:
+def commits_of(runs: list[folders.Run]) -> tuple[set, set]:
     """Those that runs were trained at, and those that they were evaluated at (older folders name none)."""
     trained = {run.config.get("git") for run in runs}
     made = {part["made_by"]["git"] for run in runs for part in run.info.values() if "made_by" in part}
     return trained, made or trained
 
 
-def provenance(runs: list[plot.Run]) -> str:
+def provenance(runs: list[folders.Run]) -> str:
     seeds = sorted({len(run.seeds) for run in runs})
     (trained,), (evaluated,) = commits_of(runs)
     text = f"Mean ± standard error over {' or '.join(map(str, seeds))} seeds. Commit `{trained}`"
     return text + ("." if evaluated == trained else f", evaluated at `{evaluated}`.")
 
 
-def lead(runs: list[plot.Run]) -> str:
+def lead(runs: list[folders.Run]) -> str:
     """What the ruler says, in numbers."""
-    ranked = plot.by_worst_case(runs)
-    above = [run for run in ranked if run.mean(*plot.WORST)[0] > 0]
-    named = ", ".join(f"{run.label} {run.mean(*plot.WORST)[0]:.2f}" for run in above)
+    ranked = tables.by_worst_case(runs)
+    above = [run for run in ranked if run.mean(*tables.WORST)[0] > 0]
+    named = ", ".join(f"{run.label} {run.mean(*tables.WORST)[0]:.2f}" for run in above)
     return "\n".join(
         [
             f"In the worst case {len(above)} of {len(ranked)} rows score above 0: {named}.",
@@ -65,19 +65,19 @@ def lead(runs: list[plot.Run]) -> str:
     )
 
 
-def of_best(runs: list[plot.Run]) -> str:
+def of_best(runs: list[folders.Run]) -> str:
     """Of SAEBench's rule, what it calls best."""
 
-    def standard(run: plot.Run) -> float:
-        return run.mean(*plot.RULER["standard"])[0]
+    def standard(run: folders.Run) -> float:
+        return run.mean(*tables.RULER["standard"])[0]
 
     best = max(runs, key=standard)
     return f"SAEBench's rule calls {best.label} the best ({standard(best):.2f})."
 
 
-def of_one(run: plot.Run) -> str:
+def of_one(run: folders.Run) -> str:
     standard, left, kept = (
-        run.mean(*plot.RULER[head])[0] for head in ("standard", "left at most", "kept at least")
+        run.mean(*tables.RULER[head])[0] for head in ("standard", "left at most", "kept at least")
     )
     return (
         f"`{run.label}` ({run.name}) scores {standard:.2f} by that rule; asked in every form, it leaves "
@@ -85,14 +85,14 @@ def of_one(run: plot.Run) -> str:
     )
 
 
-def with_saes(runs: list[plot.Run]) -> list[plot.Run]:
+def with_saes(runs: list[folders.Run]) -> list[folders.Run]:
     return [run for run in runs if "core" in run.info]
 
 
-def of_dictionaries(runs: list[plot.Run]) -> str:
+def of_dictionaries(runs: list[folders.Run]) -> str:
     """What the SAEs of the two compare in."""
     by_name = {run.name: run for run in runs}
-    explained = by_name[REFERENCE].mean(*plot.EXPLAINED)[0] - by_name[BASELINE].mean(*plot.EXPLAINED)[0]
+    explained = by_name[REFERENCE].mean(*tables.EXPLAINED)[0] - by_name[BASELINE].mean(*tables.EXPLAINED)[0]
     l0 = [run.mean("core", "l0")[0] for run in with_saes(runs)]
     return (
         f"Mean L0 of the SAEs lies between {min(l0):.1f} and {max(l0):.1f}; the explained variance of "
@@ -111,7 +111,7 @@ def faults_table() -> str:
         names = dict.fromkeys(re.sub(r" \([^()]*\)$", "", row["fault"]) for row in rows)
         tried, passed = (str(sum(row[key] for row in rows)) for key in ("tried", "as it should"))
         table.append([", ".join(names), tried, passed, outcome])
-    return plot.markdown(["fault", "trials", "passed", "expected"], table)
+    return tables.markdown(["fault", "trials", "passed", "expected"], table)
 
 
 def filled(path: Path, blocks: dict[str, str]) -> str:
@@ -127,15 +127,15 @@ def filled(path: Path, blocks: dict[str, str]) -> str:
     return text
 
 
-def quoted_anew(text: str, runs: list[plot.Run]) -> str:
+def quoted_anew(text: str, runs: list[folders.Run]) -> str:
     """notes.txt with the numbers of today's run folders, at the digits they are quoted with."""
     by_name = {run.name: run for run in runs}
     heads = re.split(r"(?m)^(?=## )", text)
 
-    def of(run: plot.Run, part: str) -> str:
+    def of(run: folders.Run, part: str) -> str:
         def number(found: re.Match) -> str:
             digits = len(found[3].partition(".")[2])
-            return f"{found[1]}.{found[2]} = {plot.shown(*run.mean(found[1], found[2]), f'.{digits}f')}"
+            return f"{found[1]}.{found[2]} = {tables.shown(*run.mean(found[1], found[2]), f'.{digits}f')}"
 
         part = re.sub(r"(\w+)\.([\w.]+) = (-?[\d.]+)(?: ± [\d.]+)?", number, part)
         details = run.evals.get("unlearning", [])
@@ -148,23 +148,23 @@ def quoted_anew(text: str, runs: list[plot.Run]) -> str:
         of(by_name[name[1]], part) if name and name[1] in by_name else part
         for name, part in zip(names, heads)
     )
-    table = plot.against_table(by_name[REFERENCE], with_saes(runs))
+    table = tables.against_table(by_name[REFERENCE], with_saes(runs))
     return re.sub(rf"(?m)^\| {REFERENCE} less \|.*\n(\|.*\n)+", f"{table}\n".replace("\\", r"\\"), text)
 
 
 def documents() -> dict[Path, str]:
     """What the documents should hold."""
-    runs = runs_in([ROOT / name for name in plot.labels if (ROOT / name).exists()])
+    runs = runs_in([ROOT / name for name in folders.labels if (ROOT / name).exists()])
     smollm2 = runs_in([ROOT / "smollm2" / name for name in SMOLLM2])
     readme, results, notes = (ROOT / name for name in ("README.md", "docs/results.md", "notes.txt"))
     reliability = ROOT / "docs/reliability.md"
-    tables = {"lead": lead(runs), "ruler": plot.ruler_table(runs)}
-    tables |= {"results": plot.summary_table(with_saes(runs)), "smollm2": plot.summary_table(smollm2)}
-    short = plot.ruler_table([run for run in runs if run.name in OF_README], SHORT)
-    tables |= {"results-from": provenance(runs), "smollm2-from": provenance(smollm2)}
+    filled_in = {"lead": lead(runs), "ruler": tables.ruler_table(runs)}
+    filled_in |= {"results": tables.summary_table(with_saes(runs)), "smollm2": tables.summary_table(smollm2)}
+    short = tables.ruler_table([run for run in runs if run.name in OF_README], SHORT)
+    filled_in |= {"results-from": provenance(runs), "smollm2-from": provenance(smollm2)}
     return {
         readme: filled(readme, {"results": f"{short}\n\n{provenance(runs)}"}),
-        results: filled(results, tables),
+        results: filled(results, filled_in),
         reliability: filled(reliability, {"faults": faults_table()}),
         notes: quoted_anew(notes.read_text(), runs),
     }

@@ -29,8 +29,10 @@ from scipy import stats
 sys.path.insert(0, str(ROOT))
 import plot
 from experiment import PLAN
+from sae_separation import run_folder
 from sae_separation.errors import Output, keep_output_open
 from sae_separation.files import seal
+from sae_separation.plots import figures, folders, tables
 
 ALPHA = {"run_1": 0.1, "run_2": 0.1, "run_3": 0.01, "run_4": 0.5, "run_5": 1.0, "run_9": 0.25}
 ARMS = [
@@ -225,7 +227,7 @@ def eleven(tmp_path_factory) -> Path:
 def drawn(folders: list[Path], where: Path, monkeypatch, capsys) -> tuple[str, str]:
     """plot.py in this process: what it printed, and the report."""
     monkeypatch.chdir(where)
-    monkeypatch.setitem(plot.matplotlib.rcParams, "savefig.dpi", 40)
+    monkeypatch.setitem(figures.matplotlib.rcParams, "savefig.dpi", 40)
     monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, folders)])
     assert plot.main() == 0
     return capsys.readouterr().out, (where / "report.html").read_text()
@@ -240,12 +242,12 @@ def test_eleven_runs_give_every_figure_in_print_size(eleven):
 
 
 def test_every_run_of_the_plan_has_a_label_and_a_look_of_its_own(eleven):
-    assert list(plot.labels) == list(PLAN)
-    runs, skipped = plot.find_runs(list(eleven.glob("run_*")))
-    assert [run.name for run in runs] == list(plot.labels)[:11] and not skipped
+    assert list(folders.labels) == list(PLAN)
+    runs, skipped = folders.find_runs(list(eleven.glob("run_*")))
+    assert [run.name for run in runs] == list(folders.labels)[:11] and not skipped
     for part in ("color", "marker"):
         assert len({run.style[part] for run in runs}) == 11
-    alone, _ = plot.find_runs([eleven / "run_6"])
+    alone, _ = folders.find_runs([eleven / "run_6"])
     assert alone[0].style == runs[6].style, "a run looks the same whichever others are drawn"
 
 
@@ -273,13 +275,13 @@ def test_the_figure_and_the_table_of_the_ruler_have_the_best_worst_case_first(el
     robust(tmp_path, eleven, "run_0", 0.0, FORMS)
     robust(tmp_path, eleven, "run_6", 0.7, {form: (left, 1.0) for form, (left, _) in FORMS.items()})
     shutil.copytree(eleven / "run_1", tmp_path / "run_1")
-    runs, skipped = plot.find_runs(sorted(tmp_path.iterdir()))
-    assert not skipped and [run.name for run in plot.by_worst_case(runs)] == ["run_6", "run_0"]
-    assert plot.by_form(runs[0]) == {
+    runs, skipped = folders.find_runs(sorted(tmp_path.iterdir()))
+    assert not skipped and [run.name for run in tables.by_worst_case(runs)] == ["run_6", "run_0"]
+    assert figures.by_form(runs[0]) == {
         "letter_own_trained_alone": pytest.approx((0.1, 0.0)),
         "prose_no_trained_passage": pytest.approx((0.3, 1.0)),
     }
-    figure = plot.robustness(runs)
+    figure = figures.robustness(runs)
     assert not isinstance(figure, str)
     axis = figure.axes[0]
     assert [text.get_text().split("   ")[1] for text in axis.get_yticklabels()] == [
@@ -289,28 +291,29 @@ def test_the_figure_and_the_table_of_the_ruler_have_the_best_worst_case_first(el
     assert np.asarray(axis.images[0].get_array()) == pytest.approx(np.array([[0.1, 0.3], [0.1, 0.3]]))
     crossed = axis.lines[0].get_xydata()
     assert np.array_equal(crossed, [[1, 1]]), "run_0 behind a passage"
-    assert isinstance(plot.robustness([runs[1]]), str)
+    assert isinstance(figures.robustness([runs[1]]), str)
     robust(tmp_path / "unseen", eleven, "run_6", 0.1, FORMS, unseen_knowledge_left_max=0.25)
-    table = [row.split(" | ") for row in plot.ruler_table(runs).splitlines()]
+    table = [row.split(" | ") for row in tables.ruler_table(runs).splitlines()]
     assert len(table) == 4 and "adaptive" in table[2][0]
     assert table[2][table[0].index("worst case")] == "0.70"
     assert [row[table[0].index("unseen: left")] for row in table[2:]] == ["0.25", "-"]
-    assert plot.ruler_table(runs, ["worst case"]).splitlines()[2].split(" | ")[2:] == ["0.70 |"]
+    assert tables.ruler_table(runs, ["worst case"]).splitlines()[2].split(" | ")[2:] == ["0.70 |"]
 
 
 def test_forms_that_are_no_numbers_are_refused(eleven, tmp_path):
     broken = robust(tmp_path, eleven, "run_0", 0.0, FORMS)
     (file,) = broken.glob("eval/seed0_robustness.json")
     file.write_text(json.dumps({"forms": [{"form": "letter", "left": "much"}]}))
-    _, skipped = plot.find_runs([broken])
+    _, skipped = folders.find_runs([broken])
     assert "forms are not names with numbers" in skipped[0]
 
 
 def test_two_folders_of_one_name_are_kept_apart(eleven):
-    runs, _ = plot.find_runs([eleven / "run_0", ROOT / "run_0", eleven / "run_6"])
+    runs, _ = folders.find_runs([eleven / "run_0", ROOT / "run_0", eleven / "run_6"])
     assert {run.label for run in runs} == {f"{eleven}/run_0 (vanilla)", f"{ROOT}/run_0 (vanilla)", "adaptive"}
     assert (
-        len({run.style["color"] for run in runs}) == 3 and "run_0 (vanilla)" not in plot.cautions(runs, [])[0]
+        len({run.style["color"] for run in runs}) == 3
+        and "run_0 (vanilla)" not in tables.cautions(runs, [])[0]
     )
 
 
@@ -325,23 +328,21 @@ def test_a_flagged_run_is_marked_in_table_figures_and_report_with_the_reason(ele
         "† run_8 (adaptive, BatchTopK): more than half of the features are dead (2 times)."
         in Outline(page).text
     )
-    runs, _ = plot.find_runs([eleven / "run_8", eleven / "run_0"])
-    figure = plot.training_curves(runs)
+    runs, _ = folders.find_runs([eleven / "run_8", eleven / "run_0"])
+    figure = figures.training_curves(runs)
     legend = figure.legends[0]
     assert [t.get_text() for t in legend.get_texts()] == ["vanilla", "adaptive, BatchTopK †"]
     assert legend.get_title().get_text().startswith("† run_8: more than half of the features are dead")
-    plot.plt.close(figure)
+    figures.plt.close(figure)
 
 
 def test_a_run_whose_results_were_changed_is_marked(tmp_path):
     shutil.copytree(ROOT / "smollm2/run_9", tmp_path / "run_9")
-    plot.run_folder.write_result(
-        tmp_path / "run_9", json.loads((tmp_path / "run_9/final_info.json").read_text())
-    )
+    run_folder.write_result(tmp_path / "run_9", json.loads((tmp_path / "run_9/final_info.json").read_text()))
     info = tmp_path / "run_9/final_info.json"
-    before = plot.Run(tmp_path / "run_9").warnings
+    before = folders.Run(tmp_path / "run_9").warnings
     info.write_text(info.read_text().replace("0.", "0.1", 1))
-    assert plot.Run(tmp_path / "run_9").warnings == [
+    assert folders.Run(tmp_path / "run_9").warnings == [
         *before,
         f"{info} is not as it was written: its checksum is wrong",
     ]
@@ -355,16 +356,16 @@ def test_runs_that_are_not_at_matched_l0_are_said_to_be_so(eleven):
         caution in (eleven / "stdout.txt").read_text()
         and caution in Outline((eleven / "report.html").read_text()).text
     )
-    runs, _ = plot.find_runs([eleven / f"run_{i}" for i in range(10)])
-    assert not any("matched" in text for text in plot.cautions(runs, []))
+    runs, _ = folders.find_runs([eleven / f"run_{i}" for i in range(10)])
+    assert not any("matched" in text for text in tables.cautions(runs, []))
 
 
 def test_missing_and_skipped_runs_are_named(eleven, tmp_path):
     (tmp_path / "run_3").mkdir()
-    runs, skipped = plot.find_runs(
+    runs, skipped = folders.find_runs(
         [eleven / f"run_{i}" for i in range(11) if i not in (3, 5)] + [tmp_path / "run_3"]
     )
-    said = plot.cautions(runs, skipped)
+    said = tables.cautions(runs, skipped)
     missing = (
         "Runs of the plan that are missing here: run_3 (grouped, α 0.01), run_5 (grouped, α 1), run_11 ("
     )
@@ -374,8 +375,10 @@ def test_missing_and_skipped_runs_are_named(eleven, tmp_path):
         shutil.copytree(eleven / "run_2", tmp_path / "run_2") / "config.json",
         lambda c: c["config"].update(tokens=7),
     )
-    runs, _ = plot.find_runs([eleven / "run_0", tmp_path / "run_2"])
-    assert "The runs do not share their tokens; the settings of each stand below." in plot.cautions(runs, [])
+    runs, _ = folders.find_runs([eleven / "run_0", tmp_path / "run_2"])
+    assert "The runs do not share their tokens; the settings of each stand below." in tables.cautions(
+        runs, []
+    )
 
 
 def test_the_report_is_one_valid_page_that_needs_nothing_else(eleven):
@@ -391,7 +394,7 @@ def test_the_report_is_one_valid_page_that_needs_nothing_else(eleven):
     assert ("html", {"lang": "en"}) in outline.tags and any(
         a.get("name") == "viewport" for _, a in outline.tags
     )
-    for run in list(plot.labels)[:11]:
+    for run in list(folders.labels)[:11]:
         info = json.loads((eleven / run / "final_info.json").read_text())
         mean, stderr, seeds = (
             info["geometry"][kind]["omega"] for kind in ("means", "stderrs", "final_info_dict")
@@ -446,7 +449,7 @@ BREAKS = {
 def test_a_broken_folder_is_skipped_with_the_reason_and_the_others_are_drawn(case, tmp_path, capsys):
     broken, whole = made_up(tmp_path, "run_1", "fixed"), ROOT / "run_0"
     BREAKS[case](broken)
-    runs, skipped = plot.find_runs([broken, whole])
+    runs, skipped = folders.find_runs([broken, whole])
     assert [run.name for run in runs] == ["run_0"] and len(skipped) == 1
     assert f"skipping {broken}: " in capsys.readouterr().err
 
@@ -512,12 +515,12 @@ def test_a_run_with_little_in_it_is_drawn_alone(poor, tmp_path, monkeypatch, cap
 
 
 def test_the_curve_of_the_tradeoff_is_the_best_that_a_budget_buys():
-    sweep = plot.np.array([[0.3, 2.0], [0.1, 1.0], [0.2, 0.5], [0.05, -1.0]])
-    assert plot.within(sweep, plot.np.array([0.0, 0.05, 0.1, 0.25, 0.3])).tolist() == [0, 0, 1, 1, 2]
+    sweep = np.array([[0.3, 2.0], [0.1, 1.0], [0.2, 0.5], [0.05, -1.0]])
+    assert figures.within(sweep, np.array([0.0, 0.05, 0.1, 0.25, 0.3])).tolist() == [0, 0, 1, 1, 2]
 
 
 def test_only_the_plain_clamp_is_in_the_tradeoff(eleven):
-    run = plot.find_runs([eleven / "run_0"])[0][0]
+    run = folders.find_runs([eleven / "run_0"])[0][0]
     cells = run.evals["unlearning"][0]["sweep"]
     assert {c.get("intervention") for c in cells} == {"clamp", "conditional"}
     assert len(run.sweeps("unlearning", "retain_accuracy", "forget_accuracy")[0]) == len(cells) // 2
@@ -531,29 +534,27 @@ def of_seeds(*values: float) -> Any:
 def test_p_values_by_hand():
     """Student's t with one degree of freedom is Cauchy's distribution; t 1 has p 1/2. With two, t √2 has p
     1 - 1/√2."""
-    (one,) = plot.paired_tests([(of_seeds(1, 0), of_seeds(0, 0))], *plot.SCORE)
+    (one,) = tables.paired_tests([(of_seeds(1, 0), of_seeds(0, 0))], *tables.SCORE)
     assert one["p"] == pytest.approx(0.5, abs=1e-13) and one["difference"] / one["stderr"] == pytest.approx(1)
     spread = math.sqrt(1.5)  # of -1, 0, 1 times this about a mean of 1: t = 1 / (spread / √3) = √2
-    (two,) = plot.paired_tests([(of_seeds(1 - spread, 1, 1 + spread), of_seeds(0, 0, 0))], *plot.SCORE)
+    (two,) = tables.paired_tests([(of_seeds(1 - spread, 1, 1 + spread), of_seeds(0, 0, 0))], *tables.SCORE)
     assert two["p"] == pytest.approx(1 - 0.5**0.5, abs=1e-13)
 
 
 def test_holms_correction_by_hand():
-    corrected = plot.holm(plot.np.array([0.03, math.nan, 0.01, 0.6, 0.011]))
+    corrected = tables.holm(np.array([0.03, math.nan, 0.01, 0.6, 0.011]))
     assert corrected.tolist() == pytest.approx([0.06, math.nan, 0.04, 0.6, 0.04], nan_ok=True)
-    assert plot.holm(plot.np.array([0.6, 0.7])).tolist() == [1.0, 1.0] and not len(
-        plot.holm(plot.np.array([]))
-    )
+    assert tables.holm(np.array([0.6, 0.7])).tolist() == [1.0, 1.0] and not len(tables.holm(np.array([])))
 
 
 def test_paired_tests_use_shared_seeds_and_agree_with_scipy(eleven, tmp_path):
-    a, b, c = plot.find_runs([eleven / f"run_{i}" for i in (0, 1, 6)])[0]
+    a, b, c = folders.find_runs([eleven / f"run_{i}" for i in (0, 1, 6)])[0]
     tests = {
-        (t["a"].name, t["b"].name): t for t in plot.paired_tests(combinations([a, b, c], 2), *plot.SCORE)
+        (t["a"].name, t["b"].name): t for t in tables.paired_tests(combinations([a, b, c], 2), *tables.SCORE)
     }
     assert set(tests) == {("run_0", "run_1"), ("run_0", "run_6"), ("run_1", "run_6")}
     for (x, y), t in tests.items():
-        x, y = (next(r.by_seed(*plot.SCORE) for r in (a, b, c) if r.name == name) for name in (x, y))
+        x, y = (next(r.by_seed(*tables.SCORE) for r in (a, b, c) if r.name == name) for name in (x, y))
         expected = stats.ttest_rel(list(x.values()), list(y.values()))
         assert t["p"] == pytest.approx(expected.pvalue) and t["difference"] / t["stderr"] == pytest.approx(
             expected.statistic
@@ -563,10 +564,10 @@ def test_paired_tests_use_shared_seeds_and_agree_with_scipy(eleven, tmp_path):
         [min(1.0, p) for p in (3 * low, max(3 * low, 2 * middle), max(3 * low, 2 * middle, high))]
     )
     b.seeds = [2, 1, *range(100, 98 + len(a.seeds))]  # two seeds in common, in another order
-    (test,) = plot.paired_tests([(a, b)], *plot.SCORE)
-    x, y = a.by_seed(*plot.SCORE), b.by_seed(*plot.SCORE)
+    (test,) = tables.paired_tests([(a, b)], *tables.SCORE)
+    x, y = a.by_seed(*tables.SCORE), b.by_seed(*tables.SCORE)
     assert test["n"] == 2 and test["difference"] == pytest.approx((x[1] - y[1] + x[2] - y[2]) / 2)
-    (same,) = plot.paired_tests([(a, a)], *plot.SCORE)
+    (same,) = tables.paired_tests([(a, a)], *tables.SCORE)
     assert same["difference"] == 0 and same["p"] != same["p"], "no spread, no test"
     printed = run_script(
         "plot.py", "run_0", "run_1", "run_6", "--against=run_6", cwd=eleven
@@ -637,7 +638,7 @@ def test_the_report_works_in_chromium_from_disk_without_network(eleven):
     assert len(score) == 10
     rising = sorted(score, key=score.__getitem__)
     assert seen["order"] == [
-        list(plot.labels)[:11],
+        list(folders.labels)[:11],
         rising + ["run_4"],
         rising[::-1] + ["run_4"],
     ], "a run without a score stays last"
@@ -679,8 +680,8 @@ def test_the_browser_notices_errors_requests_and_broken_images(tmp_path):
 def ended(monkeypatch, capsys, where: Path, *args) -> tuple[int, str, str]:
     """plot.py in this process, with one figure at low resolution: exit code, stdout, stderr."""
     monkeypatch.chdir(where)
-    monkeypatch.setitem(plot.matplotlib.rcParams, "savefig.dpi", 20)
-    monkeypatch.setattr(plot, "FIGURES", {plot.explained_variance: "Explained variance."})
+    monkeypatch.setitem(figures.matplotlib.rcParams, "savefig.dpi", 20)
+    monkeypatch.setattr(figures, "FIGURES", {figures.explained_variance: "Explained variance."})
     monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, args)])
     capsys.readouterr()
     return plot.main(), *capsys.readouterr()
@@ -875,7 +876,7 @@ def test_every_end_has_its_exit_code_and_one_last_line(raised, code, line, tmp_p
             raise raised
         os.kill(os.getpid(), raised)
 
-    monkeypatch.setattr(plot, "report", comes)
+    monkeypatch.setattr(plot.report, "render", comes)
     ended_with, _, err = ended(monkeypatch, capsys, tmp_path, ROOT / "run_0")
     assert ended_with == code and err.splitlines()[-1] == f"error: {line}"
     assert err.count("error: ") == 1 and ("Traceback" in err) == isinstance(raised, ZeroDivisionError)
@@ -1078,14 +1079,14 @@ def test_a_run_whose_checksums_are_damaged_is_marked(damage, tmp_path):
     run = tmp_path / "run_0"
     shutil.copytree(ROOT / "run_0", run)
     damage(run)
-    *_, warning = plot.Run(run).warnings  # the others are remarks of the run's own
+    *_, warning = folders.Run(run).warnings  # the others are remarks of the run's own
     assert warning.startswith(f"{run}/checksums.json ") and len(warning) < 400
 
 
 def test_undefined_values_in_a_log_are_no_damage(tmp_path):
     run = made_up(tmp_path, "run_0", "vanilla")
     log_line('{"seed": 0, "tokens": 1, "sharing": NaN, "fvu": Infinity}')(run)
-    assert plot.Run(run).log[0] == {"seed": 0, "tokens": 1, "sharing": None, "fvu": None}
+    assert folders.Run(run).log[0] == {"seed": 0, "tokens": 1, "sharing": None, "fvu": None}
 
 
 def test_20_000_warnings_leave_table_and_page_usable(tmp_path, monkeypatch, capsys):
@@ -1105,7 +1106,7 @@ def test_20_000_warnings_leave_table_and_page_usable(tmp_path, monkeypatch, caps
         page.count(" was lost") == 60 and "19,951 more are in its warnings.json" in page and len(page) < 10**6
     )
     edit(run / "warnings.json", lambda warned: warned.reverse())
-    assert plot.Run(run).warnings[0] == "x" * 1000 + " (and 999,000 more characters)"
+    assert folders.Run(run).warnings[0] == "x" * 1000 + " (and 999,000 more characters)"
 
 
 def test_control_characters_and_markup_are_shown_not_obeyed(tmp_path, monkeypatch, capsys):
@@ -1209,12 +1210,16 @@ def test_whatever_stands_in_the_files_is_shown_or_skipped_with_one_line(tmp_path
             values = mutated(values, rng)
         lines = values if path.suffix == ".jsonl" and isinstance(values, list) else [values]
         path.write_text("\n".join(map(json.dumps, lines)))
-        shown, skipped = plot.find_runs(runs)
-        page = plot.report(shown, skipped, {})
+        shown, skipped = folders.find_runs(runs)
+        page = plot.report.render(shown, skipped, {})
         text = "\n".join(
-            [plot.summary_table(shown), *plot.cautions(shown, skipped), plot.against_table(shown[0], shown)]
+            [
+                tables.summary_table(shown),
+                *tables.cautions(shown, skipped),
+                tables.against_table(shown[0], shown),
+            ]
         )
-        plot.say(text)
+        folders.say(text)
         assert (
             len(shown) + len(skipped) == 2
             and page.encode()
