@@ -83,6 +83,12 @@ def top_features(rates: tuple[np.ndarray, np.ndarray], threshold: float, n: int)
     return get_top_features(*rates, retain_threshold=threshold)[:n]
 
 
+def right(probs: Tensor, answers: Tensor) -> Tensor:
+    """Whether the likeliest choice of probs [..., 4] is the answer [...] (bool); not where it was never asked
+    (NaN)."""
+    return (probs.argmax(-1) == answers) & ~probs.isnan().any(-1)
+
+
 @cache
 def question_ids(path: Path) -> tuple[int, ...]:
     """Places of the chosen questions, from a file that SAEBench writes once into a private folder and reads
@@ -112,7 +118,7 @@ def mcq_metrics(
             Path(artifacts_folder) / f"data/question_ids/{split}/{name}_{target_metric}.csv"
         )
     probs, answers = ask(dataset_name, chosen, permutations, without_question)
-    correct = (probs.argmax(-1) == answers).float()
+    correct = right(probs, answers).float()
     return {
         "mean_correct": correct.mean().item(),
         "total_correct": int(correct.sum()),

@@ -7,6 +7,7 @@ answers, same sweep, same score.
 """
 
 import random
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 from weakref import WeakKeyDictionary
@@ -228,6 +229,26 @@ def test_letter_answers_equal_saebench_unpatched_with_and_without_question(gemma
             np.testing.assert_allclose(mine["output_probs"], theirs["output_probs"], atol=2e-3)
             assert (mine["is_correct"] == theirs["is_correct"]).mean() > 0.999
             assert 0.1 < theirs["mean_correct"] < 0.6, "the comparison would be empty"
+
+
+def test_a_question_that_is_wrong_once_is_not_asked_again(gemma, ours):
+    """Right under all permutations is what the whole exam says, for a seventh of its prompts."""
+    asked = []
+    ask, ours.questions._plain = ours.lm.ask, {}
+    with patch.object(
+        ours.lm, "ask", lambda batch, read: asked.append(len(batch.tokens)) or ask(batch, read)
+    ):
+        found = {name: ours.questions.ask(name, None, saebench.ALL_PERMUTATIONS) for name in SUBJECTS}
+    n_asked, n_questions, n_right = sum(asked), 0, 0
+    for name, (probs, answers) in found.items():
+        exam = ours.questions.exam(name, None, tuple(map(tuple, saebench.ALL_PERMUTATIONS)))
+        whole = exam.probs_from(partial(ours.lm.ask, read=exam.read))
+        assert torch.equal(answers, exam.answers)
+        every = saebench.right(probs, answers).view(-1, 24).all(1)
+        assert torch.equal(every, (whole.argmax(-1) == answers).view(-1, 24).all(1))
+        torch.testing.assert_close(probs[~probs.isnan()], whole[~probs.isnan()], atol=1e-5, rtol=1e-4)
+        n_questions, n_right = n_questions + len(every), n_right + int(every.sum())
+    assert n_asked < (24 * n_questions + 6 * 24 * n_right) / 7 and n_right < n_questions
 
 
 def test_the_sweep_and_its_score_equal_saebench_unpatched(gemma, questions, ours, sae, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ fires on them.
 Every SAE is read back from its exported files: what is evaluated is what was saved.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -101,14 +102,40 @@ class Questions:
         without_question: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Probabilities [n, 4] of the choices as listed, and the right choices [n], of the questions at the
-        `chosen` places (None: all), permutations innermost; under the LM's hook if there is one."""
+        `chosen` places (None: all), permutations innermost; under the LM's hook if there is one. Without a
+        hook, NaN under the rest of all 24 permutations where a question was wrong under one."""
         key = (subject, chosen, tuple(map(tuple, permutations)), without_question)
-        exam = self.exam(*key)
         if self.lm.hook is not None:
-            return self._probs(exam), exam.answers
+            return self._probs(self.exam(*key)), self.exam(*key).answers
         if key not in self._plain:
-            self._plain[key] = self._probs(exam)
-        return self._plain[key], exam.answers
+            self._plain[key] = self._until_wrong(*key) if len(key[2]) == 24 else self._asked(*key)
+        return self._plain[key]
+
+    def _asked(self, *what) -> tuple[Tensor, Tensor]:
+        exam = self.exam(*what)
+        return self._probs(exam), exam.answers
+
+    def _until_wrong(
+        self, subject: str, chosen: tuple[int, ...] | None, permutations: tuple, without_question: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The same of all permutations. What counts is whether a question is right under every one: by letter
+        the LM is asked under a few at a time, and not again what it got wrong (NaN)."""
+        if self.testbed.scoring != "letter":  # one pass serves all permutations
+            return self._asked(subject, chosen, permutations, without_question)
+        questions = self.by_subject[subject]
+        still = list(range(len(questions))) if chosen is None else list(chosen)
+        place = {question: i for i, question in enumerate(still)}
+        probs = torch.full((len(still), 24, 4), torch.nan)
+        answers = torch.tensor([[p.index(questions[i].answer) for p in permutations] for i in still])
+        for first, last in itertools.pairwise((0, 1, 3, 8, 24)):
+            if not still:
+                break
+            exam = self._made(subject, tuple(still), permutations[first:last], without_question)
+            rows = torch.tensor([place[i] for i in still])
+            probs[rows, first:last] = self._probs(exam).view(len(still), -1, 4)
+            correct = saebench.right(probs[rows, first:last], answers[rows, first:last]).all(1)
+            still = [i for i, wanted in zip(still, correct.tolist()) if wanted]
+        return probs.flatten(0, 1), answers.flatten()
 
     def exam(
         self,
@@ -120,19 +147,22 @@ class Questions:
         """Of the questions at the `chosen` places (None: all), as the testbed scores them; made once."""
         key = (subject, chosen, permutations, without_question)
         if key not in self._exams:
-            questions = self.by_subject[subject]
-            self._exams[key] = Exam(
-                self.testbed.tokenizer,
-                questions if chosen is None else [questions[i] for i in chosen],
-                self.testbed.scoring,
-                permutations,
-                self.testbed.prompt_format,
-                without_question,
-                self.testbed.lm.device,
-                self.testbed.shared_stems,
-                self.testbed.mixed_lengths,
-            )
+            self._exams[key] = self._made(*key)
         return self._exams[key]
+
+    def _made(self, subject: str, chosen: tuple[int, ...] | None, permutations, without_question) -> Exam:
+        questions = self.by_subject[subject]
+        return Exam(
+            self.testbed.tokenizer,
+            questions if chosen is None else [questions[i] for i in chosen],
+            self.testbed.scoring,
+            permutations,
+            self.testbed.prompt_format,
+            without_question,
+            self.testbed.lm.device,
+            self.testbed.shared_stems,
+            self.testbed.mixed_lengths,
+        )
 
     def _probs(self, exam: Exam) -> Tensor:
         return exam.probs_from(partial(self.lm.ask, read=exam.read))
@@ -143,7 +173,7 @@ class Questions:
         out = {}
         for subject in self.by_subject:
             probs, answers = self.ask(subject, permutations=saebench.ALL_PERMUTATIONS)
-            out[subject] = (probs.argmax(-1) == answers).view(-1, 24).all(1)
+            out[subject] = saebench.right(probs, answers).view(-1, 24).all(1)
         return out
 
     @property
