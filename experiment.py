@@ -20,37 +20,23 @@ if __name__ == "__main__":  # Ctrl-C while the next lines are imported: an end w
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import atexit
-import inspect
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from sae_separation.errors import (
-    Interrupted,
-    RunFailed,
-    WrongRequest,
-    keep_output_open,
-    leave_at_once,
-    stops,
-    tell,
-    tell_uncaught,
-)
+from sae_separation.errors import Interrupted, begin, finish, tell
 
 if __name__ == "__main__":  # from here on, whatever ends the command ends with its exit code and one line
-    keep_output_open()
-    sys.excepthook = tell_uncaught
-    for number in stops():
-        signal.signal(number, leave_at_once)
+    begin()
 
 from sae_separation import checkpoint, evals, process, results, resume, run_folder
 from sae_separation import config as settings
-from sae_separation.config import Command, check, one_pass, option, to_train
-from sae_separation.specs import CUSTOM
+from sae_separation.arms import CHUNKS, FORGET_GROUP, GROUPS, HINGES, Arm
+from sae_separation.config import Command, check, one_pass, to_train
 
 STARTED = time.monotonic()
 
@@ -89,112 +75,20 @@ PLAN = {
 }
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One row of the study: an SAE with alpha times a loss on the rows of W_dec, or a loss on firing that
-    holds alpha; or a method that is told the labels and needs no SAE.
-
-    `loss`, `prepare` and `firing_loss` name functions of losses.py, which says what each is given: it needs
-    torch, and a request is read without. A function is given those of the row's `options` that are among its
-    parameters.
-
-    loss: a DecoderGrad of some blocks of features. `prepare`: which blocks there are, and what holds of all
-    of them. firing_loss: the loss and its gradient by the pre-activations of the forget features.
-
-    `every`, `longest`, `gentle`: bounds of a round (rounds.steps_of_round). With `longest` FVU is within 1 %
-    of the variance all along of what it is with rounds of `every` (tested; notes.txt). `uses_groups`:
-    features are grouped by how they fire. `steered`: alpha follows the measured sharing of the first
-    --forget_features features towards --target_sharing. `selected`: its features are chosen with labels
-    (selection.py). Without `trains_sae` it is the method of its name in methods.FITTED.
-    """
-
-    loss: str = ""
-    prepare: str = "each_row"
-    firing_loss: str = ""
-    options: dict = field(default_factory=dict)
-    every: int = 1
-    longest: int = 16
-    gentle: float = 3e-4
-    uses_groups: bool = False
-    steered: bool = False
-    trains_decoder: bool = True
-    selected: bool = False
-    trains_sae: bool = True
-
-    @property
-    def has_loss(self) -> bool:
-        return bool(self.loss or self.firing_loss)
-
-    def function(self, name: str, config: settings.Config, **more) -> Callable:
-        """A function of losses.py, given what it takes of the options and of `more`."""
-        given = {option: getattr(config, option) for option in self.options} | more
-        takes = inspect.signature(getattr(losses, name)).parameters
-        return partial(getattr(losses, name), **{k: v for k, v in given.items() if k in takes})
-
-
-CHUNKS = {"chunk_size": option(512, "ortsae: features a random chunk", least=2, cut_to="d_sae")}
 ARMS = {
     "vanilla": Arm(),
     "frozen_decoder": Arm(trains_decoder=False),
     "fixed": Arm(loss="all_pairs_grad", prepare="rows_and_gram"),
     "grouped": Arm(
-        loss="grouped_grad",
-        prepare="groups_and_pairs",
-        longest=8,
-        uses_groups=True,
-        options={
-            "group_size": option(64, "grouped: features a group, at most d_in", least=2, cut_to="d_in"),
-            "group_update_steps": option(
-                100,
-                "grouped: optimiser steps between two formations of the groups, to the nearest round over "
-                "all of them",
-                least=1,
-            ),
-        },
+        loss="grouped_grad", prepare="groups_and_pairs", longest=8, uses_groups=True, options=GROUPS
     ),
-    "adaptive": Arm(
-        firing_loss="domain_hinges",
-        steered=True,
-        options={
-            "forget_features": option(
-                40, "adaptive: features kept for the forget domain", least=1, within="d_sae"
-            ),
-            "margin": option(
-                1.0,
-                "adaptive: distance from 0, in units of u, that a forget feature's pre-activation keeps on "
-                "retain text",
-            ),
-            "gap_weight": option(
-                10.0, "adaptive: weight of the loss on forget tokens that no forget feature fires on"
-            ),
-            "target_sharing": option(
-                0.0005,
-                "adaptive: firing of the forget features on retain text over that on forget text, "
-                "which alpha is steered to",
-                above=0,
-                most=1,
-            ),
-        },
-    ),
-    "ortsae": Arm(
-        loss="ortsae_grad",
-        prepare="chunks_of_rows",
-        every=5,
-        gentle=7.5e-4,
-        options=CHUNKS,
-    ),
+    "adaptive": Arm(firing_loss="domain_hinges", steered=True, options=FORGET_GROUP | HINGES),
+    "ortsae": Arm(loss="ortsae_grad", prepare="chunks_of_rows", every=5, gentle=7.5e-4, options=CHUNKS),
     "vanilla_selected": Arm(selected=True),
-    "difference_of_means": Arm(trains_sae=False),
-    "leace": Arm(trains_sae=False),
-    "linear_gate": Arm(trains_sae=False),
-    "mlp_gate": Arm(trains_sae=False),
-    "token_list": Arm(trains_sae=False),
-    "mean_guard": Arm(trains_sae=False),
-    "bayes_guard": Arm(trains_sae=False),
-    "rmu": Arm(trains_sae=False),
-    "npo": Arm(trains_sae=False),
-    "oracle": Arm(trains_sae=False),
 }
+GATES = ("linear_gate", "mlp_gate", "token_list", "mean_guard", "bayes_guard")
+METHODS = ("difference_of_means", "leace", *GATES, "rmu", "npo", "oracle")  # methods.FITTED
+ARMS |= {method: Arm(trains_sae=False) for method in METHODS}
 
 
 @settings.with_arms(ARMS)
@@ -227,8 +121,6 @@ if __name__ == "__main__":  # answer --help and wrong requests before anything h
     except Exception as error:
         sys.exit(tell(error, began=False))
 
-import contextlib
-from collections.abc import Iterator
 from itertools import islice
 
 import torch
@@ -236,48 +128,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_separation import losses, testbeds
-from sae_separation.devices import all_finite, upload
+from sae_separation.adam import own_learning_rates
+from sae_separation.blocks import ActivationBlock
+from sae_separation.devices import upload
 from sae_separation.evals.evaluator import Evaluator, evaluation_contexts
-from sae_separation.exam import most_positions, special_ids
+from sae_separation.exam import special_ids
 from sae_separation.gradients import Terms, accumulate_grads
 from sae_separation.lm import SplitLM, Testbed, bfloat16_twins, fast_lm_tokens, massive, parameters_as
 from sae_separation.losses import has_bf16
 from sae_separation.resample import resample
 from sae_separation.rounds import Rounds, steps_of_round
-from sae_separation.run import MethodRun, Run, refuse_more_than_memory
+from sae_separation.run import MethodRun, Run, refuse_failed, refuse_more_than_memory, runs_of
 from sae_separation.sparse import ACTIVATIONS, remove_radial, unit_rows
+from sae_separation.testbeds import resolve
 
 # -------------------------------------------------------------------------------- activation stream
-
-
-@dataclass
-class ActivationBlock:
-    """Shuffled activations x [rows, D] (fp32, unscaled), and which rows' text was forget text [rows]
-    (bool)."""
-
-    x: Tensor
-    forget: Tensor
-
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Whole batches only: up to size - 1 rows of a block are left over."""
-        for start in range(0, len(self.x) - size + 1, size):
-            yield self.x[start : start + size], self.forget[start : start + size]
-
-    def without(self, places: Tensor) -> "ActivationBlock":
-        """All rows but those at `places` (on the CPU), which the last rows take; nothing else is moved."""
-        n = len(self.x) - len(places)
-        kept_at_end = torch.ones(len(places), dtype=torch.bool)
-        kept_at_end[places[places >= n] - n] = False
-        taken = upload(places[places < n], self.x.device)
-        last = upload(n + kept_at_end.nonzero()[:, 0], self.x.device)
-        for t in (self.x, self.forget):
-            t.index_copy_(0, taken, t.index_select(0, last))
-        return ActivationBlock(self.x[:n], self.forget[:n])
-
-    @classmethod
-    def blank(cls, d_in: int, device: torch.device) -> "ActivationBlock":
-        """What a trainer is made from whose state then comes from a checkpoint."""
-        return cls(torch.ones(2, d_in, device=device), torch.zeros(2, dtype=torch.bool, device=device))
 
 
 class ActivationStream:
@@ -732,15 +597,8 @@ class Trainer:
 
     def refuse_nonfinite(self, named: dict[str, Tensor]):
         """Raises RunFailed, naming the tensors with entries that are not finite, if there are any."""
-        if all_finite(named.values()):
-            return
-        wrong = [text for name, t in named.items() if (text := checkpoint.describe_nonfinite(name, t))]
-        if wrong:
-            of_lm = "activations of the LM" in wrong[0]
-            remedy = "see to the LM, its dtype and --layer" if of_lm else "lower --lr or --alpha"
-            more = f"; {len(wrong) - 4} more" if len(wrong) > 4 else ""
-            where = f"at step {self.steps} of arm {self.config.arm}, seed {self.seed}"
-            raise RunFailed(f"{'; '.join(wrong[:4])}{more} {where}: {remedy}")
+        where = f"at step {self.steps} of arm {self.config.arm}, seed {self.seed}"
+        checkpoint.refuse_nonfinite(named, where)
 
     def _update(self, visited: losses.DecoderGrad | None):
         """Take the optimiser's step on the gradients gathered."""
@@ -751,7 +609,10 @@ class Trainer:
             norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), config.grad_clip)
             if visited is not None:
                 visited.grad.mul_((config.grad_clip / norm).clamp(max=1))
-        with self._own_learning_rates() if config.feature_lr_power else contextlib.nullcontext():
+        if config.feature_lr_power:
+            with own_learning_rates(sae, config.feature_lr_power):
+                self.adam.step()
+        else:
             self.adam.step()
         if self.rounds and visited is not None:
             moment, beta2 = self.adam.state[sae.W_dec]["exp_avg_sq"], self.adam.param_groups[0]["betas"][1]
@@ -760,20 +621,6 @@ class Trainer:
         self.schedule.step()
         if self.arm.trains_decoder:
             self.unit_rows(sae.W_dec)
-
-    @contextlib.contextmanager
-    def _own_learning_rates(self):
-        """Inside, the optimiser's change of each feature's weights is multiplied by (mean rate / its
-        rate)^power."""
-        sae = self.sae
-        rate = sae.rate.mean(0).clamp(min=1e-12)
-        mean = sae.rate.mean(0).mean().clamp(min=1e-12)
-        factor = (mean / rate).pow(self.config.feature_lr_power).clamp(0.1, 10.0)
-        shaped = ((sae.W_enc_FD, factor[:, None]), (sae.b_enc, factor), (sae.W_dec, factor[:, None]))
-        before = [p.detach().clone() for p, _ in shaped]
-        yield
-        for (p, f), old in zip(shaped, before):
-            p.data.copy_(old.lerp(p.data, f.expand_as(old)))
 
     @torch.no_grad()
     def _steer(self, terms: Terms):
@@ -883,15 +730,18 @@ def run_experiments(command: Command, requests: list[Request], started: float):
         process.signals.something_is_kept()
     rows = evals.rows_of(command.evals)
     fitted = not all(ARMS[request.arm].trains_sae for request in asked)
-    testbed = load_testbed((asked or requests)[0], asks=any(row.asks for row in rows))
-    resolved = [resolve(request, testbed) for request in asked]
-    finished = [results.Finished(Path(name), resolve(c, testbed), testbed) for name, c in complete]
+    testbed = testbeds.of_request((asked or requests)[0], asks=any(row.asks for row in rows))
+    resolved = [resolve(request, Config, testbed) for request in asked]
+    finished = [results.Finished(Path(name), resolve(c, Config, testbed), testbed) for name, c in complete]
     context_size = one_pass(names, resolved).context_size if asked else finished[0].config.context_size
     if rows or fitted:
         evaluation_contexts(testbed, context_size)  # refuses text that is too short before training
-    runs, train_seconds = [], 0.0
-    if asked:
-        runs, train_seconds = make_runs(command, asked, resolved, names, testbed, bool(rows), started)
+    runs = runs_of(names, asked, resolved, testbed)
+    trained = [run for run in runs if not isinstance(run, MethodRun)]
+    train_seconds = train_runs(command, trained, testbed, bool(rows), started) if trained else 0.0
+    for run in runs:
+        if isinstance(run, MethodRun):
+            run.begin(anew=command.overwrite)
     some_left = finished or any(run.training for run in runs)
     evaluator = Evaluator(testbed, context_size) if (rows or fitted) and some_left else None
     made_by = results.maker(evaluator) if evaluator else {}
@@ -907,51 +757,6 @@ def run_experiments(command: Command, requests: list[Request], started: float):
         results.print_summary(run.folder.name, run.folder, *about)
     print(f"total_seconds: {time.monotonic() - started:.0f}")
     refuse_failed(runs)
-
-
-def load_testbed(request: Request, asks: bool) -> Testbed:
-    """The LM and the text of a request, and the questions where an evaluation asks some. Raises
-    WrongRequest."""
-    least = max(request.batch_size, request.context_size or 0)
-    testbed = testbeds.load(request, request.tokens, least, asks)
-    if request.testbed == "auto" and testbed.name != CUSTOM:
-        print(f"testbed: auto means {testbed.name}")
-    return testbed
-
-
-def resolve(request: Request, testbed: Testbed) -> Config:
-    """Every setting of a run; what is left open takes the testbed's default. Raises WrongRequest."""
-    config = settings.complete(request, Config, testbed.name, testbed.defaults, testbed.d_in)
-    longest = most_positions(testbed.lm.config.to_dict())
-    if config.context_size > longest:
-        more = f"is more than the {longest} positions of the LM"
-        raise WrongRequest(f"--context_size {config.context_size} {more}")
-    return config
-
-
-def make_runs(
-    command: Command,
-    asked: list[Request],
-    resolved: list[Config],
-    names: list[str],
-    testbed: Testbed,
-    evaluated: bool,
-    started: float,
-) -> tuple[list[Run], float]:
-    """All runs that are not complete, those with an SAE trained, the others yet to be fitted; and the seconds
-    that training took."""
-    shared = one_pass(names, resolved)
-    n_steps = shared.tokens // shared.batch_size
-    runs, seconds = [], 0.0
-    for name, request, config in zip(names, asked, resolved):
-        kind = Run if ARMS[config.arm].trains_sae else MethodRun
-        runs.append(kind(name, request, config, testbed, n_steps))
-    if trained := [run for run in runs if not isinstance(run, MethodRun)]:
-        seconds = train_runs(command, trained, testbed, evaluated, started)
-    for run in runs:
-        if isinstance(run, MethodRun):
-            run.begin(anew=command.overwrite)
-    return runs, seconds
 
 
 def train_runs(command: Command, runs: list[Run], testbed: Testbed, evaluated: bool, started: float) -> float:
@@ -988,14 +793,6 @@ def train_runs(command: Command, runs: list[Run], testbed: Testbed, evaluated: b
     return at.train_seconds
 
 
-def refuse_failed(runs: list[Run]):
-    """Raises RunFailed where a seed of a run has failed, with the first one's reason."""
-    failed = [(run, trainer) for run in runs for trainer in run.trainers if trainer.failed]
-    if failed:
-        where = ", ".join(f"{run.folder} seed {trainer.seed}" for run, trainer in failed)
-        raise RunFailed(f"{failed[0][1].failed} (no final_info.json where a seed failed: {where})")
-
-
 def main(command: Command, configs: list[Request], started: float | None = None) -> int:
     """Exit code of the command; `started` is when its time began to count (time.monotonic())."""
     try:
@@ -1008,14 +805,5 @@ def main(command: Command, configs: list[Request], started: float | None = None)
         run_folder.unlock()
 
 
-def leave(number, frame):
-    """A signal handler for the time when all is written and told: a signal only ends the process sooner."""
-    os._exit(CODE)
-
-
 if __name__ == "__main__":
-    CODE = main(COMMAND, CONFIGS, STARTED)
-    sys.stdout.flush()
-    for number in stops():
-        signal.signal(number, leave)
-    sys.exit(CODE)
+    finish(main(COMMAND, CONFIGS, STARTED))

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sae_separation.errors import WrongRequest
+from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.files import Unusable, write_whole
 from sae_separation.run_folder import WRITTEN, written
 
@@ -172,3 +172,18 @@ def describe_nonfinite(name: str, values) -> str | None:
         f"{name} not finite in {int(bad.sum())} of {bad.numel()} entries ({first}; largest finite"
         f" {rest.max().item():.3g} at {place(rest.argmax())})"
     )
+
+
+def refuse_nonfinite(named: dict, where: str):
+    """Raises RunFailed, naming the tensors with entries that are not finite, if there are any; `where` in
+    training this is."""
+    from sae_separation.devices import all_finite
+
+    if all_finite(named.values()):
+        return
+    wrong = [text for name, t in named.items() if (text := describe_nonfinite(name, t))]
+    if wrong:
+        of_lm = "activations of the LM" in wrong[0]
+        remedy = "see to the LM, its dtype and --layer" if of_lm else "lower --lr or --alpha"
+        more = f"; {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise RunFailed(f"{'; '.join(wrong[:4])}{more} {where}: {remedy}")

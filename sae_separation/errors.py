@@ -162,3 +162,23 @@ def leave_at_once(number, frame):
             2, f"error: interrupted by {signal.Signals(number).name} before anything was begun\n".encode()
         )
     os._exit(128 + number)
+
+
+def begin():
+    """From here on whatever ends the process ends with its exit code and one line."""
+    keep_output_open()
+    sys.excepthook = tell_uncaught
+    for number in stops():
+        signal.signal(number, leave_at_once)
+
+
+def finish(code: int):
+    """Exit with this code, now that all is written and told: a signal only ends the process sooner."""
+
+    def leave(number, frame):
+        os._exit(code)
+
+    sys.stdout.flush()
+    for number in stops():
+        signal.signal(number, leave)
+    sys.exit(code)

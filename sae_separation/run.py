@@ -311,6 +311,17 @@ class MethodRun(Run):
             method.save(folder)
 
 
+def runs_of(
+    names: Sequence[str], asked: Sequence[Request], resolved: Sequence[Config], testbed: Testbed
+) -> list[Run]:
+    """The runs of one LM pass: what is asked of each, and every setting of it. Raises WrongRequest."""
+    runs = []
+    for name, request, config in zip(names, asked, resolved):
+        kind = MethodRun if config.arm in config.without_sae else Run
+        runs.append(kind(name, request, config, testbed, config.tokens // config.batch_size))
+    return runs
+
+
 @contextlib.contextmanager
 def exported_to(folder: Path) -> Iterator[None]:
     """Inside, the files of an SAE's folder are written; afterwards they are on the disk."""
@@ -345,3 +356,11 @@ def refuse_more_than_memory(configs: Sequence[Config], testbed: Testbed):
         what = f"training needs at least {need / 1e9:.1f} GB of memory and {left / 1e9:.1f} GB are left"
         lower = "--d_sae, --batch_size, --buffer_tokens, or the number of --seeds or run folders"
         raise WrongRequest(f"{what}: lower {lower}")
+
+
+def refuse_failed(runs: Sequence[Run]):
+    """Raises RunFailed where a seed of a run has failed, with the first one's reason."""
+    failed = [(run, trainer) for run in runs for trainer in run.trainers if trainer.failed]
+    if failed:
+        where = ", ".join(f"{run.folder} seed {trainer.seed}" for run, trainer in failed)
+        raise RunFailed(f"{failed[0][1].failed} (no final_info.json where a seed failed: {where})")

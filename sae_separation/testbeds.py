@@ -18,19 +18,21 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import torch
 from torch import Tensor
 
 from sae_separation import checks
+from sae_separation.config import Config, Request, complete
 from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.exam import Exam, logits_at, most_positions, pad_alone
 from sae_separation.lm import InterventionLM, Testbed, load_lm, load_tokenizer, without_bars
 from sae_separation.questions import Question, check_subjects, read_questions
 from sae_separation.specs import (
     AUTO,
+    CUSTOM,
     SPECS,
     DataConfig,
     Spec,
@@ -50,6 +52,8 @@ from sae_separation.text import (
     read_text,
     split_text,
 )
+
+C = TypeVar("C", bound=Config)
 
 
 def load(
@@ -126,6 +130,27 @@ def load(
     if examined and questions:
         lay_out(testbed)
     return testbed
+
+
+def of_request(request: Request, asks: bool) -> Testbed:
+    """The LM and the text of a request, and the questions where an evaluation asks some. Raises
+    WrongRequest."""
+    least = max(request.batch_size, request.context_size or 0)
+    testbed = load(request, request.tokens, least, asks)
+    if request.testbed == "auto" and testbed.name != CUSTOM:
+        print(f"testbed: auto means {testbed.name}")
+    return testbed
+
+
+def resolve(request: Request, kind: type[C], testbed: Testbed) -> C:
+    """Every setting of a run, as a Config of this kind; what is left open takes the testbed's default. Raises
+    WrongRequest."""
+    config = complete(request, kind, testbed.name, testbed.defaults, testbed.d_in)
+    longest = most_positions(testbed.lm.config.to_dict())
+    if config.context_size > longest:
+        more = f"is more than the {longest} positions of the LM"
+        raise WrongRequest(f"--context_size {config.context_size} {more}")
+    return config
 
 
 def first_can_be_had() -> bool:

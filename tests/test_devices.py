@@ -14,9 +14,10 @@ import torch
 from conftest import SMALL_SWEEP, small_command
 from test_trainer import SMALL
 
-from experiment import ActivationBlock, ActivationStream, OrthogonalSAE, RunFailed, Trainer
+from experiment import ActivationBlock, ActivationStream, OrthogonalSAE, Trainer
 from sae_separation import checkpoint, losses, testbeds
 from sae_separation.devices import all_finite, upload
+from sae_separation.errors import RunFailed
 from sae_separation.evals.core import core
 from sae_separation.evals.corpus import corpus
 from sae_separation.evals.evaluator import Evaluator

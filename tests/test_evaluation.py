@@ -14,7 +14,7 @@ from tiny import there
 
 import experiment
 from sae_separation import saebench
-from sae_separation.errors import RunFailed
+from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.evals import unlearning
 from sae_separation.evals.core import RATIOS, core, proxy
 from sae_separation.evals.corpus import corpus
@@ -428,9 +428,7 @@ def test_text_too_short_to_evaluate_on_is_known_without_the_lm(micro):
     from dataclasses import replace
 
     short = Text(micro.retain.train, micro.retain.held_out.select(range(5)))
-    with pytest.raises(
-        experiment.WrongRequest, match="retain_text: its .* part holds . contexts of 128 tokens"
-    ):
+    with pytest.raises(WrongRequest, match="retain_text: its .* part holds . contexts of 128 tokens"):
         evaluation_contexts(replace(micro, lm=SimpleNamespace(device="cpu"), retain=short), 128)
 
 

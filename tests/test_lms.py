@@ -124,7 +124,7 @@ def test_contexts_and_questions_are_held_against_the_positions_that_the_config_n
         config = experiment.Request(context_size=1025, tokens=10**6)
         if kind == "mpt":
             with pytest.raises(WrongRequest, match="--context_size 1025 is more than the 1024 positions"):
-                experiment.resolve(config, testbed)
+                testbeds.resolve(config, experiment.Config, testbed)
     long = tiny.questions("biology", 6) + tiny.questions("history", 6)
     long[3]["question"] = "why? " * 300
     asked = str(tiny.save_jsonl(tmp_path / "q.jsonl", long))

@@ -11,8 +11,9 @@ import torch
 from test_trainer import SMALL, train
 
 import experiment
-from experiment import OrthogonalSAE, Request, Trainer, WrongRequest
+from experiment import OrthogonalSAE, Request, Trainer
 from sae_separation import gradients, losses
+from sae_separation.errors import WrongRequest
 from sae_separation.export import export, load_exported
 from sae_separation.gradients import accumulate_grads
 from sae_separation.sparse import batch_top_k, relu, soft_k_winners
@@ -371,6 +372,6 @@ def test_options_that_are_off_do_no_work(activations, monkeypatch):
         raise AssertionError("called although it is off")
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", never)
-    monkeypatch.setattr(trainer, "_own_learning_rates", never)
+    monkeypatch.setattr(experiment, "own_learning_rates", never)
     monkeypatch.setattr(torch, "rand", never)
     trainer.step(*next(activations.batches(512)))

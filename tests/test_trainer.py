@@ -9,8 +9,9 @@ import tiny
 import torch
 from tiny import another_value, there
 
-from experiment import ARMS, ActivationBlock, RunFailed, Trainer
+from experiment import ARMS, ActivationBlock, Trainer
 from sae_separation import rounds
+from sae_separation.errors import RunFailed
 from sae_separation.losses import grouped_grad, groups_and_pairs, omega_all_pairs
 from sae_separation.resample import resample
 from sae_separation.rounds import Rounds

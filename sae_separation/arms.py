@@ -1,0 +1,89 @@
+"""What an arm of the study is, and the options that arms share. Imports no torch before a loss is asked for.
+
+ARMS = {"vanilla": Arm(), "fixed": Arm(loss="all_pairs_grad", prepare="rows_and_gram")}
+ARMS["fixed"].function("all_pairs_grad", config)          # of losses.py, given its options
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from sae_separation.config import Config, option
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the study: an SAE with alpha times a loss on the rows of W_dec, or a loss on firing that
+    holds alpha; or a method that is told the labels and needs no SAE.
+
+    `loss`, `prepare` and `firing_loss` name functions of losses.py, which says what each is given: it needs
+    torch, and a request is read without. A function is given those of the row's `options` that are among its
+    parameters.
+
+    loss: a DecoderGrad of some blocks of features. `prepare`: which blocks there are, and what holds of all
+    of them. firing_loss: the loss and its gradient by the pre-activations of the forget features.
+
+    `every`, `longest`, `gentle`: bounds of a round (rounds.steps_of_round). With `longest` FVU is within 1 %
+    of the variance all along of what it is with rounds of `every` (tested; notes.txt). `uses_groups`:
+    features are grouped by how they fire. `steered`: alpha follows the measured sharing of the first
+    --forget_features features towards --target_sharing. `selected`: its features are chosen with labels
+    (selection.py). Without `trains_sae` it is the method of its name in methods.FITTED.
+    """
+
+    loss: str = ""
+    prepare: str = "each_row"
+    firing_loss: str = ""
+    options: dict = field(default_factory=dict)
+    every: int = 1
+    longest: int = 16
+    gentle: float = 3e-4
+    uses_groups: bool = False
+    steered: bool = False
+    trains_decoder: bool = True
+    selected: bool = False
+    trains_sae: bool = True
+
+    @property
+    def has_loss(self) -> bool:
+        return bool(self.loss or self.firing_loss)
+
+    def function(self, name: str, config: Config, **more) -> Callable:
+        """A function of losses.py, given what it takes of the options and of `more`."""
+        from sae_separation import losses
+
+        given = {option: getattr(config, option) for option in self.options} | more
+        takes = inspect.signature(getattr(losses, name)).parameters
+        return partial(getattr(losses, name), **{k: v for k, v in given.items() if k in takes})
+
+
+GROUPS = {
+    "group_size": option(64, "grouped: features a group, at most d_in", least=2, cut_to="d_in"),
+    "group_update_steps": option(
+        100,
+        "grouped: optimiser steps between two formations of the groups, to the nearest round over "
+        "all of them",
+        least=1,
+    ),
+}
+CHUNKS = {"chunk_size": option(512, "ortsae: features a random chunk", least=2, cut_to="d_sae")}
+FORGET_GROUP = {
+    "forget_features": option(40, "adaptive: features kept for the forget domain", least=1, within="d_sae")
+}
+HINGES = {
+    "margin": option(
+        1.0,
+        "adaptive: distance from 0, in units of u, that a forget feature's pre-activation keeps on "
+        "retain text",
+    ),
+    "gap_weight": option(
+        10.0, "adaptive: weight of the loss on forget tokens that no forget feature fires on"
+    ),
+    "target_sharing": option(
+        0.0005,
+        "adaptive: firing of the forget features on retain text over that on forget text, "
+        "which alpha is steered to",
+        above=0,
+        most=1,
+    ),
+}
