@@ -46,7 +46,8 @@ def commits_of(runs: list[folders.Run]) -> tuple[set, set]:
 def provenance(runs: list[folders.Run]) -> str:
     seeds = sorted({len(run.seeds) for run in runs})
     (trained,), (evaluated,) = commits_of(runs)
-    text = f"Mean ± standard error over {' or '.join(map(str, seeds))} seeds. Commit `{trained}`"
+    several = f"Mean ± standard error over {' or '.join(map(str, seeds))} seeds."
+    text = f"{several if seeds != [1] else 'One seed.'} Commit `{trained}`"
     return text + ("." if evaluated == trained else f", evaluated at `{evaluated}`.")
 
 
@@ -156,12 +157,14 @@ def documents() -> dict[Path, str]:
     """What the documents should hold."""
     runs = runs_in([ROOT / name for name in folders.labels if (ROOT / name).exists()])
     smollm2 = runs_in([ROOT / "smollm2" / name for name in SMOLLM2])
+    unseen = runs_in([path.parent for path in ROOT.glob("unseen/*/final_info.json")])
     readme, results, notes = (ROOT / name for name in ("README.md", "docs/results.md", "notes.txt"))
     reliability = ROOT / "docs/reliability.md"
     filled_in = {"lead": lead(runs), "ruler": tables.ruler_table(runs)}
     filled_in |= {"results": tables.summary_table(with_saes(runs)), "smollm2": tables.summary_table(smollm2)}
     short = tables.ruler_table([run for run in runs if run.name in OF_README], SHORT)
     filled_in |= {"results-from": provenance(runs), "smollm2-from": provenance(smollm2)}
+    filled_in |= {"unseen-from": provenance(unseen)}
     return {
         readme: filled(readme, {"results": f"{short}\n\n{provenance(runs)}"}),
         results: filled(results, filled_in),

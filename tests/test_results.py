@@ -19,8 +19,10 @@ SAES = {name: info for name, info in INFOS.items() if "core" in info}
 CONFIGS = {name: strict(ROOT / name / "config.json") for name in COMMITTED}
 
 
-FOLDERS = [ROOT / name for name in COMMITTED] + [
-    ROOT / "smollm2" / name for name in ("run_0", "run_6", "run_9")
+FOLDERS = [
+    *(ROOT / name for name in COMMITTED),
+    *(ROOT / "smollm2" / name for name in ("run_0", "run_6", "run_9")),
+    *(ROOT / "unseen" / name for name in COMMITTED),
 ]
 
 
@@ -67,7 +69,7 @@ def test_they_are_small():
     assert (
         sum(
             p.stat().st_size
-            for name in COMMITTED
+            for name in (*COMMITTED, "unseen")
             for p in (ROOT / name).rglob("*")
             if p.is_file() and "sae_seed" not in str(p)
         )
@@ -125,7 +127,7 @@ def test_a_number_changed_by_hand_is_named_and_mended(tmp_path, monkeypatch, cap
     for name in ("README.md", "docs/results.md", "docs/reliability.md", "notes.txt", "tests/faults.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())
-    for name in (*COMMITTED, "smollm2"):
+    for name in (*COMMITTED, "smollm2", "unseen"):
         (tmp_path / name).symlink_to(ROOT / name)
     readme, notes = tmp_path / "README.md", tmp_path / "notes.txt"
     whole = readme.read_text(), notes.read_text()
