@@ -141,6 +141,7 @@ from sae_separation.rounds import Rounds, steps_of_round
 from sae_separation.run import MethodRun, Run, refuse_failed, refuse_more_than_memory, runs_of
 from sae_separation.sparse import ACTIVATIONS, remove_radial, unit_rows
 from sae_separation.testbeds import resolve
+from sae_separation.tracking import Tracking
 
 # -------------------------------------------------------------------------------- activation stream
 
@@ -720,7 +721,7 @@ class TrainingLoop:
 # -------------------------------------------------------------------------------- the command
 
 
-def run_experiments(command: Command, requests: list[Request], started: float):
+def run_experiments(command: Command, requests: list[Request], started: float, tracking: Tracking):
     """Train the runs that are not complete, from where their checkpoints stand, and evaluate all of them."""
     process.keep_freed_memory()
     names, asked = to_train(command, requests)
@@ -736,7 +737,7 @@ def run_experiments(command: Command, requests: list[Request], started: float):
     context_size = one_pass(names, resolved).context_size if asked else finished[0].config.context_size
     if rows or fitted:
         evaluation_contexts(testbed, context_size)  # refuses text that is too short before training
-    runs = runs_of(names, asked, resolved, testbed)
+    runs = runs_of(names, asked, resolved, testbed, tracking)
     trained = [run for run in runs if not isinstance(run, MethodRun)]
     train_seconds = train_runs(command, trained, testbed, bool(rows), started) if trained else 0.0
     for run in runs:
@@ -751,6 +752,7 @@ def run_experiments(command: Command, requests: list[Request], started: float):
             run.evaluate(rows, evaluator, made_by, train_seconds, bar)
         for run in finished:
             run.evaluate(rows, evaluator, made_by, bar)
+            tracking.evaluated(run.folder, {row.section: run.info.get(row.section) for row in rows})
     print("---")
     for run in (*runs, *finished):
         about = run.info, run.warnings, evals.ROWS, testbed.published
@@ -796,8 +798,8 @@ def train_runs(command: Command, runs: list[Run], testbed: Testbed, evaluated: b
 def main(command: Command, configs: list[Request], started: float | None = None) -> int:
     """Exit code of the command; `started` is when its time began to count (time.monotonic())."""
     try:
-        with process.signals, process.global_state_kept():
-            run_experiments(command, configs, time.monotonic() if started is None else started)
+        with process.signals, process.global_state_kept(), Tracking(command.track) as tracking:
+            run_experiments(command, configs, time.monotonic() if started is None else started, tracking)
         return 0
     except (Exception, Interrupted) as error:
         return tell(error)

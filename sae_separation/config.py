@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import simple_parsing
 
-from sae_separation import evals
+from sae_separation import evals, tracking
 from sae_separation.errors import WrongRequest
 from sae_separation.run_folder import is_complete
 from sae_separation.specs import DataConfig, Scoring
@@ -310,6 +310,8 @@ class Command:
     )
     checkpoint_seconds: float = option(60.0)
     """training time between two checkpoints, at least; writing them takes at most a fiftieth of it"""
+    track: tracking.Name = "none"
+    """send the log and the results to an experiment tracker, too (pip install it)"""
 
     def __post_init__(self):
         refuse_out_of_bounds(self)
@@ -472,6 +474,7 @@ def check(command: Command, requests: Sequence[Request]):
     """Refuse what can be known to be wrong before anything heavy is imported. Raises WrongRequest."""
     from sae_separation import checks
 
+    tracking.check(command.track)
     one_pass(command.out_dir, requests, [f.name for f in fields(DataConfig)])
     one_pass(*to_train(command, requests))
     checks.check(requests[0], evals.rows_of(command.evals))

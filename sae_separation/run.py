@@ -1,6 +1,6 @@
 """One run: its trainers, its log, its checkpoints, its results.
 
-run = Run(out_dir, requested, config, testbed, n_steps)
+run = Run(out_dir, requested, config, testbed, n_steps, tracking)
 run.start(trainers, saved)                       # anew, or as a checkpoint holds them
 run.step(x, forget, log=True)                    # every seed that has not failed
 run.look()                                       # a trainer whose state is not finite has failed
@@ -30,6 +30,7 @@ from sae_separation.export import export
 from sae_separation.files import CannotWrite, Unusable, seal, sync, write_json, write_whole, writing
 from sae_separation.lm import Testbed
 from sae_separation.losses import omega_between_domains, sharing
+from sae_separation.tracking import Tracking, Untracked
 
 
 class Trains(Protocol):
@@ -56,8 +57,17 @@ class Run:
     `config_hash` is its identity: what trained it, without what only its evaluations need.
     """
 
-    def __init__(self, out_dir: str, requested: Request, config: Config, testbed: Testbed, n_steps: int):
+    def __init__(
+        self,
+        out_dir: str,
+        requested: Request,
+        config: Config,
+        testbed: Testbed,
+        n_steps: int,
+        tracking: Tracking,
+    ):
         self.folder, self.config, self.testbed, self.n_steps = Path(out_dir), config, testbed, n_steps
+        self.tracking, self.tracked = tracking, Untracked()
         settings = {"requested": asdict(requested), "config": asdict(config)}
         self.about = settings | {"testbed": results.described(testbed)}
         identity = results.what_trained(self.about["config"], self.about["testbed"])
@@ -90,6 +100,7 @@ class Run:
         lines = "".join(json.dumps(record) + "\n" for record in records)
         write_whole(self.folder / "train_log.jsonl", lines.encode())
         self.log = (self.folder / "train_log.jsonl").open("a")
+        self.tracked = self.tracking.follow(self.folder, about, records)
 
     def _restore(self, tensors: dict[str, Tensor], facts: dict):
         self.warnings = facts["warnings"]
@@ -124,15 +135,23 @@ class Run:
 
     def step(self, x: Tensor, forget: Tensor, log: bool):
         """One step of every seed on x [B, D] with its labels [B]; one that fails is told and left behind."""
+        records = []
         for trainer in self.training:
             with self._left_behind(trainer):
                 measured = trainer.step(x, forget, look=log)
                 if log:
                     trainer.refuse_nonfinite(dict(trainer.sae.named_parameters()))
                     trainer.history.append(self._record(trainer, measured))
-                    with writing(self.folder / "train_log.jsonl"):
-                        self.log.write(json.dumps(trainer.history[-1]) + "\n")
-                        self.log.flush()
+                    records.append(trainer.history[-1])
+        if records:
+            self._log(records)
+
+    def _log(self, records: list[dict]):
+        """Lines of train_log.jsonl, which the tracked run gets, too."""
+        with writing(self.folder / "train_log.jsonl"):
+            self.log.write("".join(json.dumps(record) + "\n" for record in records))
+            self.log.flush()
+        self.tracked.log(records)
 
     @contextlib.contextmanager
     def _left_behind(self, trainer: Trains) -> Iterator[None]:
@@ -201,6 +220,7 @@ class Run:
             self.info |= {row.section: results.summary_of(row.section, records) for row in rows}
             run_folder.write_result(self.folder, self.info)
             run_folder.clear_complete(self.folder)  # not before: one killed in between would be lost
+            self.tracked.results(self.info)
 
     def _exported(self, trainer: Trains) -> dict:
         """Export the SAE, once, if SAELens' format holds it: the record of its files' checksums and of what
@@ -270,9 +290,9 @@ class MethodRun(Run):
     """A run of a method that is told the labels and needs no SAE: fitted in seconds, when it is evaluated, on
     the text that features are selected on."""
 
-    def __init__(self, out_dir: str, requested: Request, config: Config, testbed: Testbed, n_steps: int):
+    def __init__(self, out_dir: str, requested: Request, config: Config, testbed: Testbed, *more):
         """Raises WrongRequest for a method that the testbed does not allow."""
-        super().__init__(out_dir, requested, config, testbed, n_steps)
+        super().__init__(out_dir, requested, config, testbed, *more)
         methods.check(config.arm, testbed)
 
     def begin(self, anew: bool):
@@ -281,10 +301,12 @@ class MethodRun(Run):
         run_folder.refuse_foreign(self.folder, self.config.seeds)
         run_folder.lock(self.folder)
         run_folder.remove_half_written(self.folder)
+        about = self.about | run_folder.provenance()
         if anew or not (self.folder / "config.json").exists():
             run_folder.start_anew(self.folder)
-            write_json(self.folder / "config.json", seal(self.about | run_folder.provenance()))
+            write_json(self.folder / "config.json", seal(about))
         (self.folder / "eval").mkdir(exist_ok=True)
+        self.tracked = self.tracking.follow(self.folder, about)
         self.trainers = [Fit(seed) for seed in self.config.seeds]
 
     def evaluate(self, rows, evaluator, made_by: dict, train_seconds: float, bar: tqdm):
@@ -312,13 +334,18 @@ class MethodRun(Run):
 
 
 def runs_of(
-    names: Sequence[str], asked: Sequence[Request], resolved: Sequence[Config], testbed: Testbed
+    names: Sequence[str],
+    asked: Sequence[Request],
+    resolved: Sequence[Config],
+    testbed: Testbed,
+    tracking: Tracking,
 ) -> list[Run]:
     """The runs of one LM pass: what is asked of each, and every setting of it. Raises WrongRequest."""
     runs = []
     for name, request, config in zip(names, asked, resolved):
         kind = MethodRun if config.arm in config.without_sae else Run
-        runs.append(kind(name, request, config, testbed, config.tokens // config.batch_size))
+        n_steps = config.tokens // config.batch_size
+        runs.append(kind(name, request, config, testbed, n_steps, tracking))
     return runs
 
 

@@ -33,7 +33,14 @@ from sae_separation.files import (
     write_whole,
 )
 
-FILES = ("config.json", "final_info.json", "warnings.json", "checksums.json", "train_log.jsonl")
+FILES = (
+    "config.json",
+    "final_info.json",
+    "warnings.json",
+    "checksums.json",
+    "train_log.jsonl",
+    "tracking.jsonl",
+)
 
 
 SAE_FILES = ("cfg.json", "sae_weights.safetensors")
