@@ -201,8 +201,10 @@ def open_parts(browser: Browser) -> dict:
     browser.picture("figure.png")
     browser.click("document.querySelector('dialog')")
     seen: dict = {"figure": [opened, wide > width, browser.run(state)[0]]}
-    browser.click("document.querySelector('nav a[href=\"#geometry\"]')")
-    seen["contents"] = browser.run("document.getElementById('geometry').getBoundingClientRect().top")
+    browser.click("document.querySelector('nav a[href=\"#explained_variance\"]')")
+    seen["contents"] = browser.run(
+        "document.getElementById('explained_variance').getBoundingClientRect().top"
+    )
     closed = browser.run("document.querySelector('details').open")
     browser.click("document.querySelector('table a[href=\"#run-0\"]')")
     seen["run"] = [closed, browser.run("document.querySelector('details').open")]
@@ -230,7 +232,7 @@ def use(browser: Browser, path: Path) -> dict:
     browser.resize(390, 844)
     seen["phone_widths"] = browser.run("[document.documentElement.scrollWidth, window.innerWidth]")
     browser.picture("phone.png")
-    pdf = bytes(browser.wait(lambda done: browser.page.printToPdf(done)) or b"")
+    pdf = bytes(browser.wait(lambda done: browser.page.printToPdf(done), 60) or b"")
     seen["pdf_bytes"] = len(pdf) if pdf.startswith(b"%PDF") else 0
     if len(sys.argv) > 2:
         (Path(sys.argv[2]) / "print.pdf").write_bytes(pdf)

@@ -219,24 +219,37 @@ def cautions(runs: list[Run], skipped: list[str]) -> list[str]:
 
 def summary(runs: list[Run]) -> str:
     """What was run and what came out, in two or three sentences."""
-    settings, seeds = runs[0].settings, len(runs[0].seeds)
+    settings, seeds = runs[0].settings, sorted({len(run.seeds) for run in runs})
     tokens, testbed = finite(settings.get("tokens")), cut(str(settings.get("testbed")), 60)
     trained = "an unknown number of" if math.isnan(tokens) else f"{tokens:,.0f}"
-    setup = f"{len(runs)} run{'s' * (len(runs) > 1)} on testbed {testbed}, "
-    setup += f"{seeds} seed{'s' * (seeds > 1)} each, {trained} training tokens a SAE."
-    scores = {run: run.mean(*SCORE)[0] for run in runs if np.isfinite(run.mean(*SCORE)[0])}
-    if not scores:
-        return f"{setup} No run has an unlearning score."
-    best = max(scores, key=scores.__getitem__)
-    text = (
-        f"{setup} Highest mean unlearning score: {shown(*best.mean(*SCORE))} ({best.name}, {best.method});"
-        f" the same procedure on random features: {shown(*best.mean('unlearning', 'random_feature_score'))}."
-    )
+    each = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else counted(seeds[0], "seed")
+    text = f"{counted(len(runs), 'run')} on testbed {testbed}, {each} each, {trained} training tokens a SAE."
+    scored = [run for run in runs if np.isfinite(run.mean(*SCORE)[0])]
+    if ranked := by_worst_case(runs):
+        worst = shown(*ranked[0].mean(*WORST))
+        text += f" Highest mean worst-case score: {worst} ({ranked[0].name}, {ranked[0].method})."
+    return f"{text} {of_highest(scored) if scored else 'No run has an unlearning score.'}"
+
+
+def counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def of_highest(runs: list[Run]) -> str:
+    """Of the highest unlearning score: its floor, and how it compares with vanilla's."""
+    best = max(runs, key=score)
+    text = f"Highest mean unlearning score: {shown(*best.mean(*SCORE))} ({best.name}, {best.method})"
+    floor = best.mean("unlearning", "random_feature_score")
+    text += f"; the same procedure on random features: {shown(*floor)}." if np.isfinite(floor[0]) else "."
     vanilla = next((run for run in runs if run.arm == "vanilla"), best)
     for test in paired_tests([(best, vanilla)], *SCORE) if vanilla is not best else []:
-        p = f"{test['p']:.2g}" if np.isfinite(test["p"]) else "not defined"
-        text += (
-            f" Against {vanilla.title}, seed by seed: {test['difference']:+.3f} (paired"
-            f" t-test, {test['n']} shared seeds, p {p}, not corrected for having picked the highest)."
-        )
+        text += f" Against {vanilla.title}, seed by seed: {test['difference']:+.3f}"
+        if np.isfinite(test["p"]):
+            text += f" (paired t-test, {test['n']} shared seeds, p {test['p']:.2g}, not corrected for having"
+            text += " picked the highest)"
+        text += "."
     return text
+
+
+def score(run: Run) -> float:
+    return run.mean(*SCORE)[0]
