@@ -267,6 +267,36 @@ def test_long_labels_have_three_lines_at_most_and_lose_their_middle():
     assert "…" in "".join(lines)
 
 
+def test_long_names_lie_beside_each_other_and_within_the_figure(eleven, tmp_path):
+    for i, name in enumerate(("with_every_setting_in_its_name_" * 5, "another with " * 8, "short")):
+        shutil.copytree(eleven / f"run_{i}", tmp_path / f"{name}{i}")
+    runs, skipped = folders.find_runs(list(tmp_path.iterdir()))
+    assert len(runs) == 3 and not skipped
+    for drawer in (figures.interventions, figures.explained_variance):
+        figure = drawer(runs)
+        assert not isinstance(figure, str)
+        figure.draw_without_rendering()
+        axis, legend = figure.axes[0], figure.legends[0]
+        texts = [*axis.get_yticklabels(), *legend.get_texts(), axis.xaxis.label, axis.yaxis.label]
+        boxes = [text.get_window_extent() for text in texts if text.get_text()]
+        assert not any(a.overlaps(b) for a, b in combinations(boxes, 2)), drawer
+        assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes), drawer
+
+
+@pytest.mark.parametrize(("kind", "shown"), [("svg", "svg+xml"), ("pdf", "png")])
+def test_another_format_is_written_twice_alike_and_shown_as_browsers_can(
+    kind, shown, tmp_path, monkeypatch, capsys
+):
+    written = []
+    for _ in range(2):
+        code, out, _ = ended(monkeypatch, capsys, tmp_path, ROOT / "run_0", "--format", kind)
+        assert code == 0 and f"wrote explained_variance.{kind}\n" in out
+        written.append((tmp_path / f"explained_variance.{kind}").read_bytes())
+    assert written[0] == written[1] and b"Matplotlib v" in written[0]
+    assert f"data:image/{shown};base64," in (tmp_path / "report.html").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", f"explained_variance.{kind}"}
+
+
 FORMS = {"letter_own_trained_alone": (0.1, 1.0), "prose_no_trained_passage": (0.3, 0.98)}
 
 
@@ -377,7 +407,7 @@ def test_missing_and_skipped_runs_are_named(eleven, tmp_path):
         [eleven / f"run_{i}" for i in range(11) if i not in (3, 5)] + [tmp_path / "run_3"]
     )
     said = tables.cautions(runs, skipped)
-    assert not any("missing" in text for text in said), "of less than half of the plan nothing is missing"
+    assert not any("of the plan" in text for text in said), "of less than half of the plan nothing is missing"
     assert tables.missing_of_plan(folders.labels.keys() - {"run_3", "run_5"}) == [
         "Runs of the plan that are missing here: run_3 (grouped, α 0.01), run_5 (grouped, α 1)."
     ]
