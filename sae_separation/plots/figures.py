@@ -38,6 +38,12 @@ def panels(rows: int, columns: int, width: float, height: float, **shared) -> tu
     return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
+def rescale(axis: Axes, scale: Callable[[Axes], None]):
+    """Give an axis that shows something its scale."""
+    if np.isfinite(axis.dataLim.ymin):
+        scale(axis)
+
+
 def minor_tick(value: float, position: float) -> str:
     """A label for 2, 3 and 5 of each decade alone."""
     return f"{value:g}" if f"{value:e}"[0] in "235" else ""
@@ -61,10 +67,9 @@ def log_scale(axis: Axes):
         axis.yaxis.set_minor_formatter("")
 
 
-def from_zero(axis: Axes, least: float = 0.05):
-    """A y axis that starts at 0 or, where there are values below, under them, and reaches `least`."""
-    low, high = axis.get_ylim()
-    high = max(high, least)
+def from_zero(axis: Axes):
+    """A y axis that starts at 0 or, where there are values below, under them, and is not tiny."""
+    high = max(axis.get_ylim()[1], 0.05)
     axis.set_ylim(min(axis.dataLim.ymin * 1.05, -0.02 * high), high)
 
 
@@ -191,8 +196,7 @@ def training_curves(runs: list[Run]) -> Figure | str:
             if whole.any():
                 curve(axis, run, np.array(tokens)[whole] / 1e6, ys[:, whole])
         axis.set_title(title, fontsize=10)
-        if axis.lines:
-            scale(axis)
+        rescale(axis, scale)
         axis.grid(alpha=0.3)
     for axis in axes[1]:
         axis.set_xlabel("training tokens (millions)")
@@ -213,7 +217,8 @@ def explained_variance(runs: list[Run]) -> Figure | str:
                 point(axis, run, run.mean(*metric), run.mean(*EXPLAINED))
         axis.set_xlabel(title)
         axis.grid(alpha=0.3)
-    explained_scale(sparsity)
+    for axis in (sparsity, cosine):
+        rescale(axis, explained_scale)
     at_least_wide(sparsity, MATCHED_L0)
     cosine.set_xlim(0, 1)
     sparsity.set_ylabel("explained variance")
@@ -271,7 +276,7 @@ def unlearning_tradeoff(runs: list[Run]) -> Figure | str:
         xscale="log",
         title="held-out text (higher: more unlearned)",
     )
-    from_zero(corpus)
+    rescale(corpus, from_zero)
     corpus.xaxis.set_major_formatter("{x:g}")
     for axis in (questions, corpus):
         axis.title.set_fontsize(10)
@@ -316,8 +321,7 @@ def alpha_sweep(runs: list[Run]) -> Figure | str:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("α of the grouped loss" + "; right: the other arms" * bool(others))
         axis.grid(alpha=0.3, axis="y")
-        if np.isfinite(axis.dataLim.ymin):
-            scale(axis)
+        rescale(axis, scale)
     shown = grouped + others
     return finish(figure, shown, [handle(run, points=True) for run in shown])
 
@@ -338,9 +342,8 @@ def label_geometry(spectra: Sequence[Axes], condition: Axes, angles: Axes, ranks
     angles.set(title="angles between forget and retain subspaces", xlabel="rank of the angle")
     angles.set(ylabel="principal angle (degrees)", ylim=(-2, 92), yticks=range(0, 91, 15))
     for axis in (*spectra, condition):
-        if np.isfinite(axis.dataLim.ymin):
-            log_scale(axis)
-    from_zero(ranks, 1.0)
+        rescale(axis, log_scale)
+    rescale(ranks, from_zero)
     for axis in (condition, ranks):
         axis.set_xticks(range(3), GROUPS)
         axis.set_xlim(-0.5, 2.5)
