@@ -2,7 +2,9 @@
 
     python experiment.py --out_dir=run_1                     # run 1 of the plan, nothing else needed
     python experiment.py --out_dir run_0 run_1 run_6         # several runs on one pass of the LM
-    python experiment.py --out_dir=mine --arm=fixed --alpha=0.3 --seeds 0 1 2 3 4
+    python experiment.py --out_dir=mine/it --arm=fixed --alpha=0.3 --seeds 0 1 2 3 4
+    python experiment.py --out_dir=mine --arm fixed adaptive --alpha 0.1 1    # a grid: 4 runs, in mine/
+    python experiment.py --out_dir=mine/it --arm=fixed --dry_run              # says what it would do
     python experiment.py --out_dir=run_1                     # again: an interrupted run goes on
     python plot.py                                           # figures over all run folders
 
@@ -33,10 +35,10 @@ from sae_separation.errors import Interrupted, begin, finish, tell
 if __name__ == "__main__":  # from here on, whatever ends the command ends with its exit code and one line
     begin()
 
-from sae_separation import checkpoint, evals, process, results, resume, run_folder
+from sae_separation import checkpoint, dry_run, evals, process, results, resume, run_folder
 from sae_separation import config as settings
 from sae_separation.arms import CHUNKS, FORGET_GROUP, GROUPS, HINGES, Arm
-from sae_separation.config import Command, check, one_pass, to_train
+from sae_separation.config import Command, check, one_pass, passes, to_train
 
 STARTED = time.monotonic()
 
@@ -103,12 +105,18 @@ class Config(settings.Config):
 
 def parse_command(argv: Sequence[str]) -> tuple[Command, list[Request]]:
     """The command and one request per run folder (config.parse_command). Raises WrongRequest."""
-    return settings.parse_command(argv, PLAN, ARMS, Request, __doc__ or "")
+    about = (__doc__ or "").rpartition("\n\n")[0]  # the last paragraph is about this file
+    return settings.parse_command(argv, PLAN, ARMS, Request, about)
 
 
 def unfinished(command: Command, requests: Sequence[Request]) -> tuple[Command, list[Request]]:
-    """What of the command is left to do (resume.unfinished). Raises WrongRequest."""
-    return resume.unfinished(command, requests, PLAN)
+    """What of the command is left to do (resume.unfinished): nothing in a dry run, which says what it would
+    be. Raises WrongRequest."""
+    command, left = resume.unfinished(command, requests, PLAN)
+    if command.dry_run:
+        dry_run.tell(command, left, Config)
+        return replace(command, out_dir=()), []
+    return command, left
 
 
 if __name__ == "__main__":  # answer --help and wrong requests before anything heavy is imported
@@ -127,7 +135,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_separation import losses, testbeds
+from sae_separation import losses, progress, testbeds
 from sae_separation.adam import own_learning_rates
 from sae_separation.blocks import ActivationBlock
 from sae_separation.devices import upload
@@ -138,7 +146,7 @@ from sae_separation.lm import SplitLM, Testbed, bfloat16_twins, fast_lm_tokens, 
 from sae_separation.losses import has_bf16
 from sae_separation.resample import resample
 from sae_separation.rounds import Rounds, steps_of_round
-from sae_separation.run import MethodRun, Run, refuse_failed, refuse_more_than_memory, runs_of
+from sae_separation.run import MethodRun, Run, refuse_more_than_memory, runs_of
 from sae_separation.sparse import ACTIVATIONS, remove_radial, unit_rows
 from sae_separation.testbeds import resolve
 from sae_separation.tracking import Tracking
@@ -721,8 +729,11 @@ class TrainingLoop:
 # -------------------------------------------------------------------------------- the command
 
 
-def run_experiments(command: Command, requests: list[Request], started: float, tracking: Tracking):
-    """Train the runs that are not complete, from where their checkpoints stand, and evaluate all of them."""
+def run_experiments(
+    command: Command, requests: list[Request], started: float, tracking: Tracking
+) -> list[results.Outcome]:
+    """Train the runs of one pass that are not complete, from where their checkpoints stand, and evaluate all
+    of them."""
     process.keep_freed_memory()
     names, asked = to_train(command, requests)
     one_pass(names, asked)
@@ -736,6 +747,7 @@ def run_experiments(command: Command, requests: list[Request], started: float, t
     finished = [results.Finished(Path(name), resolve(c, Config, testbed), testbed) for name, c in complete]
     context_size = one_pass(names, resolved).context_size if asked else finished[0].config.context_size
     if rows or fitted:
+        progress.set_up.begin("laying out the evaluations' contexts")
         evaluation_contexts(testbed, context_size)  # refuses text that is too short before training
     runs = runs_of(names, asked, resolved, testbed, tracking)
     trained = [run for run in runs if not isinstance(run, MethodRun)]
@@ -743,11 +755,13 @@ def run_experiments(command: Command, requests: list[Request], started: float, t
     for run in runs:
         if isinstance(run, MethodRun):
             run.begin(anew=command.overwrite)
-    some_left = finished or any(run.training for run in runs)
-    evaluator = Evaluator(testbed, context_size) if (rows or fitted) and some_left else None
-    made_by = results.maker(evaluator) if evaluator else {}
-    n_saes = sum(len(run.training) for run in runs) + sum(len(run.seeds) for run in finished)
-    with tqdm(total=len(rows) * n_saes, desc="evaluating", unit="part") as bar:
+    progress.set_up.close()
+    to_evaluate = sum(run.seconds_to_evaluate(rows) for run in (*runs, *finished))
+    with progress.bar("evaluating", to_evaluate and progress.CONTEXTS + to_evaluate) as bar:
+        bar.set_postfix_str("the contexts' residual stream")
+        evaluator = Evaluator(testbed, context_size) if to_evaluate else None
+        made_by = results.maker(evaluator) if evaluator else {}
+        bar.update(progress.CONTEXTS)
         for run in runs:
             run.evaluate(rows, evaluator, made_by, train_seconds, bar)
         for run in finished:
@@ -757,8 +771,7 @@ def run_experiments(command: Command, requests: list[Request], started: float, t
     for run in (*runs, *finished):
         about = run.info, run.warnings, evals.ROWS, testbed.published
         results.print_summary(run.folder.name, run.folder, *about)
-    print(f"total_seconds: {time.monotonic() - started:.0f}")
-    refuse_failed(runs)
+    return [results.Outcome(run.folder.name, run.info, run.failures()) for run in (*runs, *finished)]
 
 
 def train_runs(command: Command, runs: list[Run], testbed: Testbed, evaluated: bool, started: float) -> float:
@@ -775,6 +788,7 @@ def train_runs(command: Command, runs: list[Run], testbed: Testbed, evaluated: b
     if at.over:
         stream, block = None, ActivationBlock.blank(testbed.d_in, testbed.lm.device)
     else:
+        progress.set_up.begin("computing the first activations")
         stream = ActivationStream(testbed, shared.context_size, shared.buffer_tokens)
         stream.skip_blocks(at.block)
         block = stream.next_block()
@@ -784,6 +798,7 @@ def train_runs(command: Command, runs: list[Run], testbed: Testbed, evaluated: b
         seeds = run.config.seeds
         run.start([Trainer(run.config, seed, testbed.d_in, n_steps, block) for seed in seeds], state)
     del saved, state, block
+    progress.set_up.close()
     if stream:
         deadline = started + 0.7 * 60 * shared.time_budget_minutes - at.used_seconds
         TrainingLoop(runs, stream, at, n_steps).train(started, deadline, command.checkpoint_seconds)
@@ -795,11 +810,25 @@ def train_runs(command: Command, runs: list[Run], testbed: Testbed, evaluated: b
     return at.train_seconds
 
 
+def run_passes(command: Command, requests: list[Request], started: float, tracking: Tracking):
+    """All runs, pass after pass of the LM; a seed that fails stops no other run. The time of a run's own pass
+    counts for its budget. Raises RunFailed where a seed has failed."""
+    outcomes, parts = [], passes(command, requests)
+    for number, (part, some) in enumerate(parts, 1):
+        if len(parts) > 1:
+            print(f"pass {number} of {len(parts)}: {', '.join(part.out_dir)}")
+        with process.global_state_kept(), progress.set_up:
+            outcomes += run_experiments(part, some, time.monotonic() if number > 1 else started, tracking)
+    results.print_table(outcomes, evals.ROWS)
+    print(f"total_seconds: {time.monotonic() - started:.0f}")
+    results.refuse_failed(outcomes)
+
+
 def main(command: Command, configs: list[Request], started: float | None = None) -> int:
     """Exit code of the command; `started` is when its time began to count (time.monotonic())."""
     try:
-        with process.signals, process.global_state_kept(), Tracking(command.track) as tracking:
-            run_experiments(command, configs, time.monotonic() if started is None else started, tracking)
+        with process.signals, Tracking(command.track) as tracking:
+            run_passes(command, configs, time.monotonic() if started is None else started, tracking)
         return 0
     except (Exception, Interrupted) as error:
         return tell(error)

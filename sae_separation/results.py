@@ -10,11 +10,13 @@ metrics, the notes (warnings) and what made them. torch is imported where it is 
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from sae_separation import process, run_folder
+from sae_separation import evals, process, progress, run_folder
 from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.evals import Row
 from sae_separation.files import Unusable, as_json, read_sealed, seal, write_json
@@ -72,9 +74,9 @@ def measure(
     sae = None
     for row in rows:
         bar.set_postfix_str(f"{folder.name} seed {seed}: {row.name}")
-        bar.update()
         made = record["made_by"].get(row.section, {})
         if row.section in record["sections"] and {k: made.get(k) for k in made_by} == made_by:
+            progress.done_before(bar, row.seconds)
             continue
         if sae is None:
             sae = load_exported(run_folder.sae_folder(folder, seed), evaluator.testbed.lm.device)
@@ -88,6 +90,7 @@ def measure(
         with process.signals.held():
             write_json(run_folder.record_of(folder, seed, part), seal(record))
         process.signals.something_is_kept()
+        bar.update(row.seconds)
 
 
 def by_metric(values: Sequence[dict]) -> dict[str, list]:
@@ -175,9 +178,6 @@ def warnings_of(
 def print_summary(name: str, folder: Path, info: dict, warnings: list[str], rows, published: dict):
     """The last lines of a run: the metrics that the rows show, and every warning."""
 
-    def number(value: float | None) -> str:
-        return "null" if value is None else f"{value:.4g}"
-
     for section, names in (SHOWN | {row.section: row.shown for row in rows}).items():
         means, stderrs = (info.get(section, {}).get(kind, {}) for kind in ("means", "stderrs"))
         for metric in (metric for metric in names if metric in means):
@@ -190,6 +190,64 @@ def print_summary(name: str, folder: Path, info: dict, warnings: list[str], rows
         print(f"{name} warning: {text}")
     if info:
         print(f"{name} complete: {folder / 'final_info.json'}")
+
+
+def number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4g}"
+
+
+class Outcome(NamedTuple):
+    """What a run of a command came to: final_info.json, {} without one; and which of its seeds failed ("mine
+    seed 0"), and why."""
+
+    name: str
+    info: dict
+    failed: list[tuple[str, str]]
+
+
+def refuse_failed(outcomes: Sequence[Outcome]):
+    """Raises RunFailed where a seed of a run has failed, with the first one's reason."""
+    failed = [failure for outcome in outcomes for failure in outcome.failed]
+    if failed:
+        where = ", ".join(where for where, _ in failed)
+        raise RunFailed(f"{failed[0][1]} (no final_info.json where a seed failed: {where})")
+
+
+def print_table(outcomes: Sequence[Outcome], rows: Sequence[Row]):
+    """`table` of the runs that are complete, as wide as the terminal."""
+    width = shutil.get_terminal_size((110, 24)).columns
+    print(table([outcome for outcome in outcomes if outcome.info], rows, width))
+
+
+def table(outcomes: Sequence[Outcome], rows: Sequence[Row], width: int) -> str:
+    """The metrics that the rows show, for people: a line a metric and a column a run, as many columns beside
+    each other as fit into so many characters. Mean ± standard error, n/a where there is none."""
+    lines: list[list[str]] = [["", *(outcome.name for outcome in outcomes)]]
+    for section, metrics in (SHOWN | {row.section: row.shown for row in rows}).items():
+        parts = [outcome.info.get(section, {}) for outcome in outcomes]
+        there = [m for m in metrics if any(m in part.get("means", {}) for part in parts)]
+        lines += [[section, *[""] * len(outcomes)]] if there else []
+        lines += [[f"  {metric}", *(cell(part, metric) for part in parts)] for metric in there]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    blocks, first = [], 1
+    while first < len(widths):
+        last = first + 1
+        while last < len(widths) and widths[0] + sum(w + 2 for w in widths[first : last + 1]) <= width:
+            last += 1
+        shown = (0, *range(first, last))
+        blocks.append(
+            "\n".join("  ".join(line[i].ljust(widths[i]) for i in shown).rstrip() for line in lines)
+        )
+        first = last
+    return "\n\n".join(blocks)
+
+
+def cell(part: dict, metric: str) -> str:
+    """Mean and standard error of a metric in a section of final_info.json; "" where it is not there."""
+    if metric not in part.get("means", {}):
+        return ""
+    mean, stderr = part["means"][metric], part["stderrs"][metric]
+    return number(mean) if mean is None or stderr is None else f"{mean:.4g} ± {stderr:.2g}"
 
 
 class Finished:
@@ -213,6 +271,14 @@ class Finished:
         except (OSError, ValueError) as error:
             why = f"{folder / 'warnings.json'} cannot be read ({error})"
             raise WrongRequest(f"{why}; bring it back, or train again into another folder") from error
+
+    def seconds_to_evaluate(self, rows: list[Row]) -> float:
+        """About how long that takes on the embedded testbed: what its bar counts."""
+        return len(self.seeds) * evals.seconds_of(rows, self.config)
+
+    def failures(self) -> list[tuple[str, str]]:
+        """None: its evaluation fails as a whole."""
+        return []
 
     def evaluate(self, rows: Sequence[Row], evaluator, made_by: dict, bar):
         """Measure every SAE, then renew what the run folder says. Raises RunFailed, the run as it was;

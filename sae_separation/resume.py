@@ -21,7 +21,7 @@ def unfinished(
 ) -> tuple[Command, list[R]]:
     """The command and the requests of the runs that are left to train, or to evaluate where evaluations are
     named. Other complete runs are named and left alone. This process holds the lock of every folder that is
-    left.
+    left; in a dry run of none, and nothing is written.
 
     Raises WrongRequest for a folder that is no folder, cannot be written, has another owner, holds a run made
     with other settings, or is to be evaluated and holds no SAE.
@@ -37,9 +37,12 @@ def unfinished(
             planned = replace(type(request)(), **plan.get(folder.name, {}))
             again = to_go_on(folder, request, planned, command.evals)
             if again is None:
+                if not command.dry_run:
+                    run_folder.clear_left(folder)
+                    process.remove_left("saebench")
                 continue
             request = again
-        if folder.is_dir():
+        if folder.is_dir() and not command.dry_run:
             run_folder.lock(folder)
         left.append((str(folder), request))
     return replace(command, out_dir=tuple(name for name, _ in left)), [request for _, request in left]
@@ -73,8 +76,6 @@ def to_go_on(folder: Path, request: R, planned: R, evaluations: tuple[str, ...])
     lacking = [row.name for row in rows if row.section not in info]
     if lacking and all(run_folder.has_sae(folder, seed) for seed in made["config"]["seeds"]):
         print(f"{folder} lacks evaluations; the same command adds them with --evals {' '.join(lacking)}")
-    run_folder.clear_left(folder)
-    process.remove_left("saebench")
     return None
 
 

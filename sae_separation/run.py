@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_separation import checkpoint, methods, process, results, run_folder
-from sae_separation.config import Config, Request
+from sae_separation import checkpoint, evals, methods, process, progress, results, run_folder
+from sae_separation.config import Config, Request, bytes_of_training
 from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.export import export
 from sae_separation.files import CannotWrite, Unusable, seal, sync, write_json, write_whole, writing
@@ -192,6 +192,14 @@ class Run:
         }
         return when | dict(zip(measured, torch.stack(list(measured.values())).tolist()))  # one look
 
+    def seconds_to_evaluate(self, rows) -> float:
+        """About how long that takes on the embedded testbed: what its bar counts."""
+        return len(self.training) * evals.seconds_of(rows, self.config)
+
+    def failures(self) -> list[tuple[str, str]]:
+        """Which seeds failed, and why."""
+        return [(f"{self.folder} seed {t.seed}", t.failed) for t in self.trainers if t.failed]
+
     def progress(self) -> str:
         last = self.training[-1].history[-1:] if self.training else []
         return f"{self.folder.name}: " + (f"fvu {last[0]['fvu']:.3f} l0 {last[0]['l0']:.1f}" if last else "-")
@@ -309,14 +317,18 @@ class MethodRun(Run):
         self.tracked = self.tracking.follow(self.folder, about)
         self.trainers = [Fit(seed) for seed in self.config.seeds]
 
+    def seconds_to_evaluate(self, rows) -> float:
+        return super().seconds_to_evaluate(rows) + len(self.training) * progress.FITTING
+
     def evaluate(self, rows, evaluator, made_by: dict, train_seconds: float, bar: tqdm):
         """Fit, evaluate what was fitted, and write final_info.json, last and whole."""
         self.evaluator, training, records = evaluator, {}, {}
-        bar.update(len(self.training) * sum(not row.fits(self.config) for row in rows))
         rows = [row for row in rows if row.fits(self.config)]
         for fit in self.training:
             with self._left_behind(fit):
+                bar.set_postfix_str(f"{self.folder.name} seed {fit.seed}: fitting")
                 record = self._exported(fit)
+                bar.update(progress.FITTING)
                 results.measure(self.folder, "eval", fit.seed, record, rows, evaluator, made_by, bar)
                 settings = methods.load(run_folder.sae_folder(self.folder, fit.seed)).settings
                 training[fit.seed] = {k: settings[k] for k in ("tokens_trained", "train_seconds")}
@@ -372,22 +384,10 @@ def cut_short(trainer: Trains) -> list[str]:
 
 
 def refuse_more_than_memory(configs: Sequence[Config], testbed: Testbed):
-    """Raises WrongRequest when the memory left does not hold what training surely needs: weights and Adam's
-    moments of every SAE, one SAE's gradients and features, and a block of activations that is shuffled."""
-    weights = [8 * testbed.d_in * c.d_sae for c in configs]  # bytes of W_enc and W_dec
-    need = sum(3 * len(c.seeds) * w for c, w in zip(configs, weights))
-    need += max(w + 6 * c.batch_size * c.d_sae for c, w in zip(configs, weights))
-    need += 8 * configs[0].buffer_tokens * testbed.d_in
+    """Raises WrongRequest when the memory left does not hold what training surely needs."""
+    need = bytes_of_training(configs, testbed.d_in)
     left = process.memory_left(testbed.lm.device)
     if need > left:
         what = f"training needs at least {need / 1e9:.1f} GB of memory and {left / 1e9:.1f} GB are left"
         lower = "--d_sae, --batch_size, --buffer_tokens, or the number of --seeds or run folders"
         raise WrongRequest(f"{what}: lower {lower}")
-
-
-def refuse_failed(runs: Sequence[Run]):
-    """Raises RunFailed where a seed of a run has failed, with the first one's reason."""
-    failed = [(run, trainer) for run in runs for trainer in run.trainers if trainer.failed]
-    if failed:
-        where = ", ".join(f"{run.folder} seed {trainer.seed}" for run, trainer in failed)
-        raise RunFailed(f"{failed[0][1].failed} (no final_info.json where a seed failed: {where})")

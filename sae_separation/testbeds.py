@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 
 from sae_separation import checks
+from sae_separation.checks import first_can_be_had
 from sae_separation.config import Config, Request, complete
 from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.exam import Exam, logits_at, most_positions, pad_alone
 from sae_separation.lm import InterventionLM, Testbed, load_lm, load_tokenizer, without_bars
+from sae_separation.progress import set_up
 from sae_separation.questions import Question, check_subjects, read_questions
 from sae_separation.specs import (
     AUTO,
@@ -69,6 +71,7 @@ def load(
     name = wanted.name if wanted.name != "auto" else AUTO[0 if first_can_be_had() else 1]
     row = SPECS[name]
     spec = spec_of(wanted, row)
+    set_up.begin("reading the questions")
     world = World.of(lm_path(row, spec.lm)) if row.has_world else None
     if world and spec.questions == row.questions:
         questions, asked, notes = world.questions, [{"source": f"world {world.seed}"}], []
@@ -79,6 +82,7 @@ def load(
         check_subjects(questions, spec.forget_subject)
     texts, described = {}, dict[str, Any](questions=asked)
     for option in ("forget_text", "retain_text"):
+        set_up.begin(f"reading the {option.replace('_', ' ')}")
         if world and getattr(spec, option) == getattr(row, option):
             texts[option], described[option] = world.text(option, spec.forget_entities)
         else:  # 8 characters a token, and half of the tokens are of each domain
@@ -92,6 +96,7 @@ def load(
         notes = notes + check_overlap(*texts.values())
     texts = {option: split_text(t) if isinstance(t, list) else t for option, t in texts.items()}
     read_local.cache_clear()
+    set_up.begin("loading the LM")
     folder, described["lm"] = lm_folder(name, spec.lm)
     oracle = oracle_in(folder, described)
     assert spec.layer is not None, "checks.missing refuses that"
@@ -122,6 +127,7 @@ def load(
         oracle=oracle,
         notes=notes,
     )
+    set_up.begin("checking the LM")
     check_ids(testbed)
     check_lm(testbed)
     if spec.exam_lm and examined:
@@ -151,13 +157,6 @@ def resolve(request: Request, kind: type[C], testbed: Testbed) -> C:
         more = f"is more than the {longest} positions of the LM"
         raise WrongRequest(f"--context_size {config.context_size} {more}")
     return config
-
-
-def first_can_be_had() -> bool:
-    """Whether auto means the first of AUTO: everything of it is in the caches, or the hub answers."""
-    from sae_separation import hub
-
-    return checks.is_cached(SPECS[AUTO[0]]) or hub.reachable()
 
 
 def lm_folder(name: str, lm: str) -> tuple[Path, dict]:

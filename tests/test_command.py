@@ -4,6 +4,7 @@ refused."""
 import json
 import re
 import shlex
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,15 +12,16 @@ from typing import Any
 
 import pytest
 import tiny
+import tqdm
 from conftest import ROOT
 from test_bad_input import OWN, here, refused, request  # noqa: F401  (here is a fixture)
 from tiny import another_value
 
 import experiment
 from experiment import ARMS, PLAN, Command, Request, parse_command
-from sae_separation import checks
+from sae_separation import checks, grid, results
 from sae_separation import config as settings
-from sae_separation.config import ACTIVATION_NAMES, ONE_PASS, check, option, whole_number, with_arms
+from sae_separation.config import ACTIVATION_NAMES, ONE_PASS, option, whole_number, with_arms
 from sae_separation.errors import WrongRequest
 from sae_separation.specs import DataConfig
 
@@ -57,29 +59,43 @@ def test_every_setting_is_either_shared_by_a_pass_or_a_runs_own():
 
 
 @pytest.mark.parametrize("name", ONE_PASS)
-def test_runs_that_differ_in_what_a_pass_shares_are_refused_before_anything_starts(
-    name, monkeypatch, tmp_path, capsys
-):
-    def never(*_):
-        raise AssertionError("a testbed was loaded")
-
-    monkeypatch.setattr("sae_separation.testbeds.load", never)
-    monkeypatch.chdir(tmp_path)
-    configs = [Request(), Request(arm="fixed", **{name: ANOTHER[name]})]
-    assert experiment.main(Command(out_dir=("a", "b")), configs) == 2
-    (last,) = capsys.readouterr().err.splitlines()
-    assert last.startswith(f"error: --{name} differs between runs")
-    assert f"a {getattr(configs[0], name)}, b {ANOTHER[name]}" in last
-    assert not list(tmp_path.iterdir())
+def test_runs_that_differ_in_what_a_pass_shares_get_a_pass_each(name):
+    plain, other = Request(), Request(arm="fixed", **{name: ANOTHER[name]})
+    again = Request(arm="grouped")
+    parts = settings.passes(Command(out_dir=("a", "b", "c")), [plain, other, again])
+    assert [(part.out_dir, some) for part, some in parts] == [(("a", "c"), [plain, again]), (("b",), [other])]
 
 
-def test_a_plan_whose_runs_cannot_share_a_pass_is_refused_before_anything_heavy(monkeypatch, tmp_path):
-    monkeypatch.setitem(PLAN, "run_0", {"arm": "vanilla", "tokens": 409_600})
-    command, configs = parse_command(
-        ["--out_dir", f"{tmp_path}/run_0", f"{tmp_path}/run_1", "--testbed=micro"]
-    )
-    with pytest.raises(WrongRequest, match=r"--tokens differs .*run_0 409600, .*run_1 None\)"):
-        check(command, configs)
+def test_a_complete_run_is_evaluated_on_a_pass_with_its_lm_and_text(tmp_path):
+    folders = tuple(str(tmp_path / name) for name in "abc")
+    for name in "ac":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "final_info.json").touch()
+    requests = [Request(tokens=500_000), Request(), Request(layer=2)]
+    parts = settings.passes(Command(out_dir=folders), requests)
+    assert [part.out_dir for part, _ in parts] == [folders[:2], folders[2:]]
+    anew = settings.passes(Command(out_dir=folders, overwrite=True), requests)
+    assert [part.out_dir for part, _ in anew] == [(folder,) for folder in folders]
+
+
+def test_a_seed_that_fails_on_one_pass_does_not_stop_the_next(monkeypatch, capsys):
+    began = []
+
+    def stand_in(command, requests, started, tracking):
+        began.append((command.out_dir, started))
+        info = {"core": {"means": {"l0": 16.0}, "stderrs": {"l0": None}}}
+        failed = [("a seed 0", "W_dec not finite")] if command.out_dir == ("a",) else []
+        return [results.Outcome(command.out_dir[0], {} if failed else info, failed)]
+
+    monkeypatch.setattr(experiment, "run_experiments", stand_in)
+    command = Command(out_dir=("a", "b"))
+    assert experiment.main(command, [Request(), Request(layer=2)], started=-5.0) == 1
+    assert [names for names, _ in began] == [("a",), ("b",)]
+    assert began[0][1] == -5.0 < 0 < began[1][1], "a pass has a time budget of its own"
+    out, err = capsys.readouterr()
+    assert "pass 2 of 2: b" in out and out.splitlines()[-4:-1] == ["      b", "core", "  l0  16"]
+    where = "(no final_info.json where a seed failed: a seed 0)"
+    assert err.splitlines()[-1] == f"error: W_dec not finite {where}"
 
 
 class Measured:
@@ -101,7 +117,7 @@ def measured_seed(evaluator, sae, seed, name):
 def test_what_is_a_runs_own_takes_effect_in_each_run(micro, monkeypatch, tmp_path, capsys):
     loaded, checked, bars = [], [], []
 
-    class Bar(experiment.tqdm):
+    class Bar(tqdm.tqdm):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             bars.append(self)
@@ -116,6 +132,7 @@ def test_what_is_a_runs_own_takes_effect_in_each_run(micro, monkeypatch, tmp_pat
     }.items():
         monkeypatch.setattr(f"sae_separation.evals.{name}.{name}", of)
     monkeypatch.setattr(experiment, "tqdm", Bar)
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
     small: dict[str, Any] = dict(
         testbed="micro", tokens=51_200, batch_size=512, buffer_tokens=16_384, target_l0=8.0
     )
@@ -133,9 +150,10 @@ def test_what_is_a_runs_own_takes_effect_in_each_run(micro, monkeypatch, tmp_pat
     )
     assert len(checked) == 1
     assert [(bar.desc, bar.n, bar.total) for bar in bars] == [
+        ("setting up", 45, 45),
         ("training", 51_200, 51_200),
-        ("evaluating", 12, 12),
-    ]
+        ("evaluating", 209, 209),
+    ], "4 SAEs of core, unlearning and geometry"
     info = [json.loads((tmp_path / name / "final_info.json").read_text()) for name in "abc"]
     assert [set(i) for i in info] == [{"training", "core", "unlearning", "geometry"}] * 3
     assert info[1]["core"]["final_info_dict"] == {"features": [64.0]}
@@ -327,6 +345,186 @@ def test_evaluations_keep_the_order_given_and_unknown_ones_are_refused():
         parse_command(["--out_dir=run_0", "--evals", "core", "core"])
 
 
+# ---- what was meant
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("--out_dir run_0 --tokns 3M", "unrecognized arguments: --tokns 3M; did you mean --tokens?"),
+        ("--out-dir=run_0", "unrecognized arguments: --out-dir=run_0; did you mean --out_dir?"),
+        ("--out_dir run_0 --vibes 3", "unrecognized arguments: --vibes 3 ("),
+        ("--out_dir m --arm adaptve", "'oracle'); did you mean adaptive? ("),
+        ("--out_dir run_0 --testbed=micr", "'micro'); did you mean micro? ("),
+        ("--out_dir run_0 --activation batchtop", "'softk'); did you mean batchtopk? ("),
+        ("--out_dir run_0 --scoring leter", "'cloze'); did you mean letter? ("),
+        ("--out_dir run_0 --evals robustnes", "'none'); did you mean robustness? ("),
+        ("--out_dir run_0 --evals xyz", "'none') ("),
+        (
+            "--out_dir=a b --arm=fixed",
+            "b; several values follow their option without =, as in --out_dir a b (",
+        ),
+        (
+            "--out_dir=m --alpha=0.1 1",
+            "1; several values follow their option without =, as in --alpha 0.1 1 (",
+        ),
+        ("--out_dir run_0 --lm a b", "unrecognized arguments: b; --lm takes one value ("),
+    ],
+)
+def test_what_was_meant_is_said(said, meant):
+    with pytest.raises(WrongRequest) as wrong:
+        parse_command(said.split())
+    assert meant in str(wrong.value) and str(wrong.value).endswith("(--help lists the options)")
+
+
+# ---- grids
+
+
+def test_options_with_several_values_are_found_in_a_command_line():
+    rest, several = grid.split(
+        "--alpha 0.1 1 --seeds 0 1 --layer=2 -k 8 16 x".split(), ["alpha", "k", "layer"]
+    )
+    assert rest == ["--seeds", "0", "1", "--layer=2"]
+    assert several == {"alpha": ["0.1", "1"], "k": ["8", "16", "x"]}
+    assert list(grid.combinations(["a"], {"b": ["1"], "c": ["2", "3"]})) == [
+        ["a", "--b=1", "--c=2"],
+        ["a", "--b=1", "--c=3"],
+    ]
+    last = grid.split("--alpha 1 2 --alpha 3".split(), ["alpha"])
+    assert last == (["--alpha", "3"], {}), "the last one counts"
+    assert grid.split([], ["alpha"]) == ([], {})
+    assert grid.folder_name("fixed", {"alpha": 0.01, "tokens": 3_000_000}) == "fixed_alpha0.01_tokens3000000"
+
+
+def test_a_grid_is_a_run_for_each_combination_and_says_how_many(capsys):
+    said = "--out_dir=mine --alpha 0.01 1 --layer 1 2 --arm fixed adaptive --seeds 0 1 --testbed=micro"
+    command, requests = parse_command(said.split())
+    out, err = capsys.readouterr()
+    names = [
+        f"{arm}_alpha{a}_layer{n}" for a in ("0.01", "1") for n in (1, 2) for arm in ("fixed", "adaptive")
+    ]
+    assert command.out_dir == tuple(f"mine/{name}" for name in names)
+    passes = "2 passes of the LM, one after the other, in mine"
+    assert out == (
+        f"grid (2 alpha x 2 layer x 2 arm): 8 runs with 16 seeds in all, on {passes}:"
+        f" {', '.join(names[:6])}, ...\n"
+    )
+    assert not err
+    for folder, asked in zip(command.out_dir, requests):
+        arm, alpha, layer = Path(folder).name.replace("alpha", "").replace("layer", "").split("_")
+        alone = parse_command(
+            ["--out_dir", folder, "--seeds", "0", "1", "--testbed=micro"]
+            + [f"--arm={arm}", f"--alpha={alpha}", f"--layer={layer}"]
+        )
+        assert (alone[0].out_dir, alone[1]) == ((folder,), [asked]), "as the run alone"
+    parts = settings.passes(command, requests)
+    assert [{asked.layer for asked in some} for _, some in parts] == [{1}, {2}]
+
+
+def test_in_a_grid_what_has_no_effect_makes_no_run_of_its_own(capsys):
+    said = "--out_dir mine --arm vanilla fixed rmu --alpha 0.1 1 --d_sae 64 128 --testbed micro --seeds 0"
+    command, requests = parse_command(said.split())
+    assert [Path(name).name for name in command.out_dir] == [
+        "vanilla_d_sae64",
+        "vanilla_d_sae128",
+        *(f"fixed_alpha{a}_d_sae{n}" for a in ("0.1", "1") for n in (64, 128)),
+        "rmu",
+    ]
+    assert requests[0].alpha == Request().alpha and requests[-1].d_sae is None
+    out, err = capsys.readouterr()
+    assert ": 7 runs with 7 seeds in all, on one pass of the LM, in mine: vanilla_d_sae64," in out
+    assert "without effect: --alpha in mine/vanilla_d_sae64 (arm vanilla)" in err
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (
+            "--out_dir a b --arm fixed vanilla",
+            "--arm fixed vanilla is a grid of runs, and goes into one folder",
+        ),
+        (
+            "--out_dir x/run_1 --alpha 0.1 1",
+            "x/run_1 is one run of the plan, and --alpha 0.1 1 is a grid of runs",
+        ),
+        ("--out_dir a --alpha 0.1 1", "--arm is missing"),
+        ("--out_dir a --arm fixed --alpha 0.1 x", "argument --alpha: invalid float value: 'x'"),
+        ("--out_dir a --arm fixed --lr 1e-3 0", "--lr is 0: give a finite number above 0"),
+        ("--out_dir a --arm fixed --time_budget_minutes 5 9", "--time_budget_minutes takes one value"),
+        ("--out_dir a --arm fixed --activation relu softk", "--activation takes one value"),
+    ],
+)
+def test_what_makes_no_grid_is_refused(said, why):
+    with pytest.raises(WrongRequest, match=re.escape(why)):
+        parse_command([*said.split(), "--testbed=micro"])
+
+
+def test_a_grid_does_not_go_into_a_run(tmp_path):
+    (tmp_path / "config.json").touch()
+    with pytest.raises(WrongRequest, match="holds a run, and --arm fixed vanilla is a grid of runs"):
+        parse_command(["--out_dir", str(tmp_path), "--arm", "fixed", "vanilla"])
+
+
+# ---- a dry run
+
+
+def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in folder.rglob("*")}
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = "--out_dir=mine --arm fixed rmu --layer 1 2 --testbed=micro --evals geometry depth --dry_run"
+    assert experiment.unfinished(*parse_command(said.split()))[1] == []
+    out = capsys.readouterr().out
+    assert not any(tmp_path.iterdir())
+    steps = "1464 steps of 2048 activations; geometry, depth"
+    assert f"mine/fixed_layer1: arm fixed, 3 SAEs of 1024 features (seeds 0 1 2), {steps}\n" in out
+    assert "mine/rmu_layer2: arm rmu, fitted without an SAE (seeds 0 1 2); depth\n" in out
+    assert "pass 2 of 2 of the LM:" in out and "  LM: micro_pythia, layer 2, 2.4 MB in " in out
+    assert "  forget text: invented biology\n" in out and "questions (for depth): invented questions" in out
+    assert "  memory: at least 0.2 GB to train" in out, "a block of 131,072 activations of 128 floats, twice"
+    assert "  disk: 3.2 MB of SAEs, 18.9 MB of checkpoints" in out
+    assert "  time: not known: no finished run of micro" in out
+    assert "would write into fixed_layer1: config.json, sae_seed*/, eval/seed*_metrics.json, eval/" in out
+    assert out.endswith("dry run: nothing was done\n")
+
+
+def test_a_dry_run_knows_what_is_there(tmp_path, monkeypatch, capsys):
+    """A complete run, one that goes on, one that another process works on; and how long all that may take."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "run_1", "run_1")
+    shutil.copytree(ROOT / "run_0", "run_0")
+    Path("run_0/final_info.json").unlink()
+    Path("run_0/checksums.json").unlink()
+    Path("run_0/checkpoints").mkdir()
+    Path("run_0/checkpoints/step_00000030.safetensors").touch()
+    Path("run_0/.lock").write_text("process 7 on there since 2026-01-01 00:00:00 +0000\n")
+    before = everything(tmp_path)
+    said = "--out_dir run_0 run_1 run_2 --testbed=micro --dry_run"
+    assert experiment.unfinished(*parse_command(said.split()))[1] == []
+    out = capsys.readouterr().out
+    assert everything(tmp_path) == before
+    assert "run_1 is complete: run_1/final_info.json" in out
+    assert "; goes on at step 30; locked, by process 7 on there since" in out
+    made = json.loads(Path("run_1/final_info.json").read_text())
+    minutes = round(2 * made["training"]["means"]["train_seconds"] / 60)
+    assert (
+        f"  time: about {minutes} min of training and about " in out
+        and ", in proportion to what run_1 took" in out
+    )
+    assert "run_1: arm" not in out, "nothing is left to do of it"
+
+
+def test_a_dry_run_refuses_what_the_run_would(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for wrong, why in (("--layer=9", "the LM has 4 layers"), ("--d_sae=8", "must be under --d_sae 8")):
+        said = ["--out_dir=run_0", "--testbed=micro", "--dry_run", wrong]
+        with pytest.raises(WrongRequest, match=why):
+            experiment.unfinished(*parse_command(said))
+    assert not any(tmp_path.iterdir())
+
+
 # ---- what is missing, and what does nothing
 
 
@@ -437,16 +635,41 @@ def test_an_arm_brings_its_options_by_its_row_alone(capsys):
         parse("--out_dir=mine --arm=hinge --tau=1.5")
     with pytest.raises(SystemExit):
         parse("--help")
-    assert re.search(r"--tau float +cosines that are free \(default: 0.3\)", capsys.readouterr().out)
+    assert re.search(
+        r"loss:\n(  .*\n|\n)*  --tau float +cosines that are free \(default: 0.3\)", capsys.readouterr().out
+    )
 
 
 def test_every_option_has_a_help_text(capsys):
     with pytest.raises(SystemExit):
         parse_command(["--help"])
-    text = capsys.readouterr().out.partition("options:")[2]
+    text = capsys.readouterr().out.partition("\ndata:")[2]
     for name in (f.name for kind in (Request, Command) for f in fields(kind)):
-        said = re.search(rf"^  (-k \[int\], )?--{name}\b[^\n]*?(  +|\n {{10,}})\S", text, re.M)
+        said = re.search(rf"^  (-k int, )?--{name}\b[^\n]*?(  +|\n {{10,}})\S", text, re.M)
         assert said, name
+
+
+def test_help_has_groups_and_the_defaults_that_testbeds_bring(capsys):
+    with pytest.raises(SystemExit):
+        parse_command(["--help"])
+    text = capsys.readouterr().out
+    groups = dict(re.findall(r"(?m)^([a-z]+):\n((?:\n|  .*\n)*)", text))
+    assert list(groups) == ["data", "model", "loss", "training", "run"]
+    names = {group: re.findall(r"(?m)^  (?:-k int, )?--(\w+)", part) for group, part in groups.items()}
+    assert {n for some in names.values() for n in some} == {
+        f.name for kind in (Request, Command) for f in fields(kind)
+    }
+    assert {"lm", "layer", "context_size"} <= set(names["data"])
+    assert names["model"][0] == "d_sae" and names["training"][0] == "seeds" and names["run"][0] == "out_dir"
+    own = [name for row in ARMS.values() for name in row.options]
+    assert names["loss"] == [*settings.GROUPS["loss"], *own], "what an arm brings"
+    said = " ".join(text.split())
+    assert "activations to train on, per SAE (default: 10M with pythia-70m; 50M with gemma-2-2b;" in said
+    assert "1M with smollm2-135m; 3M with micro, --lm)" in said
+    assert "counted from 0 (default: 3 with pythia-70m;" in said
+    assert "the leading BOS included (default: 128)" in said, "the same with all"
+    assert "which layer" not in said and "None" not in said and "()" not in said and "%" not in said
+    assert "The file reads in the order" not in said, "of the code, not of the command"
 
 
 def test_a_complete_config_has_the_settings_that_can_be_asked_for_and_none_is_open():

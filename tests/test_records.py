@@ -12,7 +12,7 @@ import tiny
 import torch
 
 import experiment
-from sae_separation import checkpoint, evals, results, resume, run
+from sae_separation import checkpoint, evals, progress, results, resume, run
 from sae_separation import config as settings
 from sae_separation.config import Command
 from sae_separation.errors import WrongRequest
@@ -195,17 +195,69 @@ def test_warnings_are_of_numbers_that_are_not_what_they_seem_and_notes_of_the_ro
 
 
 def test_a_summary_is_a_line_a_metric_then_the_warnings(tmp_path, capsys):
-    core = {"means": {"l0": 20.0, "mse": 1.0}, "stderrs": {"l0": 0.5, "mse": None}}
-    rows = [evals.Row("core", "core", "", shown=("l0", "absent"))]
+    core = {
+        "means": {"l0": 20.0, "mse": 1.0, "cossim": None},
+        "stderrs": {"l0": 0.5, "mse": None, "cossim": None},
+    }
+    rows = [evals.Row("core", "core", "", shown=("l0", "mse", "cossim", "absent"))]
     results.print_summary("run_1", tmp_path, {"core": core}, ["odd"], rows, {"l0": 37.5})
     assert capsys.readouterr().out.splitlines() == [
         "run_1 core.l0: 20 +- 0.5",
+        "run_1 core.mse: 1 +- n/a",
+        "run_1 core.cossim: n/a +- n/a",
         "run_1 core.l0: 20 here, 37.5 in dictionary_learning's end-to-end test of a standard SAE",
         "run_1 warning: odd",
         f"run_1 complete: {tmp_path / 'final_info.json'}",
     ]
     results.print_summary("run_1", tmp_path, {}, [], rows, {})
     assert capsys.readouterr().out == "", "a run that failed"
+
+
+def test_a_summary_is_a_table_for_people_too():
+    core = {"means": {"l0": 20.123, "mse": 1.0, "cossim": None}, "stderrs": {"l0": 0.5, "mse": None}}
+    core["stderrs"]["cossim"] = None
+    rows = [
+        evals.Row("core", "core", "", shown=("l0", "mse", "cossim", "absent")),
+        evals.Row("depth", "depth", "", shown=("depth_score",)),
+    ]
+    runs = [
+        results.Outcome("run_1", {"core": core}, []),
+        results.Outcome(
+            "run_12", {"depth": {"means": {"depth_score": 0.5}, "stderrs": {"depth_score": 0}}}, []
+        ),
+    ]
+    assert results.table(runs, rows, 110).splitlines() == [
+        "               run_1        run_12",
+        "core",
+        "  l0           20.12 ± 0.5",
+        "  mse          1",
+        "  cossim       n/a",
+        "depth",
+        "  depth_score               0.5 ± 0",
+    ]
+    narrow = results.table(runs, rows, 30)
+    assert [block.splitlines()[0].split() for block in narrow.split("\n\n")] == [["run_1"], ["run_12"]]
+    assert results.table([], rows, 110) == ""
+
+
+def test_bars_count_what_is_finished():
+    with progress.bar("evaluating", 100) as bar:
+        progress.done_before(bar, 60)
+        bar.update(20)
+        assert (bar.n, bar.initial) == (80, 60) and bar.format_dict["rate"] is None, "the mean, of these 20"
+    outside = progress.SetUp()
+    outside.begin("loading the LM")  # nothing is said
+    with outside:
+        shown = outside.bar
+        assert shown.n == 0
+        outside.begin("loading the LM")
+        assert shown.n == 12, "what comes before it, whether it was needed or not"
+        assert shown.postfix == "loading the LM"
+        outside.begin("reading the questions")
+        assert shown.n == 12, "it never goes back"
+        outside.close()
+        assert shown.n == shown.total == 45 and outside.bar is None
+    assert progress.bar("nothing to do", 0).disable
 
 
 def test_a_complete_run_is_evaluated_on_what_it_was_trained_on(tmp_path):

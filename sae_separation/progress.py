@@ -1,0 +1,72 @@
+"""Bars on stderr: how much of set-up and of evaluation is finished, what is done now, and how long still.
+
+    with set_up:                                  # what begins a part of it need not know of the bar
+        set_up.begin("reading the forget text")
+        set_up.close()                            # before the next bar
+    with bar("evaluating", seconds) as on: ...
+
+Parts count by the seconds that they took on the embedded testbed: their shares, not their length, are what
+matters.
+"""
+
+from typing import Any
+
+SET_UP = {  # its parts, in order
+    "reading the questions": 1,
+    "reading the forget text": 6,
+    "reading the retain text": 5,
+    "loading the LM": 15,
+    "checking the LM": 4,
+    "laying out the evaluations' contexts": 5,
+    "computing the first activations": 9,
+}
+CONTEXTS = 5  # computing the residual stream of the contexts that evaluations share
+FITTING = 20  # a method that needs no SAE
+
+
+def bar(what: str, seconds: float) -> Any:
+    """A bar (tqdm) of so many seconds' work; nothing is shown where there is none."""
+    from tqdm import tqdm
+
+    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left{postfix}"
+    return tqdm(total=seconds, desc=what, bar_format=form, smoothing=0, disable=not seconds)
+
+
+def done_before(on: Any, seconds: float):
+    """Count what an earlier start has finished, which says nothing of how long the rest takes."""
+    on.initial += seconds
+    on.update(seconds)
+
+
+class SetUp:
+    """Set-up as a bar, once it is entered: all parts before the one that has begun are finished."""
+
+    def __init__(self):
+        self.bar: Any = None
+
+    def __enter__(self):
+        self.bar = bar("setting up", sum(SET_UP.values()))
+
+    def begin(self, part: str):
+        if self.bar is not None:
+            finished = sum(list(SET_UP.values())[: list(SET_UP).index(part)])
+            self.bar.n = max(finished, self.bar.n)
+            self.bar.set_postfix_str(part)
+
+    def close(self):
+        """All of it is finished."""
+        if self.bar is not None:
+            self.bar.n = self.bar.total
+            self.bar.set_postfix_str("")
+            self.leave()
+
+    def leave(self):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def __exit__(self, *_):
+        self.leave()
+
+
+set_up = SetUp()
