@@ -3,8 +3,9 @@
     python plot.py [run_0 run_1 ...]    (default: every run_* folder here)
 
 Needs numpy, scipy, matplotlib and Jinja2 only. Folders that are not complete are skipped, and the reason is
-printed. Figures are written as PNGs and the report as report.html, one page that needs nothing else, into
-the current folder, each whole or not at all; the table goes to the screen. † marks a run whose warnings.json
+printed. Figures are written as unlearning_tradeoff.png and so on (--format svg or pdf: under those names) and
+the report as report.html, one page that needs nothing else, into the current folder, each whole or not at
+all; the table goes to the screen. A method has one colour in every figure. † marks a run whose warnings.json
 is not empty, or whose files are not as they were written. A figure whose data no run has is left out, and
 the reason is printed. Exit code 2: a wrong request, 1: a file could not be written; one last line on
 stderr says what is wrong.
@@ -12,12 +13,10 @@ stderr says what is wrong.
 
 import argparse
 import errno
-import io
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from sae_separation import process
@@ -87,7 +86,13 @@ def run_named(name: str, runs: list[Run]) -> Run:
     return reference
 
 
-OURS = b"Matplotlib version", b"<title>Knowledge separation in sparse autoencoders</title>"
+OURS = figures.SIGNATURE, b"<title>Knowledge separation in sparse autoencoders</title>"
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file says that this program wrote it."""
+    content = path.read_bytes()
+    return any(mark in content for mark in OURS)
 
 
 def write(name: str, content: bytes):
@@ -98,7 +103,7 @@ def write(name: str, content: bytes):
         target = Path(os.path.realpath(name))
         if os.path.lexists(target) and not os.path.isfile(target):
             raise RunFailed(f"{name} cannot be written: what stands there is not a file; move it away")
-        if os.path.lexists(target) and not any(mark in target.read_bytes()[:2000] for mark in OURS):
+        if os.path.lexists(target) and not is_ours(target):
             raise RunFailed(f"{name} would be replaced, and is none of this program's: move it away")
         if os.path.lexists(target) and not os.access(target, os.W_OK):
             raise RunFailed(f"{name} cannot be written: it is write-protected; move it away or permit it")
@@ -113,20 +118,21 @@ def write(name: str, content: bytes):
     say(f"wrote {name}")
 
 
-def draw(runs: list[Run]) -> dict[Callable, bytes]:
-    """Write the figures; the PNGs that were made, by drawer."""
-    made = {}
-    for drawer in figures.FIGURES:
-        name, figure = f"{drawer.__name__}.png", drawer(runs)
+def draw(runs: list[Run], kind: str) -> list[report.Picture]:
+    """Write the figures; what the report shows of them, which no browser does of a PDF."""
+    pictures = []
+    for drawer, (title, words) in figures.FIGURES.items():
+        name, figure = f"{drawer.__name__}.{kind}", drawer(runs)
         if isinstance(figure, str):
             say(f"no {name}: {figure}")
             continue
-        png = io.BytesIO()
-        figure.savefig(png)
-        figures.plt.close(figure)
-        write(name, png.getvalue())
-        made[drawer] = png.getvalue()
-    return made
+        content = figures.content(figure, kind)
+        write(name, content)
+        mime = "image/svg+xml" if kind == "svg" else "image/png"
+        shown = figures.content(figure, "png") if kind == "pdf" else content
+        width, height = (round(96 * inches) for inches in figure.get_size_inches())
+        pictures.append(report.Picture(drawer.__name__, title, words, mime, shown, width, height))
+    return pictures
 
 
 def show():
@@ -138,6 +144,9 @@ def show():
         "--against",
         metavar="RUN",
         help="print paired t-tests of this run against each other one, and draw nothing",
+    )
+    parser.add_argument(
+        "--format", choices=("png", "svg", "pdf"), default="png", help="of the figures (default: %(default)s)"
     )
     args = parser.parse_args()
     runs, skipped = find_runs(named(args.folders))
@@ -153,7 +162,7 @@ def show():
         return
     for text in tables.cautions(runs, []):
         say(text)
-    write("report.html", report.render(runs, skipped, draw(runs)).encode())
+    write("report.html", report.render(runs, skipped, draw(runs, args.format)).encode())
 
 
 def main() -> int:

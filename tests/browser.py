@@ -31,11 +31,8 @@ except ImportError as error:
     print(f"no browser: {error}", file=sys.stderr)
     sys.exit(3)
 
-ORDER = (
-    "Array.from(document.querySelector('table.sortable').tBodies[0].rows).map(row =>"
-    " row.cells[0].textContent)"
-)
-HEADS = "document.querySelector('table.sortable').tHead.rows[0].cells"
+ORDER = "Array.from(document.querySelector('table').tBodies[0].rows).map(row => row.cells[0].textContent)"
+HEADS = "document.querySelector('table').tHead.rows[0].cells"
 
 
 class Interceptor(QWebEngineUrlRequestInterceptor):
@@ -117,6 +114,10 @@ class Browser:
         QTest.mouseClick(self.target, Qt.MouseButton.LeftButton, pos=QPoint(*map(int, box)))
         self.pause(0.2)
 
+    def write(self, text: str):
+        QTest.keyClicks(self.target, text)
+        self.pause(0.2)
+
     def press(self, key):
         QTest.keyClick(self.target, key)
         self.pause(0.2)
@@ -148,9 +149,71 @@ class Once:
             done(*self.values)
 
 
+SHOWN = (
+    "Array.from(document.querySelector('table').tBodies[0].rows).filter(row => !row.hidden).map(row =>"
+    " row.cells[0].textContent)"
+)
+
+
+def sort(browser: Browser) -> dict:
+    """Sort the first table by mouse and by keyboard."""
+    column = f"Array.from({HEADS}).findIndex(head => head.textContent === 'unlearning')"
+    seen: dict = {"order": [browser.run(ORDER)], "aria_sort": []}
+    for _ in range(2):
+        browser.click(f"{HEADS}[{column}].querySelector('button')")
+        seen["order"].append(browser.run(ORDER))
+        seen["aria_sort"].append(
+            browser.run(f"Array.from({HEADS}).map(head => head.getAttribute('aria-sort'))")
+        )
+    browser.picture("sorted.png")
+    browser.press(Qt.Key.Key_Tab)  # from the head that was clicked to the next one
+    browser.press(Qt.Key.Key_Return)
+    browser.press(Qt.Key.Key_Space)
+    seen["by_keyboard"] = {
+        "head": browser.run("document.activeElement.textContent"),
+        "order": browser.run(ORDER),
+        "sort": browser.run("document.activeElement.parentElement.getAttribute('aria-sort')"),
+    }
+    return seen
+
+
+def search(browser: Browser) -> dict:
+    """Search the first table, then choose by its first filter."""
+    browser.click("document.querySelector('.tools input')")
+    browser.write("Adaptive unlocking")
+    seen = {"searched": browser.run(SHOWN), "count": browser.run("document.querySelector('output').value")}
+    browser.picture("searched.png")
+    browser.run("document.querySelector('.tools input').value = ''")
+    browser.run(
+        "(choice => { choice.value = 'adaptive'; choice.dispatchEvent(new Event('input', {bubbles: true})) })"
+        "(document.querySelector('.tools select'))"
+    )
+    seen["filtered"] = browser.run(SHOWN)
+    return seen
+
+
+def open_parts(browser: Browser) -> dict:
+    """Open a figure, close it, follow the contents, and the link of a run to its part."""
+    state = "[document.querySelector('dialog').open, document.querySelector('dialog img')?.width]"
+    width = browser.run("document.querySelector('figure img').width")
+    browser.click("document.querySelector('figure button')")
+    opened, wide = browser.run(state)
+    browser.picture("figure.png")
+    browser.click("document.querySelector('dialog')")
+    seen: dict = {"figure": [opened, wide > width, browser.run(state)[0]]}
+    browser.click("document.querySelector('nav a[href=\"#explained_variance\"]')")
+    seen["contents"] = browser.run(
+        "document.getElementById('explained_variance').getBoundingClientRect().top"
+    )
+    closed = browser.run("document.querySelector('details').open")
+    browser.click("document.querySelector('table a[href=\"#run-0\"]')")
+    seen["run"] = [closed, browser.run("document.querySelector('details').open")]
+    browser.picture("run.png")
+    return seen
+
+
 def use(browser: Browser, path: Path) -> dict:
-    """Look at the page, sort its first table by mouse and by keyboard, make the window a phone's, print,
-    and turn scripts off."""
+    """Look at the page, sort, search and open, make the window a phone's, print, and turn scripts off."""
     seen = {
         "opened": browser.open(path),
         "title": browser.page.title(),
@@ -163,28 +226,13 @@ def use(browser: Browser, path: Path) -> dict:
         "Array.from(document.images).map(i => [i.alt, i.complete && i.naturalWidth > 0])"
     )
     browser.picture("wide.png")
-    if browser.run("Boolean(document.querySelector('table.sortable'))"):
-        column = f"Array.from({HEADS}).findIndex(head => head.textContent === 'unlearning')"
-        seen["order"] = [browser.run(ORDER)]
-        for _ in range(2):
-            browser.click(f"{HEADS}[{column}].querySelector('button')")
-            seen["order"].append(browser.run(ORDER))
-            seen.setdefault("aria_sort", []).append(
-                browser.run(f"Array.from({HEADS}).map(head => head.getAttribute('aria-sort'))")
-            )
-        browser.picture("sorted.png")
-        browser.press(Qt.Key.Key_Tab)  # from the head that was clicked to the next one
-        browser.press(Qt.Key.Key_Return)
-        browser.press(Qt.Key.Key_Space)
-        seen["by_keyboard"] = {
-            "head": browser.run("document.activeElement.textContent"),
-            "order": browser.run(ORDER),
-            "sort": browser.run("document.activeElement.parentElement.getAttribute('aria-sort')"),
-        }
+    if browser.run("Boolean(document.querySelector('.tools'))"):
+        seen |= sort(browser) | open_parts(browser) | search(browser)
+        browser.open(path)
     browser.resize(390, 844)
     seen["phone_widths"] = browser.run("[document.documentElement.scrollWidth, window.innerWidth]")
     browser.picture("phone.png")
-    pdf = bytes(browser.wait(lambda done: browser.page.printToPdf(done)) or b"")
+    pdf = bytes(browser.wait(lambda done: browser.page.printToPdf(done), 60) or b"")
     seen["pdf_bytes"] = len(pdf) if pdf.startswith(b"%PDF") else 0
     if len(sys.argv) > 2:
         (Path(sys.argv[2]) / "print.pdf").write_bytes(pdf)

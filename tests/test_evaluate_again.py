@@ -11,9 +11,9 @@ import pytest
 from test_resume import at_step, here, interrupt
 
 import experiment
-import plot
 from sae_separation import evals, results, run_folder
 from sae_separation.errors import WrongRequest
+from sae_separation.plots import folders, tables
 
 TRAINED: list[dict[str, bytes]] = []
 
@@ -290,7 +290,7 @@ def test_an_evaluation_is_a_function_and_a_row(here, trained, monkeypatch, capsy
     assert info["toys"]["final_info_dict"] == {"width": [128.0, 128.0], "seed": [0.0, 1.0]}
     assert json.loads((trained / "eval/seed1_toys.json").read_text()) == {"name": "run_1_seed1"}
     assert "run_1 toys.width: 128 +- 0" in capsys.readouterr().out.splitlines()
-    table = plot.summary_table(plot.find_runs([trained])[0]).splitlines()
+    table = tables.summary_table(folders.find_runs([trained])[0]).splitlines()
     assert "| toy width |" in table[0] and "| 128.000 ± 0.000 |" in table[2]
     run_folder.start_anew(trained)
     assert not (trained / "eval/seed1_toys.json").exists()

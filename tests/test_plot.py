@@ -32,7 +32,7 @@ from experiment import PLAN
 from sae_separation import run_folder
 from sae_separation.errors import Output, keep_output_open
 from sae_separation.files import seal
-from sae_separation.plots import figures, folders, tables
+from sae_separation.plots import figures, folders, looks, tables
 
 ALPHA = {"run_1": 0.1, "run_2": 0.1, "run_3": 0.01, "run_4": 0.5, "run_5": 1.0, "run_9": 0.25}
 ARMS = [
@@ -245,10 +245,56 @@ def test_every_run_of_the_plan_has_a_label_and_a_look_of_its_own(eleven):
     assert list(folders.labels) == list(PLAN)
     runs, skipped = folders.find_runs(list(eleven.glob("run_*")))
     assert [run.name for run in runs] == list(folders.labels)[:11] and not skipped
-    for part in ("color", "marker"):
-        assert len({run.style[part] for run in runs}) == 11
-    alone, _ = folders.find_runs([eleven / "run_6"])
-    assert alone[0].style == runs[6].style, "a run looks the same whichever others are drawn"
+    assert len({tuple(run.style.values()) for run in runs}) == 11
+    by_arm = {(run.arm, run.style["color"]) for run in runs}
+    assert len(by_arm) == len({arm for arm, _ in by_arm}) == len({colour for _, colour in by_arm})
+    alone, _ = folders.find_runs([eleven / "run_8"])
+    assert alone[0].style == runs[8].style, "a run looks the same whichever others are drawn"
+
+
+def test_every_arm_has_a_colour_of_its_own_and_an_unknown_one_keeps_its():
+    assert {settings["arm"] for settings in PLAN.values()} <= set(looks.METHODS)
+    assert len({colour for colour, _ in looks.METHODS.values()}) == len(looks.METHODS)
+    thirty = [looks.look("mine", variant) for variant in range(30)]
+    assert len({look["color"] for look in thirty}) == 1
+    assert len({(look["marker"], str(look["linestyle"])) for look in thirty}) == 30
+
+
+def test_long_labels_have_three_lines_at_most_and_lose_their_middle():
+    assert looks.in_lines("vanilla, features chosen with labels") == "vanilla, features chosen with labels"
+    lines = looks.in_lines("a" * 300 + "_end (fixed)").split("\n")
+    assert len(lines) == 3 and max(map(len, lines)) <= 36 and lines[-1].endswith("_end (fixed)")
+    assert "…" in "".join(lines)
+
+
+def test_long_names_lie_beside_each_other_and_within_the_figure(eleven, tmp_path):
+    for i, name in enumerate(("with_every_setting_in_its_name_" * 5, "another with " * 8, "short")):
+        shutil.copytree(eleven / f"run_{i}", tmp_path / f"{name}{i}")
+    runs, skipped = folders.find_runs(list(tmp_path.iterdir()))
+    assert len(runs) == 3 and not skipped
+    for drawer in (figures.interventions, figures.explained_variance):
+        figure = drawer(runs)
+        assert not isinstance(figure, str)
+        figure.draw_without_rendering()
+        axis, legend = figure.axes[0], figure.legends[0]
+        texts = [*axis.get_yticklabels(), *legend.get_texts(), axis.xaxis.label, axis.yaxis.label]
+        boxes = [text.get_window_extent() for text in texts if text.get_text()]
+        assert not any(a.overlaps(b) for a, b in combinations(boxes, 2)), drawer
+        assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes), drawer
+
+
+@pytest.mark.parametrize(("kind", "shown"), [("svg", "svg+xml"), ("pdf", "png")])
+def test_another_format_is_written_twice_alike_and_shown_as_browsers_can(
+    kind, shown, tmp_path, monkeypatch, capsys
+):
+    written = []
+    for _ in range(2):
+        code, out, _ = ended(monkeypatch, capsys, tmp_path, ROOT / "run_0", "--format", kind)
+        assert code == 0 and f"wrote explained_variance.{kind}\n" in out
+        written.append((tmp_path / f"explained_variance.{kind}").read_bytes())
+    assert written[0] == written[1] and b"Matplotlib v" in written[0]
+    assert f"data:image/{shown};base64," in (tmp_path / "report.html").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", f"explained_variance.{kind}"}
 
 
 FORMS = {"letter_own_trained_alone": (0.1, 1.0), "prose_no_trained_passage": (0.3, 0.98)}
@@ -284,10 +330,9 @@ def test_the_figure_and_the_table_of_the_ruler_have_the_best_worst_case_first(el
     figure = figures.robustness(runs)
     assert not isinstance(figure, str)
     axis = figure.axes[0]
-    assert [text.get_text().split("   ")[1] for text in axis.get_yticklabels()] == [
-        "0.70 (0.98)",
-        "0.00 (0.98)",
-    ]
+    (scores,) = axis.child_axes
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["adaptive", "vanilla"]
+    assert [text.get_text() for text in scores.get_yticklabels()] == ["0.70 (0.98)", "0.00 (0.98)"]
     assert np.asarray(axis.images[0].get_array()) == pytest.approx(np.array([[0.1, 0.3], [0.1, 0.3]]))
     crossed = axis.lines[0].get_xydata()
     assert np.array_equal(crossed, [[1, 1]]), "run_0 behind a passage"
@@ -311,10 +356,7 @@ def test_forms_that_are_no_numbers_are_refused(eleven, tmp_path):
 def test_two_folders_of_one_name_are_kept_apart(eleven):
     runs, _ = folders.find_runs([eleven / "run_0", ROOT / "run_0", eleven / "run_6"])
     assert {run.label for run in runs} == {f"{eleven}/run_0 (vanilla)", f"{ROOT}/run_0 (vanilla)", "adaptive"}
-    assert (
-        len({run.style["color"] for run in runs}) == 3
-        and "run_0 (vanilla)" not in tables.cautions(runs, [])[0]
-    )
+    assert len({tuple(run.style.values()) for run in runs}) == 3
 
 
 def test_a_flagged_run_is_marked_in_table_figures_and_report_with_the_reason(eleven):
@@ -333,7 +375,6 @@ def test_a_flagged_run_is_marked_in_table_figures_and_report_with_the_reason(ele
     legend = figure.legends[0]
     assert [t.get_text() for t in legend.get_texts()] == ["vanilla", "adaptive, BatchTopK †"]
     assert legend.get_title().get_text().startswith("† run_8: more than half of the features are dead")
-    figures.plt.close(figure)
 
 
 def test_a_run_whose_results_were_changed_is_marked(tmp_path):
@@ -366,10 +407,11 @@ def test_missing_and_skipped_runs_are_named(eleven, tmp_path):
         [eleven / f"run_{i}" for i in range(11) if i not in (3, 5)] + [tmp_path / "run_3"]
     )
     said = tables.cautions(runs, skipped)
-    missing = (
-        "Runs of the plan that are missing here: run_3 (grouped, α 0.01), run_5 (grouped, α 1), run_11 ("
-    )
-    assert any(text.startswith(missing) for text in said)
+    assert not any("of the plan" in text for text in said), "of less than half of the plan nothing is missing"
+    assert tables.missing_of_plan(folders.labels.keys() - {"run_3", "run_5"}) == [
+        "Runs of the plan that are missing here: run_3 (grouped, α 0.01), run_5 (grouped, α 1)."
+    ]
+    assert tables.missing_of_plan({*folders.labels, "mine"} - {"run_3"}) == []
     assert any(text.startswith("Skipped: ") and "run_3: no final_info.json" in text for text in said)
     edit(
         shutil.copytree(eleven / "run_2", tmp_path / "run_2") / "config.json",
@@ -387,10 +429,15 @@ def test_the_report_is_one_valid_page_that_needs_nothing_else(eleven):
     assert page.startswith("<!DOCTYPE html>") and not outline.open
     images = [a for tag, a in outline.tags if tag == "img"]
     assert len(images) == len(PNGS) and all(
-        a["src"].startswith("data:image/png;base64,") and len(a["alt"]) > 40 for a in images
+        a["src"].startswith("data:image/png;base64,") and len(a["alt"]) > 10 for a in images
     )
     assert not [a for tag, a in outline.tags if tag in ("link", "iframe", "object")]
-    assert all(a.get(key, "data:").startswith("data:") for _, a in outline.tags for key in ("src", "href"))
+    assert all(a.get("src", "data:").startswith("data:") for _, a in outline.tags)
+    ids = [a["id"] for _, a in outline.tags if "id" in a]
+    links = {a["href"] for _, a in outline.tags if "href" in a}
+    assert len(set(ids)) == len(ids) and links <= {f"#{name}" for name in ids}
+    assert {"#results", "#figures", "#tests", "#runs", "#geometry", "#run-10"} <= links
+    assert "share of features that fire on held-out text" in outline.text
     assert ("html", {"lang": "en"}) in outline.tags and any(
         a.get("name") == "viewport" for _, a in outline.tags
     )
@@ -414,7 +461,7 @@ def test_hostile_text_from_a_run_folder_stays_text(eleven, tmp_path, monkeypatch
     run = made_up(tmp_path, "a$\\bad{$<b>&\"'_0", "<i>arm</i>", ["$\\oops{$"])
     _, page = drawn([run], tmp_path, monkeypatch, capsys)
     tags = {tag for tag, _ in Outline(page).tags}
-    assert not {"b", "i"} & tags and "a$\\bad{$<b>&\"'_0 (<i>arm</i>) †" in Outline(page).text
+    assert not {"b", "i"} & tags and "a$\\bad{$<b>&\"'_0: <i>arm</i> †" in Outline(page).text
 
 
 BREAKS = {
@@ -649,6 +696,10 @@ def test_the_report_works_in_chromium_from_disk_without_network(eleven):
         and keyboard["sort"] == "descending"
         and keyboard["order"] not in seen["order"]
     )
+    assert seen["searched"] == ["run_7"] and seen["count"] == "1 of 11 rows"
+    assert seen["filtered"] == ["run_6"]
+    assert seen["figure"] == [True, True, False], "a click opens it large, and another closes it"
+    assert abs(seen["contents"]) < 100 and seen["run"] == [False, True]
     content, window = seen["phone_widths"]
     assert content <= window == 390, "nothing but the tables scrolls sideways on a phone"
     assert seen["pdf_bytes"] > 100_000
@@ -681,7 +732,7 @@ def ended(monkeypatch, capsys, where: Path, *args) -> tuple[int, str, str]:
     """plot.py in this process, with one figure at low resolution: exit code, stdout, stderr."""
     monkeypatch.chdir(where)
     monkeypatch.setitem(figures.matplotlib.rcParams, "savefig.dpi", 20)
-    monkeypatch.setattr(figures, "FIGURES", {figures.explained_variance: "Explained variance."})
+    monkeypatch.setattr(figures, "FIGURES", {figures.explained_variance: ("Explained variance", "So much.")})
     monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, args)])
     capsys.readouterr()
     return plot.main(), *capsys.readouterr()
@@ -718,7 +769,7 @@ def test_what_cannot_be_written_is_one_line_and_what_stood_there_stays(
     (patched, patch), reason = UNWRITABLE[case]
     (tmp_path / name).write_bytes(good := plot.OURS[0])
     if name == "report.html":  # the figure was written
-        monkeypatch.setattr(plot, "draw", lambda runs: {})
+        monkeypatch.setattr(plot, "draw", lambda runs, kind: [])
     monkeypatch.setattr(patched, patch)
     code, _, err = ended(monkeypatch, capsys, tmp_path, ROOT / "run_0")
     assert code == 1 and err == f"error: {name} cannot be written: {reason}\n"
@@ -1128,7 +1179,7 @@ def test_control_characters_and_markup_are_shown_not_obeyed(tmp_path, monkeypatc
     assert all(line.isprintable() for text in (out, page) for line in text.split("\n"))
     head, _, row = out.splitlines()[:3]
     assert head.count(" | ") == row.count(" | ") and row.startswith(
-        r"| x\x1b[31m\n\|<b> | x\x1b[31m\n\|<b> (\x1b[31m\x07\n\|\u202e\ud800<b>\x00) † |"
+        r"| x\x1b[31m\n\|<b> | \x1b[31m\x07\n\|\u202e\ud800<b>\x00 † |"
     )
     assert (
         "b" not in {tag for tag, _ in Outline(page).tags}
@@ -1211,7 +1262,7 @@ def test_whatever_stands_in_the_files_is_shown_or_skipped_with_one_line(tmp_path
         lines = values if path.suffix == ".jsonl" and isinstance(values, list) else [values]
         path.write_text("\n".join(map(json.dumps, lines)))
         shown, skipped = folders.find_runs(runs)
-        page = plot.report.render(shown, skipped, {})
+        page = plot.report.render(shown, skipped, [])
         text = "\n".join(
             [
                 tables.summary_table(shown),

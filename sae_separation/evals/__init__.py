@@ -24,6 +24,7 @@ class Row:
     function: str
     shown: tuple[str, ...] = ()
     columns: dict[str, str] = field(default_factory=dict)
+    says: dict[str, str] = field(default_factory=dict)
     asks: bool = False
     by_default: bool = True
     needs_sae: bool = False
@@ -53,6 +54,12 @@ ROWS = [
             "ce_loss_score": "CE recovered",
             "frac_alive": "alive",
         },
+        says={
+            "l0": "active features a token",
+            "explained_variance": "share of the activations' variance that the SAE explains",
+            "ce_loss_score": "share of the cross-entropy lost to zero ablation that the reconstruction keeps",
+            "frac_alive": "share of features that fire on held-out text",
+        },
         needs_sae=True,
     ),
     Row(
@@ -73,6 +80,12 @@ ROWS = [
             "unlearning_score_guardrail": "with guardrail",
             "random_feature_score": "random floor",
         },
+        says={
+            "unlearning_score": "SAEBench's: 1 less the lowest accuracy on known forget questions that a "
+            "clamp reaches with 0.99 of the retain questions kept",
+            "unlearning_score_guardrail": "the same, the clamp acting on texts recognised as forget text",
+            "random_feature_score": "the same for random features",
+        },
         asks=True,
     ),
     Row(
@@ -82,6 +95,10 @@ ROWS = [
         seconds=30,
         shown=(GAIN,),
         columns={GAIN: "forget CE gain"},
+        says={
+            GAIN: "most cross-entropy added on held-out forget text at a cost of at most 0.05 on retain "
+            "text, nats a token"
+        },
     ),
     Row(
         "geometry",
@@ -90,6 +107,11 @@ ROWS = [
         seconds=1,
         shown=("omega", "mean_max_cosine", "omega_between_domains"),
         columns={"omega": "Ω", "mean_max_cosine": "mean max cos"},
+        says={
+            "omega": "mean squared cosine of two features' decoder rows, times d_in: 1 for random "
+            "directions, 0 for orthogonal ones",
+            "mean_max_cosine": "mean over features of the largest |cosine| with another",
+        },
         needs_sae=True,
     ),
     Row(
@@ -107,6 +129,11 @@ ROWS = [
             "worst_case_score_4bit",
         ),
         columns={"worst_case_score": "worst case", "mean_score": "mean of forms"},
+        says={
+            "worst_case_score": "1 less the most knowledge left in any form of asking; 0 where a form keeps "
+            "too little of the rest",
+            "mean_score": "mean over forms of 1 less the knowledge left, 0 for one that keeps too little",
+        },
         asks=True,
         by_default=False,
     ),
@@ -117,6 +144,10 @@ ROWS = [
         seconds=10,
         shown=("depth_score", "depth_score_4bit", "readout_forget", "readout_retain"),
         columns={"depth_score": "depth"},
+        says={
+            "depth_score": "how little a linear readout of later layers finds of the facts: 0 as in the "
+            "LM, 1 as in the oracle"
+        },
         asks=True,
         by_default=False,
     ),
@@ -133,6 +164,10 @@ ROWS = [
             "oracle_left_after_100_steps",
         ),
         columns={"left_after_100_steps": "relearned"},
+        says={
+            "left_after_100_steps": "knowledge left of facts that are not shown after 100 steps of "
+            "fine-tuning on the other half"
+        },
         asks=True,
         by_default=False,
     ),

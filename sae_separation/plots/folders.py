@@ -1,5 +1,5 @@
-"""Run folders read without torch: each file checked for what a run writes, and each run with its label and
-its look.
+"""Run folders read without torch: each file checked for what a run writes, and each run with its names and
+its look in figures.
 """
 
 import json
@@ -9,6 +9,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from sae_separation import run_folder
 from sae_separation.errors import plain
 from sae_separation.files import content_of
+from sae_separation.plots.looks import in_lines, literal, look
 
 labels = {
     "run_0": "vanilla",
@@ -41,36 +43,18 @@ labels = {
     "run_20": "NPO",
     "run_21": "oracle",
 }
-
-# Okabe & Ito's palette, told apart by the colour-blind (grey for its yellow), and three more of Tol's; line
-# styles and markers tell them apart in print
-COLOURS = [
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#D55E00",
-    "#0072B2",
-    "#CC79A7",
-    "#7F7F7F",
-    "#882255",
-    "#999933",
-    "#332288",
-]
-
-MARKERS = "osD^vP*X<>pdh"
-
-STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
-
+VARIANTS = {
+    "run_3": 1,
+    "run_4": 2,
+    "run_5": 3,
+    "run_7": 1,
+    "run_8": 2,
+}  # of their arms; the others are the first
 KINDS = ("means", "stderrs", "final_info_dict")
-
 # where a sweep stands, and its cells' cost and gain
 QUESTIONS = ("unlearning", "retain_accuracy", "forget_accuracy")
-
 TEXT = ("corpus_unlearning", "retain_ce_cost", "forget_ce_gain")
-
 MOST = float(np.finfo(np.float32).max)  # no number of a run is larger
-
 DEEPEST = 50  # lists in lists and objects in objects in a run's JSON
 
 
@@ -165,10 +149,12 @@ def are_seeds(values) -> bool:
 class Run:
     """One complete run folder. Raises ValueError with the reason when it is not complete or not a run's."""
 
-    label: str  # what the run is called in tables; this and the next four are set by `name_and_style`
-    mark: str  # the same in figures
-    order: int  # of its colour, line style and marker
-    style: dict
+    method: str  # what it is, as tables say beside its name; this and the next six are by `name_and_style`
+    label: str  # the same where its name does not stand beside it
+    title: str  # name and method, as sentences have it
+    mark: str  # the label in figures, in lines that are not too long
+    order: int  # among the runs shown, from 0
+    style: dict  # colour, line style and marker
     band: float  # opacity of the band from the least to the most of its seeds
 
     def __init__(self, folder: Path):
@@ -295,19 +281,23 @@ def find_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
 
 
 def name_and_style(runs: list[Run]):
-    """Give each run its label and its look; a run of the plan looks the same whichever others are drawn."""
-    names = Counter(run.name for run in runs)
-    for run in runs:
+    """Give each run its names, and the look of its method. A run of the plan looks the same whichever others
+    are shown; the user's own take what the plan's leave free."""
+    names, marks = Counter(run.name for run in runs), Counter()
+    in_plan = {run for run in runs if run.name in labels and names[run.name] == 1}
+    taken = {(run.arm, VARIANTS.get(run.name, 0)) for run in in_plan}
+    for order, run in enumerate(runs):
+        flag = " †" * bool(run.doubts())
+        what = labels.get(run.name, run.arm)
         run.name = plain(str(run.folder)) if names[run.name] > 1 else run.name
-        run.label = labels.get(run.name, f"{run.name} ({run.arm})") + " †" * bool(run.doubts())
-        run.mark = run.label.replace("$", r"\$").lstrip("_")  # as matplotlib takes a text literally
-    places = [*labels, *(run.name for run in runs if run.name not in labels)]
-    for run in runs:
-        run.order = places.index(run.name)
-        run.band = min(0.15, 0.5 / len(runs))
-        run.style = {
-            "color": COLOURS[run.order % len(COLOURS)],
-            "linestyle": STYLES[run.order % len(STYLES)],
-            "marker": MARKERS[run.order % len(MARKERS)],
-            "markersize": 5,
-        }
+        run.method, run.title = what + flag, f"{run.name} ({what})"
+        run.label = run.method if run in in_plan else run.title + flag
+        mark = literal(in_lines(run.label))
+        marks[mark] += 1
+        run.mark = f"{mark} ({marks[mark]})" if marks[mark] > 1 else mark
+        variant = VARIANTS.get(run.name, 0)
+        if run not in in_plan:
+            variant = next(k for k in count() if (run.arm, k) not in taken)
+            taken.add((run.arm, variant))
+        run.style = look(run.arm, variant)
+        run.order, run.band = order, min(0.15, 0.5 / len(runs))

@@ -4,17 +4,17 @@ import base64
 import hashlib
 import json
 import math
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
 import numpy as np
+from markupsafe import Markup
 
+from sae_separation import evals
 from sae_separation.errors import plain
-from sae_separation.plots import figures
 from sae_separation.plots.folders import Run, cut, first
 from sae_separation.plots.tables import (
     GAIN,
@@ -31,14 +31,51 @@ TESTED = {
     "Unlearning score": SCORE,
     "Cross-entropy added on forget text at 0.05 nats a token on retain text": GAIN,
 }
+PAGE = Path(__file__).with_name("page")  # templates, style and script
+
+
+class Picture(NamedTuple):
+    """A figure for the page: name, title, what it shows, and its file: media type, content, width and height
+    in pixels of CSS."""
+
+    name: str
+    title: str
+    words: str
+    mime: str
+    content: bytes
+    width: int
+    height: int
+
+    @property
+    def base64(self) -> str:
+        return base64.b64encode(self.content).decode()
+
+
+class Column(NamedTuple):
+    """The head of a column: title, what stands in it, and whether rows can be chosen by it."""
+
+    title: str
+    says: str = ""
+    filter: bool = False
 
 
 class Cell(NamedTuple):
-    """A cell of a table that can be sorted: text, what it is sorted by, small print under it."""
+    """A cell of a table that can be sorted: text, what it is sorted by, small print under it, its link."""
 
     text: object
     key: object
     small: str = ""
+    href: str = ""
+
+
+class Section(NamedTuple):
+    """A section of the page: its anchor, which is its template's name too, its title, the values of its
+    template, and what stands under it in the contents (anchor, title)."""
+
+    name: str
+    title: str
+    values: dict
+    entries: Sequence[tuple[str, str]] = ()
 
 
 def numeric(text: str, value: float, small: str = "") -> Cell:
@@ -46,21 +83,47 @@ def numeric(text: str, value: float, small: str = "") -> Cell:
     return Cell(text, "" if math.isnan(value) else value, small)
 
 
-def results(runs: list[Run]) -> list[list[Cell]]:
-    """The rows of the table of results."""
+def results(runs: list[Run], pictures: list[Picture]) -> Section:
+    """The table of results."""
+    meanings = {row.section: row.says for row in evals.ROWS}
+    metrics = columns(runs)
+    heads = [Column("run"), Column("arm", filter=True), Column("seeds")]
+    heads += [Column(head, meanings[section].get(metric, "")) for section, metric, head in metrics]
     rows = []
     for i, run in enumerate(runs):
-        row = [Cell(run.name, i), Cell(run.label, run.label), Cell(len(run.seeds), len(run.seeds))]
-        for section, metric, _ in columns(runs):
+        row = [Cell(run.name, i, href=f"#run-{i}"), Cell(run.method, run.method)]
+        row.append(Cell(len(run.seeds), len(run.seeds)))
+        for section, metric, _ in metrics:
             seeds = [f"{v:.3f}" if np.isfinite(v) else "-" for v in run.by_seed(section, metric).values()]
             mean = run.mean(section, metric)
             row.append(numeric(shown(*mean), mean[0], ", ".join(seeds)))
         rows.append([*row, Cell(len(run.warnings), len(run.warnings))])
-    return rows
+    return Section("results", "Results", {"columns": [*heads, Column("warnings")], "rows": rows})
 
 
-def tests(runs: list[Run], metric: tuple[str, str]) -> list[list[Cell]]:
-    """The rows of the table of paired tests, least p first; none where no two runs share a seed."""
+def figures(runs: list[Run], pictures: list[Picture]) -> Section:
+    entries = [(picture.name, picture.title) for picture in pictures]
+    return Section("figures", "Figures", {"pictures": pictures}, entries)
+
+
+TEST_COLUMNS = (
+    Column("run", filter=True),
+    Column("less", "the run that is subtracted", filter=True),
+    Column("seeds", "how many the two share"),
+    Column("difference", "mean ± standard error over the seeds that they share; under it, seed by seed"),
+    Column("p"),
+    Column("p (Holm)", "corrected for the number of tests in the table"),
+)
+
+
+def tests(runs: list[Run], pictures: list[Picture]) -> Section:
+    """The tables of paired tests."""
+    tables = {name: rows_of_tests(runs, metric) for name, metric in TESTED.items()}
+    return Section("tests", "Paired tests", {"columns": TEST_COLUMNS, "tests": tables})
+
+
+def rows_of_tests(runs: list[Run], metric: tuple[str, str]) -> list[list[Cell]]:
+    """Least p first; none where no two runs share a seed."""
 
     def p(value: float) -> Cell:
         text = "-" if np.isnan(value) else f"{value:.3f}" if value >= 0.001 else "< 0.001"
@@ -68,10 +131,10 @@ def tests(runs: list[Run], metric: tuple[str, str]) -> list[list[Cell]]:
 
     rows = []
     for t in sorted(paired_tests(combinations(runs, 2), *metric), key=lambda t: (math.isnan(t["p"]), t["p"])):
-        pair = f"{t['a'].name} {t['a'].label} against {t['b'].name} {t['b'].label}"
         seeds = ", ".join(f"{d:+.3f}" for d in t["by_seed"])
         gap = Cell(difference(t), t["difference"], seeds)
-        rows.append([Cell(pair, pair), Cell(t["n"], t["n"]), gap, p(t["p"]), p(t["holm"])])
+        pair = [Cell(run.title, run.title) for run in (t["a"], t["b"])]
+        rows.append([*pair, Cell(t["n"], t["n"]), gap, p(t["p"]), p(t["holm"])])
     return rows
 
 
@@ -96,19 +159,19 @@ def all_settings(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-class Picture(NamedTuple):
-    """A PNG for the page."""
-
-    base64: str
-    width: int
-    height: int
-    words: str
+def details(runs: list[Run], pictures: list[Picture]) -> Section:
+    """Warnings, metrics and settings of each run."""
+    rows = [(run, first(run.warnings, 50), all_metrics(run), all_settings(run)) for run in runs]
+    return Section("runs", "Runs", {"runs": rows})
 
 
-def picture(png: bytes, drawer: Callable) -> Picture:
-    width, height = struct.unpack(">II", png[16:24])
-    words = figures.FIGURES[drawer]
-    return Picture(base64.b64encode(png).decode(), width, height, words)
+SECTIONS: tuple[Callable[[list[Run], list[Picture]], Section | None], ...] = (
+    # in the order of the page; None where the runs have nothing for it
+    results,
+    figures,
+    tests,
+    details,
+)
 
 
 def as_text(value):
@@ -116,21 +179,23 @@ def as_text(value):
     return value if hasattr(value, "__html__") else plain(str(value))
 
 
-def render(runs: list[Run], skipped: list[str], pngs: dict[Callable, bytes]) -> str:
+def render(runs: list[Run], skipped: list[str], pictures: list[Picture]) -> str:
     """The page: everything that comes from a run folder is escaped, and its policy lets no other script
     run and nothing load."""
-    source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    script = source.partition("<script>")[2].partition("</script>")[0]
-    page = jinja2.Environment(
-        autoescape=True, finalize=as_text, undefined=jinja2.StrictUndefined, trim_blocks=True
+    style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
+    sections = [section for make in SECTIONS if (section := make(runs, pictures))]
+    pages = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGE),
+        autoescape=True,
+        finalize=as_text,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
     )
-    return page.from_string(source).render(
+    return pages.get_template("page.html").render(
         script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
+        style=Markup(style),
+        script=Markup(script),
         summary=summary(runs),
         cautions=cautions(runs, skipped),
-        columns=[title for _, _, title in columns(runs)],
-        results=results(runs),
-        pictures=[picture(png, drawer) for drawer, png in pngs.items()],
-        tests={name: tests(runs, metric) for name, metric in TESTED.items()},
-        runs=[(run, first(run.warnings, 50), all_metrics(run), all_settings(run)) for run in runs],
+        sections=sections,
     )

@@ -86,7 +86,7 @@ def summary_table(runs: list[Run]) -> str:
     rows = []
     for run in runs:
         means = [shown(*run.mean(section, metric)) for section, metric, _ in shown_columns]
-        rows.append([run.name, run.label, str(len(run.seeds)), *means, str(len(run.warnings))])
+        rows.append([run.name, run.method, str(len(run.seeds)), *means, str(len(run.warnings))])
     return markdown(head, rows)
 
 
@@ -157,7 +157,7 @@ def against_table(reference: Run, runs: list[Run]) -> str:
     rows = []
     for _, run in pairs:
         score, gain, fit = (difference(t[run]) if run in t else "-" for t in (scores, gains, explained))
-        rows.append([f"{run.name} {run.label}", score, p(run, "p"), p(run, "holm"), gain, fit])
+        rows.append([f"{run.name} {run.method}", score, p(run, "p"), p(run, "holm"), gain, fit])
     head = [f"{reference.name} less", "unlearning", "p", "p (Holm)", "forget CE gain", "expl. var."]
     return markdown(head, rows)
 
@@ -172,7 +172,7 @@ def unmatched_l0(runs: list[Run]) -> list[str]:
     if not l0 or max(l0.values()) - min(l0.values()) <= MATCHED_L0:
         return []
     ends = min(l0, key=l0.__getitem__), max(l0, key=l0.__getitem__)
-    low, high = (f"{l0[run]:.1f} ({run.name}, {run.label})" for run in ends)
+    low, high = (f"{l0[run]:.1f} ({run.name}, {run.method})" for run in ends)
     return [
         f"The runs are not at matched L0: it goes from {low} to {high}, more than {MATCHED_L0:g} apart."
         " Differences between them may be differences in sparsity."
@@ -192,12 +192,19 @@ def compared(run: Run) -> dict[str, object]:
     }
 
 
+def missing_of_plan(there: set[str]) -> list[str]:
+    """Where most of the plan is shown and nothing else, what is missing of it: one sentence. Nothing is
+    missing among a user's own runs."""
+    missing = [f"{name} ({label})" for name, label in labels.items() if name not in there]
+    if there <= labels.keys() and 0 < len(missing) < len(there):
+        return [f"Runs of the plan that are missing here: {', '.join(missing)}."]
+    return []
+
+
 def cautions(runs: list[Run], skipped: list[str]) -> list[str]:
     """What keeps the runs from being compared as they stand, in sentences."""
     messages = unmatched_l0(runs)
-    there = {os.path.basename(os.path.realpath(run.folder)) for run in runs}
-    if missing := [f"{name} ({label})" for name, label in labels.items() if name not in there]:
-        messages.append(f"Runs of the plan that are missing here: {', '.join(missing)}.")
+    messages += missing_of_plan({os.path.basename(os.path.realpath(run.folder)) for run in runs})
     messages += [f"Skipped: {reason}." for reason in skipped]
     every = [compared(run) for run in runs]
     if differing := [key for key in every[0] if len({json.dumps(each[key]) for each in every}) > 1]:
@@ -206,30 +213,43 @@ def cautions(runs: list[Run], skipped: list[str]) -> list[str]:
         )
     for run in runs:
         notes = [f"{text}{f' ({n} times)' if n > 1 else ''}" for text, n in run.doubts().items()]
-        messages += [f"† {run.name} ({run.label.removesuffix(' †')}): {note}." for note in first(notes, 10)]
+        messages += [f"† {run.title}: {note}." for note in first(notes, 10)]
     return messages
 
 
 def summary(runs: list[Run]) -> str:
     """What was run and what came out, in two or three sentences."""
-    settings, seeds = runs[0].settings, len(runs[0].seeds)
+    settings, seeds = runs[0].settings, sorted({len(run.seeds) for run in runs})
     tokens, testbed = finite(settings.get("tokens")), cut(str(settings.get("testbed")), 60)
     trained = "an unknown number of" if math.isnan(tokens) else f"{tokens:,.0f}"
-    setup = f"{len(runs)} run{'s' * (len(runs) > 1)} on testbed {testbed}, "
-    setup += f"{seeds} seed{'s' * (seeds > 1)} each, {trained} training tokens a SAE."
-    scores = {run: run.mean(*SCORE)[0] for run in runs if np.isfinite(run.mean(*SCORE)[0])}
-    if not scores:
-        return f"{setup} No run has an unlearning score."
-    best = max(scores, key=scores.__getitem__)
-    text = (
-        f"{setup} Highest mean unlearning score: {shown(*best.mean(*SCORE))} ({best.name}, {best.label}); the"
-        f" same procedure on random features: {shown(*best.mean('unlearning', 'random_feature_score'))}."
-    )
+    each = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else counted(seeds[0], "seed")
+    text = f"{counted(len(runs), 'run')} on testbed {testbed}, {each} each, {trained} training tokens a SAE."
+    scored = [run for run in runs if np.isfinite(run.mean(*SCORE)[0])]
+    if ranked := by_worst_case(runs):
+        worst = shown(*ranked[0].mean(*WORST))
+        text += f" Highest mean worst-case score: {worst} ({ranked[0].name}, {ranked[0].method})."
+    return f"{text} {of_highest(scored) if scored else 'No run has an unlearning score.'}"
+
+
+def counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def of_highest(runs: list[Run]) -> str:
+    """Of the highest unlearning score: its floor, and how it compares with vanilla's."""
+    best = max(runs, key=score)
+    text = f"Highest mean unlearning score: {shown(*best.mean(*SCORE))} ({best.name}, {best.method})"
+    floor = best.mean("unlearning", "random_feature_score")
+    text += f"; the same procedure on random features: {shown(*floor)}." if np.isfinite(floor[0]) else "."
     vanilla = next((run for run in runs if run.arm == "vanilla"), best)
     for test in paired_tests([(best, vanilla)], *SCORE) if vanilla is not best else []:
-        p = f"{test['p']:.2g}" if np.isfinite(test["p"]) else "not defined"
-        text += (
-            f" Against {vanilla.name} ({vanilla.label}), seed by seed: {test['difference']:+.3f} (paired"
-            f" t-test, {test['n']} shared seeds, p {p}, not corrected for having picked the highest)."
-        )
+        text += f" Against {vanilla.title}, seed by seed: {test['difference']:+.3f}"
+        if np.isfinite(test["p"]):
+            text += f" (paired t-test, {test['n']} shared seeds, p {test['p']:.2g}, not corrected for having"
+            text += " picked the highest)"
+        text += "."
     return text
+
+
+def score(run: Run) -> float:
+    return run.mean(*SCORE)[0]
