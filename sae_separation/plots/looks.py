@@ -19,6 +19,7 @@ METHODS = {
     "adaptive": ("#D55E00", "^"),
     "adaptive_directions": ("#F4A582", "<"),
     "adaptive_firing": ("#7F2704", ">"),
+    "adaptive_both": ("#B2182B", "H"),
     "gsae": ("#CC79A7", "p"),
     "routed": ("#0072B2", "h"),
     "jumprelu": ("#17BECF", "H"),
