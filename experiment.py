@@ -37,7 +37,7 @@ if __name__ == "__main__":  # from here on, whatever ends the command ends with 
 
 from sae_separation import checkpoint, dry_run, evals, process, results, resume, run_folder
 from sae_separation import config as settings
-from sae_separation.arms import CHUNKS, FORGET_GROUP, GROUPS, HINGES, Arm
+from sae_separation.arms import BOTH, CHUNKS, DIRECTIONS, FORGET_GROUP, GROUPS, HINGES, NEAR_START, Arm
 from sae_separation.config import Command, check, one_pass, passes, to_train
 
 STARTED = time.monotonic()
@@ -74,17 +74,44 @@ PLAN = {
     "run_19": {"arm": "rmu"},
     "run_20": {"arm": "npo"},
     "run_21": {"arm": "oracle"},
+    # told the labels too: directions alone, directions and firing; in other ways
+    "run_22": {"arm": "adaptive_directions", "alpha": 0.1},
+    "run_23": {"arm": "adaptive_both", "alpha": 1.0},
+    "run_24": {"arm": "gsae", "alpha": 10.0},
+    "run_25": {"arm": "routed"},
+    # told nothing: controls
+    "run_26": {"arm": "soft_frozen_decoder"},
+    "run_27": {"arm": "frozen_encoder"},
 }
 
 
 ARMS = {
     "vanilla": Arm(),
     "frozen_decoder": Arm(trains_decoder=False),
+    "frozen_encoder": Arm(trains_encoder=False),
+    "soft_frozen_decoder": Arm(options=NEAR_START),
     "fixed": Arm(loss="all_pairs_grad", prepare="rows_and_gram"),
     "grouped": Arm(
         loss="grouped_grad", prepare="groups_and_pairs", longest=8, uses_groups=True, options=GROUPS
     ),
-    "adaptive": Arm(firing_loss="domain_hinges", steered=True, options=FORGET_GROUP | HINGES),
+    "adaptive": Arm(firing_loss="domain_hinges", steers=("sharing",), options=FORGET_GROUP | HINGES),
+    "adaptive_directions": Arm(
+        loss="forget_overlap_grad",
+        prepare="all_and_retain_rate",
+        longest=1,
+        steers=("overlap",),
+        options=FORGET_GROUP | DIRECTIONS,
+    ),
+    "adaptive_both": Arm(
+        loss="forget_overlap_grad",
+        prepare="all_and_retain_rate",
+        longest=1,
+        firing_loss="domain_hinges",
+        steers=("sharing", "overlap"),
+        options=FORGET_GROUP | DIRECTIONS | HINGES | BOTH,
+    ),
+    "gsae": Arm(firing_loss="group_cross_entropy", options=FORGET_GROUP),
+    "routed": Arm(routed=True, options=FORGET_GROUP),
     "ortsae": Arm(loss="ortsae_grad", prepare="chunks_of_rows", every=5, gentle=7.5e-4, options=CHUNKS),
     "vanilla_selected": Arm(selected=True),
 }
@@ -147,7 +174,7 @@ from sae_separation.losses import has_bf16
 from sae_separation.resample import resample
 from sae_separation.rounds import Rounds, steps_of_round
 from sae_separation.run import MethodRun, Run, refuse_more_than_memory, runs_of
-from sae_separation.sparse import ACTIVATIONS, remove_radial, unit_rows
+from sae_separation.sparse import ACTIVATIONS, hold_near, remove_radial, unit_rows
 from sae_separation.testbeds import resolve
 from sae_separation.tracking import Tracking
 
@@ -401,6 +428,7 @@ class Trainer:
         self.steered_l0 = config.target_l0 if config.activation == "relu" else 0.0
         self._set_biases(x)
         self.sae.W_dec.requires_grad_(self.arm.trains_decoder)
+        self.sae.W_enc_FD.requires_grad_(self.arm.trains_encoder)
         self.accumulate_grads, self.remove_radial, self.unit_rows = accumulate_grads, remove_radial, unit_rows
         if config.compile:
             self.accumulate_grads = torch.compile(accumulate_grads)
@@ -414,6 +442,13 @@ class Trainer:
         self.log_alpha = torch.tensor(math.log(alpha) if alpha else -math.inf, device=device)
         self.l0 = torch.tensor(self.steered_l0 or 0.0, device=device)  # moving average that steers lambda
         self.options = {name: getattr(config, name) for name in self.arm.options}
+        self.scalars = ["log_l1", "log_alpha", "l0", "omega"]  # of a checkpoint
+        if "alpha_directions" in self.options:
+            start = math.log(config.alpha_directions) if alpha else -math.inf
+            self.log_alpha_directions = torch.tensor(start, device=device)
+            self.scalars.append("log_alpha_directions")
+        # a function of the seed: no checkpoint need hold it
+        self.start_FD = self.sae.W_dec.detach().clone() if "least_cosine" in self.options else None
         self.rounds = self._rounds() if self.arm.loss and alpha else None
         self.firing_loss = (
             self.arm.function(self.arm.firing_loss, config) if self.arm.firing_loss and alpha else None
@@ -429,7 +464,7 @@ class Trainer:
 
     def _rounds(self) -> Rounds:
         config, arm = self.config, self.arm
-        prepare = arm.function(arm.prepare, config, generator=self.generator)
+        prepare = arm.function(arm.prepare, config, generator=self.generator, rate=self.sae.rate)
         steps = steps_of_round(config.d_sae, config.alpha * config.lr, arm.every, arm.longest, arm.gentle)
         return Rounds(arm.function(arm.loss, config), prepare, steps, arm.every)
 
@@ -451,7 +486,7 @@ class Trainer:
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """Everything that the next step depends on, and the log: tensors by name, and facts for JSON."""
         tensors = {f"sae.{name}": t for name, t in self.sae.state_dict().items()}
-        tensors |= {name: getattr(self, name) for name in ("log_l1", "log_alpha", "l0", "omega")}
+        tensors |= {name: getattr(self, name) for name in self.scalars}
         tensors |= {"generator": self.generator.get_state()} | (self.rounds.state() if self.rounds else {})
         for name, parameter in self.sae.named_parameters():
             tensors |= {f"adam.{name}.{k}": v for k, v in self.adam.state.get(parameter, {}).items()}
@@ -471,7 +506,7 @@ class Trainer:
         self.sae.groups = torch.empty_like(tensors["sae.groups"], device="cpu")
         self.sae.load_state_dict(checkpoint.under("sae.", tensors))
         self.generator.set_state(tensors["generator"].cpu())
-        for name in ("log_l1", "log_alpha", "l0", "omega"):
+        for name in self.scalars:
             setattr(self, name, tensors[name])
         if self.rounds:
             self.rounds.restore(tensors)
@@ -489,14 +524,16 @@ class Trainer:
         rise = min(1.0, (step + 1) / max(self.config.warmup_steps, 1))
         return rise * min(1.0, (self.n_steps - step) / max(self.config.decay_fraction * self.n_steps, 1))
 
-    def _weights(self) -> tuple[Tensor, Tensor]:
-        """lambda and alpha at this step: loss warm-up, and alpha's curriculum."""
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """lambda, alpha, and alpha of the loss on directions (the same where the arm has one loss) at this
+        step: loss warm-up, and alpha's curriculum."""
         config = self.config
         warm = min(1.0, (self.steps + 1) / max(config.loss_warmup_steps, 1))
         rise = 1.0
         if config.alpha_start and config.alpha:
             rise = (config.alpha_start / config.alpha) ** max(0.0, 1 - 2 * self.steps / self.n_steps)
-        return self.log_l1.exp() * warm, self.log_alpha.exp() * (warm * rise)
+        alpha, directions = (log.exp() * (warm * rise) for log in (self.log_alpha, self.of_directions))
+        return self.log_l1.exp() * warm, alpha, directions
 
     def _unlock_and_cool(self):
         """Progressive unlocking, and softk's falling temperature."""
@@ -534,20 +571,21 @@ class Trainer:
             self._put_off("groups")
         regroup = look and self._takes_up("groups")
         signs = upload(losses.random_signs(len(x), 16, self.generator), x.device) if regroup else None
-        l1, alpha = self._weights()
+        weights = l1, alpha, alpha_directions = self._weights()
         firing_loss = None
         if self.firing_loss:
             firing_loss = slice(self.options["forget_features"]), partial(self.firing_loss, alpha=alpha)
-        how = self.dtype, firing_loss, self._gain(), 1 / config.grad_accumulation, signs
+        routed = self.options["forget_features"] if self.arm.routed else 0
+        how = self.dtype, firing_loss, self._gain(), 1 / config.grad_accumulation, signs, routed
         terms = self.accumulate_grads(sae, x, forget, l1, *how)
         if terms.sketch is not None and terms.fvu.isfinite():
             profile = losses.firing_profile(terms.sketch, sae.affinity)
             sae.groups = losses.form_groups(profile, self.options["group_size"])
         visited = None
         if self.rounds and update_now:
-            visited = self.rounds.add_gradient(sae.W_dec, sae.groups, updates, alpha)
+            visited = self.rounds.add_gradient(sae.W_dec, sae.groups, updates, alpha_directions)
             self.omega = self.omega if visited is None else visited.value
-        measured = self._measured(terms, l1, alpha, with_omega=bool(self.rounds and (updates or update_now)))
+        measured = self._measured(terms, *weights, with_omega=bool(self.rounds and (updates or update_now)))
         if look:
             self._refuse_nonfinite_step(x, measured)
         else:
@@ -562,7 +600,8 @@ class Trainer:
             self._put_off("resample")
         if look and self._takes_up("resample"):
             dead = sae.idle >= config.dead_tokens
-            self.resampled += resample(sae, dead, x, self.adam, self.generator)
+            allowed = self.start_FD, self.options.get("least_cosine", -1.0)
+            self.resampled += resample(sae, dead, x, self.adam, self.generator, *allowed)
         return measured
 
     def _put_off(self, what: str):
@@ -580,7 +619,9 @@ class Trainer:
         rounds = max(1, round(self.options["group_update_steps"] / steps))
         return updates % (steps * rounds) == 0
 
-    def _measured(self, terms: Terms, l1: Tensor, alpha: Tensor, with_omega: bool) -> dict[str, Tensor]:
+    def _measured(
+        self, terms: Terms, l1: Tensor, alpha: Tensor, alpha_directions: Tensor, with_omega: bool
+    ) -> dict[str, Tensor]:
         measured = {"fvu": terms.fvu, "l0": terms.l0, "l1_coefficient": l1, "alpha": alpha}
         loss = terms.fvu + l1 * terms.l1
         if terms.firing is not None:
@@ -588,7 +629,9 @@ class Trainer:
             loss = loss + terms.firing
         if with_omega:
             measured["omega"] = self.omega
-            loss = loss + alpha * self.omega
+            loss = loss + alpha_directions * self.omega
+        if "overlap" in self.arm.steers:
+            measured |= {"overlap": self._overlap(), "alpha_directions": alpha_directions}
         return measured | {"loss": loss}
 
     def _refuse_nonfinite_step(self, x: Tensor, measured: dict[str, Tensor]):
@@ -630,22 +673,53 @@ class Trainer:
         self.schedule.step()
         if self.arm.trains_decoder:
             self.unit_rows(sae.W_dec)
+        if self.start_FD is not None:
+            hold_near(sae.W_dec, self.start_FD, self.options["least_cosine"])
 
     @torch.no_grad()
     def _steer(self, terms: Terms):
         """Multiply lambda by (L0 / target)^0.01, L0 averaged over some 10 steps, and alpha by (sharing /
-        target)^0.01, sharing the firing of the forget group on retain text over that on forget text, averaged
-        over some 100 steps. Alpha stays in [0.01, 100]: a target out of reach would drive it up without end,
-        and beyond 100 the group no longer fires on what it is kept for."""
+        target)^0.01, that of directions by (overlap / target)^0.01. Alpha stays in [0.01, 100], that of
+        directions in [0.001, 10]: a target out of reach would drive it up without end, and beyond 100 the
+        group no longer fires on what it is kept for."""
         if self.steered_l0:
             self.l0 = 0.9 * self.l0 + 0.1 * terms.l0
             self.log_l1 += 0.01 * (self.l0.clamp(min=1e-3) / self.config.target_l0).log().clamp(-1, 1)
-        if self.arm.steered and self.config.alpha:
-            on_forget, on_retain = self.sae.rate[:, : self.options["forget_features"]].sum(1)
-            measured = on_retain / on_forget.clamp(min=1e-12)
-            off = (measured / self.options["target_sharing"]).clamp(min=1e-3)
+        if self.config.alpha and "sharing" in self.arm.steers:
+            off = (self._group_sharing() / self.options["target_sharing"]).clamp(min=1e-3)
             self.log_alpha += 0.01 * off.log().clamp(-1, 1)
             self.log_alpha.clamp_(math.log(1e-2), math.log(100.0))
+        if self.rounds and "overlap" in self.arm.steers:
+            off = (self._overlap() / self.options["target_overlap"]).clamp(min=1e-3)
+            self.of_directions.add_(0.01 * off.log().clamp(-1, 1)).clamp_(math.log(1e-3), math.log(10.0))
+
+    def out_of_reach(self) -> list[str]:
+        """Warnings of what alpha is steered to, where training ended more than ten times above it."""
+        if not self.config.alpha:
+            return []
+        seen = {"sharing": self._group_sharing, "overlap": self._overlap}
+        messages = []
+        for name in self.arm.steers:
+            measured, target = seen[name]().item(), self.options[f"target_{name}"]
+            if measured > 10 * target:
+                ends = f"the forget features' {name} is {measured:.2g} at the end, the target {target:g}"
+                messages.append(f"{ends}: {self.config.arm} had no effect yet, give it more --tokens")
+        return messages
+
+    @property
+    def of_directions(self) -> Tensor:
+        """log of alpha of the loss on directions: of an arm with two losses a second one."""
+        return self.log_alpha_directions if "alpha_directions" in self.options else self.log_alpha
+
+    def _group_sharing(self) -> Tensor:
+        """Firing of the forget group on retain text over that on forget text, over some 100 steps."""
+        on_forget, on_retain = self.sae.rate[:, : self.options["forget_features"]].sum(1)
+        return on_retain / on_forget.clamp(min=1e-12)
+
+    def _overlap(self) -> Tensor:
+        """losses.forget_overlap of the forget group."""
+        W_dec, n = self.sae.W_dec.detach(), self.options["forget_features"]
+        return losses.forget_overlap(W_dec, self.sae.rate[1], n)
 
 
 # -------------------------------------------------------------------------------- the training loop

@@ -26,9 +26,13 @@ class Arm:
 
     `every`, `longest`, `gentle`: bounds of a round (rounds.steps_of_round). With `longest` FVU is within 1 %
     of the variance all along of what it is with rounds of `every` (tested; notes.txt). `uses_groups`:
-    features are grouped by how they fire. `steered`: alpha follows the measured sharing of the first
-    --forget_features features towards --target_sharing. `selected`: its features are chosen with labels
-    (selection.py). Without `trains_sae` it is the method of its name in methods.FITTED.
+    features are grouped by how they fire. `selected`: its features are chosen with labels (selection.py).
+    Without `trains_sae` it is the method of its name in methods.FITTED.
+
+    `steers`: what of the forget group, the first --forget_features features, alpha is steered by: "sharing"
+    the weight of firing_loss towards --target_sharing, "overlap" that of loss towards --target_overlap; an
+    arm with both losses has an alpha for each. `routed`: the group alone learns from forget tokens, and from
+    nothing else (gradients.accumulate_grads).
     """
 
     loss: str = ""
@@ -39,8 +43,10 @@ class Arm:
     longest: int = 16
     gentle: float = 3e-4
     uses_groups: bool = False
-    steered: bool = False
+    steers: tuple[str, ...] = ()
+    routed: bool = False
     trains_decoder: bool = True
+    trains_encoder: bool = True
     selected: bool = False
     trains_sae: bool = True
 
@@ -69,6 +75,20 @@ GROUPS = {
 CHUNKS = {"chunk_size": option(512, "ortsae: features a random chunk", least=2, cut_to="d_sae")}
 FORGET_GROUP = {
     "forget_features": option(40, "adaptive: features kept for the forget domain", least=1, within="d_sae")
+}
+DIRECTIONS = {
+    "target_overlap": option(
+        0.1,
+        "adaptive_directions, adaptive_both: d_in times the squared cosine that a forget feature may have "
+        "with another at no cost, and the mean of it that alpha is steered to",
+        above=0,
+    ),
+}
+BOTH = {"alpha_directions": option(0.1, "adaptive_both: where alpha of the directions starts", above=0)}
+NEAR_START = {
+    "least_cosine": option(
+        0.8, "soft_frozen_decoder: least cosine of a decoder row with where it started", below=1
+    )
 }
 HINGES = {
     "margin": option(

@@ -62,6 +62,7 @@ def accumulate_grads(
     gain_F: Tensor | None = None,
     weight: float = 1.0,
     signs_BK: Tensor | None = None,
+    routed: int = 0,
 ) -> Terms:
     """Add `weight` times the gradients of FVU + (l1 · mean Σ f + firing_loss) / √d_in to .grad, by hand,
     and measure the terms.
@@ -69,19 +70,24 @@ def accumulate_grads(
     x [B, D] in the LM's units, forget [B] (bool), l1 a 0-d tensor; firing_loss, if given, is a slice of
     features and what maps their pre-activations [B, G] and forget [B] to its value and its gradient by
     these; gain [F], if given, multiplies each feature (0: it takes no part); signs [B, K], if given, are
-    summed for each feature over the rows that it fires on. Matrix products run in `dtype` and accumulate
-    in fp32, weights stay fp32; in bfloat16 a product's entries, counts of firing among them, are right to
-    0.4 %. Five products instead of autograd's six: x needs no gradient, and that of b_dec through the
-    encoder is one matrix-vector product.
+    summed for each feature over the rows that it fires on. With `routed` gradients are routed (arXiv
+    2410.04332, 2512.05648): the reconstruction of forget rows teaches the first so many features alone, and
+    that of retain rows the others alone; what fires, what it reconstructs and its price are as ever.
+
+    Matrix products run in `dtype` and accumulate in fp32, weights stay fp32; in bfloat16 a product's entries,
+    counts of firing among them, are right to 0.4 %. Five products instead of autograd's six: x needs no
+    gradient, and that of b_dec through the encoder is one matrix-vector product.
     """
     B, D = x.shape
     u_BD, _, size = sae.normalise(x)
     variance = (x - x.mean(0)).pow(2).sum()
     u_BD = u_BD - sae.b_dec
     features = features_of(sae, u_BD, dtype, gain_F, forget)
-    error_BD = features.decode(sae.W_dec).sub_(u_BD, alpha=1 - sae.skip)
+    parts = features.decode(sae.W_dec, [0, routed, len(sae.b_enc)] if routed else [0, len(sae.b_enc)])
+    error_BD = sum(parts[1:], start=parts[0]).sub_(u_BD, alpha=1 - sae.skip)
     d_out_BD, per_row = error_BD * (size**2 * (2 * weight / variance)), 1 / (B * math.sqrt(D))
-    d_W_dec, d_W_enc_FD, d_b_enc = features.gradients(d_out_BD, u_BD, sae.W_dec, l1 * per_row * weight)
+    d_outs = [d_out_BD * rows[:, None] for rows in (forget, ~forget)] if routed else [d_out_BD]
+    d_W_dec, d_W_enc_FD, d_b_enc = features.gradients(d_outs, u_BD, sae.W_dec, l1 * per_row * weight)
     firing = None
     if firing_loss:
         group, loss = firing_loss

@@ -169,6 +169,33 @@ def omega_between_domains(W_dec: Tensor, affinity: Tensor) -> Tensor:
     return W_dec.shape[1] * (M_forget * M_retain).sum() / (forget.sum() * retain.sum()).clamp(min=1e-12)
 
 
+def forget_overlap(W_dec: Tensor, rate_F: Tensor, n: int) -> Tensor:
+    """How far the first n rows lie along what carries retain text: d_in · mean of cos² over the pairs of one
+    of them and one of the others, weighted by the other's firing rate on retain text. 1 for independent
+    rows."""
+    cosines, weight = W_dec[:n] @ W_dec[n:].T, rate_F[n:]
+    return W_dec.shape[1] * (cosines.pow(2) @ weight).sum() / (n * weight.sum()).clamp(min=1e-12)
+
+
+def all_and_retain_rate(W_dec: Tensor, groups: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+    """All features in one block [1, F], and how often each fires on retain text [F], from rate [2, F]."""
+    return torch.arange(len(W_dec))[None], rate[1].clone()
+
+
+def forget_overlap_grad(
+    W_dec: Tensor, blocks: Tensor, rate_F: Tensor, forget_features: int, target_overlap: float
+) -> DecoderGrad:
+    """Of forget_overlap with controlled sharing: d_in · weighted mean of (|cos| - τ)₊², τ² = target_overlap /
+    d_in. A pair may overlap as far as the target, and only what is beyond costs."""
+    n, d_in, weight = forget_features, W_dec.shape[1], rate_F[forget_features:]
+    cosines, whole = W_dec[:n] @ W_dec[n:].T, (n * weight.sum()).clamp(min=1e-12)
+    beyond = torch.nn.functional.softshrink(cosines, math.sqrt(target_overlap / d_in))
+    slope = 2 * d_in / whole * beyond * weight
+    grad = torch.cat([slope @ W_dec[n:], slope.T @ W_dec[:n]])
+    rows = upload(blocks.flatten(), W_dec.device)
+    return DecoderGrad(d_in * (beyond.pow(2) @ weight).sum() / whole, rows, grad)
+
+
 def form_groups(profile: Tensor, group_size: int) -> Tensor:
     """Balanced groups of features whose profiles are alike: groups [G, size] of indices, short groups end in
     -1.
@@ -228,6 +255,21 @@ def domain_hinges(
     value = alpha * ((pre_BG + margin) * near).sum() + gap_weight * ((margin - largest) * missed).sum()
     grad = (alpha * near).scatter_add_(1, at[:, None], -gap_weight * missed[:, None].to(pre_BG))
     return value / len(pre_BG), grad / len(pre_BG)
+
+
+def group_cross_entropy(pre_BG: Tensor, forget: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Trains the forget group to tell the domain: alpha times the mean over rows of the cross-entropy of the
+    labels and p = 1 - Π_i (1 - σ(pre_i)), the chance that any of the group fires where each one does with
+    chance σ(pre_i).
+
+    For a group of one this is the loss of G-SAE (arXiv 2506.19382), where a concept has one feature. pre [B,
+    G], forget [B] (bool). Returns the value and the gradient by pre [B, G].
+    """
+    none = torch.nn.functional.softplus(pre_BG).sum(1).clamp(min=1e-12)  # -log Π (1 - σ)
+    value = torch.where(forget, -torch.log(-torch.expm1(-none)), none).sum()
+    weight = torch.where(forget, -1 / torch.expm1(none), 1.0)
+    scale = alpha / len(pre_BG)
+    return scale * value, scale * weight[:, None] * torch.sigmoid(pre_BG)
 
 
 def sharing(rate: Tensor) -> Tensor:

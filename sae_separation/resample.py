@@ -5,15 +5,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_separation.sparse import hold_near
+
 
 @torch.no_grad()
 def resample(
-    sae: Any, dead_F: Tensor, x: Tensor, adam: torch.optim.Optimizer, generator: torch.Generator
+    sae: Any,
+    dead_F: Tensor,
+    x: Tensor,
+    adam: torch.optim.Optimizer,
+    generator: torch.Generator,
+    start_FD: Tensor | None = None,
+    least_cosine: float = -1.0,
 ) -> int:
     """Point the dead features [F] (bool) of an OrthogonalSAE at rows of x [B, D] drawn by squared error, with
     the living's mean encoder norm and bias and fresh Adam moments (after Bricken et al., Towards
     Monosemanticity, 2023, appendix on resampling). At most one a row; returns how many. A decoder that is not
-    trained keeps its directions."""
+    trained keeps its directions, an encoder its weights; with `start` [F, D] the directions keep a
+    `least_cosine` with it."""
     dead = dead_F.nonzero()[:, 0]
     if not len(dead):
         return 0
@@ -26,11 +35,15 @@ def resample(
     size, bias = torch.ones(()), torch.zeros(())
     if not dead_F.all():
         size, bias = sae.W_enc_FD[~dead_F].norm(dim=1).mean(), sae.b_enc[~dead_F].mean()
-    if sae.W_dec.requires_grad:
-        sae.W_dec[dead] = direction
-    else:
+    if start_FD is not None:
+        hold_near(direction, start_FD[dead], least_cosine)
+    if not sae.W_dec.requires_grad:
         direction = sae.W_dec[dead]
-    sae.W_enc_FD[dead] = size * direction
+    elif not sae.W_enc_FD.requires_grad:
+        direction = torch.nn.functional.normalize(sae.W_enc_FD[dead], dim=1)
+    sae.W_dec[dead] = direction
+    if sae.W_enc_FD.requires_grad:
+        sae.W_enc_FD[dead] = size * direction
     sae.b_enc[dead] = bias
     sae.idle[dead] = 0
     for parameter in (sae.W_dec, sae.W_enc_FD, sae.b_enc):

@@ -25,12 +25,16 @@ from sae_separation.specs import ASKED
 SHOWN = {"training": ("tokens_trained", "l1_coefficient", "alpha", "tokens_per_second")}
 
 
+# Settings that are younger than committed runs: at this value a run is the same as without them
+YOUNGER = {"target_overlap": 0.1, "alpha_directions": 0.1, "least_cosine": 0.8}
+
+
 def what_trained(config: dict, testbed: dict) -> list[dict]:
     """The settings and the testbed of a run without what only its evaluations need: the run's identity."""
     asked = ("questions", "exam_lm", "oracle")
     sources = {k: v for k, v in testbed.get("sources", {}).items() if k not in asked}
     testbed = {k: v for k, v in testbed.items() if k not in ("scoring", "clamp_scale")} | {"sources": sources}
-    config = {k: v for k, v in config.items() if k not in ("evals", *ASKED)}
+    config = {k: v for k, v in config.items() if k not in ("evals", *ASKED) and v != YOUNGER.get(k, ...)}
     return json.loads(json.dumps([config, testbed]))
 
 

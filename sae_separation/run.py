@@ -49,6 +49,7 @@ class Trains(Protocol):
     def state(self) -> tuple[dict[str, Tensor], dict]: ...
     def restore(self, tensors: dict[str, Tensor], facts: dict): ...
     def refuse_nonfinite(self, named: dict[str, Tensor]): ...
+    def out_of_reach(self) -> list[str]: ...
 
 
 class Run:
@@ -280,6 +281,7 @@ class Run:
             "l1_coefficient": tail[-1]["l1_coefficient"],
             "alpha": tail[-1]["alpha"],
             "frac_dead": tail[-1]["frac_dead"],
+            **{name: tail[-1][name] for name in ("overlap", "alpha_directions") if name in tail[-1]},
             "resampled": trainer.resampled,
             "train_seconds": seconds,
             "tokens_per_second": tokens / seconds,
@@ -378,6 +380,7 @@ def cut_short(trainer: Trains) -> list[str]:
     losses = [record["loss"] for record in trainer.history]
     if len(losses) > 1 and np.mean(losses[-max(1, len(losses) // 20) :]) >= losses[0]:
         messages.append("the loss did not fall")
+    messages += trainer.out_of_reach()
     if trainer.steps < trainer.n_steps:
         messages.append(f"the time budget ended training after {trainer.steps} of {trainer.n_steps} steps")
     return messages

@@ -1,10 +1,14 @@
 """The features of a batch in training, dense or sparse: products with the decoder, gradients by hand."""
 
+import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from sae_separation.devices import upload
 from sae_separation.losses import tangential
 
 
@@ -25,6 +29,11 @@ class Encoder(Protocol):
     def pre_activations(self, u: Tensor, some: slice = ..., out_FB: Tensor | None = None) -> Tensor: ...
 
 
+def joined(parts: list[Tensor], dim: int) -> Tensor:
+    """The tensors one behind the other; of one no copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 class DenseFeatures:
     """The features f [B, F] of a batch, and the products that training needs of them: in f's dtype, sums in
     fp32.
@@ -38,25 +47,32 @@ class DenseFeatures:
         self.factors = [factor for factor in (slope_BF, gain_F) if factor is not None]
         self.domain_2B = torch.stack([forget, ~forget]).to(f_BF)
 
-    def decode(self, W_dec: Tensor) -> Tensor:
-        """f W_dec [B, D]."""
-        self.W_dec = W_dec.to(self.f)
-        return (self.f @ self.W_dec).float()
+    def decode(self, W_dec: Tensor, edges: Sequence[int]) -> list[Tensor]:
+        """f W_dec [B, D] of the features of each part: those between two edges."""
+        self.W_dec, self.parts = W_dec.to(self.f), [slice(*ends) for ends in pairwise(edges)]
+        return [(self.f[:, part] @ self.W_dec[part]).float() for part in self.parts]
 
     def gradients(
-        self, d_out_BD: Tensor, u_BD: Tensor, W_dec: Tensor, d_l1: Tensor
+        self, d_outs: list[Tensor], u_BD: Tensor, W_dec: Tensor, d_l1: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of W_dec [F, D], W_encᵀ [F, D] and b_enc [F], from that of f W_dec and d_l1 for each
-        active feature."""
-        d_out, u = d_out_BD.to(self.f), u_BD.to(self.f)
-        d_pre = torch.addmm(d_l1.to(self.f).expand(len(W_dec)), d_out, self.W_dec.T)
+        """Gradients of W_dec [F, D], W_encᵀ [F, D] and b_enc [F], from those of the parts' f W_dec and d_l1
+        for each active feature."""
+        d_outs, u = [d_out.to(self.f) for d_out in d_outs], u_BD.to(self.f)
+        d_pre = joined(
+            [
+                torch.addmm(d_l1.to(self.f).expand(part.stop - part.start), d_out, self.W_dec[part].T)
+                for part, d_out in zip(self.parts, d_outs)
+            ],
+            1,
+        )
         d_pre = torch.ops.aten.threshold_backward(d_pre, self.f, 0)
         for factor in self.factors:
             d_pre *= factor
         d_b_enc = (
             (self.domain_2B @ d_pre).float().sum(0)
         )  # a product, not .sum(0): that would first copy all of it to fp32
-        return (self.f.T @ d_out).float(), (d_pre.T @ u).float(), d_b_enc
+        d_W_dec = joined([self.f[:, part].T @ d_out for part, d_out in zip(self.parts, d_outs)], 0)
+        return d_W_dec.float(), (d_pre.T @ u).float(), d_b_enc
 
     def counts(self) -> tuple[Tensor, Tensor]:
         """How often each feature fired on forget and retain rows [2, F], and Σ f."""
@@ -98,20 +114,27 @@ class SparseFeatures:
             self.value, self.factor = value * gain, gain if slope is None else slope * gain
         self.feature_starts = starts(col, n_features)
 
-    def decode(self, W_dec: Tensor) -> Tensor:
-        row, by_row = self.row.sort(stable=True)
-        return bags(self.col[by_row], starts(row, len(self.forget)), self.value[by_row], W_dec.detach())
+    def decode(self, W_dec: Tensor, edges: Sequence[int]) -> list[Tensor]:
+        n, B = len(edges) - 1, len(self.forget)
+        self.place = self.row  # of an entry among the rows of all parts, one part after the other
+        if n > 1:
+            inner = upload(torch.tensor(edges[1:-1]), self.col.device)
+            self.place = self.row + B * torch.bucketize(self.col, inner, right=True)
+        place, order = self.place.sort(stable=True)
+        out = bags(self.col[order], starts(place, n * B), self.value[order], W_dec.detach())
+        return list(out.split(B))
 
     def gradients(
-        self, d_out_BD: Tensor, u_BD: Tensor, W_dec: Tensor, d_l1: Tensor
+        self, d_outs: list[Tensor], u_BD: Tensor, W_dec: Tensor, d_l1: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        d_out = joined(d_outs, 0)
         d_pre = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            d_out_BD, W_dec.detach(), self.col, self.feature_starts, self.row, 0
+            d_out, W_dec.detach(), self.col, self.feature_starts, self.place, 0
         )
         d_pre += d_l1
         if self.factor is not None:
             d_pre *= self.factor
-        d_W_dec = bags(self.row, self.feature_starts, self.value, d_out_BD)
+        d_W_dec = bags(self.place, self.feature_starts, self.value, d_out)
         d_W_enc_FD = bags(self.row, self.feature_starts, d_pre, u_BD)
         d_b_enc = bags(torch.zeros_like(self.row), self.feature_starts, d_pre, d_pre.new_ones(1, 1))[:, 0]
         return d_W_dec, d_W_enc_FD, d_b_enc
@@ -143,6 +166,17 @@ def unit_rows(W_FD: Tensor):
     """Scale each row of W to unit norm."""
     for W in cache_blocks(W_FD):
         W /= W.norm(dim=1, keepdim=True)
+
+
+@torch.no_grad()
+def hold_near(W_FD: Tensor, start_FD: Tensor, least_cosine: float):
+    """Turn each unit row of W towards its unit row of `start` until their cosine is at least this (the
+    soft-frozen decoder of arXiv 2602.14111)."""
+    for W, start in zip(*map(cache_blocks, (W_FD, start_FD))):
+        cosine = (W * start).sum(1, keepdim=True)
+        away = torch.nn.functional.normalize(W - cosine * start, dim=1)
+        nearest = least_cosine * start + math.sqrt(1 - least_cosine**2) * away
+        W.copy_(torch.where(cosine < least_cosine, nearest, W))
 
 
 # Share of active features under which SparseFeatures is faster than DenseFeatures on a CPU, whose products

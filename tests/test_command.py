@@ -661,7 +661,7 @@ def test_help_has_groups_and_the_defaults_that_testbeds_bring(capsys):
     }
     assert {"lm", "layer", "context_size"} <= set(names["data"])
     assert names["model"][0] == "d_sae" and names["training"][0] == "seeds" and names["run"][0] == "out_dir"
-    own = [name for row in ARMS.values() for name in row.options]
+    own = dict.fromkeys(name for row in ARMS.values() for name in row.options)
     assert names["loss"] == [*settings.GROUPS["loss"], *own], "what an arm brings"
     said = " ".join(text.split())
     assert "activations to train on, per SAE (default: 10M with pythia-70m; 50M with gemma-2-2b;" in said

@@ -1,16 +1,21 @@
 """Every optimised loss against a naive reference, value and gradient, and against values derived by hand."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from sae_separation.losses import (
+    all_and_retain_rate,
     all_pairs_grad,
     chunks_of_rows,
     each_row,
+    forget_overlap,
+    forget_overlap_grad,
     form_groups,
+    group_cross_entropy,
     grouped_grad,
     groups_and_pairs,
     omega_all_pairs,
@@ -60,6 +65,16 @@ def naive_between_domains(W, a):
         for j in range(len(W)):
             w = max(a[i], 0) * max(-a[j], 0)
             total, weight = total + w * (W[i] @ W[j]) ** 2, weight + w
+    return W.shape[1] * total / weight
+
+
+def naive_overlap(W, rate, n, free):
+    """Over pairs of one of the first n rows and one of the others, weighted by the other's rate."""
+    total = weight = 0.0
+    for i in range(n):
+        for j in range(n, len(W)):
+            beyond = ((W[i] @ W[j]).abs() - math.sqrt(free / W.shape[1])).clamp(min=0)
+            total, weight = total + rate[j] * beyond**2, weight + rate[j]
     return W.shape[1] * total / weight
 
 
@@ -122,6 +137,50 @@ def test_the_loss_between_domains_and_its_gradient_equal_the_naive_double_loop(W
     fast, naive = omega_between_domains(W, affinity), naive_between_domains(W, affinity)
     assert fast.item() == pytest.approx(naive.item(), rel=1e-9) and fast.item() > 0.05
     torch.testing.assert_close(torch.autograd.grad(fast, W)[0], torch.autograd.grad(naive, W)[0])
+
+
+@pytest.mark.parametrize("free", [0.05, 0.5])
+def test_the_loss_of_forget_rows_on_retain_text_equals_the_naive_double_loop(free, W, affinity):
+    rate = torch.stack([affinity, affinity.square()])
+    prepare, loss = (
+        partial(all_and_retain_rate, rate=rate),
+        partial(forget_overlap_grad, forget_features=7, target_overlap=free),
+    )
+    naive = naive_overlap(W, rate[1], 7, free)
+    values, _, grad = whole(loss, prepare, W.detach(), torch.zeros(0))
+    assert values == [pytest.approx(naive.item(), rel=1e-9)] and naive.item() > 0.05
+    torch.testing.assert_close(grad, tangential(torch.autograd.grad(naive, W)[0], W.detach()))
+    overlap = forget_overlap(W.detach(), rate[1], 7)
+    assert overlap.item() == pytest.approx(naive_overlap(W, rate[1], 7, 0.0).item(), rel=1e-9)
+
+
+def test_pairs_may_overlap_as_far_as_the_target_and_text_of_one_domain_costs_nothing():
+    W = normalize(torch.tensor([[1.0, 0.0], [0.5, 1.0], [0.0, 1.0]]), dim=1)
+    for free, some in ((0.41, False), (0.39, True)):  # d_in cos² of the pair is 0.4
+        blocks, rate = all_and_retain_rate(W, torch.zeros(0), torch.ones(2, 3))
+        found = forget_overlap_grad(W, blocks, rate, 1, free)
+        assert (found.value > 0) == some == bool(found.grad.any())
+    none = forget_overlap_grad(W, blocks, torch.zeros(3), 1, 0.1)
+    assert none.value == forget_overlap(W, torch.zeros(3), 1) == 0 and not none.grad.any()
+    assert forget_overlap(W, torch.ones(3), 3) == 0, "no other features"
+
+
+@pytest.mark.parametrize("n", [1, 6])
+def test_the_cross_entropy_of_the_group_equals_autograd_of_the_naive_one(n):
+    pre = torch.randn(50, n, generator=torch.Generator().manual_seed(3)).double().mul(3).requires_grad_()
+    forget, total = torch.arange(50) % 3 == 0, 0.0
+    for row, label in zip(pre, forget):
+        p = 1 - (1 - row.sigmoid()).prod()
+        total = total - (p.log() if label else (1 - p).log())
+    value, grad = group_cross_entropy(pre.detach(), forget, torch.tensor(0.7))
+    assert value.item() == pytest.approx(0.7 * total.item() / 50)
+    torch.testing.assert_close(grad, torch.autograd.grad(0.7 * total / 50, pre)[0])
+    if n == 1:
+        bce = torch.nn.functional.binary_cross_entropy_with_logits(pre[:, 0], forget.double())
+        assert value.item() == pytest.approx(0.7 * bce.item())
+    far = torch.tensor([[-200.0] * n, [200.0] * n])
+    for labels in (torch.tensor([True, False]), torch.tensor([False, True])):
+        assert all(t.isfinite().all() for t in group_cross_entropy(far, labels, torch.tensor(1.0)))
 
 
 @pytest.mark.parametrize("name", ["all_pairs", "grouped", "ortsae"])

@@ -107,6 +107,31 @@ def test_gradients_by_hand_equal_autograd_of_the_naive_loss(kind, path, x, monke
         assert grad.norm() > 1e-4 and (by_hand[name] - grad).norm() <= 1e-3 * grad.norm(), name
 
 
+@pytest.mark.parametrize("path", ["DenseFeatures", "SparseFeatures"])
+def test_routed_gradients_are_those_of_each_domains_rows(path, x, monkeypatch):
+    """The first 20 features learn from the error on forget rows alone, the others from that on retain rows
+    alone; the price is paid on every row."""
+    sae = make()
+    monkeypatch.delattr(
+        gradients, {"DenseFeatures": "sparse_features", "SparseFeatures": "DenseFeatures"}[path]
+    )
+    sae.active.fill_(0.0 if path == "SparseFeatures" else F)
+    l1 = torch.tensor(0.05)
+    terms = accumulate_grads(sae, x, FORGET, l1, torch.float32, routed=20)
+    by_hand, expected = grads(sae), {}
+    for rows, learns in ((FORGET, slice(0, 20)), (~FORGET, slice(20, None))):
+        sae.zero_grad()
+        f = ((x * sae.scale - sae.b_dec) @ sae.W_enc + sae.b_enc).relu()
+        error = (f @ sae.W_dec + sae.b_dec) / sae.scale - x
+        variance = (x - x.mean(0)).pow(2).sum()
+        (error[rows].pow(2).sum() / variance + l1 * f.sum() / len(x) / math.sqrt(D)).backward()
+        for name in ("W_dec", "W_enc_FD", "b_enc"):
+            expected.setdefault(name, torch.zeros_like(by_hand[name]))[learns] = grads(sae)[name][learns]
+    assert terms.fvu.item() == pytest.approx((error.pow(2).sum() / variance).item(), rel=1e-4)
+    for name, grad in expected.items():
+        assert grad.norm() > 1e-4 and (by_hand[name] - grad).norm() <= 1e-3 * grad.norm(), name
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(D,), (5, D), (2, 3, 4, D)])
 def test_any_leading_shape_gives_the_same_rows(kind, shape):

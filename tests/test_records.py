@@ -95,6 +95,13 @@ def test_a_runs_identity_is_what_trained_it():
     asked_otherwise = results.what_trained(config | {"scoring": "letter"}, testbed | {"clamp_scale": "x"})
     assert asked_otherwise == trained
     assert results.what_trained(config | {"arm": "vanilla"}, testbed) != trained
+    younger = dict(results.YOUNGER)
+    assert results.what_trained(config | younger, testbed) == results.what_trained(
+        {k: v for k, v in config.items() if k not in younger}, testbed
+    )
+    for name in younger:  # at its default
+        assert vars(tiny.config())[name] == younger[name]
+        assert results.what_trained(config | {name: 0.77}, testbed) != trained
     some = [results.what_trained(vars(tiny.config(forget_entities=n)), testbed) for n in (None, 15, 16)]
     assert some[0] != some[1] != some[2]
 

@@ -10,7 +10,7 @@ import torch
 from tiny import another_value, there
 
 from experiment import ARMS, ActivationBlock, Trainer
-from sae_separation import rounds
+from sae_separation import losses, rounds
 from sae_separation.errors import RunFailed
 from sae_separation.losses import grouped_grad, groups_and_pairs, omega_all_pairs
 from sae_separation.resample import resample
@@ -50,12 +50,10 @@ WITH_SAE = [arm for arm, row in ARMS.items() if row.trains_sae]
 @pytest.mark.parametrize("arm", WITH_SAE)
 def test_every_arm_learns_keeps_unit_rows_and_stays_finite(arm, block):
     trainer, history = train(replace(SMALL, arm=arm), block)
-    assert history[-1]["fvu"] < (0.95 if arm == "frozen_decoder" else 0.8) * history[0]["fvu"]
+    assert history[-1]["fvu"] < (0.95 if arm.startswith("frozen") else 0.8) * history[0]["fvu"]
     assert all(math.isfinite(v) for record in history for v in record.values())
     torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1).cpu(), torch.ones(256))
-    assert any("omega" in record or "omega_firing" in record for record in history) == (
-        arm not in ("vanilla", "vanilla_selected", "frozen_decoder")
-    )
+    assert any("omega" in record or "omega_firing" in record for record in history) == ARMS[arm].has_loss
 
 
 def test_the_sae_trained_is_the_function_evaluated(block):
@@ -107,6 +105,43 @@ def test_a_frozen_decoder_is_never_trained(block):
     trainer, _ = train(config, block, killed=40)
     assert torch.equal(trainer.sae.W_dec, Trainer(config, 0, block.x.shape[1], 200, block).sae.W_dec)
     assert trainer.resampled >= 40, "revived features keep their random directions too"
+
+
+def test_a_frozen_encoder_keeps_its_weights_and_trains_biases_and_decoder(activations):
+    config = replace(SMALL, arm="frozen_encoder")
+    trainer, _ = train(config, activations, killed=40)
+    start = Trainer(config, 0, activations.x.shape[1], 200, activations).sae
+    assert torch.equal(trainer.sae.W_enc, start.W_enc) and trainer.resampled >= 40
+    assert not torch.equal(trainer.sae.b_enc, start.b_enc) and not torch.equal(trainer.sae.W_dec, start.W_dec)
+
+
+def test_a_soft_frozen_decoder_stays_near_its_start(activations):
+    least = []
+    for cosine in (0.9, 0.99):
+        config = replace(SMALL, arm="soft_frozen_decoder", least_cosine=cosine)
+        sae = train(config, activations, killed=40)[0].sae
+        start = Trainer(config, 0, activations.x.shape[1], 200, activations).sae
+        least.append((sae.W_dec * start.W_dec).sum(1).min().item())
+        torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(256))
+    assert least == pytest.approx([0.9, 0.99], abs=1e-4)
+
+
+def test_adaptive_directions_are_steered_to_their_overlap_and_both_parts_by_themselves(activations):
+    """At an alpha of its own each: the overlap is met, while the other part's alpha rises as in adaptive."""
+    config = replace(SMALL, arm="adaptive_both", alpha=1.0, target_overlap=0.3)
+    trainer, history = train(config, activations, steps=150)
+    alone, _ = train(replace(config, arm="adaptive_directions", alpha=0.1), activations, steps=150)
+    plain, _ = train(replace(config, arm="adaptive"), activations, steps=150)
+    rate = plain.sae.rate[1]
+    free = losses.forget_overlap(plain.sae.W_dec, rate, 40).item()
+    for one in (trainer, alone):
+        assert one._overlap().item() < 0.7 * free
+    assert history[-1]["alpha"] == pytest.approx(plain._weights()[1].item(), rel=0.05)
+    assert history[-1]["alpha_directions"] != history[-1]["alpha"] and history[-1]["omega"] > 0
+    state = trainer.state()[0]
+    assert "log_alpha_directions" in state and "log_alpha_directions" not in plain.state()[0]
+    (warning,) = plain.out_of_reach()
+    assert "adaptive had no effect yet" in warning and not train(SMALL, activations, 1)[0].out_of_reach()
 
 
 def test_ortsae_visits_a_row_every_fifth_step_with_five_times_the_weight(activations, monkeypatch):
@@ -211,6 +246,7 @@ CHANGES = {
     "gap_weight": ("adaptive", 0.1),
     "chunk_size": ("ortsae", 50),
     "target_sharing": ("adaptive", 1.0),
+    "target_overlap": ("adaptive_directions", 1.0),
     "dead_tokens": ("vanilla", 10**6),
     "resample_steps": ("vanilla", 25),
     "d_sae": ("vanilla", 300),

@@ -42,6 +42,12 @@ labels = {
     "run_19": "RMU",
     "run_20": "NPO",
     "run_21": "oracle",
+    "run_22": "adaptive directions",
+    "run_23": "adaptive directions and firing",
+    "run_24": "G-SAE",
+    "run_25": "gradient routing",
+    "run_26": "soft-frozen decoder",
+    "run_27": "frozen encoder",
 }
 VARIANTS = {
     "run_3": 1,
