@@ -114,6 +114,7 @@ ARMS = {
     "routed": Arm(routed=True, options=FORGET_GROUP),
     "ortsae": Arm(loss="ortsae_grad", prepare="chunks_of_rows", every=5, gentle=7.5e-4, options=CHUNKS),
     "vanilla_selected": Arm(selected=True),
+    "loaded": Arm(trains_sae=False, loads_sae=True),  # SAEs that were trained elsewhere (--evaluate)
 }
 GATES = ("linear_gate", "mlp_gate", "token_list", "mean_guard", "bayes_guard")
 METHODS = ("difference_of_means", "leace", *GATES, "rmu", "npo", "oracle")  # methods.FITTED
@@ -173,7 +174,7 @@ from sae_separation.lm import SplitLM, Testbed, bfloat16_twins, fast_lm_tokens, 
 from sae_separation.losses import has_bf16
 from sae_separation.resample import resample
 from sae_separation.rounds import Rounds, steps_of_round
-from sae_separation.run import MethodRun, Run, refuse_more_than_memory, runs_of
+from sae_separation.run import Run, UntrainedRun, refuse_more_than_memory, runs_of
 from sae_separation.sparse import ACTIVATIONS, hold_near, remove_radial, unit_rows
 from sae_separation.testbeds import resolve
 from sae_separation.tracking import Tracking
@@ -823,11 +824,11 @@ def run_experiments(
     if rows or fitted:
         progress.set_up.begin("laying out the evaluations' contexts")
         evaluation_contexts(testbed, context_size)  # refuses text that is too short before training
-    runs = runs_of(names, asked, resolved, testbed, tracking)
-    trained = [run for run in runs if not isinstance(run, MethodRun)]
+    runs = runs_of(names, asked, resolved, testbed, tracking, command.saes)
+    trained = [run for run in runs if not isinstance(run, UntrainedRun)]
     train_seconds = train_runs(command, trained, testbed, bool(rows), started) if trained else 0.0
     for run in runs:
-        if isinstance(run, MethodRun):
+        if isinstance(run, UntrainedRun):
             run.begin(anew=command.overwrite)
     progress.set_up.close()
     to_evaluate = sum(run.seconds_to_evaluate(rows) for run in (*runs, *finished))

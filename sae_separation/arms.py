@@ -27,7 +27,8 @@ class Arm:
     `every`, `longest`, `gentle`: bounds of a round (rounds.steps_of_round). With `longest` FVU is within 1 %
     of the variance all along of what it is with rounds of `every` (tested; notes.txt). `uses_groups`:
     features are grouped by how they fire. `selected`: its features are chosen with labels (selection.py).
-    Without `trains_sae` it is the method of its name in methods.FITTED.
+    Without `trains_sae` it is the method of its name in methods.FITTED, or `loads_sae` that were trained
+    elsewhere.
 
     `steers`: what of the forget group, the first --forget_features features, alpha is steered by: "sharing"
     the weight of firing_loss towards --target_sharing, "overlap" that of loss towards --target_overlap; an
@@ -49,6 +50,11 @@ class Arm:
     trains_encoder: bool = True
     selected: bool = False
     trains_sae: bool = True
+    loads_sae: bool = False
+
+    @property
+    def has_sae(self) -> bool:
+        return self.trains_sae or self.loads_sae
 
     @property
     def has_loss(self) -> bool:

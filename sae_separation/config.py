@@ -146,7 +146,8 @@ class Settings:
     """training stops when seven tenths of this are used, set-up and the time before an interruption counted
     in; the rest is left for evaluation, which is not cut short"""
 
-    without_sae: ClassVar[frozenset[str]] = frozenset()  # the arms that train none
+    untrained: ClassVar[frozenset[str]] = frozenset()  # the arms that train no SAE
+    without_sae: ClassVar[frozenset[str]] = frozenset()  # those that have none
 
     def __post_init__(self):
         refuse_out_of_bounds(self)
@@ -154,7 +155,7 @@ class Settings:
 
     def matters(self, f) -> bool:
         """Whether a setting, given as its dataclass field, does something in this run."""
-        if self.arm in self.without_sae and f.name not in OF_METHODS:
+        if self.arm in self.untrained and f.name not in OF_METHODS:
             return False
         return self.activation in bounds_of(f).activations and self.arm in f.metadata.get("arms", (self.arm,))
 
@@ -261,7 +262,12 @@ class Arm(Protocol):
 
     @property
     def trains_sae(self) -> bool:
-        """Whether it trains an SAE, or is a method that needs none."""
+        """Whether it trains an SAE."""
+        ...
+
+    @property
+    def has_sae(self) -> bool:
+        """Whether it has one, or is a method that needs none."""
         ...
 
 
@@ -283,7 +289,8 @@ def with_arms(arms: Mapping[str, Arm]) -> Callable[[type[S]], type[S]]:
             kind.__annotations__[name] = type(made.default)
         kind.__annotations__["arm"] = Literal[tuple(arms)]
         kind.arm = Settings.arm
-        kind.without_sae = frozenset(arm for arm, row in arms.items() if not row.trains_sae)
+        kind.untrained = frozenset(arm for arm, row in arms.items() if not row.trains_sae)
+        kind.without_sae = frozenset(arm for arm, row in arms.items() if not row.has_sae)
         return dataclass(kw_only=True)(kind)
 
     return add
@@ -322,6 +329,13 @@ class Command:
         " of a complete run, too, or made anew",
         metavar=f"{{{','.join((*evals.names(), 'none'))}}} ...",
     )
+    evaluate: tuple[str, ...] = option(
+        (),
+        help="SAEs that were trained elsewhere, one a seed, to be evaluated in place of training: folders, or"
+        " owner/name/folder on the hub, in the formats of SAELens, dictionary_learning and sparsify; layer"
+        " and LM are those that they name",
+    )
+    saes: tuple = simple_parsing.field(default=(), cmd=False)  # those, as loaded.find describes them
     checkpoint_seconds: float = option(60.0)
     """training time between two checkpoints, at least; writing them takes at most a fiftieth of it"""
     track: tracking.Name = "none"
@@ -381,7 +395,7 @@ GROUPS = {  # of --help; what an arm brings stands with the losses
         *("resample_steps", "dead_tokens", "compile"),
     ),
     "run": (
-        *("out_dir", "evals", "dry_run", "overwrite", "track", "checkpoint_seconds"),
+        *("out_dir", "evals", "evaluate", "dry_run", "overwrite", "track", "checkpoint_seconds"),
         *("time_budget_minutes", "help"),
     ),
 }
@@ -517,21 +531,21 @@ def parse_command(
     rest, several = grid.split(argv, grid_options(kind))
     plain, lines = parser(), list(grid.combinations(rest, several))
     parsed = plain.parse_args(lines[0])  # --help ends here: what checks imports is not waited for
-    from sae_separation import checks
+    from sae_separation import checks, loaded
 
     command, first = parsed.command, parsed.request
     given = {found[1] for found in map(grid.OPTION.match, argv) if found}
-    lacking = lacking_names(command.out_dir, given, plan, arms)
-    if "evals" in given and not command.evals:
-        raise WrongRequest(f"--evals: give at least one ({', '.join(evals.names())}), or none")
-    if first.skip and command.evals != ("none",):
-        why = "cannot be held by the SAELens format that the evaluations read"
-        raise WrongRequest(f"--skip {first.skip} {why}: give --evals none to train without them")
+    if loads := bool(command.evaluate) or loaded.ARM in (first.arm, *several.get("arm", ())):
+        first = loaded.command(command, first, given, several, plan)
+    lacking = {} if loads else lacking_names(command.out_dir, given, plan, arms)
+    refuse_evaluations(command.evals, given, first)
     checks.refuse_missing(lacking | checks.missing(first, evals.rows_of(command.evals)), argv)
     if several:
         cells = [first, *(plain.parse_args(line).request for line in lines[1:])]
         command.out_dir, requests = runs_of_a_grid(command.out_dir, cells, several, plan)
         messages = [about_grid(command.out_dir, requests, several)]
+    elif loads:
+        requests, messages = [first], []
     else:
         planned = [plan.get(Path(out_dir).name, {}) for out_dir in command.out_dir]
         requests = [parser(**settings).parse_args(list(argv)).request for settings in planned]
@@ -603,6 +617,15 @@ def refuse_twins(out_dirs: Sequence[str], requests: Sequence[Request]):
             twins = f"{out_dirs[requests.index(request)]} {out_dirs[i]}"
             remedy = "(options are for all runs): leave one out"
             raise WrongRequest(f"--out_dir {twins} are two runs with the same settings {remedy}")
+
+
+def refuse_evaluations(named: tuple[str, ...], given: set[str], request: Request):
+    """Raises WrongRequest for --evals without a name, and for evaluations of what cannot be exported."""
+    if "evals" in given and not named:
+        raise WrongRequest(f"--evals: give at least one ({', '.join(evals.names())}), or none")
+    if request.skip and named != ("none",):
+        why = "cannot be held by the SAELens format that the evaluations read"
+        raise WrongRequest(f"--skip {request.skip} {why}: give --evals none to train without them")
 
 
 def lacking_names(

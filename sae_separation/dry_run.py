@@ -54,7 +54,7 @@ class Pass:
     def with_saes(self) -> list[Config]:
         """The settings of the runs whose SAEs are to be trained."""
         pairs = zip(self.folders, self.configs)
-        return [c for folder, c in pairs if folder in self.trained and c.arm not in c.without_sae]
+        return [c for folder, c in pairs if folder in self.trained and c.arm not in c.untrained]
 
     def lines(self) -> list[str]:
         out, files = [], dict[str, list[str]]()
@@ -77,6 +77,9 @@ class Pass:
             return f"is complete; evaluated ({seeds}): {named}"
         if of.arm in of.without_sae:
             return f"arm {of.arm}, fitted without an SAE ({seeds}); {named}"
+        if self.command.saes:
+            given = ", ".join(sae.given for sae in self.command.saes)
+            return f"SAEs of {of.d_sae} features that were trained elsewhere, {given} ({seeds}); {named}"
         steps = f"{of.tokens // of.batch_size} steps of {of.batch_size} activations"
         return f"arm {of.arm}, {len(of.seeds)} SAEs of {of.d_sae} features ({seeds}), {steps}; {named}"
 
@@ -85,7 +88,7 @@ class Pass:
         files = [f"eval/seed*_{row.section}.json" for row in self.rows if row.fits(of)]
         if folder in self.trained:
             files = ["config.json", "sae_seed*/", "eval/seed*_metrics.json", *files]
-            files += [] if of.arm in of.without_sae else ["train_log.jsonl", "checkpoints/ (until complete)"]
+            files += [] if of.arm in of.untrained else ["train_log.jsonl", "checkpoints/ (until complete)"]
         return [*files, "warnings.json", "checksums.json", "final_info.json"]
 
     def _state(self, folder: Path) -> str:

@@ -7,6 +7,29 @@ from typing import Any
 from sae_separation import methods, saebench
 
 
+def build(architecture: str, weights: dict, **settings) -> Any:
+    """A sae_lens SAE of these weights (W_dec [F, D], the others by its names), float32, on the CPU."""
+    from sae_lens.registry import get_sae_class
+
+    kind, config = get_sae_class(architecture)
+    F, D = weights["W_dec"].shape
+    how = {"d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True}
+    sae = kind(config(**how | settings))
+    sae.load_state_dict({name: t.detach().float().cpu().contiguous() for name, t in weights.items()})
+    return sae
+
+
+def save(sae, folder: Path, metadata: dict):
+    """Save a sae_lens SAE as cfg.json, with this `metadata`, and sae_weights.safetensors."""
+    from sae_lens.saes.sae import SAEMetadata
+
+    sae.cfg.metadata = SAEMetadata(**metadata)
+    sae.save_model(folder)
+    shutil.copymode(
+        folder / "cfg.json", folder / "sae_weights.safetensors"
+    )  # safetensors lets the owner alone read
+
+
 def export(module, folder: Path, metadata: dict):
     """Save an OrthogonalSAE in SAELens' format (cfg.json, sae_weights.safetensors) with its `scale` s folded
     into the weights: StandardSAE, for batchtopk JumpReLUSAE, for softk TopKSAE; locked features never fire.
@@ -15,9 +38,6 @@ def export(module, folder: Path, metadata: dict):
     reconstruction, rows still unit. Raises ValueError for what the format cannot hold: a skip connection, a
     temperature above 0.
     """
-    import sae_lens as lens
-    from sae_lens.saes.sae import SAEMetadata
-
     if module.skip or module.temperature > 0:
         what = (
             f"a skip connection of {module.skip:g}"
@@ -25,25 +45,10 @@ def export(module, folder: Path, metadata: dict):
             else f"soft k-winners at temperature {module.temperature.item():.3g} (it must reach 0)"
         )
         raise ValueError(f"the SAELens format cannot hold {what}")
-    F, D = module.W_dec.shape
-    kinds = {
-        "relu": (lens.StandardSAE, lens.StandardSAEConfig, {}),
-        "batchtopk": (lens.JumpReLUSAE, lens.JumpReLUSAEConfig, {}),
-        "softk": (lens.TopKSAE, lens.TopKSAEConfig, {"k": module.k}),
-    }
-    kind, settings, extra = kinds[module.activation]
-    sae = kind(
-        settings(
-            d_in=D,
-            d_sae=F,
-            dtype="float32",
-            device="cpu",
-            apply_b_dec_to_input=True,
-            normalize_activations="layer_norm" if module.layer_norm else "none",
-            metadata=SAEMetadata(**metadata),
-            **extra,
-        )
-    )
+    F = len(module.W_dec)
+    architecture = {"relu": "standard", "batchtopk": "jumprelu", "softk": "topk"}[module.activation]
+    settings = {"k": module.k} if module.activation == "softk" else {}
+    settings["normalize_activations"] = "layer_norm" if module.layer_norm else "none"
     weights = {
         "W_enc": module.W_enc.clone(),
         "W_dec": module.W_dec,
@@ -53,11 +58,7 @@ def export(module, folder: Path, metadata: dict):
     weights["W_enc"][:, module.unlocked :], weights["b_enc"][module.unlocked :] = 0.0, -1.0
     if module.activation == "batchtopk":
         weights["threshold"] = (module.threshold / module.scale).expand(F)
-    sae.load_state_dict({k: v.detach().cpu() for k, v in weights.items()})
-    sae.save_model(folder)
-    shutil.copymode(
-        folder / "cfg.json", folder / "sae_weights.safetensors"
-    )  # safetensors lets the owner alone read
+    save(build(architecture, weights, **settings), folder, metadata)
 
 
 def load_exported(folder: Path, device="cpu") -> Any:

@@ -93,6 +93,21 @@ def revision(repo: str, kind: str = "model") -> str:
         _attempts.reset(before)
 
 
+def files(repo: str, revision: str, kind: str = "model") -> list[str]:
+    """Paths of the files of a commit; where the hub does not answer, of those that are in the cache. Raises
+    WrongRequest, RunFailed."""
+    try:
+        with plain_errors(repo):
+            return HfApi().list_repo_files(repo, revision=revision, repo_type=kind)
+    except RunFailed:
+        name = repo_folder_name(repo_id=repo, repo_type=kind)
+        snapshot = Path(constants.HF_HUB_CACHE) / name / "snapshots" / revision
+        cached = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+        if not cached:
+            raise
+        return cached
+
+
 def fetch(repo: str, filenames: list[str], revision: str, kind: str) -> list[Path]:
     """Files of one commit, from the cache or into it, each checked against the SHA-256 that the hub names for
     it (large files only; the hub names none for small ones).

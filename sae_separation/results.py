@@ -146,18 +146,21 @@ def doubts(training: dict, core: dict, config, d_in: int) -> list[str]:
     if "final_l0" not in training:  # of a method that needs no SAE
         return []
     warnings, l0 = [], core.get("l0", training["final_l0"])
+    if l0 is None:  # of an SAE that was trained elsewhere, and core was not measured
+        return []
+    fvu, dead = training["final_fvu"] or 0, training.get("frac_dead") or 0
     target = config.target_l0 if config.activation == "relu" else config.k
     if target and abs(l0 - target) > 2:
         warnings.append(f"L0 is {l0:.1f}, more than 2 from the target {target:g}")
     no_better = "no better than predicting the mean"
-    if training["final_fvu"] >= 1:
-        warnings.append(f"fraction of variance unexplained is {training['final_fvu']:.3f}: {no_better}")
+    if fvu >= 1:
+        warnings.append(f"fraction of variance unexplained is {fvu:.3f}: {no_better}")
     if (core.get("explained_variance") or 1) <= 0:
         explained = core["explained_variance"]
         warnings.append(f"explained variance on held-out text is {explained:.3f}: {no_better}")
     if not 0 < l0 <= d_in:
         warnings.append(f"L0 is {l0:.1f}, outside (0, d_in]")
-    if 1 - core.get("frac_alive", 1 - training["frac_dead"]) > 0.5:
+    if 1 - core.get("frac_alive", 1 - dead) > 0.5:
         warnings.append("more than half of the features are dead")
     return warnings
 

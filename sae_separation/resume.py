@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sae_separation import evals, process, run_folder
+from sae_separation import evals, loaded, process, run_folder
 from sae_separation.config import Command, Request
 from sae_separation.errors import WrongRequest
 from sae_separation.specs import ASKED, CUSTOM, SPECS, defaults_of
@@ -35,6 +35,8 @@ def unfinished(
         run_folder.refuse_foreign(folder, request.seeds)
         if (folder / "config.json").exists() and not command.overwrite:
             planned = replace(type(request)(), **plan.get(folder.name, {}))
+            if command.saes:
+                loaded.refuse_others(folder, command.saes)
             again = to_go_on(folder, request, planned, command.evals)
             if again is None:
                 if not command.dry_run:

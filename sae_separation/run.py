@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_separation import checkpoint, evals, methods, process, progress, results, run_folder
+from sae_separation import checkpoint, evals, loaded, methods, process, progress, results, run_folder
 from sae_separation.config import Config, Request, bytes_of_training
 from sae_separation.errors import RunFailed, WrongRequest
-from sae_separation.export import export
+from sae_separation.export import export, save
 from sae_separation.files import CannotWrite, Unusable, seal, sync, write_json, write_whole, writing
 from sae_separation.lm import Testbed
 from sae_separation.losses import omega_between_domains, sharing
@@ -260,11 +260,14 @@ class Run:
 
     def _write_sae(self, trainer: Trains, folder: Path):
         trainer.sae.temperature.zero_()  # above 0 where the time budget ended training (warned of)
+        with exported_to(folder):
+            export(trainer.sae, folder, self._about_sae() | trainer.about)
+
+    def _about_sae(self) -> dict:
+        """What cfg.json of every SAE of the run says of the LM."""
         testbed = self.testbed
         about = {"model_name": testbed.name, "hook_name": testbed.hook_name, "hook_layer": testbed.layer}
-        about |= {"context_size": self.config.context_size, "prepend_bos": True} | trainer.about
-        with exported_to(folder):
-            export(trainer.sae, folder, about)
+        return about | {"context_size": self.config.context_size, "prepend_bos": True}
 
     def _training(self, trainer: Trains, seconds: float) -> dict:
         """The section `training`: means over the last twentieth of the log."""
@@ -290,23 +293,21 @@ class Run:
 
 @dataclass
 class Fit:
-    """One seed of a method that needs no SAE."""
+    """One seed of a run that trains no SAE."""
 
     seed: int
     failed: str = ""
 
 
-class MethodRun(Run):
-    """A run of a method that is told the labels and needs no SAE: fitted in seconds, when it is evaluated, on
-    the text that features are selected on."""
+class UntrainedRun(Run):
+    """A run whose seeds take seconds to make, when it is evaluated: it has no log and no checkpoints.
+    Subclasses say how one is written (`_write_sae`), which takes about `making` seconds, and what `training`
+    says of it (`_made`)."""
 
-    def __init__(self, out_dir: str, requested: Request, config: Config, testbed: Testbed, *more):
-        """Raises WrongRequest for a method that the testbed does not allow."""
-        super().__init__(out_dir, requested, config, testbed, *more)
-        methods.check(config.arm, testbed)
+    making: float = 1
 
     def begin(self, anew: bool):
-        """Take the folder; what an interrupted start has fitted and measured stays. Raises WrongRequest."""
+        """Take the folder; what an interrupted start has made and measured stays. Raises WrongRequest."""
         run_folder.make(self.folder)
         run_folder.refuse_foreign(self.folder, self.config.seeds)
         run_folder.lock(self.folder)
@@ -320,22 +321,40 @@ class MethodRun(Run):
         self.trainers = [Fit(seed) for seed in self.config.seeds]
 
     def seconds_to_evaluate(self, rows) -> float:
-        return super().seconds_to_evaluate(rows) + len(self.training) * progress.FITTING
+        return super().seconds_to_evaluate(rows) + len(self.training) * self.making
 
     def evaluate(self, rows, evaluator, made_by: dict, train_seconds: float, bar: tqdm):
-        """Fit, evaluate what was fitted, and write final_info.json, last and whole."""
+        """Make every seed, evaluate what was made, and write final_info.json, last and whole."""
         self.evaluator, training, records = evaluator, {}, {}
         rows = [row for row in rows if row.fits(self.config)]
         for fit in self.training:
             with self._left_behind(fit):
-                bar.set_postfix_str(f"{self.folder.name} seed {fit.seed}: fitting")
+                bar.set_postfix_str(f"{self.folder.name} seed {fit.seed}: making it")
                 record = self._exported(fit)
-                bar.update(progress.FITTING)
+                bar.update(self.making)
                 results.measure(self.folder, "eval", fit.seed, record, rows, evaluator, made_by, bar)
-                settings = methods.load(run_folder.sae_folder(self.folder, fit.seed)).settings
-                training[fit.seed] = {k: settings[k] for k in ("tokens_trained", "train_seconds")}
+                training[fit.seed] = self._made(fit)
                 records[fit.seed] = record
         self._write_results(rows, training, records)
+
+    def _made(self, fit: Fit) -> dict:
+        raise NotImplementedError
+
+
+class MethodRun(UntrainedRun):
+    """A run of a method that is told the labels and needs no SAE: fitted on the text that features are
+    selected on."""
+
+    making = progress.FITTING
+
+    def __init__(self, out_dir: str, requested: Request, config: Config, testbed: Testbed, *more):
+        """Raises WrongRequest for a method that the testbed does not allow."""
+        super().__init__(out_dir, requested, config, testbed, *more)
+        methods.check(config.arm, testbed)
+
+    def _made(self, fit: Fit) -> dict:
+        settings = methods.load(run_folder.sae_folder(self.folder, fit.seed)).settings
+        return {k: settings[k] for k in ("tokens_trained", "train_seconds")}
 
     def _write_sae(self, trainer: Fit, folder: Path):
         began, testbed = time.monotonic(), self.testbed
@@ -347,19 +366,55 @@ class MethodRun(Run):
             method.save(folder)
 
 
+class LoadedRun(UntrainedRun):
+    """A run of SAEs that were trained elsewhere (loaded.py), one a seed."""
+
+    def __init__(
+        self,
+        out_dir: str,
+        requested: Request,
+        config: Config,
+        testbed: Testbed,
+        n_steps: int,
+        tracking: Tracking,
+        sources: Sequence[loaded.Source],
+    ):
+        """Raises WrongRequest for an SAE that cannot be read, or does not fit the LM."""
+        super().__init__(out_dir, requested, config, testbed, n_steps, tracking)
+        self.about["saes"] = [source.described() for source in sources]
+        self.sources = dict(zip(config.seeds, sources))
+        for seed, source in self.sources.items():
+            found = loaded.doubts(source, loaded.read_for(testbed, source), testbed)
+            self.warnings += [f"seed {seed}: {text}" for text in found]
+
+    def _made(self, fit: Fit) -> dict:
+        return dict.fromkeys(loaded.OF_TRAINING) | self.sources[fit.seed].known
+
+    def _write_sae(self, trainer: Fit, folder: Path):
+        sae = loaded.read(self.sources[trainer.seed])
+        selected = {"selected": True} if sae.cfg.metadata.selected else {}
+        with exported_to(folder):
+            save(sae, folder, self._about_sae() | selected)
+
+
 def runs_of(
     names: Sequence[str],
     asked: Sequence[Request],
     resolved: Sequence[Config],
     testbed: Testbed,
     tracking: Tracking,
+    saes: Sequence[loaded.Source],
 ) -> list[Run]:
-    """The runs of one LM pass: what is asked of each, and every setting of it. Raises WrongRequest."""
-    runs = []
+    """The runs of one LM pass: what is asked of each, and every setting of it; `saes` are those of a run
+    whose SAEs were trained elsewhere. Raises WrongRequest."""
+    runs: list[Run] = []
     for name, request, config in zip(names, asked, resolved):
-        kind = MethodRun if config.arm in config.without_sae else Run
         n_steps = config.tokens // config.batch_size
-        runs.append(kind(name, request, config, testbed, n_steps, tracking))
+        made_of = name, request, config, testbed, n_steps, tracking
+        if config.arm == loaded.ARM:
+            runs.append(LoadedRun(*made_of, saes))
+        else:
+            runs.append((MethodRun if config.arm in config.without_sae else Run)(*made_of))
     return runs
 
 

@@ -644,7 +644,8 @@ def test_every_option_has_a_help_text(capsys):
     with pytest.raises(SystemExit):
         parse_command(["--help"])
     text = capsys.readouterr().out.partition("\ndata:")[2]
-    for name in (f.name for kind in (Request, Command) for f in fields(kind)):
+    asked = [f for kind in (Request, Command) for f in fields(kind) if f.metadata.get("cmd", True)]
+    for name in (f.name for f in asked):
         said = re.search(rf"^  (-k int, )?--{name}\b[^\n]*?(  +|\n {{10,}})\S", text, re.M)
         assert said, name
 
@@ -656,9 +657,8 @@ def test_help_has_groups_and_the_defaults_that_testbeds_bring(capsys):
     groups = dict(re.findall(r"(?m)^([a-z]+):\n((?:\n|  .*\n)*)", text))
     assert list(groups) == ["data", "model", "loss", "training", "run"]
     names = {group: re.findall(r"(?m)^  (?:-k int, )?--(\w+)", part) for group, part in groups.items()}
-    assert {n for some in names.values() for n in some} == {
-        f.name for kind in (Request, Command) for f in fields(kind)
-    }
+    options = [f for kind in (Request, Command) for f in fields(kind) if f.metadata.get("cmd", True)]
+    assert {n for some in names.values() for n in some} == {f.name for f in options}
     assert {"lm", "layer", "context_size"} <= set(names["data"])
     assert names["model"][0] == "d_sae" and names["training"][0] == "seeds" and names["run"][0] == "out_dir"
     own = dict.fromkeys(name for row in ARMS.values() for name in row.options)

@@ -9,14 +9,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_here, run_script, seconds_of_children, small_command
+from conftest import ROOT, SMALL_SWEEP, run_here, run_script, seconds_of_children, small_command
 
 import experiment
-from sae_separation import evals, results, testbeds
+from sae_separation import evals, results, run_folder, testbeds
 from sae_separation.evals.core import core
 from sae_separation.evals.evaluator import Evaluator
 from sae_separation.export import load_exported
-from sae_separation.specs import DataConfig
+from sae_separation.plots import folders
+from sae_separation.specs import SPECS, DataConfig
 
 NEEDED = {
     "training": (
@@ -113,6 +114,35 @@ def test_saebench_core_on_the_saved_sae_repeats_the_numbers(short_runs, small_mi
     written = strict(short_runs / "run_1" / "final_info.json")["core"]["final_info_dict"]
     for name, values in written.items():
         assert again[name] == pytest.approx(values[1], rel=1e-4, abs=1e-6), name
+
+
+def test_an_exported_sae_read_back_as_one_of_others_has_the_same_numbers(
+    short_runs, settings, monkeypatch, capsys
+):
+    """Its own hook and LM are read from its files."""
+    small = replace(SPECS["micro"], n_held_out=16, sweep=SMALL_SWEEP)
+    monkeypatch.setitem(SPECS, "micro", small)
+    data = [part for part in settings if part.startswith(("--forget", "--retain", "--questions"))]
+    folder, theirs = short_runs / "theirs", short_runs / "run_1/sae_seed1"
+    assert run_here("--evaluate", theirs, "--out_dir", folder, "--seeds", 1, *data) == 0
+    for row in evals.rows_of(()):
+        path = f"eval/seed1_{row.section}.json"
+        assert (folder / path).read_bytes() == (short_runs / "run_1" / path).read_bytes()
+        ours, again = (strict(run / "final_info.json")[row.section] for run in (short_runs / "run_1", folder))
+        whole = {name: values[1:] for name, values in ours["final_info_dict"].items()}
+        assert again["final_info_dict"] == whole
+    weights = "sae_seed1/sae_weights.safetensors"
+    assert (folder / weights).read_bytes() == (short_runs / "run_1" / weights).read_bytes()
+    (sae,) = strict(folder / "config.json")["saes"]
+    assert sae["given"] == str(theirs) and sae["sha256"] == run_folder.files_of(theirs)
+    assert strict(folder / "final_info.json")["training"]["means"]["final_fvu"] is None
+    assert any("training: tokens_trained, final_loss" in w for w in strict(folder / "warnings.json"))
+    assert folders.find_runs([folder])[0][0].label.startswith("theirs (loaded)")
+    again = "--out_dir", folder, "--seeds", 1, *data
+    capsys.readouterr()
+    assert run_here("--evaluate", theirs, *again) == 0 and "is complete" in capsys.readouterr().out
+    assert run_here("--evaluate", short_runs / "run_0/sae_seed1", *again) == 2
+    assert "holds a run of other SAEs" in capsys.readouterr().err
 
 
 def test_the_saved_sae_reconstructs_as_well_as_training_said(short_runs, activations):

@@ -200,8 +200,8 @@ class Run:
         need(self.info["training"]["means"], "final_info.json: no training results")
 
     def _read_log(self, path: Path) -> list[dict]:
-        if "final_fvu" not in self.info["training"]["means"] and not os.path.lexists(path):
-            return []  # a method that needs no SAE
+        if self.info["training"]["means"].get("final_fvu") is None and not os.path.lexists(path):
+            return []  # nothing was trained: a method that needs no SAE, or SAEs of others
         lines = enumerate(text_of(path).splitlines(), 1)
         rows = [parsed(line, f"{path.name}, line {n}", undefined) for n, line in lines]
         for n, row in enumerate(rows, 1):
@@ -262,8 +262,8 @@ class Run:
 
 def is_a_remark(warning: str) -> bool:
     """Whether a warning merely says what is not there: metrics that are undefined, forms that the LM does not
-    answer, knowledge that does not come back."""
-    remarks = ("undefined for seeds", "which do not count", "relearning: more than")
+    answer, knowledge that does not come back, how an SAE of others was trained."""
+    remarks = ("undefined for seeds", "which do not count", "relearning: more than", "files do not say")
     return any(remark in warning for remark in remarks)
 
 

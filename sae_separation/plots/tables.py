@@ -221,7 +221,8 @@ def summary(runs: list[Run]) -> str:
     """What was run and what came out, in two or three sentences."""
     settings, seeds = runs[0].settings, sorted({len(run.seeds) for run in runs})
     tokens, testbed = finite(settings.get("tokens")), cut(str(settings.get("testbed")), 60)
-    trained = "an unknown number of" if math.isnan(tokens) else f"{tokens:,.0f}"
+    unknown = math.isnan(tokens) or math.isnan(runs[0].mean("training", "tokens_trained")[0])
+    trained = "an unknown number of" if unknown else f"{tokens:,.0f}"
     each = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else counted(seeds[0], "seed")
     text = f"{counted(len(runs), 'run')} on testbed {testbed}, {each} each, {trained} training tokens a SAE."
     scored = [run for run in runs if np.isfinite(run.mean(*SCORE)[0])]
