@@ -899,6 +899,27 @@ def run_passes(command: Command, requests: list[Request], started: float, tracki
     results.refuse_failed(outcomes)
 
 
+def train(request: Request, out_dir: str | Path, evals: Sequence[str] = (), overwrite: bool = False) -> dict:
+    """One run from Python, as the command makes it: trained or gone on with, then evaluated. `evals` names
+    the evaluations; those made by default for (), none at all for ("none",). A complete run is read alone, or
+    evaluated where evals are named. Returns what final_info.json holds.
+
+    Raises WrongRequest before anything is written, RunFailed, and Interrupted, after which the same call goes
+    on. Signals are taken in the main thread alone: call it there.
+    """
+    command = Command(out_dir=(str(out_dir),), evals=tuple(evals), overwrite=overwrite)
+    settings.refuse_evaluations(command.evals, set(), request)
+    try:
+        left, requests = unfinished(command, [request])
+        if requests:
+            check(left, requests)
+            with process.signals, Tracking(left.track) as tracking:
+                run_passes(left, requests, time.monotonic(), tracking)
+    finally:
+        run_folder.unlock()
+    return run_folder.read_run_json(Path(command.out_dir[0]) / "final_info.json", {"training"})
+
+
 def main(command: Command, configs: list[Request], started: float | None = None) -> int:
     """Exit code of the command; `started` is when its time began to count (time.monotonic())."""
     try:

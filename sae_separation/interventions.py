@@ -1,9 +1,11 @@
 """Interventions on the residual stream: which features are changed, where, and to what."""
 
 import math
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -133,6 +135,46 @@ def written_where(fires: Tensor, resid: Tensor, write: str, retain_mean: Tensor)
     (bool)."""
     new = {"zero": torch.zeros_like(retain_mean), "retain_mean": retain_mean}[write]
     return torch.where(fires[..., None], new, resid)
+
+
+def written_on_features(
+    resid: Tensor, hook: Residuals, sae: ChosenFeatures, places: list[int], write: str, retain_mean: Tensor
+) -> Tensor:
+    """resid [row, pos, D] with one of WRITES in place of the stream of the tokens that fire one of the
+    features (places among the chosen), as a hook."""
+    fires = (sae.on(hook)[..., places] > 0).any(-1)
+    return written_where(fires, resid, write, retain_mean)
+
+
+def feature_hook(features: ChosenFeatures, cell: dict, retain_mean: Tensor) -> Callable:
+    """The intervention of a cell on some of the chosen features, by their numbers in the SAE: what is
+    written where they fire (`write`), or the `intervention` that clamps them."""
+    places = np.searchsorted(features.chosen.numpy(), cell["features"]).tolist()
+    write = cell.get("write", "clamp")
+    if write != "clamp":
+        how = {"places": places, "write": write, "retain_mean": retain_mean}
+        return partial(written_on_features, sae=features, **how)
+    how = {"features_to_ablate": places, "multiplier": cell["multiplier"]}
+    return partial(intervene, sae=features, how=cell.get("intervention", "clamp"), **how)
+
+
+def calibration(features: ChosenFeatures, how: str) -> dict:
+    """What a guard takes from retain text, for a cell that touches all of the chosen features: by feature its
+    `limit`, or the share of a row's tokens above which the guardrail acts. Empty for the clamp."""
+    if how == "conditional":
+        return {"limits": dict(zip(features.chosen.tolist(), features.limit.tolist()))}
+    return {"guard": features.guard(list(range(len(features.chosen))))} if how == "guardrail" else {}
+
+
+def calibrated(features: ChosenFeatures, cell: dict) -> ChosenFeatures:
+    """Features without retain text, with the `calibration` that their cell has recorded."""
+    if "limits" in cell:
+        limits = [cell["limits"][str(i)] for i in features.chosen.tolist()]
+        features.limit = torch.tensor(limits, device=features.unit.device)
+    if "guard" in cell:
+        places = np.searchsorted(features.chosen.numpy(), cell["features"]).tolist()
+        features.guards[tuple(places)] = cell["guard"]
+    return features
 
 
 def whole_contexts(tokens: Tensor, resid: Tensor, special: Tensor) -> Batch:

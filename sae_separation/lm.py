@@ -218,15 +218,16 @@ def parameters_as(twins: list[tuple[torch.nn.Parameter, Tensor]]):
             p.data = old
 
 
-def massive(resid: Tensor, among: Tensor | None = None) -> Tensor:
+def massive(resid: Tensor, among: Tensor | None = None, earlier: Tensor | None = None) -> Tensor:
     """Which of the rows `among` [...] (bool; None: all) of resid [..., D] have over 10 times their median
-    norm. Some LMs keep attention sinks in a few tokens at the start of a text (Sun et al., Massive
-    Activations, arXiv 2402.17762): they hold most of the squared norm and nothing of what the text says, so
-    no SAE is trained or measured on them."""
+    norm, for which the norms of `earlier` rows [n] of the same text count, too. Some LMs keep attention sinks
+    in a few tokens at the start of a text (Sun et al., Massive Activations, arXiv 2402.17762): they hold most
+    of the squared norm and nothing of what the text says, so no SAE is trained or measured on them."""
     norm = resid.norm(dim=-1)
     if among is None:
         return norm > 10 * norm.median()
-    return among & (norm > 10 * norm[among].median())
+    norms = norm[among] if earlier is None else torch.cat([earlier, norm[among]])
+    return among & (norm > 10 * norms.median())
 
 
 def hidden_of(put_out) -> Tensor:

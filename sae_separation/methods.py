@@ -56,6 +56,17 @@ class Method:
         """Its interventions on an evaluator's LM."""
         return MethodSwitch(self, evaluator)
 
+    def hook(self, cell: dict) -> Hook | None:
+        """What a cell does to the stream; None for a method that trains the LM's weights, and the oracle."""
+        kind, tensors = self.kind, self.tensors
+        if kind in EDITS:
+            return partial(edited, edit=EDITS[kind], tensors=tensors, strength=cell["strength"])
+        return partial(gated, score=SCORES[kind], tensors=tensors, cell=cell) if kind in SCORES else None
+
+    def weights(self, cell: dict) -> dict[str, Tensor]:
+        """The weights that a cell puts in the place of the LM's own, by its names; most have none."""
+        return under_step(self.tensors, cell["step"]) if "step" in cell else {}
+
     def save(self, folder: Path):
         """Write cfg.json and sae_weights.safetensors into a folder, made if need be."""
         from safetensors.torch import save as to_bytes
@@ -84,14 +95,11 @@ class MethodSwitch:
 
     def hook(self, cell: dict) -> Hook | None:
         """The intervention of a cell; None for the oracle, which is asked as it is."""
-        kind, tensors = self.method.kind, self.method.tensors
-        if kind == "oracle":
+        if self.method.kind == "oracle":
             return None
-        if kind in EDITS:
-            return partial(edited, edit=EDITS[kind], tensors=tensors, strength=cell["strength"])
-        if kind in SCORES:
-            return partial(gated, score=SCORES[kind], tensors=tensors, cell=cell)
-        weights = under_step(tensors, cell["step"])
+        if hook := self.method.hook(cell):
+            return hook
+        weights = self.method.weights(cell)
         if self.evaluator.is_in_4_bits:
             weights = rounded(self.lm.lm, weights)
         return partial(recomputed, lm=self.lm, weights=weights)
@@ -346,6 +354,7 @@ SCORES = {
     "mean_guard": mean_score,
     "bayes_guard": bayes_score,
 }
+OF_ROWS = ("mean_guard", "bayes_guard")  # score whole rows
 
 
 # Training of the LM's own weights

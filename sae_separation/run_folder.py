@@ -25,6 +25,7 @@ from sae_separation.files import (
     HALF_WRITTEN,
     Unusable,
     as_json,
+    content_of,
     is_sealed,
     read_sealed,
     seal,
@@ -271,8 +272,7 @@ def refuse_without_saes(folder: Path, seeds: Sequence[int]):
     for seed in seeds:
         sae = sae_folder(folder, seed)
         if lacking := [name for name in SAE_FILES if not (sae / name).exists()]:
-            why = f"{folder} is complete, and its SAEs are not there to be evaluated"
-            why += f": {sae / lacking[0]} is missing"
+            why = f"{folder} is complete, and its SAEs are not there: {sae / lacking[0]} is missing"
             raise WrongRequest(f"{why}; bring it back, or train again into another folder")
         try:
             record = read_sealed(record_of(folder, seed))
@@ -407,6 +407,21 @@ def read_run_json(path: Path, keys: set[str]) -> dict:
             f"{path} is not as it was written: its checksum is wrong; name another folder, or --overwrite it"
         )
     return value
+
+
+def details_of(folder: Path, seed: int, section: str) -> dict:
+    """What a section of an SAE's evaluation has written beside its metrics; empty where there is none.
+    Raises WrongRequest where it is not as it was written."""
+    path = folder / "eval" / f"seed{seed}_{section}.json"
+    if not path.exists():
+        return {}
+    name, known = str(path.relative_to(folder)), sha256_of(path)
+    try:
+        if known not in recorded_sums(folder).get(name, {known}):
+            raise Unusable(f"{path} is not as it was written: its checksum is wrong")
+        return json.loads(content_of(path))
+    except (Unusable, OSError, ValueError) as why:
+        raise WrongRequest(f"{why}; bring it back, or evaluate again with --evals {section}") from why
 
 
 def changed_files(out_dir: Path) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from typing import Any
 
 import pytest
 from test_resume import at_step, here, interrupt
@@ -204,9 +205,7 @@ def test_a_new_file_that_is_damaged_before_a_killed_renewal_goes_on_is_written_a
 
 def test_without_weights_a_complete_run_cannot_be_evaluated(here, trained, measured, tmp_path, capsys):
     shutil.rmtree(tmp_path / "run_1/sae_seed1")
-    with pytest.raises(
-        WrongRequest, match="its SAEs are not there to be evaluated: .*sae_seed1/cfg.json is missing"
-    ):
+    with pytest.raises(WrongRequest, match="its SAEs are not there: .*sae_seed1/cfg.json is missing"):
         here("run_1", evals=["geometry"])
     assert here("run_1") == 0, "it is complete all the same"
 
@@ -242,6 +241,23 @@ def test_an_interrupted_run_asked_again_with_other_evaluations_goes_on_and_makes
     at_step(monkeypatch, 10, lambda *_: pytest.fail("training was done again"), seed=0)
     assert here("run_1", evals=["geometry"], seeds=(0,)) == 0
     assert seen == [99] and set(final(tmp_path / "run_1")) == {"training", "geometry"}
+
+
+def test_from_python_a_run_is_made_as_the_command_makes_it(here, trained, measured, tmp_path):
+    made = json.loads((trained / "config.json").read_text())["requested"]
+    given = {name: value for name, value in made.items() if value not in (None, [], "")}
+    asked: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    request = experiment.Request(**asked | {"seeds": (0,)})
+    info = experiment.train(request, tmp_path / "mine/it", evals=("geometry",))
+    assert info == final(tmp_path / "mine/it") and info["geometry"]["means"]["number"] == 1.0
+    weights = "sae_seed0/sae_weights.safetensors"
+    assert (tmp_path / "mine/it" / weights).read_bytes() == (trained / weights).read_bytes()
+    assert experiment.train(request, tmp_path / "mine/it") == info and measured == ["geometry"]
+    with pytest.raises(WrongRequest, match="holds a run with other settings .seeds .0. there, .1. wanted"):
+        experiment.train(experiment.Request(**asked | {"seeds": (1,)}), tmp_path / "mine/it")
+    with pytest.raises(WrongRequest, match="--skip 0.5 cannot be held"):
+        experiment.train(experiment.Request(skip=0.5, testbed="micro"), tmp_path / "other")
+    assert not (tmp_path / "other").exists() and not list(tmp_path.glob("**/.lock"))
 
 
 def test_other_text_than_the_saes_were_trained_on_is_refused(

@@ -18,8 +18,8 @@ from torch import Tensor
 from sae_separation import saebench
 from sae_separation.evals.evaluator import Evaluator
 from sae_separation.evals.selection import SELECTIONS
-from sae_separation.exam import Batch, Residuals
-from sae_separation.interventions import WRITES, intervene, written_where
+from sae_separation.exam import Batch
+from sae_separation.interventions import WRITES, feature_hook
 from sae_separation.lm import InterventionLM
 from sae_separation.methods import Method
 
@@ -80,16 +80,7 @@ class FeatureSwitch:
         ]
 
     def hook(self, cell: dict) -> Hook:
-        places = np.searchsorted(self.features.chosen.numpy(), cell["features"]).tolist()
-        if cell["write"] == "clamp":
-            how = {"features_to_ablate": places, "multiplier": cell["multiplier"]}
-            return partial(intervene, sae=self.features, **how)
-
-        def write(resid: Tensor, hook: Residuals) -> Tensor:
-            fires = (self.features.on(hook)[..., places] > 0).any(-1)
-            return written_where(fires, resid, cell["write"], self.evaluator.retain_mean)
-
-        return write
+        return feature_hook(self.features, cell, self.evaluator.retain_mean)
 
     @property
     def needed(self) -> dict:

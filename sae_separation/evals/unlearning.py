@@ -12,7 +12,7 @@ from sae_separation import saebench
 from sae_separation.evals.cells import best_allowed, measured_cells, switch_of
 from sae_separation.evals.evaluator import Evaluator, Firing, finite, suffix
 from sae_separation.exam import Residuals
-from sae_separation.interventions import INTERVENTIONS, ChosenFeatures, intervene
+from sae_separation.interventions import INTERVENTIONS, ChosenFeatures, calibration, intervene
 from sae_separation.methods import Method
 
 MIN_KNOWN = 10  # known questions a domain without which an accuracy means nothing
@@ -67,7 +67,7 @@ def unlearning(evaluator: Evaluator, sae, seed: int, name: str) -> tuple[dict, d
         "unlearning_score_bootstrap_95": bootstrap_interval(swept["clamp"][0], seed),
         "units": units(evaluator, firing, swept),
         "known": {evaluator.questions.names[alias]: n for alias, n in known.items()},
-        "best": {how: without_answers(cell) for how, cell in best.items()},
+        "best": {how: repeatable(evaluator, sae, firing, cell) for how, cell in best.items()},
         "sweep": [without_answers(cell) for cells, _ in swept.values() for cell in cells],
     }
     return *finite("unlearning", metrics, details), doubts(evaluator, metrics)
@@ -191,6 +191,15 @@ def units(evaluator: Evaluator, firing: Firing, swept: dict) -> dict[int, float]
     clamped = {i for cells, _ in swept.values() for cell in cells for i in cell["features"]}
     absolute = evaluator.testbed.clamp_scale == "absolute"
     return {i: 1.0 if absolute else firing.unit[i].item() for i in sorted(clamped)}
+
+
+def repeatable(evaluator: Evaluator, sae, firing: Firing, cell: dict) -> dict:
+    """A cell with what its guard takes from retain text (interventions.calibration), by which it can be
+    repeated without that."""
+    if not cell.get("features"):  # nothing was switched off
+        return without_answers(cell)
+    features = evaluator.features(sae, np.unique(cell["features"]), firing.unit)
+    return without_answers(cell) | calibration(features, cell["intervention"])
 
 
 def without_answers(cell: dict) -> dict:
