@@ -3,8 +3,8 @@
     python plot.py [run_0 run_1 ...]    (default: every run_* folder here)
 
 Needs numpy, scipy, matplotlib and Jinja2 only. Folders that are not complete are skipped, and the reason is
-printed. Figures are written as unlearning_tradeoff.png and so on (--format svg or pdf: under those names) and
-the report as report.html, one page that needs nothing else, into the current folder, each whole or not at
+printed. Figures are written as robustness.png and so on, with --format svg as .svg, with --format pdf as .pdf;
+the report as report.html, one page that needs nothing else; all into the current folder, each whole or not at
 all; the table goes to the screen. A method has one colour in every figure. † marks a run whose warnings.json
 is not empty, or whose files are not as they were written. A figure whose data no run has is left out, and
 the reason is printed. Exit code 2: a wrong request, 1: a file could not be written; one last line on
@@ -119,7 +119,7 @@ def write(name: str, content: bytes):
 
 
 def draw(runs: list[Run], kind: str) -> list[report.Picture]:
-    """Write the figures; what the report shows of them, which no browser does of a PDF."""
+    """Write the figures; the PNGs of them for the report, whatever their format."""
     pictures = []
     for drawer, (title, words) in figures.FIGURES.items():
         name, figure = f"{drawer.__name__}.{kind}", drawer(runs)
@@ -128,10 +128,9 @@ def draw(runs: list[Run], kind: str) -> list[report.Picture]:
             continue
         content = figures.content(figure, kind)
         write(name, content)
-        mime = "image/svg+xml" if kind == "svg" else "image/png"
-        shown = figures.content(figure, "png") if kind == "pdf" else content
+        png = content if kind == "png" else figures.content(figure, "png")
         width, height = (round(96 * inches) for inches in figure.get_size_inches())
-        pictures.append(report.Picture(drawer.__name__, title, words, mime, shown, width, height))
+        pictures.append(report.Picture(drawer.__name__, title, words, png, width, height))
     return pictures
 
 

@@ -283,17 +283,15 @@ def test_long_names_lie_beside_each_other_and_within_the_figure(eleven, tmp_path
         assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes), drawer
 
 
-@pytest.mark.parametrize(("kind", "shown"), [("svg", "svg+xml"), ("pdf", "png")])
-def test_another_format_is_written_twice_alike_and_shown_as_browsers_can(
-    kind, shown, tmp_path, monkeypatch, capsys
-):
+@pytest.mark.parametrize("kind", ["svg", "pdf"])
+def test_another_format_is_written_twice_alike_and_shown_as_png(kind, tmp_path, monkeypatch, capsys):
     written = []
     for _ in range(2):
         code, out, _ = ended(monkeypatch, capsys, tmp_path, ROOT / "run_0", "--format", kind)
         assert code == 0 and f"wrote explained_variance.{kind}\n" in out
         written.append((tmp_path / f"explained_variance.{kind}").read_bytes())
     assert written[0] == written[1] and b"Matplotlib v" in written[0]
-    assert f"data:image/{shown};base64," in (tmp_path / "report.html").read_text()
+    assert "data:image/png;base64," in (tmp_path / "report.html").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", f"explained_variance.{kind}"}
 
 
@@ -372,6 +370,7 @@ def test_a_flagged_run_is_marked_in_table_figures_and_report_with_the_reason(ele
     )
     runs, _ = folders.find_runs([eleven / "run_8", eleven / "run_0"])
     figure = figures.training_curves(runs)
+    assert not isinstance(figure, str)
     legend = figure.legends[0]
     assert [t.get_text() for t in legend.get_texts()] == ["vanilla", "adaptive, BatchTopK †"]
     assert legend.get_title().get_text().startswith("† run_8: more than half of the features are dead")

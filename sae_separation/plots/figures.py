@@ -5,9 +5,11 @@ import math
 import textwrap
 from collections.abc import Callable, Sequence
 from operator import attrgetter
+from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -133,7 +135,8 @@ def point(axis: Axes, run: Run, x, y, **kind):
 
 def handle(run: Run, points: bool = False) -> Line2D:
     """A run's line, or its marker alone, for a legend."""
-    return Line2D([], [], label=run.mark, **(run.style | {"linestyle": "none"} if points else run.style))
+    style: dict[str, Any] = run.style | ({"linestyle": "none"} if points else {})
+    return Line2D([], [], label=run.mark, **style)
 
 
 def flags(runs: list[Run], width: int) -> str:
@@ -147,7 +150,7 @@ def flags(runs: list[Run], width: int) -> str:
     return literal("\n".join(textwrap.wrap(text, width, max_lines=4))) if flagged else ""
 
 
-def finish(figure: Figure, runs: list[Run], handles: list) -> Figure:
+def finish(figure: Figure, runs: list[Run], handles: Sequence[Artist]) -> Figure:
     """The legend under the panels, headed by what † stands for; the figure grows by its height."""
     width, height = figure.get_size_inches()
     longest = max(len(line) for h in handles for line in str(h.get_label()).split("\n"))
@@ -232,13 +235,13 @@ def within(sweep: np.ndarray, budgets: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate([0.0, *gains])[np.searchsorted(costs, budgets + 1e-9, side="right")]
 
 
-def mark_bounds(axis: Axes, floors: list[float]) -> list:
+def mark_bounds(axis: Axes, floors: list[float]) -> list[Artist]:
     """Chance, SAEBench's bound, and the accuracies that random features reach within it; what the legend
     says of them."""
-    grey = {"color": "grey", "linewidth": 1}
+    grey: dict[str, Any] = {"color": "grey", "linewidth": 1}
     axis.axhline(0.25, **grey)
     axis.axvline(0.99, linestyle=":", **grey)
-    handles = [
+    handles: list[Artist] = [
         Line2D([], [], label="chance (0.25)", **grey),
         Line2D([], [], label="SAEBench's bound (0.99)", linestyle=":", **grey),
     ]
@@ -405,7 +408,7 @@ def interventions(runs: list[Run]) -> Figure | str:
         axis.grid(alpha=0.3, axis="x")
     axes[0, 0].set_yticks(range(len(runs)), [run.mark for run in runs], fontsize=8)
     axes[0, 0].set_ylim(len(runs) - 0.5, -0.5)
-    grey = {"color": "#555555", "linestyle": "none"}
+    grey: dict[str, Any] = {"color": "#555555", "linestyle": "none"}
     handles = [Line2D([], [], label=name, marker=m, **grey) for name, (_, m) in INTERVENTIONS.items()]
     handles[0].set_label("clamp, or the method's own")
     return finish(figure, runs, handles)

@@ -35,20 +35,18 @@ PAGE = Path(__file__).with_name("page")  # templates, style and script
 
 
 class Picture(NamedTuple):
-    """A figure for the page: name, title, what it shows, and its file: media type, content, width and height
-    in pixels of CSS."""
+    """A figure for the page: name, title, what it shows, its PNG, width and height in pixels of CSS."""
 
     name: str
     title: str
     words: str
-    mime: str
-    content: bytes
+    png: bytes
     width: int
     height: int
 
     @property
     def base64(self) -> str:
-        return base64.b64encode(self.content).decode()
+        return base64.b64encode(self.png).decode()
 
 
 class Column(NamedTuple):
