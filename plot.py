@@ -3,7 +3,7 @@
     python plot.py [run_0 run_1 ...]    (default: every run_* folder here)
 
 Needs numpy, scipy, matplotlib and Jinja2 only. Folders that are not complete are skipped, and the reason is
-printed. Figures are written as robustness.png and so on, with --format svg as .svg, with --format pdf as .pdf;
+printed. Figures are written as robustness.png and so on, with --format svg or pdf as robustness.svg or .pdf;
 the report as report.html, one page that needs nothing else; all into the current folder, each whole or not at
 all; the table goes to the screen. A method has one colour in every figure. † marks a run whose warnings.json
 is not empty, or whose files are not as they were written. A figure whose data no run has is left out, and
