@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import packages_distributions
@@ -110,7 +111,8 @@ def test_every_python_gets_one_numpy_and_saebench_of_one_release(python):
     numpy = [r.specifier for r in asked if r.name == "numpy"]
     assert len(numpy) == 1 and numpy[0].contains("1.26.4") == (python != "3.13")
     assert ("sae-bench" in {r.name for r in asked}) == (python != "3.13"), "it asks pip for numpy under 2"
-    assert "-c requirements-no-deps.txt" in (ROOT / "requirements.txt").read_text().splitlines()
+    (alone,) = requirements("requirements-no-deps.txt")
+    assert all(r.specifier == alone.specifier for r in asked if r.name == alone.name)
 
 
 @pytest.mark.parametrize("version", [(3, 8), (3, 10), (3, 14)])
@@ -193,3 +195,52 @@ def test_make_refuses_a_python_that_does_not_work_before_it_makes_an_environment
     (project / "refusal").write_text("2")
     code, asked = make(project, "run")
     assert code == 2 and asked == ["python_version.py"] and not (project / ".venv").exists()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """What `pip install .` installs, built from what git tracks."""
+    source, out = (tmp_path_factory.mktemp(name) for name in ("source", "wheel"))
+    wanted = ["*.toml", "*.txt", "*.md", "*.py", "LICENSE", "sae_separation", "micro_pythia"]
+    listed = subprocess.run(
+        ["git", "ls-files", *wanted], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.split("\n"):
+        if name and not name.startswith(("tests", "docs", "run_")):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", build, out], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (made,) = out.glob("sae_separation-*-py3-none-any.whl")
+    return zipfile.ZipFile(made)
+
+
+def test_what_is_installed_is_all_that_a_run_needs_with_the_embedded_lm(wheel):
+    tracked = [
+        "git",
+        "ls-files",
+        "sae_separation",
+        "micro_pythia",
+        "experiment.py",
+        "plot.py",
+        "python_version.py",
+    ]
+    done = subprocess.run(tracked, cwd=ROOT, capture_output=True, text=True, check=True)
+    installed = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert installed == set(done.stdout.split())
+    about = {Path(name).name: name for name in wheel.namelist() if ".dist-info/" in name}
+    assert "sae-separation = sae_separation.command:main" in wheel.read(about["entry_points.txt"]).decode()
+    said = re.findall(r"(?m)^Requires-Dist: (.*)$", wheel.read(about["METADATA"]).decode())
+    assert set(map(Requirement, said)) == set(requirements("requirements.txt"))
+
+
+def test_the_console_command_is_the_script():
+    code = "from sae_separation.command import main; main()"
+    for argv in (["--help"], ["--out_dir=nowhere"]):
+        script, command = (
+            subprocess.run([sys.executable, *how, *argv], cwd=ROOT, capture_output=True, text=True)
+            for how in (["experiment.py"], ["-c", code])
+        )
+        assert (command.returncode, command.stdout) == (script.returncode, script.stdout)
+        assert command.stderr == script.stderr and (script.stdout or script.stderr)
