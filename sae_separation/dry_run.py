@@ -74,14 +74,15 @@ class Pass:
         seeds = f"seeds {' '.join(map(str, of.seeds))}"
         named = ", ".join(row.name for row in self.rows if row.fits(of)) or "no evaluation"
         if folder not in self.trained:
-            return f"is complete; evaluated ({seeds}): {named}"
+            return f"complete; its SAEs are evaluated ({seeds}): {named}"
         if of.arm in of.without_sae:
             return f"arm {of.arm}, fitted without an SAE ({seeds}); {named}"
         if self.command.saes:
             given = ", ".join(sae.given for sae in self.command.saes)
             return f"SAEs of {of.d_sae} features that were trained elsewhere, {given} ({seeds}); {named}"
         steps = f"{of.tokens // of.batch_size} steps of {of.batch_size} activations"
-        return f"arm {of.arm}, {len(of.seeds)} SAEs of {of.d_sae} features ({seeds}), {steps}; {named}"
+        saes = f"{len(of.seeds)} SAE{'s' if len(of.seeds) > 1 else ''} of {of.d_sae} features ({seeds})"
+        return f"arm {of.arm}, {saes}, {steps}; {named}"
 
     def _written(self, folder: Path, of: Config) -> list[str]:
         """The files of one run that would be written."""
@@ -136,7 +137,11 @@ class Pass:
         differ."""
         places = {f.parent.resolve() for f in self.folders} | {Path().resolve()}
         known = [run for place in sorted(places) for run in finished(place)]
-        known = [run for run in known if run.config["testbed"] == self.testbed]
+        known = [
+            run
+            for run in known
+            if (run.config["testbed"], run.config.get("lm")) == (self.testbed, self.spec.lm)
+        ]
         if not known:
             return f"not known: no finished run of {self.testbed} lies beside the folders or here"
         parts, names = [], ", ".join(run.name for run in known[:4]) + (", ..." if len(known) > 4 else "")
