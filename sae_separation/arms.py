@@ -113,3 +113,4 @@ HINGES = {
         most=1,
     ),
 }
+OPTIONS = GROUPS | CHUNKS | FORGET_GROUP | DIRECTIONS | BOTH | NEAR_START | HINGES  # of all arms

@@ -160,12 +160,33 @@ def plain_errors(repo: str, file: str | None = None):
         _scope.reset(before)
 
 
+@contextlib.contextmanager
+def refused_writing(repo: str):
+    """Inside `plain_errors`, for what is uploaded: a token that may not write raises WrongRequest, an upload
+    that hf_xet breaks off RunFailed."""
+    try:
+        yield
+    except hub_errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if status not in (401, 403) or isinstance(error, hub_errors.RepositoryNotFoundError):
+            raise
+        remedy = "log in with one that may (`hf auth login`), or name a repository of your own"
+        raise WrongRequest(f"{repo}: the token in use may not write there ({status}); {remedy}") from error
+    except RuntimeError as error:  # hf_xet has no class for its errors; an address may hold a signature
+        cause = re.sub(r"https?://\S+", "the hub", " ".join(str(error).split()))
+        raise RunFailed(f"{repo}: the upload broke off ({cause}); run the same command again") from error
+
+
 class PatientClient(httpx2.Client):
     """huggingface_hub's client, asking again what may be answered later. Raises RunFailed when that did not
     help, which no hub client takes for a fault to be retried once more."""
 
     def send(self, request: httpx2.Request, **how) -> httpx2.Response:
-        limit, asked = constants.HF_HUB_DOWNLOAD_TIMEOUT, request.extensions.get("timeout", {})
+        if not isinstance(request.stream, httpx2.ByteStream):  # a file on its way up, which is read once:
+            return super().send(request, **how)  # huggingface_hub sends it again itself
+        writes = request.method not in ("GET", "HEAD")  # for a commit the hub takes its time
+        limit = constants.HF_HUB_DOWNLOAD_TIMEOUT * (6 if writes else 1)
+        asked = request.extensions.get("timeout", {})
         timeouts = {k: min(limit, asked.get(k) or limit) for k in ("connect", "read", "write", "pool")}
         request.extensions = {**request.extensions, "timeout": timeouts}
         if how.get("stream"):

@@ -7,12 +7,15 @@ real one, and its faults.
         hub.fail("503", "model.safetensors", times=2)
         subprocess.run(..., env=hub.environment(tmp_path))
 
+    hub.repos["model", "owner/name"].files         # what was uploaded: create_repo, create_commit
+
 As there: a commit hash for every repo, listings by page of the tree, HEAD and GET of files with ETag, size
 and Range; large files (LARGE) by a redirect to a storage host of its own, which must never see a token
 (`hub.leaks`). `hub.asked` lists the requests. Written from what the clients send; nothing here imports
 them.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -55,13 +58,14 @@ class Repo:
     gated: bool
     commit: str
     files: dict[str, File]
+    private: bool = False
 
     def info(self) -> dict:
         return {
             "_id": self.commit[:24],
             "id": self.name,
             "sha": self.commit,
-            "private": False,
+            "private": self.private,
             "disabled": False,
             "gated": "auto" if self.gated else False,
             "tags": [],
@@ -125,6 +129,7 @@ class Hub:
     faults: list[Fault] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)  # "GET /path"
     leaks: list[str] = field(default_factory=list)  # requests that brought a token to the storage host
+    uploaded: dict[str, bytes] = field(default_factory=dict)  # large files without a commit yet, by sha256
 
     def __enter__(self) -> "Hub":
         self.closing, self.lock = threading.Event(), threading.Lock()
@@ -237,8 +242,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         self.answer()
 
+    def do_PUT(self):
+        self.answer()
+
     def answer(self):
-        sent = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+        sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
         self.hub.asked.append(f"{self.command} {path}")
         fault = self.hub.fault(self.command, path, body=False)
@@ -251,14 +259,18 @@ class Handler(BaseHTTPRequestHandler):
                 b"busy",
                 {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)},
             )
+        elif self.storage and self.command == "PUT":
+            self.store(path, sent)
         elif self.storage:
             self.stored(path)
+        elif self.command in ("POST", "PUT") and self.written(path, sent):
+            pass
         elif match := re.fullmatch(
             r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?",
             path,
         ):
             kind, name, what, revision, under = match.groups()
-            self.api(kind[:-1], name, what, revision, (under or "").strip("/"), sent)
+            self.api(kind[:-1], name, what, revision, (under or "").strip("/"), sent.decode())
         elif match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self.file("dataset" if match[1] else "model", match[2], match[3], match[4])
         else:
@@ -286,12 +298,13 @@ class Handler(BaseHTTPRequestHandler):
     def repo(self, kind: str, name: str, revision: str | None) -> Repo | None:
         """The repo, or None when the request was refused."""
         repo = self.hub.repos.get((kind, name))
-        if repo is None:
+        if repo is None or repo.private and self.token() != TOKEN:
             (
                 self.refuse(404, "RepoNotFound", "Repository not found")
                 if self.token()
                 else self.refuse(401, "", "Invalid username or password.")
             )
+            return None
         elif revision not in (None, "main", repo.commit):
             self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
             return None
@@ -359,6 +372,82 @@ class Handler(BaseHTTPRequestHandler):
             },
         )
 
+    def written(self, path: str, sent: bytes) -> bool:
+        """Answer a request that writes, if it is one: to make a repo, change its settings, or commit."""
+        repo = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(settings|preupload/main|commit/main)", path)
+        batch = re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path)
+        if path == "/api/validate-yaml":
+            self.json({"errors": [], "warnings": []})
+        elif not (repo or batch or path in ("/api/repos/create", "/verify")):
+            return False
+        elif self.token() != TOKEN:
+            self.refuse(403 if self.token() else 401, "", "You don't have the rights to write here.")
+        elif batch:
+            self.upload_actions(json.loads(sent))
+        elif path == "/verify":
+            self.json({})
+        elif repo is None:
+            self.create(json.loads(sent))
+        elif (found := self.repo("model", repo[1], None)) is not None:
+            WRITES[repo[2]](self, found, sent)
+        return True
+
+    def create(self, asked: dict):
+        name = f"{asked['organization']}/{asked['name']}"
+        if ("model", name) in self.hub.repos:
+            return self.refuse(409, "", "You already created this model repo")
+        self.hub.add(name, {}).private = asked.get("visibility") == "private"
+        self.json({"url": f"{self.hub.url}/{name}"})
+
+    def change_settings(self, repo: Repo, sent: bytes):
+        repo.private = json.loads(sent)["visibility"] == "private"
+        self.json({})
+
+    def preupload(self, repo: Repo, sent: bytes):
+        """How each file is to come, and what is there by its name."""
+        files = []
+        for path in (asked["path"] for asked in json.loads(sent)["files"]):
+            there, mode = repo.files.get(path), "lfs" if path.endswith(LARGE) else "regular"
+            oid = there and (there.etag if there.large else blob_sha(there.read(0, there.size)))
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self.json({"files": files})
+
+    def upload_actions(self, asked: dict):
+        """Where large files go: by address alone, with a signature and without a token."""
+        objects = []
+        for about in asked["objects"]:
+            actions = {
+                "upload": {"href": f"{self.hub.storage_url}/{about['oid']}?Signature=signed-for-this-upload"},
+                "verify": {"href": f"{self.hub.url}/verify"},
+            }
+            objects.append(about | {"authenticated": True, "actions": actions})
+        self.json({"transfer": "basic", "objects": objects})
+
+    def store(self, path: str, sent: bytes):
+        if self.headers.get("Authorization"):
+            self.hub.leaks.append(path)
+        if hashlib.sha256(sent).hexdigest() != path.strip("/"):
+            return self.say(400, b"other bytes than were announced")
+        self.hub.uploaded[path.strip("/")] = sent
+        self.say(200)
+
+    def commit(self, repo: Repo, sent: bytes):
+        contents = {path: file.content for path, file in repo.files.items()}
+        header, *lines = map(json.loads, sent.splitlines())
+        if header["value"].get("parentCommit") not in (None, repo.commit):
+            return self.refuse(412, "", "A commit has happened since. Please refresh and try again.")
+        for line in lines:
+            key, about = line["key"], line["value"]
+            if key == "deletedFile":
+                del contents[about["path"]]
+            else:
+                large = key == "lfsFile"
+                content = self.hub.uploaded[about["oid"]] if large else base64.b64decode(about["content"])
+                contents[about["path"]] = content
+        new = self.hub.add(repo.name, contents, repo.kind, repo.gated)
+        new.private = repo.private
+        self.json({"commitUrl": f"{self.hub.url}/{repo.name}/commit/{new.commit}", "commitOid": new.commit})
+
     def stored(self, path: str):
         if self.headers.get("Authorization"):
             self.hub.leaks.append(path)
@@ -406,3 +495,15 @@ class Handler(BaseHTTPRequestHandler):
             if fault and at == start:
                 part[len(part) // 2] ^= 0xFF
             self.wfile.write(part)
+
+
+def blob_sha(content: bytes) -> str:
+    """What git names a file by."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+WRITES = {
+    "settings": Handler.change_settings,
+    "preupload/main": Handler.preupload,
+    "commit/main": Handler.commit,
+}
