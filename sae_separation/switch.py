@@ -149,6 +149,7 @@ class SwitchedOff:
         if self._reading is None:
             raise WrongRequest("the hook layer ran by itself: call the LM as a whole")
         (tokens, real, n_before), self._reading = self._reading, None
+        assert self.hook is not None, "this is no hook without one"
         hidden = hidden_of(put_out)
         resid = hidden.float()
         tokens, real = tokens.to(resid.device), real.to(resid.device)

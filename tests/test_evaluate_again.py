@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -247,14 +248,15 @@ def test_from_python_a_run_is_made_as_the_command_makes_it(here, trained, measur
     made = json.loads((trained / "config.json").read_text())["requested"]
     given = {name: value for name, value in made.items() if value not in (None, [], "")}
     asked: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    request = experiment.Request(**asked | {"seeds": (0,)})
+    asked["seeds"] = (0,)
+    request = experiment.Request(**asked)
     info = experiment.train(request, tmp_path / "mine/it", evals=("geometry",))
     assert info == final(tmp_path / "mine/it") and info["geometry"]["means"]["number"] == 1.0
     weights = "sae_seed0/sae_weights.safetensors"
     assert (tmp_path / "mine/it" / weights).read_bytes() == (trained / weights).read_bytes()
     assert experiment.train(request, tmp_path / "mine/it") == info and measured == ["geometry"]
     with pytest.raises(WrongRequest, match="holds a run with other settings .seeds .0. there, .1. wanted"):
-        experiment.train(experiment.Request(**asked | {"seeds": (1,)}), tmp_path / "mine/it")
+        experiment.train(replace(request, seeds=(1,)), tmp_path / "mine/it")
     with pytest.raises(WrongRequest, match="--skip 0.5 cannot be held"):
         experiment.train(experiment.Request(skip=0.5, testbed="micro"), tmp_path / "other")
     assert not (tmp_path / "other").exists() and not list(tmp_path.glob("**/.lock"))
