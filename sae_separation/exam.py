@@ -266,15 +266,20 @@ class Completions:
             else ends_read(batch, logits, self.width)
         )
 
-    def right(self, answers: Callable[[Batch], Tensor]) -> Tensor:
-        """Right or wrong [n] (bool), where `answers` gives for a batch what `read` takes from its logits."""
+    def said(self, answers: Callable[[Batch], Tensor]) -> Tensor:
+        """The place of the likeliest end [n], where `answers` gives for a batch what `read` takes from its
+        logits."""
         rows = torch.empty(self.n_rows, self.width)
         for batch in self.batches:
             rows[batch.rows] = answers(batch).cpu()
         said = torch.full((len(self.answers), int(self.n_ends.max())), -math.inf)
         there = torch.arange(said.shape[1]) < self.n_ends[:, None]
         said[there] = rows[there] if self.width > 1 else rows[:, 0]
-        return said.argmax(-1) == self.answers
+        return said.argmax(-1)
+
+    def right(self, answers: Callable[[Batch], Tensor]) -> Tensor:
+        """Right or wrong [n] (bool), with `answers` as in `said`."""
+        return self.said(answers) == self.answers
 
 
 def letters_read(logits: Tensor, letters: Tensor) -> Tensor:
@@ -297,9 +302,16 @@ def prompt_batches(
     tokenizer, prompts: list[str], device="cpu", mixed_lengths=True, tokens_per_batch=8192
 ) -> list[Batch]:
     """Prompts as rows that are read at their last token."""
-    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     ids: list[list[int]] = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    rows: list[tuple[list[int], list[list[int]]]] = [(bos + prompt, []) for prompt in ids]
+    return id_batches(tokenizer, ids, device, mixed_lengths, tokens_per_batch)
+
+
+def id_batches(
+    tokenizer, prompts: list[list[int]], device="cpu", mixed_lengths=True, tokens_per_batch=8192
+) -> list[Batch]:
+    """The same of prompts as token ids, without their BOS."""
+    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    rows: list[tuple[list[int], list[list[int]]]] = [(bos + prompt, []) for prompt in prompts]
     return list(_batches(rows, tokens_per_batch, device, special_ids(tokenizer), mixed_lengths))
 
 

@@ -81,8 +81,9 @@ def write_whole(path: Path, content: bytes):
 
 
 def as_json(value, indent: int | None = 1) -> bytes:
-    """Strict JSON."""
-    return (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode()
+    """Strict JSON; without an indent the shortest."""
+    separators = (",", ":") if indent is None else None
+    return (json.dumps(value, indent=indent, allow_nan=False, separators=separators) + "\n").encode()
 
 
 def write_json(path: Path, value, indent: int | None = 1):

@@ -212,6 +212,56 @@ def open_parts(browser: Browser) -> dict:
     return seen
 
 
+def texts(selector: str) -> str:
+    """A script for the text of every element that a selector finds."""
+    return f"Array.from(document.querySelectorAll('{selector}')).map(one => one.textContent)"
+
+
+FEATURES = "#features tbody tr:not(.more) th"
+ANSWERS = "#questions tbody tr"
+
+
+def look_inside(browser: Browser) -> dict:
+    """Sort, open, follow and search features; filter and search questions; choose another run."""
+
+    def write(element: str, keys: str):
+        browser.click(f"document.getElementById('{element}')")
+        browser.write(keys)
+
+    def choose_next(element: str):
+        browser.run(f"document.getElementById('{element}').focus()")
+        browser.press(Qt.Key.Key_Down)
+
+    seen: dict = {"features": [browser.run(texts(FEATURES))]}
+    for _ in range(2):
+        browser.click("document.querySelectorAll('#features thead button')[2]")
+        seen["features"].append(browser.run(texts(FEATURES)))
+    browser.click("document.querySelector('#features [data-feature]')")
+    seen["opened"] = browser.run(texts("#features .more .context"))
+    tokens = "Array.from(document.querySelectorAll('#features .more .context [title]'))"
+    seen["shades"] = browser.run(f"{tokens}.map(token => token.style.background)")
+    browser.click("document.querySelector('#features .more button.link')")
+    seen["neighbour"] = browser.run(texts("#features .more .context"))
+    browser.picture("features.png")
+    write("feature-search", "bold")
+    seen["found"] = browser.run(texts(FEATURES))
+    seen["answers"] = [browser.run(texts(ANSWERS))]
+    choose_next("question-kind")
+    seen["answers"].append(browser.run(texts(ANSWERS)))
+    choose_next("question-format")
+    seen["answers"].append(browser.run(texts(ANSWERS)))
+    choose_next("question-subject")
+    seen["answers"].append(browser.run(texts(ANSWERS)))
+    write("question-search", "nothing of the kind")
+    seen["answers"].append(browser.run(texts(ANSWERS)))
+    seen["prompts"] = browser.run(texts("#prompts tbody td, #prompts tbody th"))
+    choose_next("inside-run")
+    browser.pause(0.5)
+    seen["other_run"] = browser.run(texts(FEATURES))
+    browser.picture("inside.png")
+    return seen
+
+
 def use(browser: Browser, path: Path) -> dict:
     """Look at the page, sort, search and open, make the window a phone's, print, and turn scripts off."""
     seen = {
@@ -229,6 +279,8 @@ def use(browser: Browser, path: Path) -> dict:
     if browser.run("Boolean(document.querySelector('.tools'))"):
         seen |= sort(browser) | open_parts(browser) | search(browser)
         browser.open(path)
+    if browser.run("Boolean(document.getElementById('inside'))"):
+        seen["inside"] = look_inside(browser)
     browser.resize(390, 844)
     seen["phone_widths"] = browser.run("[document.documentElement.scrollWidth, window.innerWidth]")
     browser.picture("phone.png")

@@ -78,7 +78,7 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
 
 def test_json_is_strict_and_ends_with_a_line():
     assert files.as_json({"a": [1, None]}) == b'{\n "a": [\n  1,\n  null\n ]\n}\n'
-    assert files.as_json({"a": 1}, indent=None) == b'{"a": 1}\n'
+    assert files.as_json({"a": 1}, indent=None) == b'{"a":1}\n'
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.as_json({"a": float("nan")})
 

@@ -32,7 +32,7 @@ from experiment import PLAN
 from sae_separation import run_folder
 from sae_separation.errors import Output, keep_output_open
 from sae_separation.files import seal
-from sae_separation.plots import figures, folders, looks, tables
+from sae_separation.plots import figures, folders, looks, report, tables
 
 ALPHA = {"run_1": 0.1, "run_2": 0.1, "run_3": 0.01, "run_4": 0.5, "run_5": 1.0, "run_9": 0.25}
 ARMS = [
@@ -710,6 +710,68 @@ def test_the_report_works_in_chromium_from_disk_without_network(eleven):
         "adaptive, BatchTopK †",
     ):
         assert words in seen["text_without_scripts"]
+
+
+def feature(number: int, forget: float, tokens: list[str], near: int) -> dict:
+    """As `--evals features` tells it."""
+    return {
+        "feature": number,
+        "forget": forget,
+        "retain": 0.001,
+        "affinity": 0.9,
+        "mean": 2.5,
+        "in_cell": number == 3,
+        "cells": {"retain_threshold 0.01": 5},
+        "neighbours": [[near, 0.9], [77, 0.5]],
+        "contexts": [["forget", 1, tokens, [0, 4, 1][: len(tokens)]]],
+        "changes": {"n": number, "by_format": {"letter": [number, 0]}, "examples": []},
+    }
+
+
+def inside(run: Path, features: list[dict]):
+    """Give a run features, answers and prompts."""
+    rows = [
+        ["biology", "What is it?", "red", "choosing", True, [True, "<i>blue</i>"]],
+        ["history", "Who was it?", "Ann", "reporting", [True, "Bob"], True],
+        ["history", "When was it?", "then", "reporting", True, None],
+    ]
+    prompt = {"domain": "forget", "prompt": "Once", "without": " upon a time", "with": " more"}
+    asked = {"columns": ["subject", "question", "right", "half", "letter", "cloze"], "rows": rows}
+    (run / "eval/seed0_features.json").write_text(json.dumps({"features": features}))
+    (run / "eval/seed0_questions.json").write_text(json.dumps(asked | {"prompts": [prompt]}))
+
+
+def test_the_inside_of_a_run_is_sorted_opened_searched_and_filtered_in_chromium(tmp_path):
+    made = [made_up(tmp_path, "run_0", "vanilla"), made_up(tmp_path, "run_6", "adaptive")]
+    inside(made[0], [feature(3, 0.2, ["a", " <b>bold</b>", "c"], 4), feature(4, 0.5, ["x", "\n"], 3)])
+    inside(made[1], [feature(9, 0.1, ["y", " bold"], 9)])
+    page = report.render(folders.find_runs(made)[0], [], [])
+    assert "<b>" not in page and "<i>" not in page
+    (tmp_path / "report.html").write_text(page)
+    seen = browse(tmp_path / "report.html")
+    assert seen["messages"] == [] and seen["blocked"] == [] and seen["phone_widths"][0] <= 390
+    there = seen["inside"]
+    assert there["features"] == [["3", "4"], ["3", "4"], ["4", "3"]], "by the share of forget text"
+    assert there["opened"] == ["forgetx\\n"] and there["shades"][0] == "" and "rgb" in there["shades"][1]
+    assert there["neighbour"] == ["forgetx\\n", "forgeta <b>bold</b>c"] and there["found"] == ["3"]
+    blue, bob = (
+        "What is it?biologyclozered✓ red✗ <i>blue</i>choosing",
+        "Who was it?historyletterAnn✓ Ann✗ Bobreporting",
+    )
+    changed, everything, letters, of_biology, none = there["answers"]
+    assert changed == [blue, bob] and len(everything) == 5 and none == []
+    assert len(letters) == 3 and bob in letters and of_biology == [r for r in letters if "biology" in r]
+    assert there["prompts"] == ["Once", "forget", " upon a time", " more"] and there["other_run"] == ["9"]
+    assert "This part needs scripts" in seen["text_without_scripts"]
+
+
+def test_what_the_page_has_no_room_for_is_named(tmp_path, monkeypatch):
+    run = made_up(tmp_path, "run_0", "vanilla")
+    inside(run, [feature(3, 0.2, ["a", "b"], 4)])
+    monkeypatch.setattr(report, "MOST_INSIDE", 100)
+    page = report.render(folders.find_runs([run])[0], [], [])
+    assert "run_0 (vanilla), seed 0.\npython plot.py with fewer run folders" in page
+    assert "data-packed" not in page
 
 
 def test_the_browser_notices_errors_requests_and_broken_images(tmp_path):

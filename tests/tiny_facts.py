@@ -138,3 +138,17 @@ def retain_mean(evaluator: Evaluator) -> Hook:
         return evaluator.retain_mean.expand_as(resid).clone()
 
     return hook
+
+
+def random_sae() -> Any:
+    """48 random directions, each of which fires on some tokens."""
+    import sae_lens as lens
+
+    size: dict[str, Any] = dict(
+        d_in=tiny.D_IN, d_sae=48, dtype="float32", device="cpu", apply_b_dec_to_input=True
+    )
+    sae, generator = lens.StandardSAE(lens.StandardSAEConfig(**size)), torch.Generator().manual_seed(0)
+    W = torch.nn.functional.normalize(torch.randn(48, tiny.D_IN, generator=generator), dim=1)
+    biases = {"b_enc": torch.full((48,), -0.7), "b_dec": torch.zeros(tiny.D_IN)}
+    sae.load_state_dict({"W_enc": W.T.clone(), "W_dec": W} | biases)
+    return sae.requires_grad_(False)

@@ -171,6 +171,30 @@ ROWS = [
         asks=True,
         by_default=False,
     ),
+    Row(
+        "features",
+        "features",
+        "sae_separation.evals.features:features",
+        seconds=10,
+        shown=("n_alive", "n_leaning_to_forget", "n_clamped", "n_that_change_answers"),
+        asks=True,
+        by_default=False,
+        needs_sae=True,
+    ),
+    Row(
+        "questions",
+        "questions",
+        "sae_separation.evals.answers:questions",
+        seconds=8,
+        shown=(
+            "changed_letter_forget",
+            "changed_letter_retain",
+            "changed_cloze_forget",
+            "changed_cloze_retain",
+        ),
+        asks=True,
+        by_default=False,
+    ),
 ]
 
 

@@ -9,7 +9,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -18,10 +18,12 @@ from torch import Tensor
 from sae_separation import saebench
 from sae_separation.evals.evaluator import Evaluator
 from sae_separation.evals.selection import SELECTIONS
-from sae_separation.exam import Batch
+from sae_separation.exam import Batch, Completions
 from sae_separation.interventions import WRITES, feature_hook
 from sae_separation.lm import InterventionLM
 from sae_separation.methods import Method
+
+MOST_KEPT_BYTES = 2**30  # of residuals of questions, for the next SAE
 
 Hook = Callable[..., Tensor | None]  # hook(resid, hook=Residuals), as InterventionLM takes it
 
@@ -88,6 +90,13 @@ class FeatureSwitch:
         units = zip(self.features.chosen.tolist(), self.features.unit.tolist())
         return {"units": dict(units), "retain_mean": self.evaluator.retain_mean.tolist()}
 
+    def over(self, features: list[int]) -> Self:
+        """The same writes for any of the SAE's features."""
+        changed, sae = copy.copy(self), self.features.sae
+        unit = self.evaluator.firing(sae).unit
+        changed.features = self.evaluator.features(sae, np.unique(features), unit)
+        return changed
+
     def on(self, evaluator: Evaluator) -> "FeatureSwitch":
         moved = copy.copy(self)
         moved.lm = evaluator.lm
@@ -102,8 +111,7 @@ class SelectedSwitch(FeatureSwitch):
         super().__init__(evaluator, sae)
         most = max(self.settings["n_features_list"])
         self.ranked = {how: rank(evaluator, sae, most) for how, rank in SELECTIONS.items()}
-        chosen = np.unique(np.concatenate(list(self.ranked.values())))
-        self.features = evaluator.features(sae, chosen, evaluator.firing(sae).unit)
+        self.features = self.over(sum(self.ranked.values(), [])).features
 
     def cells(self) -> list[dict]:
         return [
@@ -194,6 +202,16 @@ def answers(
                 probs = exam.probs_from(partial(switch.lm.ask, read=exam.read))
                 out[subject] = probs.argmax(-1) == exam.answers
     return out
+
+
+def said(lm: InterventionLM, exam: Completions) -> Tensor:
+    """The places of the ends that an LM answers with [n], under its hook if there is one. Residuals of up to
+    MOST_KEPT_BYTES stay for the next time."""
+    places = exam.said(partial(lm.ask, read=exam.read))
+    if sum(asked.residuals.resid.nbytes for asked in lm.asked.values()) > MOST_KEPT_BYTES:
+        for batch in exam.batches:
+            lm.asked.pop(batch, None)
+    return places
 
 
 def accuracies(right: dict[str, Tensor]) -> dict[str, float]:

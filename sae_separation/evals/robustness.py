@@ -10,7 +10,6 @@ each on the questions that the LM answers in that form without an intervention.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -26,6 +25,7 @@ from sae_separation.evals.cells import (
     halves,
     intervening,
     known_among,
+    said,
     under_cell,
 )
 from sae_separation.evals.evaluator import Evaluator, finite
@@ -36,7 +36,6 @@ from sae_separation.lm import InterventionLM
 
 ANSWERED = 0.9  # of the questions that an LM must answer in a form for the form to count
 KEPT, KEPT_OF_A_SUBJECT = 0.99, 0.95  # of the retain questions, in every form, or the score is 0
-MOST_KEPT_BYTES = 2**30  # of residuals of questions, for the next SAE
 TRIED = tuple(
     Form(how, "own" if how == "letter" else "no", "trained", place).name
     for how in ("letter", "cloze", "prose")
@@ -56,13 +55,9 @@ class Asked:
     known: np.ndarray
 
     def right(self, lm: InterventionLM) -> np.ndarray:
-        """Right or wrong of every question [n] (bool), under the LM's hook if there is one. Residuals of up
-        to MOST_KEPT_BYTES stay for the next one."""
+        """Right or wrong of every question [n] (bool), under the LM's hook if there is one."""
         out = np.zeros(len(self.known), dtype=bool)
-        out[self.places] = self.exam.right(partial(lm.ask, read=self.exam.read)).numpy()
-        if sum(asked.residuals.resid.nbytes for asked in lm.asked.values()) > MOST_KEPT_BYTES:
-            for batch in self.exam.batches:
-                lm.asked.pop(batch, None)
+        out[self.places] = (said(lm, self.exam) == self.exam.answers).numpy()
         return out
 
 

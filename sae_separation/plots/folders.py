@@ -17,6 +17,7 @@ import numpy as np
 from sae_separation import run_folder
 from sae_separation.errors import plain
 from sae_separation.files import content_of
+from sae_separation.plots import pages
 from sae_separation.plots.looks import in_lines, literal, look
 
 labels = {
@@ -180,6 +181,7 @@ class Run:
         self.log = self._read_log(folder / "train_log.jsonl")
         paths = {s: [folder / "eval" / f"seed{seed}_{s}.json" for seed in self.seeds] for s in self.info}
         self.evals = {s: [self._read_details(p) for p in paths[s] if os.path.lexists(p)] for s in self.info}
+        self.pages = {seed: pages.read(folder, seed) for seed in self.seeds}
         self.warnings = [cut(plain(w), 1000) for w in (*warnings, *run_folder.changed_files(folder))]
         self.arm = cut(plain(str(settings.get("arm"))), 60)
         self.alpha = finite(settings.get("alpha"))

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from sae_separation import evals
 from sae_separation.errors import plain
+from sae_separation.plots import pages
 from sae_separation.plots.folders import Run, cut, first
 from sae_separation.plots.tables import (
     GAIN,
@@ -32,6 +33,7 @@ TESTED = {
     "Cross-entropy added on forget text at 0.05 nats a token on retain text": GAIN,
 }
 PAGE = Path(__file__).with_name("page")  # templates, style and script
+PARTS = ("style.css", "inside.css"), ("script.js", "inside.js")
 
 
 class Picture(NamedTuple):
@@ -157,6 +159,22 @@ def all_settings(run: Run) -> list[tuple[str, str]]:
     ]
 
 
+MOST_INSIDE = 900_000  # bytes of the insides of runs: the page of all committed runs stays under 3 MB
+
+
+def inside(runs: list[Run], pictures: list[Picture]) -> Section | None:
+    """Features, answers and prompts: the first seed of every run, and as many more as there is room for."""
+    places = range(max(len(run.seeds) for run in runs))
+    some = [(run, run.seeds[place]) for place in places for run in runs if place < len(run.seeds)]
+    titled = {f"{run.title}, seed {seed}": run.pages[seed] for run, seed in some if run.pages[seed]}
+    if not titled:
+        return None
+    texts, fit, left_out = pages.that_fit(titled, MOST_INSIDE)
+    entries = [("features", "Features"), ("questions", "Questions"), ("prompts", "Prompts")]
+    values = {"texts": texts, "pages": fit, "left_out": left_out}
+    return Section("inside", "Inside a run", values, entries if fit else [])
+
+
 def details(runs: list[Run], pictures: list[Picture]) -> Section:
     """Warnings, metrics and settings of each run."""
     rows = [(run, first(run.warnings, 50), all_metrics(run), all_settings(run)) for run in runs]
@@ -167,6 +185,7 @@ SECTIONS: tuple[Callable[[list[Run], list[Picture]], Section | None], ...] = (
     # in the order of the page; None where the runs have nothing for it
     results,
     figures,
+    inside,
     tests,
     details,
 )
@@ -180,16 +199,16 @@ def as_text(value):
 def render(runs: list[Run], skipped: list[str], pictures: list[Picture]) -> str:
     """The page: everything that comes from a run folder is escaped, and its policy lets no other script
     run and nothing load."""
-    style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
+    style, script = ("".join((PAGE / name).read_text(encoding="utf-8") for name in some) for some in PARTS)
     sections = [section for make in SECTIONS if (section := make(runs, pictures))]
-    pages = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE),
         autoescape=True,
         finalize=as_text,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    return pages.get_template("page.html").render(
+    return templates.get_template("page.html").render(
         script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
         style=Markup(style),
         script=Markup(script),
