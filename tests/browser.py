@@ -276,7 +276,7 @@ def use(browser: Browser, path: Path) -> dict:
         "Array.from(document.images).map(i => [i.alt, i.complete && i.naturalWidth > 0])"
     )
     browser.picture("wide.png")
-    if browser.run("Boolean(document.querySelector('.tools'))"):
+    if browser.run("Boolean(document.querySelector('figure button'))"):
         seen |= sort(browser) | open_parts(browser) | search(browser)
         browser.open(path)
     if browser.run("Boolean(document.getElementById('inside'))"):
