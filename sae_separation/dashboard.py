@@ -19,19 +19,14 @@ from typing import Any
 
 from sae_separation import run_folder
 from sae_separation.errors import WrongRequest, keep_output_open, leave_at_once, stops, tell
+from sae_separation.generate import Parser
 from sae_separation.plots import pages
+from sae_separation.saved_run import SavedRun, load_run
 
 # its own requirements would replace transformers and transformer-lens by older ones
 NEEDED = (
     "sae-dashboard decode-clt dataclasses-json eindex-callum 'marshmallow<4' typing-inspect mypy-extensions"
 )
-
-
-class Parser(argparse.ArgumentParser):
-    """Ends as every other wrong request does."""
-
-    def error(self, message: str):
-        raise WrongRequest(f"{message} (--help lists the options)")
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -42,18 +37,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="which of the run's seeds (default: the first)")
     parser.add_argument("--features", type=int, nargs="+", help="which features (default: those told of)")
     return parser.parse_args(argv)
-
-
-def settings_of(run: Path, seed: int | None) -> tuple[dict, int]:
-    """What config.json says of a run, and the seed that is meant. Raises WrongRequest for what is no run, has
-    no such seed or no SAE."""
-    settings = run_folder.read_run_json(run / "config.json", {"requested", "config"})
-    seeds = settings["config"]["seeds"]
-    seed = seeds[0] if seed is None else seed
-    if seed not in seeds:
-        raise WrongRequest(f"--seed {seed}: {run} has seeds {', '.join(map(str, seeds))}")
-    run_folder.refuse_without_saes(run, [seed])
-    return settings, seed
 
 
 def features_of(run: Path, seed: int, d_sae: int, wanted: list[int] | None) -> list[int]:
@@ -89,21 +72,20 @@ class HookedLM:
             hook(resid, hook=self.hook_dict[name])
 
 
-def testbed_of(run: Path, settings: dict) -> Any:
+def testbed_of(run: SavedRun) -> Any:
     """LM and text that a run's SAEs were trained on. Raises WrongRequest where they are others now."""
     from dataclasses import fields
 
     from sae_separation import results, testbeds
     from sae_separation.specs import CUSTOM, DataConfig
 
-    given: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in settings["requested"].items()
-    }
+    requested = run_folder.read_run_json(run.folder / "config.json", {"requested"})["requested"]
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in requested.items()}
     asked = {field.name: given[field.name] for field in fields(DataConfig) if field.name in given}
-    if settings["testbed"]["name"] != CUSTOM:  # auto may mean another one now
-        asked["testbed"] = settings["testbed"]["name"]
+    if run.testbed["name"] != CUSTOM:  # auto may mean another one now
+        asked["testbed"] = run.testbed["name"]
     testbed = testbeds.load(DataConfig(**asked), examined=False)
-    results.Finished(run, SimpleNamespace(**settings["config"]), testbed)
+    results.Finished(run.folder, SimpleNamespace(**run.config), testbed)
     return testbed
 
 
@@ -132,17 +114,16 @@ def write_page(testbed: Any, context_size: int, sae_folder: Path, features: list
 
 def show(given: argparse.Namespace):
     """What the command asks for. Raises WrongRequest."""
-    settings, seed = settings_of(given.run, given.seed)
-    sae_folder = run_folder.sae_folder(given.run, seed)
+    run = load_run(given.run)
+    seed, sae_folder = run.the_seed(given.seed), run.sae_folder(given.seed)
     about = run_folder.read_run_json(sae_folder / "cfg.json", set())
     if "d_sae" not in about:
-        raise WrongRequest(f"{given.run} has no SAE: its arm is {settings['config']['arm']}")
-    features = features_of(given.run, seed, about["d_sae"], given.features)
+        raise WrongRequest(f"{run.folder} has no SAE: its arm is {run.config['arm']}")
+    features = features_of(run.folder, seed, about["d_sae"], given.features)
     if find_spec("sae_dashboard") is None:
         raise WrongRequest(f"SAEDashboard is not installed: pip install --no-deps {NEEDED}")
-    path = Path(f"{given.run.resolve().name}_seed{seed}_dashboard.html")
-    testbed = testbed_of(given.run, settings)
-    write_page(testbed, settings["config"]["context_size"], sae_folder, features, path)
+    path = Path(f"{run.folder.resolve().name}_seed{seed}_dashboard.html")
+    write_page(testbed_of(run), run.config["context_size"], sae_folder, features, path)
     print(f"wrote {path}")
 
 

@@ -25,6 +25,7 @@ def run(tmp_path, monkeypatch):
     about = {"requested": {"testbed": "micro"}, "config": {"seeds": [3, 4], "arm": "vanilla"}}
     (folder / "config.json").write_text(json.dumps(about))
     (folder / "sae_seed3/sae_weights.safetensors").write_bytes(b"weights")
+    (folder / "final_info.json").write_text('{"training": {}}')
     of_sae(folder, d_sae=48)
     return folder
 
@@ -43,7 +44,7 @@ def ended(capsys, *args) -> tuple[int, str]:
 def test_what_cannot_be_shown_is_one_line_that_says_what_to_do(run, capsys, monkeypatch):
     monkeypatch.setattr(dashboard, "find_spec", lambda name: None)
     for args, why in (
-        ([run, "--seed", 5], "--seed 5: .*it has seeds 3, 4"),
+        ([run, "--seed", 5], r"it has no seed 5: its seeds are \[3, 4\]"),
         ([run, "--seed", 4], "sae_seed4/cfg.json is missing"),
         ([run], "tells of no features: give --features, or first python experiment.py .*--evals features"),
         ([run, "--features", 48], "--features 48: the SAE has features 0 to 47"),
