@@ -38,7 +38,7 @@ if __name__ == "__main__":  # from here on, whatever ends the command ends with 
 from sae_separation import checkpoint, dry_run, evals, process, results, resume, run_folder
 from sae_separation import config as settings
 from sae_separation.arms import BOTH, CHUNKS, DIRECTIONS, FORGET_GROUP, GROUPS, HINGES, NEAR_START, Arm
-from sae_separation.config import Command, check, one_pass, passes, to_train
+from sae_separation.config import BY_LAMBDA, Command, check, one_pass, passes, to_train
 
 STARTED = time.monotonic()
 
@@ -175,7 +175,7 @@ from sae_separation.losses import has_bf16
 from sae_separation.resample import resample
 from sae_separation.rounds import Rounds, steps_of_round
 from sae_separation.run import Run, UntrainedRun, refuse_more_than_memory, runs_of
-from sae_separation.sparse import ACTIVATIONS, hold_near, remove_radial, unit_rows
+from sae_separation.sparse import ACTIVATIONS, JUMPS, hold_near, remove_radial, unit_rows
 from sae_separation.testbeds import resolve
 from sae_separation.tracking import Tracking
 
@@ -284,8 +284,9 @@ class OrthogonalSAE(torch.nn.Module):
     live in buffers, so that they move and are saved with the module: `rate` [2, F] firing rate on forget and
     retain text (exponential moving average over batches), `idle` [F] tokens since the feature last fired,
     `groups` [G, size] indices of the features of each group (-1: none), `unlocked` how many features take
-    part (the first ones), `threshold` (batchtopk) and `temperature` (softk) of the activation function,
-    `active` features a row of the last batch trained on.
+    part (the first ones), `threshold` (batchtopk, matryoshka) and `temperature` (softk) of the activation
+    function, `active` features a row of the last batch trained on. Thresholds of jumprelu are trained: exp of
+    log_threshold [F].
     """
 
     scale: Tensor
@@ -305,12 +306,14 @@ class OrthogonalSAE(torch.nn.Module):
         scale: float = 1.0,
         activation: str = "relu",
         k: int = 16,
+        bandwidth: float = 0.5,
         layer_norm: bool = False,
         skip: float = 0.0,
         orthogonal_init: bool = False,
     ):
         super().__init__()
-        self.activation, self.k, self.layer_norm, self.skip = activation, k, layer_norm, skip
+        self.activation, self.k, self.bandwidth = activation, k, bandwidth
+        self.layer_norm, self.skip = layer_norm, skip
         generator = torch.Generator().manual_seed(seed)
         W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
         if orthogonal_init:  # blocks of d_in orthonormal rows, as near to orthogonal as d_sae rows can be
@@ -318,11 +321,13 @@ class OrthogonalSAE(torch.nn.Module):
             W_dec = torch.cat(blocks)
         self.W_dec = torch.nn.Parameter(W_dec)
         # measured: the other way round, FVU ends a tenth and a sixth higher (notes.txt)
-        start = 1.0 if activation == "relu" else 0.5
+        start = 1.0 if activation in BY_LAMBDA else 0.5
         # W_encᵀ: a feature's weights lie side by side, as their gradient comes out of a sparse product
         self.W_enc_FD = torch.nn.Parameter(start * W_dec)
         self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
+        if activation == "jumprelu":
+            self.log_threshold = torch.nn.Parameter(torch.zeros(d_sae))
         self.register_buffer("scale", torch.tensor(1.0 if layer_norm else float(scale)))
         self.register_buffer("rate", torch.zeros(2, d_sae))
         self.register_buffer("idle", torch.zeros(d_sae, dtype=torch.long))
@@ -335,6 +340,11 @@ class OrthogonalSAE(torch.nn.Module):
     @property
     def W_enc(self) -> Tensor:
         return self.W_enc_FD.T
+
+    @property
+    def thresholds(self) -> Tensor:
+        """Above which a feature fires at inference: [F], or 0-d of all alike."""
+        return self.log_threshold.exp() if self.activation == "jumprelu" else self.threshold
 
     def normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """u [..., D], and the mean and the size that lead back: x = u · size + mean. Layer norm as SAELens
@@ -355,10 +365,8 @@ class OrthogonalSAE(torch.nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """x [..., D] in the LM's units -> f [..., F] in units of u."""
         pre = (self.normalise(x)[0] - self.b_dec) @ self.W_enc + self.b_enc
-        if (
-            self.activation == "batchtopk"
-        ):  # at inference a feature is by itself: above the threshold of training
-            f = torch.relu(pre) * (pre > self.threshold)
+        if self.activation in JUMPS:  # at inference a feature is by itself: above its threshold of training
+            f = torch.relu(pre) * (pre > self.thresholds)
         else:
             f = ACTIVATIONS[self.activation](pre, self)[0]
         if self.unlocked == f.shape[-1]:
@@ -422,11 +430,11 @@ class Trainer:
         self.dtype = torch.bfloat16 if has_bf16(device) else torch.float32
         parts = (part.pow(2).sum() for part in x.split(4096))  # in parts: no copy of the block
         scale = math.sqrt(d_in / (sum(parts, start=x.new_zeros(())) / len(x)).item())
-        options = config.activation, config.k, config.layer_norm, config.skip, config.orthogonal_init
-        self.sae = OrthogonalSAE(d_in, config.d_sae, seed, scale, *options).to(device)
+        options = config.activation, config.k, config.bandwidth, config.layer_norm, config.skip
+        self.sae = OrthogonalSAE(d_in, config.d_sae, seed, scale, *options, config.orthogonal_init).to(device)
         for name in ("groups", "unlocked", "temperature"):  # what the host decides, it does not ask a GPU for
             setattr(self.sae, name, getattr(self.sae, name).cpu())
-        self.steered_l0 = config.target_l0 if config.activation == "relu" else 0.0
+        self.steered_l0 = config.target_l0 if config.activation in BY_LAMBDA else 0.0
         self._set_biases(x)
         self.sae.W_dec.requires_grad_(self.arm.trains_decoder)
         self.sae.W_enc_FD.requires_grad_(self.arm.trains_encoder)
@@ -437,7 +445,7 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(seed)
         self.adam = torch.optim.Adam(self.sae.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, self._lr_factor)
-        l1 = config.l1 if config.activation == "relu" else 0.0
+        l1 = config.l1 if config.activation in BY_LAMBDA else 0.0
         alpha = config.alpha if self.arm.has_loss else 0.0
         self.log_l1 = torch.tensor(math.log(l1) if l1 else -math.inf, device=device)
         self.log_alpha = torch.tensor(math.log(alpha) if alpha else -math.inf, device=device)
@@ -471,16 +479,20 @@ class Trainer:
 
     @torch.no_grad()
     def _set_biases(self, x: Tensor):
-        """b_dec is the mean of u. relu starts sparse, near the target L0: many features to bring down run
-        lambda up, or are killed together."""
+        """b_dec is the mean of u. relu and jumprelu start sparse, near the target L0, by bias and threshold:
+        many features to bring down run lambda up, or are killed together."""
         sae, config = self.sae, self.config
         parts = (sae.normalise(part)[0].sum(0) for part in x.split(4096))
         sae.b_dec.copy_(sum(parts, start=x.new_zeros(x.shape[1])) / len(x))
-        if config.activation == "relu":
+        if config.activation in BY_LAMBDA:
             l0 = 2 * (config.target_l0 or x.shape[1] / 8)
             rows = x[: min(4096, max(1, 2**22 // config.d_sae))]
             pre = (sae.normalise(rows)[0] - sae.b_dec) @ sae.W_enc
-            sae.b_enc.sub_(torch.quantile(pre.flatten()[: 2**22], 1 - min(0.5, l0 / config.d_sae)))
+            height = torch.quantile(pre.flatten()[: 2**22], 1 - min(0.5, l0 / config.d_sae))
+            if config.activation == "relu":
+                sae.b_enc.sub_(height)
+            else:
+                sae.log_threshold.fill_(height.clamp(min=1e-3).log())
             sae.active.fill_(l0)
 
     # what a checkpoint holds
@@ -625,6 +637,9 @@ class Trainer:
     ) -> dict[str, Tensor]:
         measured = {"fvu": terms.fvu, "l0": terms.l0, "l1_coefficient": l1, "alpha": alpha}
         loss = terms.fvu + l1 * terms.l1
+        if terms.nested is not None:
+            measured["nested_fvu"] = terms.nested
+            loss = loss + terms.nested - terms.fvu
         if terms.firing is not None:
             measured["omega_firing"] = terms.firing
             loss = loss + terms.firing

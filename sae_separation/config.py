@@ -27,8 +27,10 @@ from sae_separation.run_folder import is_complete
 from sae_separation.specs import CUSTOM, SPECS, DataConfig, Scoring, defaults_of
 
 OF_METHODS = ("arm", "seeds", "context_size", *(f.name for f in fields(DataConfig)))  # that train no SAE
-Activation = Literal["relu", "batchtopk", "softk"]
+Activation = Literal["relu", "jumprelu", "batchtopk", "matryoshka", "softk"]
 ACTIVATION_NAMES = get_args(Activation)
+BY_LAMBDA = ("relu", "jumprelu")  # sparse by lambda's price; the others keep k features
+BY_K = ("batchtopk", "matryoshka", "softk")
 
 # ---- settings and their bounds
 
@@ -94,11 +96,14 @@ class Settings:
     """activations that are collected and shuffled at once"""
 
     activation: Activation = "relu"
-    """how features compete: relu (sparse by lambda), batchtopk (the k B largest of a batch), softk (soft
-    k-winners-take-all)"""
+    """how features compete: relu (sparse by lambda), jumprelu (a threshold for each, learned; lambda prices
+    L0), batchtopk (the k B largest of a batch), matryoshka (the same, and the first features reconstruct by
+    themselves), softk (soft k-winners-take-all)"""
     temperature: float = option(0.3, above=0, activations=("softk",))
     """softk: the gate's temperature at the start; it falls to 0 by the time the learning rate decays"""
-    l1: float = option(0.03, activations=("relu",))
+    bandwidth: float = option(0.5, above=0, activations=("jumprelu",))
+    """jumprelu: width, in units of u, of the band around a threshold whose pre-activations teach it"""
+    l1: float = option(0.03, activations=BY_LAMBDA)
     """lambda, weight of the sparsity loss: where it starts, or stays without a target"""
 
     alpha: float = option(0.1)
@@ -170,9 +175,9 @@ class Request(Settings, DataConfig):
     """tokens a context, the leading BOS included"""
     d_sae: int | None = option(None, least=2, most=2**22)
     """features"""
-    k: int | None = option(None, activations=("batchtopk", "softk"))
-    """batchtopk, softk: active features a token"""
-    target_l0: float | None = option(None, activations=("relu",))
+    k: int | None = option(None, activations=BY_K)
+    """batchtopk, matryoshka, softk: active features a token"""
+    target_l0: float | None = option(None, activations=BY_LAMBDA)
     """mean active features a token that lambda is steered to; 0 keeps lambda at --l1"""
 
 
@@ -203,7 +208,7 @@ def refuse_what_does_not_fit(settings: Any):
     if settings.buffer_tokens < 4 * settings.batch_size:
         need = f"must hold at least 4 batches of {settings.batch_size} to shuffle them"
         raise WrongRequest(f"--buffer_tokens {settings.buffer_tokens} {need}")
-    steered = settings.activation == "relu" and settings.target_l0 != 0  # None is the testbed's target
+    steered = settings.activation in BY_LAMBDA and settings.target_l0 != 0  # None is the testbed's target
     if steered and not settings.l1:
         remedy = "start from a small number, or give --target_l0 0"
         raise WrongRequest(f"--l1 0 cannot be steered to a target L0: {remedy}")
@@ -221,9 +226,9 @@ def refuse_what_does_not_fit(settings: Any):
 def refuse_more_than_features(settings: Any):
     """Raises WrongRequest where as many features are to be active as there are."""
     k, target, most = settings.k, settings.target_l0, settings.d_sae
-    if settings.activation != "relu" and k is not None and not 1 <= k < most:
+    if settings.activation in BY_K and k is not None and not 1 <= k < most:
         raise WrongRequest(f"--k {k} must lie in [1, --d_sae {most})")
-    if settings.activation == "relu" and target is not None and target >= most:
+    if settings.activation in BY_LAMBDA and target is not None and target >= most:
         raise WrongRequest(f"--target_l0 {target:g} must be under --d_sae {most}")
 
 
@@ -387,7 +392,16 @@ def as_options(settings: Mapping[str, Any]) -> str:
 
 GROUPS = {  # of --help; what an arm brings stands with the losses
     "data": (*(f.name for f in fields(DataConfig)), "context_size"),
-    "model": ("d_sae", "activation", "k", "temperature", "layer_norm", "skip", "orthogonal_init"),
+    "model": (
+        "d_sae",
+        "activation",
+        "k",
+        "temperature",
+        "bandwidth",
+        "layer_norm",
+        "skip",
+        "orthogonal_init",
+    ),
     "loss": ("arm", "l1", "target_l0", "alpha", "alpha_start", "loss_warmup_steps"),
     "training": (
         *("seeds", "tokens", "batch_size", "buffer_tokens", "lr", "warmup_steps", "decay_fraction"),

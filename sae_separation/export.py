@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_separation import methods, saebench
+from sae_separation.sparse import JUMPS
 
 
 def build(architecture: str, weights: dict, **settings) -> Any:
@@ -32,9 +33,10 @@ def save(sae, folder: Path, metadata: dict):
 
 def export(module, folder: Path, metadata: dict):
     """Save an OrthogonalSAE in SAELens' format (cfg.json, sae_weights.safetensors) with its `scale` s folded
-    into the weights: StandardSAE, for batchtopk JumpReLUSAE, for softk TopKSAE; locked features never fire.
+    into the weights: StandardSAE; JumpReLUSAE for jumprelu, batchtopk and matryoshka, as SAELens saves its
+    own; TopKSAE for softk. Locked features never fire.
 
-    All three are homogeneous: dividing biases and threshold by s gives features f / s and the same
+    All of them are homogeneous: dividing biases and threshold by s gives features f / s and the same
     reconstruction, rows still unit. Raises ValueError for what the format cannot hold: a skip connection, a
     temperature above 0.
     """
@@ -46,7 +48,9 @@ def export(module, folder: Path, metadata: dict):
         )
         raise ValueError(f"the SAELens format cannot hold {what}")
     F = len(module.W_dec)
-    architecture = {"relu": "standard", "batchtopk": "jumprelu", "softk": "topk"}[module.activation]
+    architecture = ({"relu": "standard", "softk": "topk"} | dict.fromkeys(JUMPS, "jumprelu"))[
+        module.activation
+    ]
     settings = {"k": module.k} if module.activation == "softk" else {}
     settings["normalize_activations"] = "layer_norm" if module.layer_norm else "none"
     weights = {
@@ -56,8 +60,8 @@ def export(module, folder: Path, metadata: dict):
         "b_dec": module.b_dec / module.scale,
     }
     weights["W_enc"][:, module.unlocked :], weights["b_enc"][module.unlocked :] = 0.0, -1.0
-    if module.activation == "batchtopk":
-        weights["threshold"] = (module.threshold / module.scale).expand(F)
+    if module.activation in JUMPS:
+        weights["threshold"] = (module.thresholds / module.scale).expand(F)
     save(build(architecture, weights, **settings), folder, metadata)
 
 

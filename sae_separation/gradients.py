@@ -13,11 +13,14 @@ from torch import Tensor
 
 from sae_separation.sparse import (
     ACTIVATIONS,
+    OF_BATCH,
     SPARSE_SHARE,
     SPARSE_SHARE_ON_GPU,
     DenseFeatures,
     Encoder,
+    JumpFeatures,
     SparseFeatures,
+    prefix_widths,
     sparse_features,
 )
 
@@ -44,7 +47,8 @@ class Terms:
     rows [2, F], and a `sketch` of which rows [F, K] (losses.firing_profile)."""
 
     fvu: Tensor
-    l1: Tensor
+    nested: Tensor | None  # matryoshka: mean FVU over the prefixes, which is what is trained
+    l1: Tensor  # what lambda prices
     l0: Tensor
     fired: Tensor
     firing: Tensor | None
@@ -83,10 +87,13 @@ def accumulate_grads(
     variance = (x - x.mean(0)).pow(2).sum()
     u_BD = u_BD - sae.b_dec
     features = features_of(sae, u_BD, dtype, gain_F, forget)
-    parts = features.decode(sae.W_dec, [0, routed, len(sae.b_enc)] if routed else [0, len(sae.b_enc)])
-    error_BD = sum(parts[1:], start=parts[0]).sub_(u_BD, alpha=1 - sae.skip)
-    d_out_BD, per_row = error_BD * (size**2 * (2 * weight / variance)), 1 / (B * math.sqrt(D))
-    d_outs = [d_out_BD * rows[:, None] for rows in (forget, ~forget)] if routed else [d_out_BD]
+    widths = prefix_widths(len(sae.b_enc)) if sae.activation == "matryoshka" else [len(sae.b_enc)]
+    edges = sorted({0, *([routed] if routed else []), *widths})
+    errors = prefix_errors(features.decode(sae.W_dec, edges), edges, widths, u_BD, sae.skip)
+    error_BD, per_row = errors[-1], 1 / (B * math.sqrt(D))
+    d_errors = [error * (size**2 * (2 * weight / len(widths) / variance)) for error in errors]
+    d_out_BD = sum(d_errors[1:], start=d_errors[0])
+    d_outs = part_gradients(d_errors, edges, widths, forget, routed)
     d_W_dec, d_W_enc_FD, d_b_enc = features.gradients(d_outs, u_BD, sae.W_dec, l1 * per_row * weight)
     firing = None
     if firing_loss:
@@ -97,6 +104,8 @@ def accumulate_grads(
         d_b_enc[group] += d_firing.sum(0)
     d_b_dec = (1 - sae.skip) * d_out_BD.sum(0) - sae.W_enc @ d_b_enc
     grads = {"W_dec": d_W_dec, "W_enc_FD": d_W_enc_FD, "b_enc": d_b_enc, "b_dec": d_b_dec}
+    if isinstance(features, JumpFeatures):
+        grads["log_threshold"] = features.d_log_threshold
     for name, grad in grads.items():
         parameter = sae.get_parameter(name)
         if parameter.requires_grad:
@@ -105,6 +114,7 @@ def accumulate_grads(
     sae.active.copy_(fired_2F.sum() / B)
     return Terms(
         fvu=(error_BD * size).pow(2).sum() / variance,
+        nested=None if len(widths) == 1 else mean_square(errors, size) / variance,
         l1=total * per_row,
         l0=sae.active.clone(),
         fired=fired_2F,
@@ -113,18 +123,54 @@ def accumulate_grads(
     )
 
 
+def prefix_errors(
+    parts: list[Tensor], edges: list[int], widths: list[int], u_BD: Tensor, skip: float
+) -> list[Tensor]:
+    """x_hat - x in units of u, of the first features alone, for each of `widths`; parts: what the features
+    between two edges decode to [B, D]."""
+    errors, so_far = [], parts[0]
+    for part, end in zip([None, *parts[1:]], edges[1:]):
+        so_far = so_far if part is None else so_far + part
+        if end in widths:
+            last = end == widths[-1]
+            errors.append((so_far if last else so_far.clone()).sub_(u_BD, alpha=1 - skip))
+    return errors
+
+
+def part_gradients(
+    d_errors: list[Tensor], edges: list[int], widths: list[int], forget: Tensor, routed: int
+) -> list[Tensor]:
+    """What the features between two edges learn from [B, D]: the gradients of the errors of all prefixes that
+    hold them; with `routed` on the rows of their domain."""
+    d_outs = []
+    for end in edges[1:]:
+        held_in = [d_error for d_error, width in zip(d_errors, widths) if width >= end]
+        d_out = sum(held_in[1:], start=held_in[0])
+        if routed:
+            d_out = d_out * (forget if end <= routed else ~forget)[:, None]
+        d_outs.append(d_out)
+    return d_outs
+
+
+def mean_square(errors: list[Tensor], size: Tensor) -> Tensor:
+    """Mean over prefixes of ||error||² in the LM's units, summed over rows."""
+    return torch.stack([(error * size).pow(2).sum() for error in errors]).mean()
+
+
 def few_active(sae: TrainedSAE, u_BD: Tensor, dtype: torch.dtype) -> bool | Tensor:
     """Whether so few features are active that SparseFeatures are faster; a GPU is not asked."""
     if u_BD.device.type == "cpu":
         return sae.active < SPARSE_SHARE[dtype] * len(sae.b_enc)
-    return sae.activation == "batchtopk" and sae.k < SPARSE_SHARE_ON_GPU * len(sae.b_enc)
+    return sae.activation in OF_BATCH and sae.k < SPARSE_SHARE_ON_GPU * len(sae.b_enc)
 
 
 def features_of(
     sae: TrainedSAE, u_BD: Tensor, dtype: torch.dtype, gain_F: Tensor | None, forget: Tensor
 ) -> SparseFeatures | DenseFeatures:
     """SparseFeatures where few are active and it is not compiled: on a CPU as in the last batch, on a GPU of
-    batchtopk and by k. Else DenseFeatures."""
+    batchtopk and by k. Else DenseFeatures, as those of jumprelu always are."""
+    if sae.activation == "jumprelu":
+        return JumpFeatures(sae.pre_activations(u_BD.to(dtype)), sae, gain_F, forget)
     if not torch.compiler.is_compiling() and few_active(sae, u_BD, dtype):
         return sparse_features(sae, u_BD, dtype, gain_F, forget)
     f_BF, slope_BF = ACTIVATIONS[sae.activation](sae.pre_activations(u_BD.to(dtype)), sae)

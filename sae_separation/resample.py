@@ -46,7 +46,17 @@ def resample(
         sae.W_enc_FD[dead] = size * direction
     sae.b_enc[dead] = bias
     sae.idle[dead] = 0
-    for parameter in (sae.W_dec, sae.W_enc_FD, sae.b_enc):
-        for moment in ("exp_avg", "exp_avg_sq") if parameter.requires_grad else ():
-            adam.state[parameter][moment][dead] = 0.0
+    of_features = [sae.W_dec, sae.W_enc_FD, sae.b_enc]
+    if sae.activation == "jumprelu":
+        if not dead_F.all():
+            sae.log_threshold[dead] = sae.log_threshold[~dead_F].mean()
+        of_features.append(sae.log_threshold)
+    forget_moments(adam, of_features, dead)
     return len(dead)
+
+
+def forget_moments(adam: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], rows: Tensor):
+    """Adam begins anew with these rows of the parameters that it trains."""
+    for parameter in parameters:
+        for moment in ("exp_avg", "exp_avg_sq") if parameter.requires_grad else ():
+            adam.state[parameter][moment][rows] = 0.0

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sae_separation import evals, process, progress, run_folder
+from sae_separation.config import BY_LAMBDA
 from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.evals import Row
 from sae_separation.files import Unusable, as_json, read_sealed, seal, write_json
@@ -26,7 +27,7 @@ SHOWN = {"training": ("tokens_trained", "l1_coefficient", "alpha", "tokens_per_s
 
 
 # Settings that are younger than committed runs: at this value a run is the same as without them
-YOUNGER = {"target_overlap": 0.1, "alpha_directions": 0.1, "least_cosine": 0.8}
+YOUNGER = {"bandwidth": 0.5, "target_overlap": 0.1, "alpha_directions": 0.1, "least_cosine": 0.8}
 
 
 def what_trained(config: dict, testbed: dict) -> list[dict]:
@@ -149,7 +150,7 @@ def doubts(training: dict, core: dict, config, d_in: int) -> list[str]:
     if l0 is None:  # of an SAE that was trained elsewhere, and core was not measured
         return []
     fvu, dead = training["final_fvu"] or 0, training.get("frac_dead") or 0
-    target = config.target_l0 if config.activation == "relu" else config.k
+    target = config.target_l0 if config.activation in BY_LAMBDA else config.k
     if target and abs(l0 - target) > 2:
         warnings.append(f"L0 is {l0:.1f}, more than 2 from the target {target:g}")
     no_better = "no better than predicting the mean"

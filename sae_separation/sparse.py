@@ -14,7 +14,8 @@ from sae_separation.losses import tangential
 
 class Encoder(Protocol):
     """What activation functions read of an SAE: b_enc [F], the name of its activation, k active features a
-    row, and the 0-d buffers threshold (batchtopk) and temperature (softk)."""
+    row, the 0-d buffers threshold (batchtopk, matryoshka) and temperature (softk), and of jumprelu its
+    thresholds [F] and its bandwidth."""
 
     @property
     def activation(self) -> str: ...
@@ -24,6 +25,10 @@ class Encoder(Protocol):
     def b_enc(self) -> Tensor: ...
     @property
     def threshold(self) -> Tensor: ...
+    @property
+    def thresholds(self) -> Tensor: ...
+    @property
+    def bandwidth(self) -> float: ...
     @property
     def temperature(self) -> Tensor: ...
     def pre_activations(self, u: Tensor, some: slice = ..., out_FB: Tensor | None = None) -> Tensor: ...
@@ -81,6 +86,33 @@ class DenseFeatures:
     def sketch(self, signs_BK: Tensor) -> Tensor:
         """Σ of signs over the rows that each feature fires on [F, K]."""
         return (self.f.sign().T @ signs_BK.to(self.f)).float()
+
+
+class JumpFeatures(DenseFeatures):
+    """The features of JumpReLU, and the gradient of their thresholds through the straight-through estimator
+    of arXiv 2407.14435: a rectangle of width `bandwidth` around a threshold. The price is of L0, and teaches
+    thresholds alone."""
+
+    def __init__(self, pre_BF: Tensor, sae: Encoder, gain_F: Tensor | None, forget: Tensor):
+        self.threshold, self.width = sae.thresholds.detach().to(pre_BF), sae.bandwidth
+        self.near = ((pre_BF - self.threshold).abs() < self.width / 2).to(pre_BF)
+        super().__init__(jump_relu(pre_BF, sae)[0], None, gain_F, forget)
+
+    def gradients(
+        self, d_outs: list[Tensor], u_BD: Tensor, W_dec: Tensor, d_l0: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found = super().gradients(d_outs, u_BD, W_dec, torch.zeros_like(d_l0))
+        d_f = joined([d.to(self.f) @ self.W_dec[part].T for part, d in zip(self.parts, d_outs)], 1)
+        by_error, by_price = (self.near * d_f).sum(0), d_l0 * self.near.sum(0)
+        for gain in self.factors:  # what takes no part is not priced
+            by_error, by_price = by_error * gain, by_price * gain.sign()
+        taught = self.threshold * by_error + by_price
+        self.d_log_threshold = (-self.threshold / self.width * taught).float()
+        return found
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        fired_2F, _ = super().counts()
+        return fired_2F, fired_2F.sum()
 
 
 class SparseFeatures:
@@ -231,9 +263,9 @@ def sparse_features(
         return SparseFeatures(
             col, row[by_feature], f_BF.flatten()[place][by_feature].float(), slope, F, gain_F, forget
         )
-    floor = 0.8 * sae.threshold.item() if sae.activation == "batchtopk" else 0.0
+    floor = 0.8 * sae.threshold.item() if sae.activation in OF_BATCH else 0.0
     col, row, value = entries_above(floor, sae, u_low)
-    if sae.activation == "batchtopk":
+    if sae.activation in OF_BATCH:
         if len(value) < sae.k * len(u_BD) and floor:
             col, row, value = entries_above(0.0, sae, u_low)
         keep = ~(value < batch_border(value, sae.k * len(u_BD), sae))
@@ -275,6 +307,17 @@ def entries_above(floor: float, sae: Encoder, u_low: Tensor) -> tuple[Tensor, Te
 
 def relu(pre: Tensor, sae: Encoder) -> tuple[Tensor, None]:
     return pre.relu_(), None
+
+
+def jump_relu(pre: Tensor, sae: Encoder) -> tuple[Tensor, None]:
+    """The pre-activations above the threshold of their feature (arXiv 2407.14435)."""
+    return torch.where(pre > sae.thresholds.to(pre), pre, 0), None
+
+
+def prefix_widths(n_features: int) -> list[int]:
+    """How many of the first features reconstruct by themselves in a matryoshka SAE: the shares of arXiv
+    2503.17547."""
+    return sorted({max(1, n_features * share // 32) for share in (1, 3, 7, 15, 32)})
 
 
 def batch_border(few: Tensor, n: int, sae: Encoder) -> Tensor:
@@ -320,4 +363,12 @@ def soft_k_winners(pre: Tensor, sae: Encoder) -> tuple[Tensor, Tensor | None]:
     return f, gate + f * (1 - gate) / temperature
 
 
-ACTIVATIONS = {"relu": relu, "batchtopk": batch_top_k, "softk": soft_k_winners}
+ACTIVATIONS = {
+    "relu": relu,
+    "jumprelu": jump_relu,
+    "batchtopk": batch_top_k,
+    "matryoshka": batch_top_k,
+    "softk": soft_k_winners,
+}
+OF_BATCH = ("batchtopk", "matryoshka")
+JUMPS = ("jumprelu", *OF_BATCH)  # at inference a feature fires above a threshold, whatever the others do

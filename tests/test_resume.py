@@ -129,6 +129,8 @@ FORMS = {
     "ortsae": dict(arm="ortsae", alpha=0.25),
     "batchtopk unlocking": dict(activation="batchtopk", unlock_steps=4),
     "softk": dict(activation="softk"),
+    "jumprelu": dict(activation="jumprelu"),
+    "matryoshka": dict(activation="matryoshka"),
     "dropout, own learning rates": dict(feature_dropout=0.2, feature_lr_power=0.5),
     "between two accumulations": dict(arm="fixed", grad_accumulation=4),
 }

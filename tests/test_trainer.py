@@ -73,8 +73,9 @@ def test_the_input_is_scaled_to_mean_square_norm_d_in(block):
     )
 
 
-def test_lambda_is_steered_to_the_target_l0(block):
-    _, history = train(replace(SMALL, decay_fraction=0.0), block, steps=900)
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+def test_lambda_is_steered_to_the_target_l0(activation, block):
+    _, history = train(replace(SMALL, decay_fraction=0.0, activation=activation), block, steps=900)
     assert sum(r["l0"] for r in history[-50:]) / 50 == pytest.approx(8.0, abs=2.0)
     assert history[-1]["l1_coefficient"] != history[0]["l1_coefficient"]
     _, fixed = train(replace(SMALL, target_l0=0.0), block, steps=20)
@@ -255,6 +256,7 @@ CHANGES = {
     "activation": ("vanilla", "batchtopk"),
     "k": ({"activation": "batchtopk"}, 20),
     "temperature": ({"activation": "softk"}, 1.0),
+    "bandwidth": ({"activation": "jumprelu"}, 0.1),
     "alpha_start": ("fixed", 0.01),
     "loss_warmup_steps": ("vanilla", 50),
     "layer_norm": ("vanilla", True),
