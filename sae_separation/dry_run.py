@@ -61,6 +61,8 @@ class Pass:
         for folder, of in zip(self.folders, self.configs):
             out.append(f"{folder}: {self._done(folder, of)}{self._state(folder)}")
             files.setdefault(", ".join(self._written(folder, of)), []).append(folder.name)
+        auto = " (what auto means now)" if self.request.name == "auto" else ""
+        out.append(f"  testbed: {self.testbed}{auto}")
         out.append(f"  LM: {self.spec.lm}, layer {self.spec.layer}, {self._where()}")
         for name in ("forget_text", "retain_text"):
             out.append(f"  {name.replace('_', ' ')}: {' '.join(getattr(self.spec, name))}")

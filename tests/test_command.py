@@ -482,7 +482,11 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, monkeypa
     assert f"mine/fixed_layer1: arm fixed, 3 SAEs of 1024 features (seeds 0 1 2), {steps}\n" in out
     assert "mine/rmu_layer2: arm rmu, fitted without an SAE (seeds 0 1 2); depth\n" in out
     assert "pass 2 of 2 of the LM:" in out and "  LM: micro_pythia, layer 2, 2.4 MB in " in out
-    assert "  forget text: invented biology\n" in out and "questions (for depth): invented questions" in out
+    assert (
+        "  testbed: micro\n" in out
+        and "  forget text: invented biology\n" in out
+        and "questions (for depth): invented questions" in out
+    )
     assert "  memory: at least 0.2 GB to train" in out, "a block of 131,072 activations of 128 floats, twice"
     assert "  disk: 3.2 MB of SAEs, 18.9 MB of checkpoints" in out
     assert "  time: not known: no finished run of micro" in out
