@@ -75,6 +75,7 @@ METRICS = {  # section -> metric -> what it says
     "relearning": {"left_after_100_steps": "knowledge left after 100 steps of fine-tuning on other facts"},
 }
 FOLDERS = re.compile(r"""(?<![\w.:/-])(/|~[^\s/]*/)([^\s/'"`]+/)+""")  # no URL, no owner/name
+INSTALLED = "licenses/CITATION.cff"
 WORDS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
 
 
@@ -259,10 +260,14 @@ def licence_and_citation() -> str:
 
 
 def citation() -> dict:
-    """CITATION.cff of the code."""
+    """CITATION.cff of the code: of the repository, or where pip has put it."""
+    from importlib.metadata import distribution
+
     import yaml
 
-    return yaml.safe_load((HERE / "CITATION.cff").read_text())
+    here = HERE / "CITATION.cff"
+    text = here.read_text() if here.exists() else distribution("sae-separation").read_text(INSTALLED)
+    return yaml.safe_load(text or "")
 
 
 def bibtex() -> str:

@@ -201,7 +201,7 @@ def test_make_refuses_a_python_that_does_not_work_before_it_makes_an_environment
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
     """What `pip install .` installs, built from what git tracks."""
     source, out = (tmp_path_factory.mktemp(name) for name in ("source", "wheel"))
-    wanted = ["*.toml", "*.txt", "*.md", "*.py", "LICENSE", "sae_separation", "micro_pythia"]
+    wanted = ["*.toml", "*.txt", "*.md", "*.py", "LICENSE", "CITATION.cff", "sae_separation", "micro_pythia"]
     listed = subprocess.run(
         ["git", "ls-files", *wanted], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -230,6 +230,7 @@ def test_what_is_installed_is_all_that_a_run_needs_with_the_embedded_lm(wheel):
     installed = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert installed == set(done.stdout.split())
     about = {Path(name).name: name for name in wheel.namelist() if ".dist-info/" in name}
+    assert about["CITATION.cff"].endswith(".dist-info/licenses/CITATION.cff")  # as card.py looks for it
     assert "sae-separation = sae_separation.command:main" in wheel.read(about["entry_points.txt"]).decode()
     said = re.findall(r"(?m)^Requires-Dist: (.*)$", wheel.read(about["METADATA"]).decode())
     assert set(map(Requirement, said)) == set(requirements("requirements.txt"))
