@@ -44,36 +44,6 @@ ACTIVATIONS = {
     "batchtopk": "BatchTopK, stored as JumpReLU",
     "softk": "soft k-winners, stored as TopK",
 }
-METRICS = {  # section -> metric -> what it says
-    "core": {
-        "l0": "active features a token",
-        "explained_variance": "share of the activations' variance that is reconstructed",
-        "ce_loss_score": "share of the LM's loss recovered when reconstructions stand in for activations",
-        "frac_alive": "share of the features that fire",
-    },
-    "unlearning": {
-        "unlearning_score": "SAEBench's score: 1 - accuracy on the forget questions, where 99 % of the retain"
-        " questions are kept",
-        "random_feature_score": "the same with random features: the noise floor",
-    },
-    "corpus_unlearning": {
-        evals.GAIN: "nats a token lost on the text to forget, at a cost of 0.05 on the other text",
-    },
-    "geometry": {
-        "omega": "squared cosines of decoder rows times d_in: 1 for random rows, 0 for orthogonal ones",
-        "mean_max_cosine": "a decoder row's largest cosine with another, on average",
-    },
-    "robustness": {
-        "standard_score": "SAEBench's score on questions that did not choose the intervention",
-        "worst_case_score": "1 - the most knowledge left in any form; 0 where too much else is lost",
-        "knowledge_left_max": "the most knowledge left in any form of asking",
-        "kept_at_worst": "the least other knowledge kept in any form of asking",
-    },
-    "depth": {
-        "depth_score": "what a linear readout finds in later layers: 0 as in the LM, 1 as if never read"
-    },
-    "relearning": {"left_after_100_steps": "knowledge left after 100 steps of fine-tuning on other facts"},
-}
 FOLDERS = re.compile(r"""(?<![\w.:/-])(/|~[^\s/]*/)([^\s/'"`]+/)+""")  # no URL, no owner/name
 INSTALLED = "licenses/CITATION.cff"
 WORDS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
@@ -166,10 +136,10 @@ def numbers(made: dict, info: dict) -> str:
     seeds = made["config"]["seeds"]
     over = f"mean ± standard error over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
     rows = [
-        f"| {section} | `{metric}` | {quoted(*of_seeds(info, section, metric))} | {says} |"
-        for section, metrics in METRICS.items()
-        for metric, says in metrics.items()
-        if metric in info.get(section, {}).get("means", {})
+        f"| {row.section} | `{metric}` | {quoted(*of_seeds(info, row.section, metric))} | {escaped(says)} |"
+        for row in evals.ROWS
+        for metric, says in row.says.items()
+        if metric in info.get(row.section, {}).get("means", {})
     ]
     if not rows:
         return "## Results\n\nNothing was evaluated."
@@ -185,7 +155,7 @@ def numbers(made: dict, info: dict) -> str:
         "`final_info.json` has every metric, by seed; `eval/` the details (core's in SAEBench's own form).",
     ]
     if "robustness" in info:
-        more = "A high `standard_score` beside a low `worst_case_score` means a topic that is recognised,"
+        more = "A high `unlearning_score` beside a low `worst_case_score` means a topic that is recognised,"
         lines += ["", f"{more} not knowledge that is separated."]
     return "\n".join(lines)
 
@@ -293,6 +263,11 @@ def quoted(mean: float | None, stderr: float | None) -> str:
         return f"{mean:.4g}"
     digits = max(0, min(6, 1 - math.floor(math.log10(stderr))))
     return f"{mean:.{digits}f} ± {stderr:.{digits}f}"
+
+
+def escaped(text: str) -> str:
+    """Text in a cell of a Markdown table."""
+    return text.replace("|", r"\|")
 
 
 def named(source: Any) -> str:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sae_separation import process, run_folder
+from sae_separation import evals, process, run_folder
 from sae_separation.card import model_card, without_folders
 from sae_separation.errors import Interrupted, WrongRequest, finish, keep_output_open, tell
 from sae_separation.files import as_json
@@ -22,6 +22,12 @@ PUSHED = re.compile(  # what this program puts into a repository, and the hub it
     r"README\.md|\.gitattributes|final_info\.json|eval/seed\d+_\w+\.json"
     r"|sae_seed\d+/(cfg\.json|sae_weights\.safetensors)"
 )
+
+
+QUOTING = (
+    "features",
+    "questions",
+)  # their details quote text and questions, which may not be ours to publish
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,8 +68,8 @@ def contents(repo: str, folder: Path, seeds: list[int]) -> dict[str, bytes | Pat
         "final_info.json": as_json(without_folders(info)),
     }
     for seed in seeds:
-        details = run_folder.written(folder / "eval", "eval")
-        details = [p for p in details if re.fullmatch(rf"seed{seed}_(?!metrics)\w+\.json", p.name)]
+        measured = [row.section for row in evals.ROWS if row.section in info and row.section not in QUOTING]
+        details = [folder / "eval" / f"seed{seed}_{section}.json" for section in measured]
         weights = [run_folder.sae_folder(folder, seed) / name for name in run_folder.SAE_FILES]
         files |= {str(path.relative_to(folder)): path for path in (*weights, *details)}
     return files

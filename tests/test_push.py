@@ -191,6 +191,7 @@ def test_the_card_has_the_numbers_and_the_command_that_asks_for_the_same_run(fol
     wanted = json.loads(json.dumps(vars(request)))
     known = {name: value for name, value in made["requested"].items() if name in wanted}
     assert {name: wanted[name] for name in known} == known
+    assert r"largest \|cosine\| with" in text  # in a table
     assert set(asked.evals) == {row.name for row in push.run_folder.evals.ROWS if row.section in info}
 
 
