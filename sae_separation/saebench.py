@@ -6,6 +6,7 @@ its prompts and its scores stay its own. Importing it takes seconds, so function
 """
 
 import contextlib
+import copy
 import io
 import pickle
 import warnings
@@ -14,6 +15,7 @@ from dataclasses import asdict
 from functools import cache, partial
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -311,3 +313,92 @@ def shared_proxy(lm, tokenizer, most_bytes: int = 2**29):
 
     lm.layers[lm.layer].register_forward_hook(list_as_tuple)  # sae_lens' hook ignores lists
     return SharedProxy(lm.lm, tokenizer, hook_names=[lm.hook_name])
+
+
+# ----------------------------------------------------------------------------------------- without questions
+
+
+@contextlib.contextmanager
+def quietly():
+    """Inside, what SAEBench and its libraries print and warn of, and their bars, are not shown."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def run_meta_structure(sae, **settings) -> dict[str, Any]:
+    """SAEBench's meta-structure evaluation, unchanged, of the rows of W_dec; `settings` in place of
+    SAEBench's."""
+    from sae_bench.evals.meta_structure import main as meta
+    from sae_bench.evals.meta_structure.eval_config import MetaStructureEvalConfig
+
+    config = MetaStructureEvalConfig(**settings)
+    meta._set_random_seed(config.random_seed)
+    with quietly(), torch.enable_grad():
+        output = meta.run_eval_single_sae("", "", sae, config, str(sae.device))
+    metrics = asdict(output.eval_result_metrics.meta_structure)
+    return {"eval_type_id": "meta_structure", "eval_config": asdict(config), "eval_result_metrics": metrics}
+
+
+def keep_probing_activations(lm, tokenizer, datasets: Sequence[str], longest: int, folder: Path):
+    """Have sae-probes' own code keep, in its folder and form, the residual stream (fp32) of an
+    lm.InterventionLM at the last token of every text of its data sets; of longer texts the last `longest`
+    tokens count."""
+    from sae_probes import generate_model_activations as generate
+
+    tokenizer = copy.deepcopy(tokenizer)  # sae-probes sets the sides on which it pads and cuts
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+
+    def run_with_cache(tokens: Tensor, **_):
+        return None, {lm.hook_name: lm.resid(tokens)}
+
+    model: Any = SimpleNamespace(tokenizer=tokenizer, run_with_cache=run_with_cache)
+    with quietly():
+        generate.ensure_dataset_activations(
+            lm.cfg.model_name,
+            list(datasets),
+            [lm.hook_name],
+            folder / "activations",
+            device=str(lm.cfg.device),
+            max_seq_len=longest,
+            batch_size=128,  # each stops the LM once
+            model=model,
+        )
+
+
+def run_sparse_probing(sae, lm, datasets: Sequence[str], folder: Path, name: str) -> dict[str, Any]:
+    """SAEBench's sparse probing by sae-probes, unchanged, of an SAE, on what `keep_probing_activations` has
+    kept in the same folder. `name` is one that no other SAE has."""
+    from sae_bench.evals.sparse_probing_sae_probes import main as probing
+    from sae_bench.evals.sparse_probing_sae_probes.eval_config import SparseProbingSaeProbesEvalConfig
+
+    config = SparseProbingSaeProbesEvalConfig(
+        model_name=lm.cfg.model_name,
+        dataset_names=list(datasets),
+        results_path=str(folder / "probes"),
+        model_cache_path=str(folder / "activations"),
+    )
+
+    def dataset_of(path: Path) -> str:
+        return path.stem.partition(f"_{lm.hook_name}_")[0]  # SAEBench's knows TransformerLens' names of hooks
+
+    with quietly(), torch.no_grad(), patch.object(probing, "_parse_dataset_from_filename", dataset_of):
+        (output,) = probing.run_eval(config, [(name, sae)], str(sae.device), str(folder / "output")).values()
+    settings = {k: v for k, v in asdict(config).items() if not k.endswith("_path")}
+    groups = {
+        part: {k: v for k, v in metrics.items() if v is not None}
+        for part, metrics in output["eval_result_metrics"].items()
+    }
+    details = {
+        found["dataset_name"]: {
+            k: v for k, v in found.items() if k.startswith(("sae_top_", "llm_")) and v is not None
+        }
+        for found in output["eval_result_details"]
+    }
+    return {
+        "eval_type_id": "sparse_probing_sae_probes",
+        "eval_config": settings,
+        "eval_result_metrics": groups,
+        "eval_result_details": details,
+    }

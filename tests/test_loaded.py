@@ -371,7 +371,7 @@ def test_commands_that_make_no_sense_are_refused_in_one_line(command, says):
 ON_HUB = """
 from sae_separation import loaded
 source, = loaded.find(["owner/saes/layers.3"])
-print(source.lm, source.layer, source.revision, loaded.read(source).W_dec.shape)
+print(source.lm, source.layer, source.revision, source.weights_file.stat().st_size)
 loaded.find(["owner/saes"])
 """
 
@@ -386,5 +386,6 @@ def test_an_sae_on_the_hub_is_fetched_and_others_there_are_named(tmp_path):
         done = subprocess.run(
             [sys.executable, "-c", ON_HUB], cwd=ROOT, env=environment, capture_output=True, text=True
         )
-    assert done.stdout.strip() == f"{LM} 3 {repo.commit} torch.Size([{F}, {D}])"
+    size = (folder / "sae.safetensors").stat().st_size
+    assert done.stdout.strip() == f"{LM} 3 {repo.commit} {size}"
     assert "owner/saes holds no SAE" in done.stderr and "owner/saes/layers.3 hold one" in done.stderr

@@ -195,6 +195,34 @@ ROWS = [
         asks=True,
         by_default=False,
     ),
+    Row(
+        "sparse_probing",
+        "sparse_probing",
+        "sae_separation.evals.sparse_probing:sparse_probing",
+        seconds=7200,
+        shown=("sae_top_1_test_accuracy", "sae_top_5_test_accuracy", "llm_test_accuracy"),
+        columns={"sae_top_1_test_accuracy": "probing, 1 feature"},
+        says={
+            "sae_top_1_test_accuracy": "accuracy of a logistic regression on one feature, mean over the data "
+            "sets of sae-probes"
+        },
+        by_default=False,
+        needs_sae=True,
+    ),
+    Row(
+        "meta_structure",
+        "meta_structure",
+        "sae_separation.evals.meta_structure:meta_structure",
+        seconds=60,
+        shown=("decoder_fraction_variance_explained",),
+        columns={"decoder_fraction_variance_explained": "meta-SAE"},
+        says={
+            "decoder_fraction_variance_explained": "variance of the decoder's rows that an SAE of a quarter "
+            "of the width explains"
+        },
+        by_default=False,
+        needs_sae=True,
+    ),
 ]
 
 
