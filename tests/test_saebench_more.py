@@ -29,15 +29,14 @@ def test_both_are_made_only_where_they_are_named_and_of_saes_alone():
         assert ROWS[name].needs_sae and not ROWS[name].by_default and not ROWS[name].asks
 
 
-def test_meta_structure_tells_a_decoder_of_shared_parts_from_a_random_one(tmp_path):
+def test_meta_structure_tells_a_decoder_of_repeated_rows_from_a_random_one(tmp_path):
     testbed = SimpleNamespace(name="tiny", hook_name="model.layers.1", layer=1)
     generator = torch.Generator().manual_seed(0)
-    parts = torch.randn(4, 16, generator=generator)
-    mixed = torch.rand(64, 4, generator=generator) @ parts
+    repeated = torch.randn(4, 16, generator=generator).repeat(16, 1)
     random = torch.randn(64, 16, generator=generator)
-    short = {"train_steps": 100, "train_batch_size": 64, "learning_rate": 5e-3, "k": 2}
+    short = {"train_steps": 200, "train_batch_size": 64, "learning_rate": 5e-3, "k": 2}
     explained = []
-    for i, W_dec in enumerate((mixed, random)):
+    for i, W_dec in enumerate((repeated, random)):
         sae = sae_of(testbed, tmp_path / str(i), W_dec)
         output = saebench.run_meta_structure(sae, **short)
         explained.append(output["eval_result_metrics"]["decoder_fraction_variance_explained"])
