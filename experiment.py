@@ -207,7 +207,7 @@ class ActivationStream:
         self.n_lm_batches = max(1, round(buffer_tokens / (self.n_contexts * (context_size - 1))))
         self.passes = {"forget": 0, "retain": 0}  # over the text, begun so far
         self.texts = [
-            testbeds.packed_contexts(text.train, testbed.tokenizer, context_size, seed, on_pass=count)
+            testbeds.drawn_contexts(text.train, testbed.tokenizer, context_size, seed, on_pass=count)
             for text, count in (
                 (getattr(testbed, domain), partial(self.passes.__setitem__, domain)) for domain in self.passes
             )
@@ -230,28 +230,29 @@ class ActivationStream:
         self.block = None
         process.return_freed_memory()
         half = self.n_contexts // 2
-        batches = [
-            torch.tensor([c for text in self.texts for c in islice(text, half)])
-            for _ in range(self.n_lm_batches)
-        ]
+        read = [[c for text in self.texts for c in islice(text, half)] for _ in range(self.n_lm_batches)]
+        batches = [torch.tensor([tokens for tokens, _ in contexts]) for contexts in read]
+        draws = [torch.tensor([drawn for _, drawn in contexts]) for contexts in read]
         kept = [(~torch.isin(tokens, self.special)).flatten().nonzero()[:, 0] for tokens in batches]
         n, first, sinks, with_sinks = sum(map(len, kept)), 0, [], 0
         places = self._shuffled(n)
         x = torch.empty(n, self.d_in, device=self.device)
         forget = torch.empty(n, dtype=torch.bool, device=self.device)
-        for tokens, rows in zip(batches, kept):
+        document = torch.empty(n, device=self.device)
+        for tokens, drawn, rows in zip(batches, draws, kept):
             place = upload(places[first : first + len(rows)], self.device)
             with process.signals.held():  # the LM's weights are not to be left in the middle
                 resid = self.activations(upload(tokens, self.device)).flatten(0, 1)
                 resid = resid.index_select(0, upload(rows, self.device)).float()
             x.index_copy_(0, place, resid)
             forget.index_copy_(0, place, upload(rows < half * tokens.shape[1], self.device))
+            document.index_copy_(0, place, upload(drawn.flatten()[rows], self.device))
             sinks.append(massive(resid))
             first += len(rows)
         sink = torch.cat(sinks).cpu()
         for tokens, rows, here in zip(batches, kept, sink.split([len(rows) for rows in kept])):
             with_sinks += len((rows[here] // tokens.shape[1]).unique())
-        self.block = ActivationBlock(x, forget).without(places[sink])
+        self.block = ActivationBlock(x, forget, document).without(places[sink])
         self.with_massive = with_sinks / sum(map(len, batches))
         process.return_freed_memory()
         return self.block
@@ -570,6 +571,15 @@ class Trainer:
             gain = gain * (torch.rand(len(gain), generator=self.generator) >= p).to(gain) / (1 - p)
         return upload(gain, sae.b_enc.device)
 
+    def labels(self, forget: Tensor, document: Tensor | None) -> Tensor:
+        """What the trainer is told of the rows' domain [B]: wrong for --label_noise of the documents, by
+        their numbers and the seed."""
+        noise = self.options.get("label_noise", 0.0)
+        if not noise or document is None:
+            return forget
+        turned = self.seed * (math.sqrt(5) - 1) / 2 % 1.0  # another seed, other documents
+        return forget ^ ((document + turned) % 1.0 < noise)
+
     # one step
     def step(self, x: Tensor, forget: Tensor, look: bool = True) -> dict[str, Tensor]:
         """One batch x [B, D]; returns its loss terms as 0-d tensors (`omega` as it was when last computed, in
@@ -785,10 +795,12 @@ class TrainingLoop:
 
     def _train_on_block(self, block: ActivationBlock, size: int, bar: tqdm):
         at = self.at
-        for x, forget in islice(block.batches(size), at.batch, None):
+        batches = zip(block.batches(size), block.documents(size))
+        for (x, forget), document in islice(batches, at.batch, None):
             with process.signals.held():
                 for run in self.runs:
-                    run.step(x, forget, log=at.step % 25 == 0 or at.step == self.n_steps - 1)
+                    log = at.step % 25 == 0 or at.step == self.n_steps - 1
+                    run.step(x, forget, log, document)
                 at.step, at.batch = at.step + 1, at.batch + 1
                 if time.monotonic() > self.next_save and self._goes_on():
                     self._save()

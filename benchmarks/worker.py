@@ -22,7 +22,6 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,8 +151,10 @@ class Ours(System):
         self.stream = experiment.ActivationStream(
             self.testbed, contexts.shape[1], spec.get("buffer_tokens", 32_768), **spec.get("stream", {})
         )
-        texts: list[Iterator[list[int]]] = [itertools.cycle(contexts[half::2].tolist()) for half in (0, 1)]
-        self.stream.texts = texts
+        drawn = [0.0] * contexts.shape[1]
+        self.stream.texts = [
+            ((tokens, drawn) for tokens in itertools.cycle(contexts[half::2].tolist())) for half in (0, 1)
+        ]
         if "activations" in spec:
             x = stored(spec["activations"], 0, 32 * BATCH)
             block = experiment.ActivationBlock(x, torch.arange(len(x)) % 2 == 0)
@@ -212,7 +213,7 @@ class Ours(System):
         import torch
 
         return torch.tensor(
-            [c for text in self.stream.texts for c in itertools.islice(text, self.stream.n_contexts // 2)]
+            [c for text in self.stream.texts for c, _ in itertools.islice(text, self.stream.n_contexts // 2)]
         )
 
     def lm(self, n: int) -> int:

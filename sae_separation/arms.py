@@ -80,7 +80,10 @@ GROUPS = {
 }
 CHUNKS = {"chunk_size": option(512, "ortsae: features a random chunk", least=2, cut_to="d_sae")}
 FORGET_GROUP = {
-    "forget_features": option(40, "adaptive: features kept for the forget domain", least=1, within="d_sae")
+    "label_noise": option(
+        0.0, "adaptive and others told the labels: share of documents whose domain is told wrong", most=0.5
+    ),
+    "forget_features": option(40, "adaptive: features kept for the forget domain", least=1, within="d_sae"),
 }
 DIRECTIONS = {
     "target_overlap": option(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -11,16 +12,21 @@ from sae_separation.devices import upload
 
 @dataclass
 class ActivationBlock:
-    """Shuffled activations x [rows, D] (fp32, unscaled), and which rows' text was forget text [rows]
-    (bool)."""
+    """Shuffled activations x [rows, D] (fp32, unscaled), which rows' text was forget text [rows] (bool), and
+    a number in [0, 1) that the row's document was given (testbeds.draw_of) [rows]."""
 
     x: Tensor
     forget: Tensor
+    document: Tensor | None = None
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Whole batches only: up to size - 1 rows of a block are left over."""
         for start in range(0, len(self.x) - size + 1, size):
             yield self.x[start : start + size], self.forget[start : start + size]
+
+    def documents(self, size: int) -> Iterator[Tensor | None]:
+        """The documents' numbers of each batch."""
+        return repeat(None) if self.document is None else iter(self.document.split(size))
 
     def without(self, places: Tensor) -> "ActivationBlock":
         """All rows but those at `places` (on the CPU), which the last rows take; nothing else is moved."""
@@ -29,9 +35,12 @@ class ActivationBlock:
         kept_at_end[places[places >= n] - n] = False
         taken = upload(places[places < n], self.x.device)
         last = upload(n + kept_at_end.nonzero()[:, 0], self.x.device)
-        for t in (self.x, self.forget):
-            t.index_copy_(0, taken, t.index_select(0, last))
-        return ActivationBlock(self.x[:n], self.forget[:n])
+        kept = []
+        for t in (self.x, self.forget, self.document):
+            if t is not None:
+                t.index_copy_(0, taken, t.index_select(0, last))
+                kept.append(t[:n])
+        return ActivationBlock(*kept)
 
     @classmethod
     def blank(cls, d_in: int, device: torch.device) -> "ActivationBlock":

@@ -27,7 +27,13 @@ SHOWN = {"training": ("tokens_trained", "l1_coefficient", "alpha", "tokens_per_s
 
 
 # Settings that are younger than committed runs: at this value a run is the same as without them
-YOUNGER = {"bandwidth": 0.5, "target_overlap": 0.1, "alpha_directions": 0.1, "least_cosine": 0.8}
+YOUNGER = {
+    "label_noise": 0.0,
+    "bandwidth": 0.5,
+    "target_overlap": 0.1,
+    "alpha_directions": 0.1,
+    "least_cosine": 0.8,
+}
 
 
 def what_trained(config: dict, testbed: dict) -> list[dict]:

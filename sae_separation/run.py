@@ -45,6 +45,7 @@ class Trains(Protocol):
     failed: str  # why it does not go on; "" while it does
     about: dict  # what its SAE's cfg.json says of it
 
+    def labels(self, forget: Tensor, document: Tensor | None) -> Tensor: ...
     def step(self, x: Tensor, forget: Tensor, look: bool) -> dict[str, Tensor]: ...
     def state(self) -> tuple[dict[str, Tensor], dict]: ...
     def restore(self, tensors: dict[str, Tensor], facts: dict): ...
@@ -134,12 +135,13 @@ class Run:
         """The trainers that have not failed."""
         return [trainer for trainer in self.trainers if not trainer.failed]
 
-    def step(self, x: Tensor, forget: Tensor, log: bool):
-        """One step of every seed on x [B, D] with its labels [B]; one that fails is told and left behind."""
+    def step(self, x: Tensor, forget: Tensor, log: bool, document: Tensor | None = None):
+        """One step of every seed on x [B, D] with its labels [B] and its documents' numbers [B]; one that
+        fails is told and left behind."""
         records = []
         for trainer in self.training:
             with self._left_behind(trainer):
-                measured = trainer.step(x, forget, look=log)
+                measured = trainer.step(x, trainer.labels(forget, document), look=log)
                 if log:
                     trainer.refuse_nonfinite(dict(trainer.sae.named_parameters()))
                     trainer.history.append(self._record(trainer, measured))

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -388,20 +389,40 @@ def packed_contexts(
     `repeat`, one pass, and a last partial context is dropped. Raises RunFailed when a whole pass of many
     yields no context.
     """
+    return (c for c, _ in drawn_contexts(dataset, tokenizer, context_size, seed, repeat, on_pass))
+
+
+def draw_of(document: str) -> float:
+    """A number in [0, 1) of a document: the same wherever and whenever it is read."""
+    return zlib.crc32(document.encode(errors="surrogatepass")) / 2**32
+
+
+def drawn_contexts(
+    dataset,
+    tokenizer,
+    context_size: int,
+    seed: int,
+    repeat=True,
+    on_pass: Callable[[int], object] | None = None,
+) -> Iterator[tuple[list[int], list[float]]]:
+    """`packed_contexts`, each with `draw_of` the document that each token is of."""
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     bos = eos if bos is None else bos
-    rest, epoch, made = [], 0, 0
+    rest, draws, epoch, made = [], [], 0, 0
     while epoch == 0 or repeat:
         if on_pass is not None:
             on_pass(epoch + 1)
         for documents in dataset.shuffle(seed=seed + epoch).iter(batch_size=16):  # books: 200 MB of ids
-            for ids in tokenizer(documents["text"], add_special_tokens=False)["input_ids"]:
+            found = tokenizer(documents["text"], add_special_tokens=False)["input_ids"]
+            for text, ids in zip(documents["text"], found):
                 rest += ids + [eos] if ids else []
+                draws += [draw_of(text)] * (len(ids) + 1) if ids else []
             size = context_size - 1
             for start in range(0, len(rest) - size + 1, size):
                 made += 1
-                yield [bos] + rest[start : start + size]
-            rest = rest[len(rest) // size * size :]
+                yield [bos] + rest[start : start + size], [0.0] + draws[start : start + size]
+            used = len(rest) // size * size
+            rest, draws = rest[used:], draws[used:]
         epoch += 1
         if not made and repeat:
             raise RunFailed(f"the text holds {len(rest)} tokens, fewer than one context of {context_size}")

@@ -98,7 +98,7 @@ def test_layers_that_put_out_tuples_or_lists_are_read_and_resumed(kind, own, tmp
     block = stream.next_block()
     assert block.x.shape[1] == tiny.D_IN and torch.isfinite(block.x).all()
     lm, contexts = InterventionLM(testbed), islice(stream.texts[0], 3)
-    tokens = torch.tensor(list(contexts))
+    tokens = torch.tensor([tokens for tokens, _ in contexts])
     with torch.no_grad():
         plain = testbed.lm(tokens, output_hidden_states=True, use_cache=False)
         resid = lm.resid(tokens)

@@ -59,7 +59,7 @@ def test_few_documents_are_tokenised_at_once_for_they_may_be_books():
 
 def test_rows_are_resid_post_of_the_hook_layer_without_special_tokens(micro):
     stream = ActivationStream(micro, context_size=128, buffer_tokens=16_384)
-    tokens = torch.tensor([next(stream.texts[0]) for _ in range(4)])
+    tokens = torch.tensor([next(stream.texts[0])[0] for _ in range(4)])
     states = micro.lm(tokens, output_hidden_states=True).hidden_states
     plain = states[micro.layer + 1]  # hidden_states[0] is the embedding
     got = stream.activations(tokens)
@@ -101,7 +101,7 @@ def test_rows_stand_where_the_shuffle_puts_them_with_their_own_label(micro):
     block = stream.next_block()
     rows, labels = [], []
     for _ in range(again.n_lm_batches):
-        contexts = [[next(text) for _ in range(again.n_contexts // 2)] for text in again.texts]
+        contexts = [[next(text)[0] for _ in range(again.n_contexts // 2)] for text in again.texts]
         tokens = torch.tensor(sum(contexts, []))
         keep = ~torch.isin(tokens, again.special)
         rows.append(again.activations(tokens)[keep].float())

@@ -37,7 +37,12 @@ def train(config, activations, steps=60, seed=0, killed=0) -> tuple[Trainer, lis
     """Train for some steps; the first `killed` features start too far down to fire."""
     trainer = Trainer(config, seed, activations.x.shape[1], max(200, steps), activations)
     trainer.sae.b_enc.data[:killed] = -100.0
-    batches = list(activations.batches(config.batch_size))
+    batches = [
+        (x, trainer.labels(forget, document))
+        for (x, forget), document in zip(
+            activations.batches(config.batch_size), activations.documents(config.batch_size)
+        )
+    ]
     history = [
         {k: v.item() for k, v in trainer.step(*batches[i % len(batches)]).items()} for i in range(steps)
     ]
@@ -243,6 +248,7 @@ CHANGES = {
     "group_size": ("grouped", 16),
     "group_update_steps": ("grouped", 7),
     "forget_features": ("adaptive", 20),
+    "label_noise": ("adaptive", 0.2),
     "margin": ("adaptive", 0.3),
     "gap_weight": ("adaptive", 0.1),
     "chunk_size": ("ortsae", 50),
@@ -313,6 +319,22 @@ def test_seeds_trained_side_by_side_are_independent(block):
         for t in (a, b):
             t.step(*batches[i % len(batches)])
     assert torch.equal(b.sae.W_enc, alone)
+
+
+def test_label_noise_turns_the_labels_of_its_share_of_documents_whole_and_others_for_another_seed(
+    activations,
+):
+    wrong = []
+    for seed in (0, 1):
+        config = replace(SMALL, arm="adaptive", label_noise=0.2)
+        trainer = Trainer(config, seed, activations.x.shape[1], 200, activations)
+        wrong.append(trainer.labels(activations.forget, activations.document) != activations.forget)
+        assert wrong[-1].float().mean().item() == pytest.approx(0.2, abs=0.06)
+        told = set(activations.document[wrong[-1]].tolist())
+        assert not told & set(activations.document[~wrong[-1]].tolist())
+    assert not torch.equal(*wrong) and len(activations.document.unique()) > 50
+    plain = Trainer(replace(SMALL, arm="adaptive"), 0, activations.x.shape[1], 200, activations)
+    assert plain.labels(activations.forget, activations.document) is activations.forget
 
 
 def test_a_single_domain_in_the_stream_trains_too(block):
