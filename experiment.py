@@ -206,7 +206,7 @@ class ActivationStream:
         self.n_contexts = max(2, lm_tokens // context_size // 2 * 2)  # per LM batch
         self.n_lm_batches = max(1, round(buffer_tokens / (self.n_contexts * (context_size - 1))))
         self.passes = {"forget": 0, "retain": 0}  # over the text, begun so far
-        self.texts = [
+        self.texts: list = [
             testbeds.drawn_contexts(text.train, testbed.tokenizer, context_size, seed, on_pass=count)
             for text, count in (
                 (getattr(testbed, domain), partial(self.passes.__setitem__, domain)) for domain in self.passes
@@ -454,7 +454,7 @@ class Trainer:
         self.options = {name: getattr(config, name) for name in self.arm.options}
         self.scalars = ["log_l1", "log_alpha", "l0", "omega"]  # of a checkpoint
         if "alpha_directions" in self.options:
-            start = math.log(config.alpha_directions) if alpha else -math.inf
+            start = math.log(self.options["alpha_directions"]) if alpha else -math.inf
             self.log_alpha_directions = torch.tensor(start, device=device)
             self.scalars.append("log_alpha_directions")
         # a function of the seed: no checkpoint need hold it

@@ -88,7 +88,7 @@ def accumulate_grads(
     u_BD = u_BD - sae.b_dec
     features = features_of(sae, u_BD, dtype, gain_F, forget)
     widths = prefix_widths(len(sae.b_enc)) if sae.activation == "matryoshka" else [len(sae.b_enc)]
-    edges = sorted({0, *([routed] if routed else []), *widths})
+    edges = sorted({0, routed, *widths})
     errors = prefix_errors(features.decode(sae.W_dec, edges), edges, widths, u_BD, sae.skip)
     error_BD, per_row = errors[-1], 1 / (B * math.sqrt(D))
     d_errors = [error * (size**2 * (2 * weight / len(widths) / variance)) for error in errors]

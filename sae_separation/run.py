@@ -71,7 +71,7 @@ class Run:
         self.folder, self.config, self.testbed, self.n_steps = Path(out_dir), config, testbed, n_steps
         self.tracking, self.tracked = tracking, Untracked()
         settings = {"requested": asdict(requested), "config": asdict(config)}
-        self.about = settings | {"testbed": results.described(testbed)}
+        self.about: dict[str, Any] = settings | {"testbed": results.described(testbed)}
         identity = results.what_trained(self.about["config"], self.about["testbed"])
         self.config_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.warnings: list[str] = list(testbed.notes)

@@ -30,7 +30,7 @@ from sae_separation.specs import DataConfig
 A_RUNS_OWN = set(
     "arm seeds d_sae activation k temperature target_l0 l1 alpha alpha_start loss_warmup_steps layer_norm"
     " skip orthogonal_init feature_dropout unlock_steps lr feature_lr_power grad_clip grad_accumulation"
-    " warmup_steps decay_fraction compile resample_steps dead_tokens".split()
+    " warmup_steps decay_fraction compile resample_steps dead_tokens bandwidth".split()
 ).union(*(row.options for row in ARMS.values()))
 ANOTHER = {
     "testbed": "micro",

@@ -168,7 +168,7 @@ def test_pairs_may_overlap_as_far_as_the_target_and_text_of_one_domain_costs_not
 @pytest.mark.parametrize("n", [1, 6])
 def test_the_cross_entropy_of_the_group_equals_autograd_of_the_naive_one(n):
     pre = torch.randn(50, n, generator=torch.Generator().manual_seed(3)).double().mul(3).requires_grad_()
-    forget, total = torch.arange(50) % 3 == 0, 0.0
+    forget, total = torch.arange(50) % 3 == 0, torch.zeros(())
     for row, label in zip(pre, forget):
         p = 1 - (1 - row.sigmoid()).prod()
         total = total - (p.log() if label else (1 - p).log())

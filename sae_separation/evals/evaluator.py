@@ -92,7 +92,7 @@ class Questions:
         self.names = saebench.aliases(testbed.questions, testbed.forget_subject)
         self.by_subject = {alias: testbed.questions[subject] for alias, subject in self.names.items()}
         self._exams: dict[tuple, Exam] = {}  # by what is asked
-        self._plain: dict[tuple, Tensor] = {}  # by the same: answers without an intervention
+        self._plain: dict[tuple, tuple[Tensor, Tensor]] = {}  # by the same: what the plain LM answers
 
     def ask(
         self,
