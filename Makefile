@@ -9,7 +9,7 @@ run: $(VENV)/ready
 	$(BIN)/python experiment.py --out_dir reproduced/run_0 reproduced/run_1 --testbed=micro
 	cd reproduced && $(abspath $(BIN))/python ../plot.py run_0 run_1
 
-SEEDED = 0 1 2 3 4 5 6 7 8 9 10 11 15 19 20
+SEEDED = 0 1 2 3 4 5 6 7 8 9 10 11 15 19 20 22 23 24 25 26 27
 # of methods in which no number is drawn one seed says all
 SEEDLESS = 12 13 14 16 17 18 21
 RULER = --evals core unlearning corpus geometry robustness depth relearning
