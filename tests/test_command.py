@@ -714,6 +714,7 @@ def test_options_said_to_do_nothing_do_nothing(activations):
         "l1": 0.5,
         "k": 20,
         "temperature": 0.9,
+        "bandwidth": 0.3,
     }
     ever = set()
     with_sae = [arm for arm, row in ARMS.items() if row.trains_sae]

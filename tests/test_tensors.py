@@ -139,17 +139,21 @@ def test_a_sketch_adds_the_signs_of_the_rows_that_a_feature_fires_on(both):
 
 
 def test_gradients_are_those_of_autograd(both):
-    """Of Σ f_active·d_l1 + Σ d_out·(f W_dec), with f = relu(u W_encᵀ + b)."""
+    """Of Σ f_active·d_l1 + Σ d_out·(f W_dec), with f = relu(u W_encᵀ + b), the features in two parts, each
+    with a d_out of its own."""
     generator, d_l1 = torch.Generator().manual_seed(2), torch.tensor(0.3)
-    u, d_out = (torch.randn(5, D, generator=generator) for _ in range(2))
+    u, *d_outs = (torch.randn(5, D, generator=generator) for _ in range(3))
+    parts = slice(0, 2), slice(2, F)
     W_dec = torch.randn(F, D, generator=generator)
     f, W_enc, b_enc = both[2], torch.zeros(F, D, requires_grad=True), torch.zeros(F, requires_grad=True)
     decoder = W_dec.clone().requires_grad_()
     moved = f + (f > 0) * (u @ W_enc.T + b_enc)  # equal to f, with the slope of each active feature
-    ((moved @ decoder) * d_out).sum().add(d_l1 * moved.sum()).backward()
+    said = sum(((moved[:, part] @ decoder[part]) * d_out).sum() for part, d_out in zip(parts, d_outs))
+    (said + d_l1 * moved.sum()).backward()
     for features in both[0]:
-        torch.testing.assert_close(features.decode(W_dec), f @ W_dec)
-        for by_hand, p in zip(features.gradients(d_out, u, W_dec, d_l1), (decoder, W_enc, b_enc)):
+        for decoded, part in zip(features.decode(W_dec, [0, 2, F]), parts, strict=True):
+            torch.testing.assert_close(decoded, f[:, part] @ W_dec[part])
+        for by_hand, p in zip(features.gradients(d_outs, u, W_dec, d_l1), (decoder, W_enc, b_enc)):
             torch.testing.assert_close(by_hand, p.grad, atol=1e-5, rtol=1e-5)
 
 
