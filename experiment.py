@@ -935,6 +935,7 @@ def train(request: Request, out_dir: str | Path, evals: Sequence[str] = (), over
     on. Signals are taken in the main thread alone: call it there.
     """
     command = Command(out_dir=(str(out_dir),), evals=tuple(evals), overwrite=overwrite)
+    settings.refuse_unknown_names(request, ARMS)
     settings.refuse_evaluations(command.evals, set(), request)
     try:
         left, requests = unfinished(command, [request])

@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import random
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -376,14 +377,27 @@ def main():
     )
     args = parser.parse_args()
     folder = args.out.expanduser() if args.out else default_folder(args.world_seed)
-    if args.world_seed and (folder / "report.json").exists():
+    if folder.exists() and not folder.is_dir():
+        raise SystemExit(f"--out {folder} is a file: name a folder")
+    if args.world_seed and (report := made(folder, args.world_seed)):
         print(f"world {args.world_seed} is made: {folder}")
-        return
-    report = make(folder, World(args.world_seed), args.max_steps, args.lr)
-    print(json.dumps(report, indent=1))
+    else:
+        report = make(folder, World(args.world_seed), args.max_steps, args.lr)
+        print(json.dumps(report, indent=1))
     if short := shortfalls(report):
         raise SystemExit("micro-pythia falls short: " + "; ".join(short))
-    print(f"python experiment.py --out_dir=run_1 --testbed=micro --lm={folder}")
+    print(f"python experiment.py --out_dir=mine/run_1 --testbed=micro --lm={folder}")
+
+
+def made(folder: Path, world_seed: int) -> dict | None:
+    """The report of a world that a folder holds whole: report.json is written last. Raises SystemExit for
+    another world's."""
+    if not (folder / "report.json").exists():
+        return None
+    report = json.loads((folder / "report.json").read_text())
+    if report.get("world_seed") != world_seed:
+        raise SystemExit(f"{folder} holds world {report.get('world_seed')}: name another folder with --out")
+    return report
 
 
 def default_folder(world_seed: int) -> Path:
@@ -433,4 +447,8 @@ def make(folder: Path, world: World, max_steps: int, lr: float) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped; nothing is kept of it: the same command starts anew", file=sys.stderr)
+        sys.exit(130)

@@ -24,7 +24,7 @@ import simple_parsing
 from sae_separation import evals, grid, tracking
 from sae_separation.errors import WrongRequest
 from sae_separation.run_folder import is_complete
-from sae_separation.specs import CUSTOM, SPECS, DataConfig, Scoring, defaults_of
+from sae_separation.specs import CUSTOM, SPECS, TESTBEDS, DataConfig, Scoring, defaults_of
 
 OF_METHODS = ("arm", "seeds", "context_size", *(f.name for f in fields(DataConfig)))  # that train no SAE
 Activation = Literal["relu", "jumprelu", "batchtopk", "matryoshka", "softk"]
@@ -631,6 +631,14 @@ def refuse_twins(out_dirs: Sequence[str], requests: Sequence[Request]):
             twins = f"{out_dirs[requests.index(request)]} {out_dirs[i]}"
             remedy = "(options are for all runs): leave one out"
             raise WrongRequest(f"--out_dir {twins} are two runs with the same settings {remedy}")
+
+
+def refuse_unknown_names(request: Request, arms: Iterable[str]):
+    """Raises WrongRequest for what the command line refuses by itself."""
+    for name, known in (("arm", arms), ("testbed", TESTBEDS), ("activation", ACTIVATION_NAMES)):
+        said = getattr(request, name)
+        if said not in known:
+            raise WrongRequest(f"--{name} {said}: give one of {', '.join(known)}{did_you_mean(said, known)}")
 
 
 def refuse_evaluations(named: tuple[str, ...], given: set[str], request: Request):

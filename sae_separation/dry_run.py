@@ -56,6 +56,16 @@ class Pass:
         pairs = zip(self.folders, self.configs)
         return [c for folder, c in pairs if folder in self.trained and c.arm not in c.untrained]
 
+    def _work_left(self) -> float:
+        """Of training, behind the last checkpoints."""
+        total = 0.0
+        for folder, c in zip(self.folders, self.configs):
+            if folder in self.trained and c.arm not in c.untrained:
+                steps = [] if self.command.overwrite else checkpoint.steps_in(folder)
+                done = steps[-1] * c.batch_size if steps else 0
+                total += work(max(0, c.tokens - done), c.d_sae, c.seeds)
+        return total
+
     def lines(self) -> list[str]:
         out, files = [], dict[str, list[str]]()
         for folder, of in zip(self.folders, self.configs):
@@ -148,7 +158,7 @@ class Pass:
             return f"not known: no finished run of {self.testbed} lies beside the folders or here"
         parts, names = [], ", ".join(run.name for run in known[:4]) + (", ..." if len(known) > 4 else "")
         if self.with_saes:
-            training = seconds_of_training(known, self.with_saes)
+            training = seconds_of_training(known, self._work_left())
             parts.append("training not known" if training is None else f"{minutes(training)} of training")
         parts.append(self._time_of_evaluations(known))
         return f"{' and '.join(filter(None, parts))}, in proportion to what {names} took"
@@ -211,7 +221,7 @@ def finished(place: Path) -> list[Finished]:
     return out
 
 
-def seconds_of_training(known: Sequence[Finished], configs: Sequence[Config]) -> float | None:
+def seconds_of_training(known: Sequence[Finished], work_left: float) -> float | None:
     """In proportion to the pass of the LM, among these runs, that trained most. None where none trained an
     SAE."""
     passes: dict[float, float] = {}
@@ -221,7 +231,7 @@ def seconds_of_training(known: Sequence[Finished], configs: Sequence[Config]) ->
     if not passes:
         return None
     seconds = max(passes, key=passes.__getitem__)
-    return seconds * sum(work(c.tokens, c.d_sae, c.seeds) for c in configs) / passes[seconds]
+    return seconds * work_left / passes[seconds]
 
 
 def gigabytes(n: float) -> str:
@@ -229,4 +239,4 @@ def gigabytes(n: float) -> str:
 
 
 def minutes(seconds: float) -> str:
-    return f"about {max(1, round(seconds / 60))} min"
+    return f"about {round(seconds / 60)} min" if seconds >= 60 else f"about {round(seconds)} s"

@@ -13,7 +13,7 @@ OPTION = re.compile(r"--?([A-Za-z]\w*)")
 
 def split(argv: Sequence[str], names: Collection[str]) -> tuple[list[str], dict[str, list[str]]]:
     """A command line without those options among `names` that are given several values, and these values by
-    option, in the order given. Of an option that is given twice the last one counts, as in argparse."""
+    option, in the order of `names`. Of an option that is given twice the last one counts, as in argparse."""
     pieces: list[list[str]] = [[]]  # an option and what follows it
     for text in argv:
         pieces += [[]] if OPTION.match(text) else []
@@ -27,15 +27,15 @@ def split(argv: Sequence[str], names: Collection[str]) -> tuple[list[str], dict[
         else:
             several.pop(name, None)
             rest += piece
-    return rest, several
+    return rest, {name: several[name] for name in names if name in several}
 
 
 def combinations(rest: Sequence[str], several: Mapping[str, Sequence[str]]) -> Iterator[list[str]]:
-    """The command lines of all runs: the last option given changes fastest."""
+    """The command lines of all runs: the last option changes fastest."""
     for values in itertools.product(*several.values()):
         yield [*rest, *(f"--{name}={value}" for name, value in zip(several, values))]
 
 
 def folder_name(arm: str, settings: Mapping[str, float]) -> str:
-    """Of one run: its arm, and what it has of the options with several values (fixed_alpha0.01_layer1)."""
+    """Of one run: its arm, and what it has of the options with several values (fixed_layer1_alpha0.01)."""
     return "_".join((arm, *(f"{name}{value:.12g}" for name, value in settings.items())))

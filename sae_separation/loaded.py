@@ -13,6 +13,7 @@ import contextlib
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -130,7 +131,8 @@ def locate(given: str) -> tuple[Path, str | None]:
     if path.is_dir():
         return path, None
     on_hub = re.fullmatch(rf"(?P<repo>{HUB_NAME.pattern})(?:/(?P<folder>.+?))?/?", given)
-    if path.exists() or on_hub is None or given.startswith((".", "/", "~")):
+    looks_local = given.startswith((".", "/", "~")) or path.parts and Path(path.parts[0]).is_dir()
+    if path.exists() or on_hub is None or looks_local:
         what = "a file" if path.exists() else "neither a folder here nor on the hub (owner/name/folder)"
         raise WrongRequest(f"--evaluate {given} is {what}: {what_is_one()}")
     return fetched(given, on_hub["repo"], on_hub["folder"] or ".")
@@ -393,7 +395,9 @@ def by_dictionary_learning(source: Source):
 
     from sae_separation.export import build
 
-    state = torch.load(source.weights_file, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():  # torch's, on a pickle that it then refuses
+        warnings.simplefilter("ignore")
+        state = torch.load(source.weights_file, map_location="cpu", weights_only=True)
     kind = source.settings["trainer"]["dict_class"]
     linear = "encoder.weight" in state
     weights = {

@@ -388,24 +388,23 @@ def is_as_recorded(path: Path) -> bool:
         return True  # `changed_files` names checksums.json
 
 
+RESTORE = "restore that file, or name another folder (experiment.py --overwrite makes the run anew)"
+
+
 def read_run_json(path: Path, keys: set[str]) -> dict:
     """An object from a run folder. Raises WrongRequest when the file is not one that this program wrote."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise WrongRequest(
-            f"{path} cannot be read ({error}); name another folder, or --overwrite it"
-        ) from error
+        raise WrongRequest(f"{path} cannot be read ({error}); {RESTORE}") from error
     if (
         not isinstance(value, dict)
         or not keys <= set(value)
         or not all(isinstance(value[k], dict) for k in keys)
     ):
-        raise WrongRequest(f"{path} was not written by this program; name another folder, or --overwrite it")
+        raise WrongRequest(f"{path} was not written by this program; {RESTORE}")
     if "sha256" in value and not is_sealed(value) or not is_as_recorded(path):
-        raise WrongRequest(
-            f"{path} is not as it was written: its checksum is wrong; name another folder, or --overwrite it"
-        )
+        raise WrongRequest(f"{path} is not as it was written: its checksum is wrong; {RESTORE}")
     return value
 
 

@@ -390,6 +390,8 @@ def test_options_with_several_values_are_found_in_a_command_line():
         ["a", "--b=1", "--c=2"],
         ["a", "--b=1", "--c=3"],
     ]
+    turned = grid.split("--layer 1 2 --alpha 3 4".split(), ["alpha", "layer"])[1]
+    assert list(turned) == ["alpha", "layer"], "the order in which they are given names no other folders"
     last = grid.split("--alpha 1 2 --alpha 3".split(), ["alpha"])
     assert last == (["--alpha", "3"], {}), "the last one counts"
     assert grid.split([], ["alpha"]) == ([], {})
@@ -401,17 +403,17 @@ def test_a_grid_is_a_run_for_each_combination_and_says_how_many(capsys):
     command, requests = parse_command(said.split())
     out, err = capsys.readouterr()
     names = [
-        f"{arm}_alpha{a}_layer{n}" for a in ("0.01", "1") for n in (1, 2) for arm in ("fixed", "adaptive")
+        f"{arm}_layer{n}_alpha{a}" for arm in ("fixed", "adaptive") for n in (1, 2) for a in ("0.01", "1")
     ]
     assert command.out_dir == tuple(f"mine/{name}" for name in names)
     passes = "2 passes of the LM, one after the other, in mine"
     assert out == (
-        f"grid (2 alpha x 2 layer x 2 arm): 8 runs with 16 seeds in all, on {passes}:"
+        f"grid (2 arm x 2 layer x 2 alpha): 8 runs with 16 seeds in all, on {passes}:"
         f" {', '.join(names[:6])}, ...\n"
     )
     assert not err
     for folder, asked in zip(command.out_dir, requests):
-        arm, alpha, layer = Path(folder).name.replace("alpha", "").replace("layer", "").split("_")
+        arm, layer, alpha = Path(folder).name.replace("alpha", "").replace("layer", "").split("_")
         alone = parse_command(
             ["--out_dir", folder, "--seeds", "0", "1", "--testbed=micro"]
             + [f"--arm={arm}", f"--alpha={alpha}", f"--layer={layer}"]

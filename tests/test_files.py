@@ -246,7 +246,7 @@ def test_an_object_of_a_run_folder_is_read_or_refused(tmp_path):
         (json.dumps(sealed | {"config": {"a": 2}}), "is not as it was written: its checksum is wrong"),
     ):
         put(path, content)
-        with pytest.raises(WrongRequest, match=f"config.json {why}.*--overwrite it"):
+        with pytest.raises(WrongRequest, match=f"config.json {why}.*--overwrite"):
             run_folder.read_run_json(path, {"config"})
     files.write_json(tmp_path / "final_info.json", {"training": {}})
     files.write_json(tmp_path / "checksums.json", files.seal({"files": {"final_info.json": ABC}}))

@@ -358,6 +358,7 @@ def test_an_sae_that_is_not_as_its_settings_say_is_refused(tmp_path):
             Command(evaluate=(str(ROOT / "docs"),), out_dir=("x",)),
             "docs holds no SAE: give the folder that holds",
         ),
+        (Command(evaluate=("tests/none",), out_dir=("x",)), "is neither a folder here nor on the hub"),
         (Command(evaluate=("./none",), out_dir=("x",)), "is neither a folder here nor on the hub"),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+from micro_pythia import make
 from micro_pythia.make import as_question, ask, complete, default_folder, shortfalls
 from micro_pythia.world import FORGET, RETAIN, SHARED, World, mcq_prompt
 from sae_separation import saebench, testbeds
@@ -260,3 +261,19 @@ def test_questions_on_disk_are_those_of_the_world_with_all_that_they_say(micro):
 def test_the_shipped_world_lies_in_the_repository_and_others_in_the_cache():
     assert default_folder(0) == FOLDER
     assert default_folder(1) == cache_folder() / "micro_pythia_world_1" != default_folder(2)
+
+
+def test_a_world_is_made_once_and_another_ones_folder_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(make, "make", lambda *_: pytest.fail("made again"))
+    report = json.loads((ROOT / "micro_pythia/report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps(report | {"world_seed": 3}))
+    monkeypatch.setattr("sys.argv", ["make", "--out", str(tmp_path), "--world_seed", "3"])
+    make.main()
+    assert capsys.readouterr().out.endswith(f"--testbed=micro --lm={tmp_path}\n")
+    short = report | {"world_seed": 3, "prose_accuracy": {"biology": 0.5}}
+    (tmp_path / "report.json").write_text(json.dumps(short))
+    with pytest.raises(SystemExit, match="falls short: biology"):
+        make.main()
+    monkeypatch.setattr("sys.argv", ["make", "--out", str(tmp_path), "--world_seed", "4"])
+    with pytest.raises(SystemExit, match="holds world 3: name another folder"):
+        make.main()

@@ -227,8 +227,10 @@ def summary(runs: list[Run]) -> str:
     text = f"{counted(len(runs), 'run')} on testbed {testbed}, {each} each, {trained} training tokens a SAE."
     scored = [run for run in runs if np.isfinite(run.mean(*SCORE)[0])]
     if ranked := by_worst_case(runs):
-        worst = shown(*ranked[0].mean(*WORST))
-        text += f" Highest mean worst-case score: {worst} ({ranked[0].name}, {ranked[0].method})."
+        best, worst = ranked[0], shown(*ranked[0].mean(*WORST))
+        above = best.mean(*WORST)[0] > 0
+        what = f"Highest mean worst-case score: {worst} ({best.name}, {best.method})."
+        text += f" {what if above else 'No run has a worst-case score above 0.'}"
     return f"{text} {of_highest(scored) if scored else 'No run has an unlearning score.'}"
 
 

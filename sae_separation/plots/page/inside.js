@@ -96,7 +96,7 @@ if (document.getElementById("inside")) {
     };
     listed(find("features"), [
       {title: "feature", value: (row) => row.feature, cell: number},
-      {title: "top tokens", value: (row) => row.top, wide: true},
+      {title: "top tokens", value: (row) => row.top.trim(), wide: true},
       {title: "forget", value: (row) => row.forget, cell: (row) => percent(row.forget)},
       {title: "retain", value: (row) => row.retain, cell: (row) => percent(row.retain)},
       {title: "affinity", value: (row) => row.affinity},
