@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sae_separation.plots import folders, tables  # noqa: E402  (the checkout's, from wherever this is started)
+from sae_separation.plots import folders, tables  # noqa: E402  (the checkout's)
 
 SMOLLM2 = ("run_0", "run_6", "run_9")
 SHORT = ("standard", "worst case", "left at most", "kept at least")  # the columns of README's table

@@ -10,7 +10,6 @@ web when it is opened.
 """
 
 import argparse
-import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sae_separation import run_folder
-from sae_separation.errors import WrongRequest, keep_output_open, leave_at_once, stops, tell
+from sae_separation.errors import WrongRequest, begin, finish, tell
 from sae_separation.generate import Parser
 from sae_separation.plots import pages
 from sae_separation.saved_run import SavedRun, load_run
@@ -92,7 +91,7 @@ def testbed_of(run: SavedRun) -> Any:
 def write_page(testbed: Any, context_size: int, sae_folder: Path, features: list[int], path: Path):
     """Have SAEDashboard write its page."""
     import torch
-    from sae_dashboard.data_writing_fns import save_feature_centric_vis  # pyright: ignore[reportMissingImports]
+    from sae_dashboard import data_writing_fns as pages_of  # pyright: ignore[reportMissingImports]
     from sae_dashboard.sae_vis_data import SaeVisConfig  # pyright: ignore[reportMissingImports]
     from sae_dashboard.sae_vis_runner import SaeVisRunner  # pyright: ignore[reportMissingImports]
     from sae_lens import SAE
@@ -109,7 +108,7 @@ def write_page(testbed: Any, context_size: int, sae_folder: Path, features: list
         lm.point, features, device=device, ignore_tokens=special, ignore_positions=[0], verbose=True
     )
     sae = SAE.load_from_disk(sae_folder, device=device)
-    save_feature_centric_vis(SaeVisRunner(config).run(sae, lm, tokens), path)
+    pages_of.save_feature_centric_vis(SaeVisRunner(config).run(sae, lm, tokens), path)
 
 
 def show(given: argparse.Namespace):
@@ -137,7 +136,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    keep_output_open()
-    for number in stops():
-        signal.signal(number, leave_at_once)
-    sys.exit(main(sys.argv[1:]))
+    begin()
+    finish(main(sys.argv[1:]))

@@ -377,12 +377,11 @@ class LoadedRun(UntrainedRun):
         requested: Request,
         config: Config,
         testbed: Testbed,
-        n_steps: int,
-        tracking: Tracking,
+        *more,
         sources: Sequence[loaded.Source],
     ):
         """Raises WrongRequest for an SAE that cannot be read, or does not fit the LM."""
-        super().__init__(out_dir, requested, config, testbed, n_steps, tracking)
+        super().__init__(out_dir, requested, config, testbed, *more)
         self.about["saes"] = [source.described() for source in sources]
         self.sources = dict(zip(config.seeds, sources))
         for seed, source in self.sources.items():
@@ -414,7 +413,7 @@ def runs_of(
         n_steps = config.tokens // config.batch_size
         made_of = name, request, config, testbed, n_steps, tracking
         if config.arm == loaded.ARM:
-            runs.append(LoadedRun(*made_of, saes))
+            runs.append(LoadedRun(*made_of, sources=saes))
         else:
             runs.append((MethodRun if config.arm in config.without_sae else Run)(*made_of))
     return runs
