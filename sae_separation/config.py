@@ -602,7 +602,6 @@ def runs_of_a_grid(
     runs: dict[str, R] = {}
     for cell in cells:
         varied = [f for f in fields(cell) if f.name in several and f.name != "arm"]
-        varied.sort(key=lambda f: list(several).index(f.name))
         idle = {f.name: f.default for f in varied if not cell.matters(f)}
         settings = {f.name: getattr(cell, f.name) for f in varied if f.name not in idle}
         runs[str(Path(parent, grid.folder_name(cell.arm, settings)))] = replace(cell, **idle)
@@ -618,7 +617,8 @@ def about_grid(out_dirs: Sequence[str], requests: Sequence[Request], several: Ma
     places = [Path(out_dir) for out_dir in out_dirs]
     names = ", ".join(place.name for place in places[:6]) + (", ..." if len(places) > 6 else "")
     runs = f"{len(places)} run{'s' if len(places) > 1 else ''}"
-    return f"grid ({varied}): {runs} with {n_seeds} seeds in all, on {on}, in {places[0].parent}: {names}"
+    seeds = f"{n_seeds} seed{'s' if n_seeds > 1 else ''} in all"
+    return f"grid ({varied}): {runs} with {seeds}, on {on}, in {places[0].parent}: {names}"
 
 
 def refuse_twins(out_dirs: Sequence[str], requests: Sequence[Request]):
