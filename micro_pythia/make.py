@@ -6,7 +6,7 @@
 Writes config.json, model.safetensors (bf16), the tokenizer, questions.json and report.json (how well it knows
 its facts) into the folder, and into oracle/ the same LM trained on the world without the forget facts: as
 many tokens on the same schedule, and what perfect unlearning looks like. Exits with 1 when one of them falls
-short of what the testbed needs.
+short of what the testbed needs. The same command again goes on where it was stopped, from the last probe.
 
 Small LMs do not learn to answer with a letter from questions alone: they stay at "any of A-D". What teaches
 it: option markers and names as whole tokens; two heads that start by looking one and two tokens back; a first
@@ -16,6 +16,8 @@ answer letter.
 
 import argparse
 import collections
+import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -23,7 +25,8 @@ import random
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +36,9 @@ from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from micro_pythia.world import FORGET, SUBJECTS, Fact, World, lookup_drill, lookup_list, lookup_question
+from sae_separation import checkpoint
 from sae_separation.exam import Completions, Exam, logits_at
+from sae_separation.files import Unusable
 from sae_separation.losses import has_bf16
 from sae_separation.questions import Question
 from sae_separation.testbeds import ORACLE
@@ -41,6 +46,7 @@ from sae_separation.text import cache_folder
 
 BOS = "<|endoftext|>"
 HIDDEN, LAYERS, HEADS, CONTEXT = 128, 4, 4, 128
+PROBED = 200  # steps
 ALL_24 = list(itertools.permutations(range(4)))
 # what is read, in shares of documents: first the look-up stage, then the stage of facts and questions
 KINDS = ("prose", "open", "list", "drill", "lookup", "quiz")
@@ -206,6 +212,20 @@ class Learner:
         groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
         self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
+    def state(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """Tensors of the LM and of AdamW by name, and where the reader's random numbers stand."""
+        named = dict(self.lm.named_parameters())
+        of_adam = {f"{k}.{n}": t for n, p in named.items() for k, t in self.adam.state[p].items()}
+        return {n: p.detach() for n, p in named.items()} | of_adam, self.reader.rng.bit_generator.state
+
+    def restore(self, tensors: dict[str, torch.Tensor], numbers: dict):
+        with torch.no_grad():
+            for name, parameter in self.lm.named_parameters():
+                parameter.copy_(tensors.pop(name))
+                moments = {k: tensors.pop(f"{k}.{name}") for k in ("step", "exp_avg", "exp_avg_sq")}
+                self.adam.state[parameter] = moments
+        self.reader.rng.bit_generator.state = numbers
+
     def step(self, shares: np.ndarray, lr: float) -> tuple[float, float | None]:
         """One step; the loss, and the mean loss of the letters that close a drill, if there were any."""
         for group in self.adam.param_groups:
@@ -227,32 +247,52 @@ class Learner:
         return loss.item(), drilled.mean().item() if len(drilled) else None
 
 
-def train(learners: list[Learner], probe: Exam, max_steps: int, lr: float, tail=900, drill_learned=0.5):
+@dataclass
+class Course:
+    """Where training stands: steps done, the step at which facts came (None: not yet), the loss on drills,
+    probes in a row that were passed, and the last step."""
+
+    end: int
+    step: int = 0
+    facts_from: int | None = None
+    drill_loss: float = 1.4
+    hits: int = 0
+
+
+def train(learners: list[Learner], probe: Exam, course: Course, lr: float, keep=None, tail=900) -> int:
     """All learners on the same schedule, one thread each; the first one sets it: look-ups until its loss on
-    drills is under `drill_learned`, then a ramp to facts. Two probes in a row with 94 % of the letters right
-    start the last `tail` steps, over which the learning rate decays. Returns the number of steps."""
-    facts_from, drill_loss, hits, end, ramp = None, 1.4, 0, max_steps, 200
-    with ThreadPoolExecutor(len(learners), initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        for step in tqdm(range(1, max_steps + 1), unit="step", mininterval=5, desc="micro-pythia"):
-            rate = lr * min(step / 100, 1.0) * min(1.0, max(0.02, (end - step) / tail))
-            progress = 0.0 if facts_from is None else min((step - facts_from) / ramp, 1.0)
-            shares = LOOKUP_STAGE * (1 - progress) + FACT_STAGE * progress
-            (loss, drilled), *_ = threads.map(
-                Learner.step, learners, itertools.repeat(shares), itertools.repeat(rate)
+    drills is under 0.5, then a ramp to facts. Two probes in a row with 94 % of the letters right start the
+    last `tail` steps, over which the learning rate decays. keep(course) is called after every probe. Returns
+    the number of steps."""
+    at, max_steps = course, course.end
+    bar = tqdm(total=max_steps, initial=at.step, unit="step", mininterval=5, desc="micro-pythia")
+    with bar, ThreadPoolExecutor(len(learners), initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        while at.step < at.end:
+            at.step += 1
+            rate = lr * min(at.step / 100, 1.0) * min(1.0, max(0.02, (at.end - at.step) / tail))
+            (_, drilled), *_ = threads.map(
+                Learner.step, learners, itertools.repeat(shares_at(at)), itertools.repeat(rate)
             )
-            drill_loss = drill_loss if drilled is None else 0.98 * drill_loss + 0.02 * drilled
-            if facts_from is None and drill_loss < drill_learned:
-                facts_from = step
-                tqdm.write(f"step {step}: options are read (drill loss {drill_loss:.2f}); on to the facts")
-            if step % 200 == 0 or step == end:
+            at.drill_loss = at.drill_loss if drilled is None else 0.98 * at.drill_loss + 0.02 * drilled
+            if at.facts_from is None and at.drill_loss < 0.5:
+                at.facts_from = at.step
+                tqdm.write(f"step {at.step}: options are read; on to the facts")
+            bar.update()
+            if at.step % PROBED == 0 or at.step == at.end:
                 right = ask(learners[0].lm, probe).float().mean().item()
-                tqdm.write(f"step {step}: loss {loss:.3f}, drill loss {drill_loss:.3f}, right {right:.3f}")
-                hits = hits + 1 if right >= 0.94 else 0
-                if hits == 2 and end == max_steps:
-                    end = min(step + tail, max_steps)
-            if step == end:
-                break
-    return end
+                tqdm.write(f"step {at.step}: drill loss {at.drill_loss:.3f}, right {right:.3f}")
+                at.hits = at.hits + 1 if right >= 0.94 else 0
+                if at.hits == 2 and at.end == max_steps:
+                    at.end = min(at.step + tail, max_steps)
+                if keep:
+                    keep(at)
+    return at.step
+
+
+def shares_at(at: Course, ramp=200) -> np.ndarray:
+    """Of KINDS, in the step that is begun: facts come in over `ramp` steps."""
+    progress = 0.0 if at.facts_from is None else min((at.step - at.facts_from) / ramp, 1.0)
+    return LOOKUP_STAGE * (1 - progress) + FACT_STAGE * progress
 
 
 @torch.no_grad()
@@ -384,6 +424,7 @@ def main():
     else:
         report = make(folder, World(args.world_seed), args.max_steps, args.lr)
         print(json.dumps(report, indent=1))
+    remove_checkpoints(folder)
     if short := shortfalls(report):
         raise SystemExit("micro-pythia falls short: " + "; ".join(short))
     print(f"python experiment.py --out_dir=mine/run_1 --testbed=micro --lm={folder}")
@@ -405,6 +446,49 @@ def default_folder(world_seed: int) -> Path:
     return cache_folder() / f"micro_pythia_world_{world_seed}" if world_seed else Path(__file__).parent
 
 
+def identity(seed: int, max_steps: int, lr: float) -> str:
+    """What a half-made world must have been begun with: these settings and this code."""
+    hashed = hashlib.sha256(json.dumps([seed, max_steps, lr, torch.__version__]).encode())
+    for name in ("make.py", "world.py"):
+        hashed.update((Path(__file__).parent / name).read_bytes())
+    return hashed.hexdigest()
+
+
+def keep(folder: Path, learners: list[Learner], made_with: str, course: Course):
+    """Write where training stands into checkpoints/."""
+    states = [learner.state() for learner in learners]
+    tensors = {f"{i}.{n}": t for i, (named, _) in enumerate(states) for n, t in named.items()}
+    facts = {
+        "config_hash": made_with,
+        "position": asdict(course),
+        "readers": [numbers for _, numbers in states],
+    }
+    checkpoint.save(folder, course.step, tensors, facts)
+
+
+def last_kept(folder: Path, learners: list[Learner], made_with: str) -> Course | None:
+    """The learners as the newest usable checkpoint holds them, and where they stand; None without one."""
+    for step in reversed(checkpoint.steps_in(folder)):
+        try:
+            tensors, facts = checkpoint.read(folder, step, made_with)
+        except Unusable as why:
+            print(f"warning: {why}", file=sys.stderr)
+            continue
+        for i, (learner, numbers) in enumerate(zip(learners, facts["readers"])):
+            learner.restore(checkpoint.under(f"{i}.", tensors), numbers)
+        print(f"{folder} goes on at step {step}")
+        return Course(**facts["position"])
+    return None
+
+
+def remove_checkpoints(folder: Path):
+    """Of a world that is whole."""
+    for step in checkpoint.steps_in(folder):
+        checkpoint.path_of(folder, step).unlink()
+    with contextlib.suppress(OSError):  # not there, or not empty: another's files stay
+        (folder / "checkpoints").rmdir()
+
+
 def make(folder: Path, world: World, max_steps: int, lr: float) -> dict:
     """Train the LM and its oracle, write both, and report what they know, as read back from their files."""
     started, seed = time.time(), world.seed
@@ -417,9 +501,11 @@ def make(folder: Path, world: World, max_steps: int, lr: float) -> dict:
         lm = make_model(math.ceil(len(tokenizer) / 64) * 64)
         learners.append(Learner(lm, Reader(tokenizer, known, seed)))
     probe = Exam(tokenizer, probed, "letter", [ALL_24[3], ALL_24[17]])
-    steps = train(learners, probe, max_steps, lr)
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    made_with = identity(seed, max_steps, lr)
+    course = last_kept(folder, learners, made_with) or Course(end=max_steps)
+    steps = train(learners, probe, course, lr, keep=partial(keep, folder, learners, made_with))
 
-    folder.mkdir(parents=True, exist_ok=True)
     for learner, place in zip(learners, (folder, folder / ORACLE)):
         learner.lm.bfloat16().save_pretrained(place)
         tokenizer.save_pretrained(place)
@@ -450,5 +536,8 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("stopped; nothing is kept of it: the same command starts anew", file=sys.stderr)
+        print(
+            f"stopped; the same command goes on from the last probe, one every {PROBED} steps",
+            file=sys.stderr,
+        )
         sys.exit(130)

@@ -5,6 +5,7 @@ import json
 import random
 import re
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -261,6 +262,50 @@ def test_questions_on_disk_are_those_of_the_world_with_all_that_they_say(micro):
 def test_the_shipped_world_lies_in_the_repository_and_others_in_the_cache():
     assert default_folder(0) == FOLDER
     assert default_folder(1) == cache_folder() / "micro_pythia_world_1" != default_folder(2)
+
+
+def tiny_learners(world) -> list[make.Learner]:
+    """The LM and its oracle as they begin, each with a few documents."""
+    rng, learners = random.Random(0), []
+    pools = {kind: [world.quiz(rng, s, 1) for s in world.subjects for _ in range(5)] for kind in make.KINDS}
+    tokenizer = make.make_tokenizer(world, pools)
+    for seed in (0, 1):
+        make.torch.manual_seed(seed)
+        learners.append(make.Learner(make.make_model(640), make.Reader(tokenizer, pools, seed, rows=2)))
+    return learners
+
+
+def test_a_world_that_was_stopped_goes_on_to_the_same_bits(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(make, "ask", lambda *_: make.torch.ones(1))
+    monkeypatch.setattr(make, "PROBED", 2)
+    (tmp_path / "checkpoints").mkdir()
+
+    def kept(course, learners, stop_at=None):
+        make.keep(tmp_path, learners, "this", course)
+        if course.step == stop_at:
+            raise KeyboardInterrupt
+
+    def trained(learners, course, stop_at=None):
+        keep = partial(kept, learners=learners, stop_at=stop_at)
+        return make.train(learners, probe=None, course=course, lr=1e-3, keep=keep, tail=2)
+
+    whole = tiny_learners(world)
+    assert trained(whole, make.Course(end=9)) == 6  # two probes passed at step 4, then the tail
+    make.remove_checkpoints(tmp_path)
+    assert not any(tmp_path.iterdir()) and not make.remove_checkpoints(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        trained(tiny_learners(world), make.Course(end=9), stop_at=4)
+    assert make.last_kept(tmp_path, tiny_learners(world), "other settings") is None
+    assert "was made with other settings" in capsys.readouterr().err
+    again = tiny_learners(world)
+    course = make.last_kept(tmp_path, again, "this")
+    assert (course.step, course.hits, course.end) == (4, 2, 6)
+    assert trained(again, course) == 6
+    for one, other in zip(whole, again):
+        (tensors, numbers), (same, same_numbers) = one.state(), other.state()
+        assert numbers == same_numbers and tensors.keys() == same.keys()
+        assert all(t.equal(same[name]) for name, t in tensors.items())
 
 
 def test_a_world_is_made_once_and_another_ones_folder_is_refused(tmp_path, capsys, monkeypatch):
