@@ -150,9 +150,10 @@ def keep_output_open(stdout_lost: Callable[[OSError], None] = warn_of_lost_stdou
 
 
 def stops() -> list[signal.Signals]:
-    """The signals that stop a command. Under nohup, which ignores it, SIGHUP (a connection lost) is none."""
+    """The signals that stop a command. SIGUSR1 is what batch systems are asked to send before a time limit.
+    Under nohup, which ignores it, SIGHUP (a connection lost) is none."""
     kept = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [signal.SIGTERM, signal.SIGINT, *([] if kept else [signal.SIGHUP])]
+    return [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, *([] if kept else [signal.SIGHUP])]
 
 
 def leave_at_once(number, frame):

@@ -58,7 +58,7 @@ def _remove(folder: Path, lock: int):
 
 
 class Signals:
-    """Inside, SIGTERM, SIGINT and SIGHUP (`stops`) raise Interrupted; inside `held`, at its end."""
+    """Inside, the signals that stop a command (`stops`) raise Interrupted; inside `held`, at its end."""
 
     def __init__(self):
         self.depth, self.pending, self.before = 0, None, {}

@@ -84,7 +84,7 @@ class Trial:
             return
         code = 99
         try:
-            faulthandler.register(signal.SIGUSR1, all_threads=True)
+            faulthandler.register(signal.SIGUSR2, all_threads=True)
             signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the campaign may run under nohup
             for number in stops():
                 signal.signal(number, leave_at_once)
@@ -133,7 +133,7 @@ class Trial:
         """Exit code; one that hangs is made to tell where, and is killed: None."""
         while self.poll() is None:
             if self.used() > cpu or time.monotonic() - self.started > wall:
-                os.kill(self.pid, signal.SIGUSR1)
+                os.kill(self.pid, signal.SIGUSR2)
                 time.sleep(2)
                 self.end()
                 return None
@@ -333,7 +333,8 @@ class Campaign:
     def signals(self):
         runs = ("run_1", "run_6")
         alone, cpu = self.undisturbed(runs, CORE)
-        for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
+        codes = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129, signal.SIGUSR1: 138}
+        for number, code in codes.items():
             good, tries = 0, 8
             for i in range(tries):
                 loads = i < tries // 4  # the LM, which the other trials find loaded

@@ -210,7 +210,7 @@ def test_killed_at_random_instants_a_command_ends_as_if_left_alone(tmp_path, sma
         assert not (tmp_path / "killed" / run / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGUSR1, 138), (signal.SIGINT, 130)])
 def test_a_signal_leaves_a_checkpoint_and_one_line(number, code, here, tmp_path, monkeypatch, capsys):
     assert here("a/run_1", "a/run_6") == 0
     at_step(monkeypatch, 41, interrupt(number))
