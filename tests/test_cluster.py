@@ -9,16 +9,17 @@ import pytest
 from conftest import ROOT
 
 SRUN = 'echo "srun $OMP_NUM_THREADS: $*"\nexit $ENDS_WITH\n'
+SQUEUE = '[[ "$*" == *--jobs=77_3* ]] || exit 1\n'  # another number may stand for several tasks
 
 
 def task(tmp_path: Path, ends_with: int, state: str, **environment) -> tuple[int, list[str]]:
     """Exit code of one task of the array and what it has Slurm do, where the run ends with a code and squeue
     then tells the job's state and reason."""
-    commands = {"srun": SRUN, "squeue": f'echo "{state}"\n', "scontrol": 'echo "scontrol $*"\n'}
+    commands = {"srun": SRUN, "squeue": SQUEUE + f'echo "{state}"\n', "scontrol": 'echo "scontrol $*"\n'}
     for name, text in commands.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}")
         (tmp_path / name).chmod(0o755)
-    slurm = {"JOB_ID": "77", "ARRAY_TASK_ID": "3", "JOB_NAME": "study", "CPUS_PER_TASK": "2"}
+    slurm = {"ARRAY_JOB_ID": "77", "ARRAY_TASK_ID": "3", "JOB_NAME": "study", "CPUS_PER_TASK": "2"}
     slurm = {f"SLURM_{name}": value for name, value in slurm.items()}
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ENDS_WITH": str(ends_with)}
     argv = ["bash", str(ROOT / "docs/array.slurm"), "--seeds", "0", "1"]
@@ -42,7 +43,7 @@ def task(tmp_path: Path, ends_with: int, state: str, **environment) -> tuple[int
 )
 def test_a_task_is_requeued_where_it_would_go_on_and_slurm_does_not(code, state, requeued, tmp_path):
     ended, lines = task(tmp_path, code, state)
-    assert ended == code and lines[1:] == ["scontrol requeue 77"] * requeued
+    assert ended == code and lines[1:] == ["scontrol requeue 77_3"] * requeued
 
 
 def test_a_task_that_makes_no_progress_is_not_requeued_for_ever(tmp_path):
