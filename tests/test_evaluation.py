@@ -1,6 +1,7 @@
 """The evaluation on the embedded LM: asking, intervening, scoring and measuring, against slow or hand-made
 answers."""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +37,10 @@ from sae_separation.text import Text
 
 @pytest.fixture(scope="module")
 def evaluator(micro):
-    return Evaluator(micro, context_size=128, n_contexts=32)
+    """On a quarter of the questions, with a sweep of few and many features, weakly and strongly."""
+    some = {subject: questions[::4] for subject, questions in micro.questions.items()}
+    sweep = {"n_features_list": [5, 50], "multipliers": [1, 30]}
+    return Evaluator(replace(micro, questions=some, sweep=sweep), context_size=128, n_contexts=32)
 
 
 @pytest.fixture(scope="module")
@@ -425,8 +429,6 @@ def test_undefined_ratios_are_null_and_any_other_number_must_be_finite():
 
 
 def test_text_too_short_to_evaluate_on_is_known_without_the_lm(micro):
-    from dataclasses import replace
-
     short = Text(micro.retain.train, micro.retain.held_out.select(range(5)))
     with pytest.raises(WrongRequest, match="retain_text: its .* part holds . contexts of 128 tokens"):
         evaluation_contexts(replace(micro, lm=SimpleNamespace(device="cpu"), retain=short), 128)
@@ -451,7 +453,7 @@ def test_too_few_known_questions_give_null_and_the_reason(evaluator, exported, m
         is metrics["unlearning_score_guardrail"]
         is metrics["random_feature_score_conditional"]
         is None
-        and metrics["n_known_forget"] > 100
+        and metrics["n_known_forget"] > 30
     )
     assert "10000 of each are needed" in notes[0]
 
