@@ -275,6 +275,16 @@ class Arm(Protocol):
         """Whether it has one, or is a method that needs none."""
         ...
 
+    @property
+    def loads_sae(self) -> bool:
+        """Whether it is of SAEs that were trained elsewhere."""
+        ...
+
+
+def offered(arms: Mapping[str, Arm]) -> list[str]:
+    """The arms that --arm takes. SAEs that were trained elsewhere come with --evaluate."""
+    return [name for name, row in arms.items() if not row.loads_sae]
+
 
 S = TypeVar("S", bound=Settings)
 
@@ -292,7 +302,7 @@ def with_arms(arms: Mapping[str, Arm]) -> Callable[[type[S]], type[S]]:
             metadata = {**made.metadata, "arms": tuple(users)}
             setattr(kind, name, field(default=made.default, metadata=metadata))
             kind.__annotations__[name] = type(made.default)
-        kind.__annotations__["arm"] = Literal[tuple(arms)]
+        kind.__annotations__["arm"] = Literal[tuple(offered(arms))]
         kind.arm = Settings.arm
         kind.untrained = frozenset(arm for arm, row in arms.items() if not row.trains_sae)
         kind.without_sae = frozenset(arm for arm, row in arms.items() if not row.has_sae)
@@ -350,9 +360,8 @@ class Command:
         refuse_out_of_bounds(self)
         self.out_dir = tuple(map(os.path.expanduser, self.out_dir))
         for name in set(self.evals) - {*evals.names(), "none"}:
-            choices = (*evals.names(), "none")
-            why = f"argument --evals: invalid choice: {name!r} (choose from {', '.join(map(repr, choices))})"
-            raise WrongRequest(f"{why}{did_you_mean(name, choices)} (--help lists the options)")
+            why = f"argument --evals: {refused_choice(name, (*evals.names(), 'none'))}"
+            raise WrongRequest(f"{why} (--help lists the options)")
         if len(set(self.evals)) != len(self.evals):
             raise WrongRequest(f"--evals {' '.join(self.evals)}: give each once")
         if "none" in self.evals and len(self.evals) > 1:
@@ -382,6 +391,41 @@ def whole_number(text: str) -> int:
     if not number.is_finite() or number != number.to_integral_value():
         raise argparse.ArgumentTypeError(f"{text} is not a whole number (200000, 200_000, 200k, 3M, 4e5)")
     return int(number)
+
+
+def real_number(text: str) -> float:
+    """As float, but raises argparse.ArgumentTypeError."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a number (0.3, 3e-3)") from None
+
+
+LOOK_LIKE_FIGURES = str.maketrans("oOlI", "0011")
+
+
+def as_numbers(option: str, text: str, is_whole: bool) -> str:
+    """What may be meant by a text that is no number, as the end of a message: a decimal point, several
+    values, figures in place of letters; "" where it is none of these."""
+
+    read = whole_number if is_whole else real_number
+
+    def are_numbers(*texts: str) -> bool:
+        try:
+            for one in texts:
+                read(one)
+        except argparse.ArgumentTypeError:
+            return False
+        return True
+
+    text = text.translate(LOOK_LIKE_FIGURES)
+    has_thousands = is_whole and re.fullmatch(r"\d{1,3}(,\d{3})+", text)
+    values, joined = text.strip(",").split(","), text.replace(",", "" if has_thousands else ".")
+    if are_numbers(joined):
+        return f"; did you mean {option} {joined}?"
+    if not are_numbers(*values):
+        return ""
+    return f"; several values stand apart, without commas: {option} {' '.join(values)}"
 
 
 def as_options(settings: Mapping[str, Any]) -> str:
@@ -433,6 +477,12 @@ def did_you_mean(text: str, choices: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def refused_choice(text: str, choices: Collection[str]) -> str:
+    """Why a text that is none of the choices is refused: the one that looks like it, else all of them."""
+    rest = did_you_mean(text, choices) or f" (choose from {', '.join(map(repr, choices))})"
+    return f"invalid choice: {text!r}{rest}"
+
+
 def as_text(value: Any) -> str:
     """A value as one gives it on the command line: 3M, 0 1 2; of many long ones the first one."""
     if isinstance(value, tuple):
@@ -458,12 +508,13 @@ def default_text(name: str, default: Any) -> str:
 
 
 class Parser(simple_parsing.ArgumentParser):
-    """Reads whole numbers as people write them, and raises WrongRequest for what it does not take. `several`:
+    """Reads numbers as people write them, and raises WrongRequest for what it does not take. `several`:
     options that take one value here, and on the command line may have a grid of them."""
 
     def __init__(self, several: Collection[str] = (), **how):
         super().__init__(**how, allow_abbrev=False)
         self.register("type", int, whole_number)
+        self.register("type", float, real_number)
         self.several = several
         self.argv: list[str] = []
 
@@ -476,8 +527,10 @@ class Parser(simple_parsing.ArgumentParser):
         message = re.sub(literal, r"invalid choice: \2 (choose from \1)", message)
         if unknown := re.match("unrecognized arguments: (.*)", message):
             message += self._why_unrecognized(unknown[1].split()[0])
-        if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
-            message += did_you_mean(wrong[1], re.findall("'(.*?)'", wrong[2]))
+        elif wrong := re.fullmatch(r"(.*)invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message = wrong[1] + refused_choice(wrong[2], re.findall("[^', ]+", wrong[3]))
+        elif wrong := re.match(r"argument (\S+): (.*) is not a (whole )?number", message):
+            message += as_numbers(wrong[1], wrong[2], bool(wrong[3]))
         raise WrongRequest(f"{message} (--help lists the options)")
 
     def _why_unrecognized(self, text: str) -> str:
@@ -549,9 +602,9 @@ def parse_command(
 
     command, first = parsed.command, parsed.request
     given = {found[1] for found in map(grid.OPTION.match, argv) if found}
-    if loads := bool(command.evaluate) or loaded.ARM in (first.arm, *several.get("arm", ())):
+    if loads := bool(command.evaluate):
         first = loaded.command(command, first, given, several, plan)
-    lacking = {} if loads else lacking_names(command.out_dir, given, plan, arms)
+    lacking = {} if loads else lacking_names(command.out_dir, given, plan, offered(arms))
     refuse_evaluations(command.evals, given, first)
     checks.refuse_missing(lacking | checks.missing(first, evals.rows_of(command.evals)), argv)
     if several:
@@ -633,12 +686,12 @@ def refuse_twins(out_dirs: Sequence[str], requests: Sequence[Request]):
             raise WrongRequest(f"--out_dir {twins} are two runs with the same settings {remedy}")
 
 
-def refuse_unknown_names(request: Request, arms: Iterable[str]):
+def refuse_unknown_names(request: Request, arms: Mapping[str, Arm]):
     """Raises WrongRequest for what the command line refuses by itself."""
-    for name, known in (("arm", arms), ("testbed", TESTBEDS), ("activation", ACTIVATION_NAMES)):
+    for name, known in (("arm", offered(arms)), ("testbed", TESTBEDS), ("activation", ACTIVATION_NAMES)):
         said = getattr(request, name)
         if said not in known:
-            raise WrongRequest(f"--{name} {said}: give one of {', '.join(known)}{did_you_mean(said, known)}")
+            raise WrongRequest(f"--{name}: {refused_choice(said, known)}")
 
 
 def refuse_evaluations(named: tuple[str, ...], given: set[str], request: Request):

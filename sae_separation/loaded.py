@@ -233,9 +233,7 @@ SAID = {
 def command(asked, request: R, given: Iterable[str], several: Iterable[str], plan: Iterable[str]) -> R:
     """The request of a command (config.Command, whose `saes` are found here) that evaluates SAEs in place of
     training; `given`: its options, `several`: those with several values. Raises WrongRequest, RunFailed."""
-    if not asked.evaluate:
-        raise WrongRequest(f"--arm {ARM} is of SAEs that were trained elsewhere: give --evaluate FOLDER")
-    if "arm" in given and request.arm != ARM:
+    if "arm" in given:
         raise WrongRequest(
             f"--arm {request.arm} is for training, and --evaluate trains nothing: leave it out"
         )

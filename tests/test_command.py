@@ -134,7 +134,7 @@ def test_what_is_a_runs_own_takes_effect_in_each_run(micro, monkeypatch, tmp_pat
     monkeypatch.setattr(experiment, "tqdm", Bar)
     monkeypatch.setattr(tqdm, "tqdm", Bar)
     small: dict[str, Any] = dict(
-        testbed="micro", tokens=51_200, batch_size=512, buffer_tokens=16_384, target_l0=8.0
+        testbed="micro", tokens=25_600, batch_size=256, buffer_tokens=8192, target_l0=8.0
     )
     configs = [
         Request(**small, seeds=(3,), d_sae=96, arm="fixed", alpha=0.3),
@@ -151,7 +151,7 @@ def test_what_is_a_runs_own_takes_effect_in_each_run(micro, monkeypatch, tmp_pat
     assert len(checked) == 1
     assert [(bar.desc, bar.n, bar.total) for bar in bars] == [
         ("setting up", 45, 45),
-        ("training", 51_200, 51_200),
+        ("training", 25_600, 25_600),
         ("evaluating", 209, 209),
     ], "4 SAEs of core, unlearning and geometry"
     info = [json.loads((tmp_path / name / "final_info.json").read_text()) for name in "abc"]
@@ -354,11 +354,25 @@ def test_evaluations_keep_the_order_given_and_unknown_ones_are_refused():
         ("--out_dir run_0 --tokns 3M", "unrecognized arguments: --tokns 3M; did you mean --tokens?"),
         ("--out-dir=run_0", "unrecognized arguments: --out-dir=run_0; did you mean --out_dir?"),
         ("--out_dir run_0 --vibes 3", "unrecognized arguments: --vibes 3 ("),
-        ("--out_dir m --arm adaptve", "'oracle'); did you mean adaptive? ("),
-        ("--out_dir run_0 --testbed=micr", "'micro'); did you mean micro? ("),
-        ("--out_dir run_0 --activation batchtop", "'softk'); did you mean batchtopk? ("),
-        ("--out_dir run_0 --scoring leter", "'cloze'); did you mean letter? ("),
-        ("--out_dir run_0 --evals robustnes", "'none'); did you mean robustness? ("),
+        ("--out_dir m --arm adaptve", "--arm: invalid choice: 'adaptve'; did you mean adaptive? ("),
+        ("--out_dir run_0 --testbed=micr", "--testbed: invalid choice: 'micr'; did you mean micro? ("),
+        ("--out_dir run_0 --activation batchtop", "'batchtop'; did you mean batchtopk? ("),
+        ("--out_dir run_0 --scoring leter", "--scoring: invalid choice: 'leter'; did you mean letter? ("),
+        (
+            "--out_dir run_0 --evals robustnes",
+            "--evals: invalid choice: 'robustnes'; did you mean robustness? (",
+        ),
+        ("--out_dir m --arm xyz", "'npo', 'oracle') ("),
+        (
+            "--out_dir m --arm vanilla --alpha o.3",
+            "o.3 is not a number (0.3, 3e-3); did you mean --alpha 0.3? (",
+        ),
+        ("--out_dir run_0 --alpha=0,3", "0,3 is not a number (0.3, 3e-3); did you mean --alpha 0.3? ("),
+        ("--out_dir run_0 --lr=0.1,1e-3", "values stand apart, without commas: --lr 0.1 1e-3 ("),
+        ("--out_dir run_0 --seeds=0,1", "several values stand apart, without commas: --seeds 0 1 ("),
+        ("--out_dir run_0 --d_sae 4k,16k", "several values stand apart, without commas: --d_sae 4k 16k ("),
+        ("--out_dir run_0 --tokens 200,000", "3M, 4e5); did you mean --tokens 200000? ("),
+        ("--out_dir run_0 --tokens many", "many is not a whole number (200000, 200_000, 200k, 3M, 4e5) ("),
         ("--out_dir run_0 --evals xyz", "'none') ("),
         (
             "--out_dir=a b --arm=fixed",
@@ -450,7 +464,11 @@ def test_in_a_grid_what_has_no_effect_makes_no_run_of_its_own(capsys):
             "x/run_1 is one run of the plan, and --alpha 0.1 1 is a grid of runs",
         ),
         ("--out_dir a --alpha 0.1 1", "--arm is missing"),
-        ("--out_dir a --arm fixed --alpha 0.1 x", "argument --alpha: invalid float value: 'x'"),
+        ("--out_dir a --arm fixed --alpha 0.1 x", "argument --alpha: x is not a number (0.3, 3e-3) ("),
+        (
+            "--out_dir a --arm fixed loaded",
+            "argument --arm: invalid choice: 'loaded' (choose from 'vanilla', ",
+        ),
         ("--out_dir a --arm fixed --lr 1e-3 0", "--lr is 0: give a finite number above 0"),
         ("--out_dir a --arm fixed --time_budget_minutes 5 9", "--time_budget_minutes takes one value"),
         ("--out_dir a --arm fixed --activation relu softk", "--activation takes one value"),

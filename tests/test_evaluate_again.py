@@ -261,7 +261,7 @@ def test_from_python_a_run_is_made_as_the_command_makes_it(here, trained, measur
         experiment.train(experiment.Request(skip=0.5, testbed="micro"), tmp_path / "other")
     wrongs: list[dict[str, Any]] = [dict(arm="adaptiv"), dict(arm="fixed", testbed="micra")]
     for wrong in wrongs:
-        with pytest.raises(WrongRequest, match="give one of .*; did you mean (adaptive|micro)"):
+        with pytest.raises(WrongRequest, match="invalid choice: .*; did you mean (adaptive|micro)"):
             experiment.train(experiment.Request(**wrong), tmp_path / "other")
     assert not (tmp_path / "other").exists() and not list(tmp_path.glob("**/.lock"))
 

@@ -350,7 +350,6 @@ def test_an_sae_that_is_not_as_its_settings_say_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "command, says",
     [
-        (Command(evaluate=(), out_dir=("x",)), "--arm loaded is of SAEs that were trained elsewhere"),
         (Command(evaluate=("a",), out_dir=("x", "y")), "--evaluate takes one --out_dir"),
         (Command(evaluate=("a",), out_dir=("run_3",)), "which is no run of the plan"),
         (Command(evaluate=("a", "b"), out_dir=("x",)), "2 SAEs, and --seeds 1 numbers"),
