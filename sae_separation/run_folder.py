@@ -291,11 +291,22 @@ def provenance() -> dict:
 
     packages = ("torch", "nnsight", "transformers", "datasets", "numpy", "sae-bench", "sae-lens")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    hardware = {"machine": platform.machine(), "cpu": processor(), "threads": torch.get_num_threads()}
     return {
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
-        "hardware": {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpus": gpus},
+        "hardware": hardware | {"gpus": gpus},
         "git": commit_of_code(),
     }
+
+
+def processor() -> str:
+    """The CPU, as far as the system tells, and which vector instructions torch uses on it: with others, sums
+    are rounded otherwise."""
+    import torch
+
+    told = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", told.read_text()) if told.exists() else None
+    return f"{named[1] if named else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def commit_of_code() -> str:

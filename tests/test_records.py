@@ -12,7 +12,7 @@ import tiny
 import torch
 
 import experiment
-from sae_separation import checkpoint, evals, progress, results, resume, run
+from sae_separation import checkpoint, evals, progress, results, resume, run, run_folder
 from sae_separation import config as settings
 from sae_separation.config import Command
 from sae_separation.errors import WrongRequest
@@ -113,6 +113,22 @@ def test_settings_that_a_run_was_made_with_are_told_from_those_wanted():
     assert resume.differing(request, made, ("seeds", "questions")) == ["alpha"]
     made["config"]["alpha"] = 0.5  # what was asked for by its default
     assert resume.differing(request, made, ("seeds",)) == []
+
+
+def test_a_run_that_goes_on_on_another_processor_is_warned_of(tmp_path, monkeypatch):
+    def goes_on(capability: str) -> list[str]:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        known = object.__new__(run.Run)
+        known.folder, known.warnings = tmp_path, []
+        known._warn_of_other_machine(settings_of_run | run_folder.provenance(), step=40)
+        return known.warnings
+
+    settings_of_run: dict[str, Any] = {"requested": {}, "config": {}}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    write_json(tmp_path / "config.json", seal(settings_of_run | run_folder.provenance()))
+    assert goes_on("AVX2") == []
+    (warning,) = goes_on("AVX512")
+    assert warning.startswith("begun with other hardware than it went on with at step 40: not the same bits")
 
 
 def test_a_position_is_kept_as_json():
