@@ -85,13 +85,14 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def tell(error: BaseException, began: bool = True, take_less: str = TRAIN_LESS) -> int:
+def tell(error: BaseException, began: bool = True, take_less: str = TRAIN_LESS, who: str = "") -> int:
     """Write the last line of a command that ended in `error` to stderr, after the traceback of what nobody
-    expected; its exit code. `began`, `take_less`: as `ending` takes them."""
+    expected; its exit code. `began`, `take_less`: as `ending` takes them. `who`: which of several
+    processes."""
     code, line, unexpected = ending(error, began, take_less)
     if unexpected:
         traceback.print_exception(error)
-    print(f"error: {plain(' '.join(line.splitlines()))}", file=sys.stderr)
+    print(f"error: {who}{plain(' '.join(line.splitlines()))}", file=sys.stderr)
     return code
 
 

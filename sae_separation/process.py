@@ -90,6 +90,13 @@ class Signals:
         raised in a __del__."""
         self.pending = None
 
+    def ignore(self):
+        """From here on and afterwards no signal stops the process: it is ending."""
+        for number in self.before:
+            signal.signal(number, signal.SIG_IGN)
+        self.before.clear()
+        self.pending = None
+
     @contextlib.contextmanager
     def held(self):
         self.depth += 1
