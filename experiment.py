@@ -165,11 +165,12 @@ from tqdm import tqdm
 
 from sae_separation import losses, progress, testbeds
 from sae_separation.adam import own_learning_rates
-from sae_separation.blocks import ActivationBlock
+from sae_separation.blocks import ActivationBlock, shuffled_places
 from sae_separation.devices import upload
 from sae_separation.evals.evaluator import Evaluator, evaluation_contexts
 from sae_separation.exam import special_ids
 from sae_separation.gradients import Terms, accumulate_grads
+from sae_separation.kept import Kept, cache_of
 from sae_separation.lm import SplitLM, Testbed, bfloat16_twins, fast_lm_tokens, massive, parameters_as
 from sae_separation.losses import has_bf16
 from sae_separation.resample import resample
@@ -212,8 +213,9 @@ class ActivationStream:
                 (getattr(testbed, domain), partial(self.passes.__setitem__, domain)) for domain in self.passes
             )
         ]
-        self.seed, self.block_index = seed, 0
+        self.seed, self.block_index, self.drawn = seed, 0, 0  # blocks whose contexts were drawn
         self.block: ActivationBlock | None = None
+        self.kept: Kept | None = None  # with --activations
         self.with_massive = 0.0  # share of the block's contexts that hold a massive row
         process.make_collections_short()
 
@@ -224,18 +226,28 @@ class ActivationStream:
             return self.lm.resid(tokens)
 
     def next_block(self) -> ActivationBlock:
-        """The LM's output goes straight to its shuffled place: one buffer, one LM batch, no copy of the
-        buffer. The stream lets go of the block before. The device is waited for once, when all is on its way:
-        which rows are massive."""
+        """From the LM, or as it is kept. The stream lets go of the block before."""
         self.block = None
         process.return_freed_memory()
+        self.block = self.kept.next_block(self) if self.kept else self.block_from_lm()
+        self.block_index += 1
+        process.return_freed_memory()
+        return self.block
+
+    def block_from_lm(self) -> ActivationBlock:
+        """The LM's output goes straight to its shuffled place: one buffer, one LM batch, no copy of the
+        buffer. The device is waited for once, when all is on its way: which rows are massive."""
         half = self.n_contexts // 2
+        for text in self.texts:  # behind the blocks that were read or skipped
+            contexts = (self.block_index - self.drawn) * self.n_lm_batches * half
+            next(islice(text, contexts, contexts), None)
+        self.drawn = self.block_index + 1
         read = [[c for text in self.texts for c in islice(text, half)] for _ in range(self.n_lm_batches)]
         batches = [torch.tensor([tokens for tokens, _ in contexts]) for contexts in read]
         draws = [torch.tensor([drawn for _, drawn in contexts]) for contexts in read]
         kept = [(~torch.isin(tokens, self.special)).flatten().nonzero()[:, 0] for tokens in batches]
         n, first, sinks, with_sinks = sum(map(len, kept)), 0, [], 0
-        places = self._shuffled(n)
+        places = shuffled_places(n, self.seed * 1_000_003 + self.block_index)
         x = torch.empty(n, self.d_in, device=self.device)
         forget = torch.empty(n, dtype=torch.bool, device=self.device)
         document = torch.empty(n, device=self.device)
@@ -252,23 +264,11 @@ class ActivationStream:
         sink = torch.cat(sinks).cpu()
         for tokens, rows, here in zip(batches, kept, sink.split([len(rows) for rows in kept])):
             with_sinks += len((rows[here] // tokens.shape[1]).unique())
-        self.block = ActivationBlock(x, forget, document).without(places[sink])
         self.with_massive = with_sinks / sum(map(len, batches))
-        process.return_freed_memory()
-        return self.block
-
-    def _shuffled(self, n: int) -> Tensor:
-        """The place of each of n rows in the next block, a function of the seed and the block's index."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.block_index)
-        self.block_index += 1
-        order = torch.randperm(n, generator=generator)
-        return torch.empty_like(order).scatter_(0, order, torch.arange(n))
+        return ActivationBlock(x, forget, document).without(places[sink])
 
     def skip_blocks(self, n: int):
         """Go on behind the first n blocks, without the LM: a block is a function of text, seed and index."""
-        for text in self.texts:
-            contexts = n * self.n_lm_batches * (self.n_contexts // 2)
-            next(islice(text, contexts, contexts), None)
         self.block_index = n
 
 
@@ -892,6 +892,7 @@ def train_runs(command: Command, runs: list[Run], testbed: Testbed, evaluated: b
     else:
         progress.set_up.begin("computing the first activations")
         stream = ActivationStream(testbed, shared.context_size, shared.buffer_tokens)
+        stream.kept = cache_of(command, stream, testbed, shared, n_steps)
         stream.skip_blocks(at.block)
         block = stream.next_block()
         if evaluated and not saved and stream.with_massive > 1 / 8:
@@ -899,15 +900,15 @@ def train_runs(command: Command, runs: list[Run], testbed: Testbed, evaluated: b
     for run, state in zip(runs, saved or [None] * len(runs)):
         seeds = run.config.seeds
         run.start([Trainer(run.config, seed, testbed.d_in, n_steps, block) for seed in seeds], state)
+        if stream and stream.kept:
+            run.warnings += [text for text in stream.kept.doubts if text not in run.warnings]
     del saved, state, block
     progress.set_up.close()
     if stream:
         deadline = started + 0.7 * 60 * shared.time_budget_minutes - at.used_seconds
         TrainingLoop(runs, stream, at, n_steps).train(started, deadline, command.checkpoint_seconds)
-    short = {domain: n for domain, n in at.passes.items() if n > 10}
     for run in runs:
-        run.passes = at.passes
-        run.warnings += [f"the {d} text is short: training read it {n} times" for d, n in short.items()]
+        run.has_read(at.passes)
     print("; ".join(f"{domain} text: pass {n}" for domain, n in at.passes.items()))
     return at.train_seconds
 

@@ -46,3 +46,9 @@ class ActivationBlock:
     def blank(cls, d_in: int, device: torch.device) -> "ActivationBlock":
         """What a trainer is made from whose state then comes from a checkpoint."""
         return cls(torch.ones(2, d_in, device=device), torch.zeros(2, dtype=torch.bool, device=device))
+
+
+def shuffled_places(n: int, seed: int) -> Tensor:
+    """A place for each of n rows [n]: a random permutation."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return torch.empty_like(order).scatter_(0, order, torch.arange(n))

@@ -3,18 +3,15 @@
     save(folder, step, tensors, facts)
     newest_common({folder: config_hash})                 # the newest state that all folders of a command hold
 
-A checkpoint holds tensors, and in its header the other facts as JSON and a sha256 over both. torch is
-imported where it is used, so that a locked folder is refused at once.
+A checkpoint holds tensors, and in its header the other facts as JSON and a sha256 over both (files.header).
 """
 
-import hashlib
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sae_separation.errors import RunFailed, WrongRequest
-from sae_separation.files import Unusable, write_whole
+from sae_separation.files import Unusable, header, read_tensors, write_whole
 from sae_separation.run_folder import WRITTEN, written
 
 FORMAT = "orthogonal-sae-checkpoint-2"
@@ -40,18 +37,6 @@ class Position:
     passes: dict[str, int] = field(default_factory=dict)
 
 
-def digest(tensors: dict, facts: str) -> str:
-    """sha256 over the facts and over every tensor's name, type, shape and bytes."""
-    import torch
-
-    hashed = hashlib.sha256(facts.encode())
-    for name in sorted(tensors):
-        t = tensors[name].detach().contiguous()
-        hashed.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-        hashed.update(t.reshape(-1).view(torch.uint8).numpy())
-    return hashed.hexdigest()
-
-
 def under(prefix: str, tensors: dict) -> dict:
     """The tensors whose names begin with the prefix, without it."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -73,31 +58,15 @@ def save(folder: Path, step: int, tensors: dict, facts: dict):
     from safetensors.torch import save as to_bytes
 
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    said = json.dumps(facts, allow_nan=False)
-    header = {"format": FORMAT, "facts": said, "sha256": digest(tensors, said)}
-    write_whole(path_of(folder, step), to_bytes(tensors, header))
+    write_whole(path_of(folder, step), to_bytes(tensors, header(FORMAT, tensors, facts)))
     for old in steps_in(folder)[:-KEPT]:
         path_of(folder, old).unlink(missing_ok=True)
 
 
 def read(folder: Path, step: int, config_hash: str) -> tuple[dict, dict]:
     """Tensors (on the CPU) and facts of a checkpoint of the run with this `config_hash`. Raises Unusable."""
-    from safetensors import SafetensorError, safe_open
-
     path = path_of(folder, step)
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise Unusable(f"{path} is not a checkpoint of this version of the program")
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-        if digest(tensors, header["facts"]) != header["sha256"]:
-            raise Unusable(f"{path} is damaged: its checksum is wrong")
-        facts = json.loads(header["facts"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise Unusable(
-            f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}"
-        ) from error
+    tensors, facts = read_tensors(path, FORMAT, "a checkpoint")
     if facts.get("config_hash") != config_hash:
         raise Unusable(f"{path} was made with other settings, LM or text")
     return tensors, facts

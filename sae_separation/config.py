@@ -353,12 +353,22 @@ class Command:
     saes: tuple = simple_parsing.field(default=(), cmd=False)  # those, as loaded.find describes them
     checkpoint_seconds: float = option(60.0)
     """training time between two checkpoints, at least; writing them takes at most a fiftieth of it"""
+    activations: str | None = option(None, metavar="FOLDER")
+    """keep the activations there that the LM computes, and train from those that are there: the same results,
+    and the LM is run once for many commands"""
+    activations_dtype: Literal["exact", "bf16"] = "exact"
+    """of those: 4 bytes a number, 2 where the LM runs in bfloat16; or rounded to 2, which is not the same
+    training"""
     track: tracking.Name = "none"
     """send the log and the results to an experiment tracker, too (pip install it)"""
 
     def __post_init__(self):
         refuse_out_of_bounds(self)
         self.out_dir = tuple(map(os.path.expanduser, self.out_dir))
+        if self.activations is not None:
+            self.activations = os.path.expanduser(self.activations)
+            if not self.activations:
+                raise WrongRequest("--activations is empty: name a folder")
         for name in set(self.evals) - {*evals.names(), "none"}:
             why = f"argument --evals: {refused_choice(name, (*evals.names(), 'none'))}"
             raise WrongRequest(f"{why} (--help lists the options)")
@@ -454,7 +464,7 @@ GROUPS = {  # of --help; what an arm brings stands with the losses
     ),
     "run": (
         *("out_dir", "evals", "evaluate", "dry_run", "overwrite", "track", "checkpoint_seconds"),
-        *("time_budget_minutes", "help"),
+        *("activations", "activations_dtype", "time_budget_minutes", "help"),
     ),
 }
 ABOUT = {
@@ -777,9 +787,10 @@ def passes(command: Command, requests: Sequence[R]) -> list[tuple[Command, list[
 
 def check(command: Command, requests: Sequence[Request]):
     """Refuse what can be known to be wrong before anything heavy is imported. Raises WrongRequest."""
-    from sae_separation import checks
+    from sae_separation import checks, kept
 
     tracking.check(command.track)
+    kept.refuse_place(command.activations, command.out_dir)
     for _, some in passes(command, requests):
         checks.check(some[0], evals.rows_of(command.evals))
 

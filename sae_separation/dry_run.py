@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sae_separation import checkpoint, checks, config, evals, run_folder
+from sae_separation import checkpoint, checks, config, evals, kept, run_folder
 from sae_separation.config import Command, Config, Request
 from sae_separation.errors import WrongRequest
-from sae_separation.files import Unusable
+from sae_separation.files import Unusable, gigabytes
 from sae_separation.specs import AUTO, SPECS, DataConfig, defaults_of, spec_of
 
 
@@ -79,6 +79,8 @@ class Pass:
         if asking := [row.name for row in self.rows if row.asks]:
             out.append(f"  questions (for {', '.join(asking)}): {' '.join(self.spec.questions)}")
         out += [f"  memory: {self._memory()}", f"  disk: {self._disk()}", f"  time: {self._time()}"]
+        if self.command.activations and self.with_saes:
+            out.append(f"  activations: {self._activations()}")
         return out + [f"  would write into {', '.join(names)}: {some}" for some, names in files.items()]
 
     def _done(self, folder: Path, of: Config) -> str:
@@ -143,6 +145,13 @@ class Pass:
                 f"{gigabytes(saes)} of SAEs, {gigabytes(6 * saes)} of checkpoints until complete, and {some}"
             )
         return f"{some}; {free}"
+
+    def _activations(self) -> str:
+        if self.d_in is None:
+            return "not known before the LM is here"
+        first = self.with_saes[0]
+        said = kept.said_of(self.testbed, defaults_of(self.spec), first)
+        return kept.foreseen(self.command, said, first.tokens, self.d_in)
 
     def _time(self) -> str:
         """By what finished runs of the testbed took, beside these or in the current folder; other machines
@@ -232,10 +241,6 @@ def seconds_of_training(known: Sequence[Finished], work_left: float) -> float | 
         return None
     seconds = max(passes, key=passes.__getitem__)
     return seconds * work_left / passes[seconds]
-
-
-def gigabytes(n: float) -> str:
-    return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
 
 
 def minutes(seconds: float) -> str:

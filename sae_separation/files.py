@@ -1,15 +1,21 @@
-"""Files written whole or not at all, and JSON that carries its own checksum."""
+"""Files written whole or not at all; JSON, and tensors in safetensors, that carry their own checksum."""
 
 import contextlib
 import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from sae_separation.errors import RunFailed
 
 LARGEST = 64 * 10**6  # bytes of a JSON file; what a run writes is far smaller
+
+
+def gigabytes(n: float) -> str:
+    """So many bytes, for a message."""
+    return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
 
 
 class Unusable(Exception):
@@ -31,6 +37,14 @@ class CannotWrite(RunFailed):
     """The disk, not the work, is at fault."""
 
 
+def cause_and_remedy(error: BaseException | None) -> tuple[str, str]:
+    """Why a file could not be written, and what to do about it."""
+    numbers = (n for n in REMEDIES if os.strerror(n) in str(error))  # safetensors' errors have a text alone
+    number: int | None = getattr(error, "errno", None) or next(numbers, None)
+    cause = str(error) if number is None else os.strerror(number)
+    return cause, "see to it" if number is None else REMEDIES.get(number, "see to it")
+
+
 @contextlib.contextmanager
 def writing(path: Path):
     """Inside, a file that cannot be written raises CannotWrite with its path, the cause and the remedy."""
@@ -39,12 +53,7 @@ def writing(path: Path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        numbers = (
-            n for n in REMEDIES if os.strerror(n) in str(error)
-        )  # safetensors' errors have a text alone
-        number: int | None = getattr(error, "errno", None) or next(numbers, None)
-        cause = str(error) if number is None else os.strerror(number)
-        remedy = "see to it" if number is None else REMEDIES.get(number, "see to it")
+        cause, remedy = cause_and_remedy(error)
         why = f"{cause}; {remedy}, then the same command goes on from the last checkpoint"
         raise CannotWrite(f"{path} cannot be written: {why}") from error
 
@@ -61,23 +70,28 @@ def sync(path: Path):
 HALF_WRITTEN = ".sae.tmp"  # ends the name of a file while it is written; no one else names a file so
 
 
-def write_whole(path: Path, content: bytes):
-    """Written beside, synced and renamed. Raises CannotWrite, also when the folder is gone: it is not made
-    anew."""
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Inside, a file is written at the path that is given, beside `path`; then it is synced and renamed.
+    Raises CannotWrite, also when the folder is gone: it is not made anew."""
     beside = path.with_name(path.name + HALF_WRITTEN)
     with writing(path):
         try:
             beside.unlink(missing_ok=True)  # a link of that name is removed, and what it leads to stays
-            with beside.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            yield beside
+            sync(beside)
             os.replace(beside, path)
             sync(path.parent)
-        except OSError:
+        except Exception:
             with contextlib.suppress(OSError):
                 beside.unlink()
             raise
+
+
+def write_whole(path: Path, content: bytes):
+    """These bytes, whole or not at all. Raises CannotWrite."""
+    with whole(path) as beside, beside.open("xb") as file:
+        file.write(content)
 
 
 def as_json(value, indent: int | None = 1) -> bytes:
@@ -136,3 +150,44 @@ def sha256_of(path: Path) -> str | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None
+
+
+# ---- tensors: torch is imported where it is used, so that a locked folder is refused at once
+
+
+def digest(tensors: dict, facts: str) -> str:
+    """sha256 over the facts and over every tensor's name, type, shape and bytes."""
+    import torch
+
+    hashed = hashlib.sha256(facts.encode())
+    for name in sorted(tensors):
+        t = tensors[name].detach().contiguous()
+        hashed.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        hashed.update(t.reshape(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()
+
+
+def header(form: str, tensors: dict, facts: dict) -> dict[str, str]:
+    """The header of a safetensors file: the format's name, the facts as JSON, and `digest`."""
+    said = json.dumps(facts, allow_nan=False)
+    return {"format": form, "facts": said, "sha256": digest(tensors, said)}
+
+
+def read_tensors(path: Path, form: str, what: str) -> tuple[dict, dict]:
+    """Tensors (on the CPU, and no views of the file) and facts of a file with such a `header`; `what` it is
+    to be. Raises Unusable."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            known = file.metadata() or {}
+            if known.get("format") != form:
+                raise Unusable(f"{path} is not {what} of this version of the program")
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        if digest(tensors, known["facts"]) != known["sha256"]:
+            raise Unusable(f"{path} is damaged: its checksum is wrong")
+        return tensors, json.loads(known["facts"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise Unusable(
+            f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from error

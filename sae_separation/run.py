@@ -167,6 +167,12 @@ class Run:
             trainer.failed = str(failed)
             tqdm.write(f"{self.folder}: seed {trainer.seed} failed: {failed}", file=sys.stderr)
 
+    def has_read(self, passes: dict[str, int]):
+        """How often training has begun each domain's text: a warning where that is often."""
+        self.passes = passes
+        short = {domain: n for domain, n in passes.items() if n > 10}
+        self.warnings += [f"the {d} text is short: training read it {n} times" for d, n in short.items()]
+
     def look(self):
         """A trainer whose state is not finite has failed."""
         for trainer in self.training:

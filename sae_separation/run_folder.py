@@ -285,6 +285,11 @@ def refuse_without_saes(folder: Path, seeds: Sequence[int]):
 
 def provenance() -> dict:
     """Versions, hardware and the commit that made a run."""
+    return made_on() | {"git": commit_of_code()}
+
+
+def made_on() -> dict:
+    """Versions and hardware, on which the bits of results depend."""
     from importlib.metadata import version
 
     import torch
@@ -295,7 +300,6 @@ def provenance() -> dict:
     return {
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
         "hardware": hardware | {"gpus": gpus},
-        "git": commit_of_code(),
     }
 
 
