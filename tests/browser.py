@@ -279,9 +279,14 @@ def use(browser: Browser, path: Path) -> dict:
     if browser.run("Boolean(document.querySelector('figure button'))"):
         seen |= sort(browser) | open_parts(browser) | search(browser)
         browser.open(path)
-    if browser.run("Boolean(document.getElementById('inside'))"):
+    has_inside = browser.run("Boolean(document.getElementById('inside-run'))")
+    if has_inside:
         seen["inside"] = look_inside(browser)
     browser.resize(390, 844)
+    if has_inside:
+        browser.click("document.querySelector('#features [data-feature]')")
+        frames = "Array.from(document.querySelectorAll('#inside .frame'))"
+        seen["beyond_phone"] = browser.run(f"{frames}.map(frame => frame.scrollWidth - frame.clientWidth)")
     seen["phone_widths"] = browser.run("[document.documentElement.scrollWidth, window.innerWidth]")
     browser.picture("phone.png")
     pdf = bytes(browser.wait(lambda done: browser.page.printToPdf(done), 60) or b"")

@@ -750,6 +750,7 @@ def test_the_inside_of_a_run_is_sorted_opened_searched_and_filtered_in_chromium(
     (tmp_path / "report.html").write_text(page)
     seen = browse(tmp_path / "report.html")
     assert seen["messages"] == [] and seen["blocked"] == [] and seen["phone_widths"][0] <= 390
+    assert seen["beyond_phone"] == [0, 0, 0], "a phone shows whole rows, an opened one too"
     there = seen["inside"]
     assert there["features"] == [["3", "4"], ["3", "4"], ["4", "3"]], "by the share of forget text"
     assert there["opened"] == ["forgetx\\n"] and there["shades"][0] == "" and "rgb" in there["shades"][1]
@@ -767,6 +768,8 @@ def test_the_inside_of_a_run_is_sorted_opened_searched_and_filtered_in_chromium(
 
 def test_what_the_page_has_no_room_for_is_named(tmp_path, monkeypatch):
     run = made_up(tmp_path, "run_0", "vanilla")
+    page = report.render(folders.find_runs([run])[0], [], [])
+    assert "python experiment.py --out_dir=run_0 --evals features questions\nadds both" in page
     inside(run, [feature(3, 0.2, ["a", "b"], 4)])
     monkeypatch.setattr(report, "MOST_INSIDE", 100)
     page = report.render(folders.find_runs([run])[0], [], [])

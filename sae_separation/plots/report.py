@@ -162,16 +162,15 @@ def all_settings(run: Run) -> list[tuple[str, str]]:
 MOST_INSIDE = 900_000  # bytes of the insides of runs: the page of all committed runs stays under 3 MB
 
 
-def inside(runs: list[Run], pictures: list[Picture]) -> Section | None:
-    """Features, answers and prompts: the first seed of every run, and as many more as there is room for."""
+def inside(runs: list[Run], pictures: list[Picture]) -> Section:
+    """Features, answers and prompts: the first seed of every run, and as many more as there is room for. Of
+    runs without them, the command that makes them."""
     places = range(max(len(run.seeds) for run in runs))
     some = [(run, run.seeds[place]) for place in places for run in runs if place < len(run.seeds)]
     titled = {f"{run.title}, seed {seed}": run.pages[seed] for run, seed in some if run.pages[seed]}
-    if not titled:
-        return None
     texts, fit, left_out = pages.that_fit(titled, MOST_INSIDE)
     entries = [("features", "Features"), ("questions", "Questions"), ("prompts", "Prompts")]
-    values = {"texts": texts, "pages": fit, "left_out": left_out}
+    values = {"texts": texts, "pages": fit, "left_out": left_out, "example": runs[0].name}
     return Section("inside", "Inside a run", values, entries if fit else [])
 
 
@@ -181,8 +180,7 @@ def details(runs: list[Run], pictures: list[Picture]) -> Section:
     return Section("runs", "Runs", {"runs": rows})
 
 
-SECTIONS: tuple[Callable[[list[Run], list[Picture]], Section | None], ...] = (
-    # in the order of the page; None where the runs have nothing for it
+SECTIONS: tuple[Callable[[list[Run], list[Picture]], Section], ...] = (  # in the order of the page
     results,
     figures,
     inside,
@@ -200,7 +198,7 @@ def render(runs: list[Run], skipped: list[str], pictures: list[Picture]) -> str:
     """The page: everything that comes from a run folder is escaped, and its policy lets no other script
     run and nothing load."""
     style, script = ("".join((PAGE / name).read_text(encoding="utf-8") for name in some) for some in PARTS)
-    sections = [section for make in SECTIONS if (section := make(runs, pictures))]
+    sections = [make(runs, pictures) for make in SECTIONS]
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE),
         autoescape=True,

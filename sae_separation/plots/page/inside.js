@@ -1,4 +1,4 @@
-if (document.getElementById("inside")) {
+if (document.getElementById("inside-run")) {
   const MOST_ROWS = 500;
   const find = (id) => document.getElementById(id);
   const make = (tag, content = [], set = {}) => element(tag, set, ...[content].flat());
@@ -25,8 +25,11 @@ if (document.getElementById("inside")) {
       rows = [...rows].sort((a, b) => state.sign * compare(value(a), value(b)));
     }
     for (const row of rows.slice(0, MOST_ROWS)) {
-      const tr = make("tr", columns.map((column, at) => make(at ? "td" : "th",
-        column.cell ? column.cell(row) : String(column.value(row)), {className: column.wide ? "wide" : ""})));
+      const tr = make("tr", columns.map((column, at) => {
+        const cell = make(at ? "td" : "th", column.cell ? column.cell(row) : String(column.value(row)), {className: column.wide ? "wide" : ""});
+        cell.dataset.title = column.title;
+        return cell;
+      }));
       body.append(tr);
       const more = open(row);
       if (more) body.append(make("tr", make("td", more, {colSpan: columns.length}), {className: "more"}));
