@@ -163,7 +163,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_separation import losses, progress, testbeds
+from sae_separation import losses, openmp, progress, testbeds
 from sae_separation.adam import own_learning_rates
 from sae_separation.blocks import ActivationBlock, shuffled_places
 from sae_separation.devices import upload
@@ -920,7 +920,7 @@ def run_passes(command: Command, requests: list[Request], started: float, tracki
     for number, (part, some) in enumerate(parts, 1):
         if len(parts) > 1:
             print(f"pass {number} of {len(parts)}: {', '.join(part.out_dir)}")
-        with process.global_state_kept(), progress.set_up:
+        with process.global_state_kept(), openmp.waits_follow_load(), progress.set_up:
             outcomes += run_experiments(part, some, time.monotonic() if number > 1 else started, tracking)
     results.print_table(outcomes, evals.ROWS)
     print(f"total_seconds: {time.monotonic() - started:.0f}")

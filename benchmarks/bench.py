@@ -89,6 +89,27 @@ class Worker:
         return last
 
 
+class Others:
+    """What processes that are not of this session take of the machine's cores, from here on."""
+
+    def __init__(self):
+        self.began = self._now()
+
+    def cores(self) -> float:
+        """Cores that they kept busy, on average; processes started here count once they have ended."""
+        seconds, busy = (now - then for now, then in zip(self._now(), self.began))
+        return max(0.0, busy / seconds)
+
+    def _now(self) -> tuple[float, float]:
+        """The time, and the seconds of all cores that others took until then."""
+        import psutil
+
+        of_all, own = psutil.cpu_times(), os.times()
+        # guests are counted in user and nice too; not every system has all
+        idle = sum(getattr(of_all, name, 0.0) for name in ("idle", "iowait", "guest", "guest_nice"))
+        return time.monotonic(), sum(of_all) - idle - sum(own[:4])
+
+
 class Session:
     """One run of the benchmark: where its files lie, which interpreters it uses, how long it has taken."""
 
@@ -459,12 +480,13 @@ def curves(session: Session) -> dict:
 def table(results: dict) -> str:
     """The results as Markdown."""
     about, lines = results["about"], []
+    others = f"; others kept {about['cores_of_others']:.2f} cores busy" if "cores_of_others" in about else ""
     lines += [
         (
             f"{about['date']}, code of commit {about['commit']}, {about['machine']}, torch {about['torch']};"
             f" matmul peak {' and '.join(f'{v:.0f} ({k})' for k, v in about['peak'].items())}"
-            f" GFLOP/s{'' if 'bf16' in about['peak'] else ': no bfloat16 instructions, so all in fp32'}."
-            " Tokens/s, median [least, most]"
+            f" GFLOP/s{'' if 'bf16' in about['peak'] else ': no bfloat16 instructions, so all in fp32'}"
+            f"{others}. Tokens/s, median [least, most]"
         ),
         "",
     ]
@@ -687,7 +709,7 @@ def main():
 
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         session = Session(Path(folder), args.peers_python, quick)
-        load = os.getloadavg()[0]
+        others, load = Others(), os.getloadavg()[0]
         session.prepare()
         session.matmul_peak()
         results = {
@@ -737,6 +759,7 @@ def main():
                     "peak": {k: statistics.median(p[k] for p in session.peaks) for k in session.precisions},
                     "peaks": session.peaks,
                     "seconds": time.perf_counter() - session.started,
+                    "cores_of_others": others.cores(),
                 }
                 write(results, out)
     print(table(results))

@@ -124,6 +124,10 @@ class System:
 class Ours(System):
     def __init__(self, spec: dict):
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+        from sae_separation import openmp
+
+        self.waits = contextlib.ExitStack()
+        self.waits.enter_context(openmp.waits_follow_load())
         super().__init__(spec)
 
     def build(self):

@@ -1,6 +1,8 @@
 """The benchmarks: limits by hand, tables, and our worker, run for real on a tiny LM and on made-up
 activations."""
 
+from collections import namedtuple
+
 import pytest
 import torch
 from conftest import run_script
@@ -39,6 +41,7 @@ def test_the_table_has_a_line_for_every_system_and_says_which_did_not_run():
                 "machine": "m",
                 "torch": "t",
                 "peak": {"fp32": 1.0, "bf16": 2.0},
+                "cores_of_others": 0.25,
             },
             "peers": {
                 "4096": {
@@ -59,6 +62,19 @@ def test_the_table_has_a_line_for_every_system_and_says_which_did_not_run():
         "| ours default | 20 [10, 60] | 20 [10, 60] | 20 [10, 60] | 4.00 [3.00, 5.00] | 50% | 1,234 |" in text
     )
     assert "sparsify best | did not run: no module" in text and "| ours | 0.9100 | 31.0 | 5 |" in text
+    assert "2 (bf16) GFLOP/s; others kept 0.25 cores busy. Tokens/s" in text
+
+
+def test_cores_of_others_are_those_that_this_session_does_not_take(monkeypatch):
+    Times = namedtuple("Times", "user system idle iowait")
+    at = {"machine": Times(5.0, 1.0, 3.0, 1.0), "own": (2.0, 0.5, 1.0, 0.0, 9.0)}
+    monkeypatch.setattr("psutil.cpu_times", lambda: at["machine"])
+    monkeypatch.setattr(bench.os, "times", lambda: at["own"])
+    monkeypatch.setattr(bench.time, "monotonic", lambda: at["machine"].idle)
+    others = bench.Others()
+    at["machine"] = at["machine"]._replace(user=12.0, system=2.0, idle=13.0, iowait=2.0)  # 8 s busy in 10 s
+    at["own"] = (4.0, 1.5, 2.0, 1.0, 19.0)  # 5 of them ours
+    assert others.cores() == pytest.approx(0.3)
 
 
 class Canned:
