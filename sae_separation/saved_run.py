@@ -30,13 +30,15 @@ NAMING = (  # settings of a cell that tell it from the others of its grid
     "write",
     "multiplier",
 )
+# evaluations that choose a cell, all by the same rule (evals/cells.py)
+CHOOSING = ("robustness", "questions", "features", "depth", "relearning")
 REPEATING = ("features", "n_tokens", "limits", "guard")  # what else belongs to a cell; the rest was measured
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting of an intervention. `name`: "robustness" or "unlearning" for the one that this evaluation
-    chose ("unlearning_conditional", "unlearning_guardrail": under a guard), else its settings.
+    """One setting of an intervention. `name`: the evaluation that chose it (one of CHOOSING, or "unlearning",
+    "unlearning_conditional" and "unlearning_guardrail", the last two under a guard), else its settings.
     `settings`, as they were recorded; `needed`, what repeats it beside them and the weights: each feature's
     unit, and the mean of the stream over retain text [D]."""
 
@@ -104,15 +106,24 @@ class SavedRun:
         robustness, unlearning = (
             run_folder.details_of(self.folder, seed, section) for section in ("robustness", "unlearning")
         )
-        found = (*chosen(robustness, unlearning), *others(robustness, unlearning))
+        found = (*self._chosen(seed), *allowed(unlearning), *others(robustness, unlearning))
         return {cell.name: cell for cell in found}
 
+    def _chosen(self, seed: int) -> list[Cell]:
+        """The cell that SAEBench's rule chose on half of the questions, from the first of CHOOSING that has
+        recorded it."""
+        for section in CHOOSING:
+            details = run_folder.details_of(self.folder, seed, section)
+            if found := repeatable({section: (details.get("cell"), details.get("needed", {}))}):
+                return found
+        return []
+
     def cell(self, seed: int | None = None, name: str | None = None) -> Cell:
-        """A cell by its name; for None the best one: the one that the robustness evaluation chose, else the
-        best that unlearning allows. Raises WrongRequest where there is none."""
+        """A cell by its name; for None the best one: the one that was chosen on half of the questions, else
+        the best that unlearning allows. Raises WrongRequest where there is none."""
         seed = self.the_seed(seed)
         cells = self.cells(seed)
-        best = next((cells[k] for k in ("robustness", "unlearning") if k in cells), None)
+        best = next((cells[k] for k in (*CHOOSING, "unlearning") if k in cells), None)
         found = best if name is None else cells.get(name)
         if found is not None:
             return found
@@ -120,7 +131,7 @@ class SavedRun:
         if not cells:
             raise WrongRequest(f"{where} has no cell that can be repeated: {self._without_cells()}")
         if name is None:
-            why = "no cell that robustness or unlearning tried keeps 0.99 of the retain questions"
+            why = "no cell that was tried keeps 0.99 of the retain questions"
             raise WrongRequest(f"{where} has no best cell ({why}): name one, as {next(iter(cells))}")
         near = difflib.get_close_matches(name, cells, n=3, cutoff=0.0)
         raise WrongRequest(f"{where} has no cell {name}; the nearest of {len(cells)}: {' or '.join(near)}")
@@ -169,12 +180,17 @@ def load_run(folder: str | os.PathLike) -> SavedRun:
     return SavedRun(folder, made["config"], made.get("testbed", {}), results)
 
 
-def chosen(robustness: dict, unlearning: dict) -> list[Cell]:
-    """The cells that the evaluations have chosen, from their details."""
-    cells = {"robustness": (robustness.get("cell"), robustness.get("needed", {}))}
+def allowed(unlearning: dict) -> list[Cell]:
+    """The best cell that unlearning allows under each intervention, from its details."""
+    cells = {}
     for how, cell in unlearning.get("best", {}).items():
         name = "unlearning" if how == "clamp" else f"unlearning_{how}"
         cells[name] = cell, {"units": unlearning.get("units", {})}
+    return repeatable(cells)
+
+
+def repeatable(cells: dict[str, tuple[dict | None, dict]]) -> list[Cell]:
+    """Those of the named settings, each with what is needed beside them, that can be repeated."""
     return [
         Cell(name, without_measures(cell), needed)
         for name, (cell, needed) in cells.items()
@@ -188,11 +204,7 @@ def others(robustness: dict, unlearning: dict) -> list[Cell]:
         grid, needed = robustness["frontier"], robustness["needed"]
     else:
         grid, needed = unlearning.get("sweep", []), {"units": unlearning.get("units", {})}
-    return [
-        Cell(settings_of(cell), without_measures(cell), needed)
-        for cell in grid
-        if can_be_repeated(cell, needed)
-    ]
+    return repeatable({settings_of(cell): (cell, needed) for cell in grid})
 
 
 def without_measures(cell: dict) -> dict:

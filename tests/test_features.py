@@ -101,6 +101,7 @@ def test_contexts_are_the_held_out_ones_that_a_feature_fires_most_in(facts_evalu
 def test_the_answers_that_one_feature_changes_are_those_of_the_whole_lm_under_it(facts_evaluator, sae, told):
     metrics, details = told
     assert details["written_alone"] == {"write": "clamp", "multiplier": 3}
+    assert set(details["needed"]) == {"units", "retain_mean"}
     lm, paper = facts_evaluator.lm, facts_evaluator.once(answers.paper)
     unit = facts_evaluator.firing(sae).unit
     changing = [f for f in details["features"] if f["changes"]["n"]]
@@ -161,7 +162,11 @@ def test_without_a_cell_nothing_is_switched_off_and_features_are_clamped_as_stro
 ):
     facts_evaluator.chosen[sae] = None, []
     metrics, details = answers.questions(facts_evaluator, sae, 0, "it")
-    assert details["cell"] is None and not any(v for k, v in metrics.items() if k.startswith("changed"))
+    assert (
+        details["cell"] is None
+        and details["needed"] == {}
+        and not any(v for k, v in metrics.items() if k.startswith("changed"))
+    )
     assert all(p["with"] == p["without"] for p in details["prompts"])
     facts_evaluator.once(answers.paper).formats.clear()  # what is asked is not the matter here
     metrics, details = features.features(facts_evaluator, sae, 0, "it")

@@ -18,7 +18,7 @@ from test_robustness import tiny_sae
 
 from sae_separation import generate, load_run, methods, run_folder, switched_off, testbeds
 from sae_separation.errors import WrongRequest
-from sae_separation.evals.cells import FeatureSwitch, intervening, under_cell
+from sae_separation.evals.cells import Chosen, FeatureSwitch, intervening, under_cell
 from sae_separation.evals.unlearning import repeatable
 from sae_separation.exam import prompt_batches
 from sae_separation.export import load_exported
@@ -308,6 +308,24 @@ def test_a_prompt_is_continued_without_and_with_the_switch(run, capsys):
         assert generate.main(wrong) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and said in line
+
+
+@pytest.mark.parametrize("section", ["questions", "features", "depth", "relearning"])
+def test_whichever_evaluation_chose_the_cell_tells_it(
+    section, run, switch, facts_evaluator, tmp_path, capsys
+):
+    """As `recorded` keeps it, through JSON."""
+    cell = next(c for c in switch.cells() if c["write"] == "retain_mean")
+    shutil.copytree(run.folder / "sae_seed0", tmp_path / "sae_seed0")
+    details = {section: Chosen(switch, cell, []).recorded, "unlearning": {"best": {}}}
+    alone = write_run(tmp_path, facts_evaluator.testbed, "vanilla", details)
+    assert (
+        alone.cell().name == section
+        and alone.cell().settings == run.cell(name=alone.cell().described).settings
+    )
+    if section == "questions":
+        assert generate.main([str(tmp_path), "abc defg", "--max_new_tokens", "2"]) == 0
+        assert f"cell: questions: {alone.cell().described}" in capsys.readouterr().out
 
 
 def test_a_run_is_read_without_torch():

@@ -84,6 +84,8 @@ def evaluator(of: Testbed, known_are_right: bool = False) -> Evaluator:
 class Switch:
     """One hook, made of the evaluator, on its LM or its oracle."""
 
+    needed = {}
+
     def __init__(self, evaluator: Evaluator, made, on_oracle: bool):
         self.evaluator, self.made, self.on_oracle = evaluator, made, on_oracle
         self.lm = tiny.there(evaluator.oracle) if on_oracle else evaluator.lm

@@ -69,7 +69,8 @@ def questions(evaluator: Evaluator, sae, seed: int, name: str) -> tuple[dict, di
     An answer is True where it is right both times, None where the question is not asked so, and else a pair,
     without and with: True if right, or the words that the LM gives."""
     evaluator = evaluator.examiner
-    switch, cell, _ = chosen_for(evaluator, sae)
+    of = chosen_for(evaluator, sae)
+    switch, cell = of.switch, of.cell
     asked: Paper = evaluator.once(paper)
     metrics, answers = {}, {}
     for name, one in asked.formats.items():
@@ -88,8 +89,7 @@ def questions(evaluator: Evaluator, sae, seed: int, name: str) -> tuple[dict, di
         goes_on = continued(switch.lm, evaluator, evaluator.once(prompts))
     switch.lm.forget_answers()
     plain = evaluator.once(plainly_continued)
-    details = {
-        "cell": cell,
+    details = of.recorded | {
         "columns": ["subject", "question", "right", "half", *asked.formats],
         "rows": rows,
         "prompts": [

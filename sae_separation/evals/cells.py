@@ -250,6 +250,11 @@ class Chosen(NamedTuple):
     cell: dict | None
     cells: list[dict]
 
+    @property
+    def recorded(self) -> dict:
+        """What an evaluation keeps of the cell in its details: the cell, and what repeats it."""
+        return {"cell": self.cell, "needed": {} if self.cell is None else self.switch.needed}
+
 
 def chosen_for(evaluator: Evaluator, sae: Any) -> Chosen:
     """Of an SAE, or of what a method without one has fitted; the choice is made once an SAE."""

@@ -223,7 +223,7 @@ def depth(evaluator: Evaluator, sae, seed: int, name: str) -> tuple[dict, dict, 
         why = "the readout hardly finds in the LM what it does not find without the knowledge"
         notes.append(f"depth: {why}: depth_score is undefined")
     may = tuple(metrics)
-    return *finite("depth", {m: metrics[m] for m in METRICS}, details | {"cell": of.cell}, may), notes
+    return *finite("depth", {m: metrics[m] for m in METRICS}, details | of.recorded, may), notes
 
 
 METRICS = [

@@ -31,7 +31,8 @@ def features(evaluator: Evaluator, sae, seed: int, name: str) -> tuple[dict, dic
     text."""
     evaluator = evaluator.examiner
     firing: Firing = evaluator.firing(sae)
-    switch, cell, cells = chosen_for(evaluator, sae)
+    of = chosen_for(evaluator, sae)
+    switch, cell, cells = of
     assert isinstance(switch, FeatureSwitch)
     clamped = [] if cell is None else cell["features"]
     ranked = by_mutual_information(evaluator, sae, SHOWN)
@@ -60,8 +61,7 @@ def features(evaluator: Evaluator, sae, seed: int, name: str) -> tuple[dict, dic
         "n_that_change_answers": sum(bool(feature["changes"]["n"]) for feature in told),
     }
     columns = ("feature", "forget", "retain", "mean")
-    details = {
-        "cell": cell,
+    details = of.recorded | {
         "written_alone": write,
         "context": ["domain", "at", "tokens", "activations"],
         "features": told,

@@ -265,5 +265,5 @@ def relearning(evaluator: Evaluator, sae, seed: int, name: str) -> tuple[dict, d
     ]
     if slow:
         notes.append(f"relearning: more than {STEPS[-1]} steps: {', '.join(slow)}")
-    details = {"steps": STEPS, "accuracy": found, "oracle": oracle, "cell": of.cell} | questions.about
+    details = {"steps": STEPS, "accuracy": found, "oracle": oracle} | of.recorded | questions.about
     return *finite("relearning", metrics, details), notes
