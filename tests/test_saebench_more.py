@@ -1,15 +1,18 @@
 """SAEBench's evaluations that need no questions: meta-structure, and sparse probing by sae-probes."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
 import torch
 
 from sae_separation import evals, saebench
-from sae_separation.evals import sparse_probing
+from sae_separation.evals import meta_structure, sparse_probing
 from sae_separation.export import build, load_exported, save
+from sae_separation.losses import has_bf16
 
 ROWS = {row.name: row for row in evals.ROWS}
 SHORT = "117_us_state_FL"  # the smallest data set of sae-probes
@@ -29,17 +32,20 @@ def test_both_are_made_only_where_they_are_named_and_of_saes_alone():
         assert ROWS[name].needs_sae and not ROWS[name].by_default and not ROWS[name].asks
 
 
-def test_meta_structure_tells_a_decoder_of_repeated_rows_from_a_random_one(tmp_path):
+def test_meta_structure_tells_a_decoder_of_repeated_rows_from_a_random_one(tmp_path, monkeypatch):
     testbed = SimpleNamespace(name="tiny", hook_name="model.layers.1", layer=1)
     generator = torch.Generator().manual_seed(0)
     repeated = torch.randn(4, 16, generator=generator).repeat(16, 1)
     random = torch.randn(64, 16, generator=generator)
     short = {"train_steps": 200, "train_batch_size": 64, "learning_rate": 5e-3, "k": 2}
+    monkeypatch.setattr(saebench, "run_meta_structure", partial(saebench.run_meta_structure, **short))
+    nothing: Any = None
     explained = []
     for i, W_dec in enumerate((repeated, random)):
         sae = sae_of(testbed, tmp_path / str(i), W_dec)
-        output = saebench.run_meta_structure(sae, **short)
-        explained.append(output["eval_result_metrics"]["decoder_fraction_variance_explained"])
+        metrics, output = meta_structure.meta_structure(nothing, sae, 0, "it")
+        explained.append(metrics["decoder_fraction_variance_explained"])
+        assert output["eval_config"]["autocast"] == has_bf16(sae.device), "elsewhere it takes minutes"
         assert not sae.W_dec.requires_grad and torch.is_grad_enabled()
     assert 1 >= explained[0] > explained[1] + 0.1
 
