@@ -2,16 +2,18 @@
 
     save(folder, step, tensors, facts)
     newest_common({folder: config_hash})                 # the newest state that all folders of a command hold
+    step_to_go_on_at(folders)                            # of which step it would be, from headers alone
 
 A checkpoint holds tensors, and in its header the other facts as JSON and a sha256 over both (files.header).
 """
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sae_separation.errors import RunFailed, WrongRequest
-from sae_separation.files import Unusable, header, read_tensors, write_whole
+from sae_separation.files import Unusable, header, read_facts, read_tensors, write_whole
 from sae_separation.run_folder import WRITTEN, written
 
 FORMAT = "orthogonal-sae-checkpoint-2"
@@ -72,6 +74,11 @@ def read(folder: Path, step: int, config_hash: str) -> tuple[dict, dict]:
     return tensors, facts
 
 
+def facts_of(folder: Path, step: int) -> dict:
+    """The facts of a checkpoint; whether it is whole is not looked at. Raises Unusable."""
+    return read_facts(path_of(folder, step), FORMAT, "a checkpoint")
+
+
 def newest_common(config_hash: dict[Path, str]) -> list[tuple[dict, dict]] | None:
     """Tensors and facts of the newest step for which every folder (with its run's config hash) holds a
     usable checkpoint; newer ones are removed.
@@ -102,24 +109,45 @@ def newest_common(config_hash: dict[Path, str]) -> list[tuple[dict, dict]] | Non
         common = -1
         last = ((folder, steps[-1]) for folder, steps in there.items() if steps)
         newest = None if messages else usable(*last)
-        together = sorted(folder.name for folder in config_hash)
-        if newest is None or any(
-            facts["position"]["written"] > 1 or facts["position"]["together"] != together
-            for _, facts in newest
-        ):
-            stands = ", ".join(
-                f"{folder} at {'no step' if not steps else f'step {steps[-1]}'}"
-                for folder, steps in there.items()
-            )
-            raise WrongRequest(
-                f"no step has a usable checkpoint in every folder: {'; '.join(messages) or stands}; give the"
-                " folders as they were begun together, or --overwrite"
-            )
+        if newest is None or not is_first([facts for _, facts in newest], there):
+            raise none_in_all(there, messages)
     for folder, steps in there.items():
         for step in steps:
             if step > common:
                 path_of(folder, step).unlink()
     return found
+
+
+def is_first(newest: Iterable[dict], folders: Iterable[Path]) -> bool:
+    """Whether the facts of the newest checkpoints are of the first that these folders wrote together."""
+    together = sorted(folder.name for folder in folders)
+    at = [facts["position"] for facts in newest]
+    return all(position["written"] <= 1 and position["together"] == together for position in at)
+
+
+def none_in_all(there: Mapping[Path, list[int]], messages: Sequence[str]) -> WrongRequest:
+    """There are checkpoints (`there`: their steps by folder), and none will do."""
+    stands = ", ".join(
+        f"{folder} at {'no step' if not steps else f'step {steps[-1]}'}" for folder, steps in there.items()
+    )
+    why = f"no step has a usable checkpoint in every folder: {'; '.join(messages) or stands}"
+    return WrongRequest(f"{why}; give the folders as they were begun together, or --overwrite")
+
+
+def step_to_go_on_at(folders: Sequence[Path]) -> int | None:
+    """The step at which the runs of one pass would go on, if their checkpoints are whole; None to start anew.
+    Raises WrongRequest where `newest_common` would."""
+    there = {folder: steps_in(folder) for folder in folders}
+    common = set.intersection(*map(set, there.values())) if there else set()
+    if common or not any(there.values()):
+        return max(common, default=None)
+    try:
+        newest = [facts_of(folder, steps[-1]) for folder, steps in there.items() if steps]
+    except Unusable as why:
+        raise none_in_all(there, [str(why)]) from why
+    if not is_first(newest, folders):
+        raise none_in_all(there, [])
+    return None
 
 
 def describe_nonfinite(name: str, values) -> str | None:

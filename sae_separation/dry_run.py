@@ -45,26 +45,23 @@ class Pass:
         self.configs = [
             config.complete(r, kind, self.testbed, defaults_of(spec), self.d_in or 2**30) for r in requests
         ]
+        # the step at which all that train an SAE go on; None where they start
+        self.at = None if command.overwrite else checkpoint.step_to_go_on_at(list(self.with_saes))
 
     @staticmethod
     def _testbed(request: DataConfig) -> str:
         return request.name if request.name != "auto" else AUTO[0 if checks.first_can_be_had() else 1]
 
     @property
-    def with_saes(self) -> list[Config]:
-        """The settings of the runs whose SAEs are to be trained."""
+    def with_saes(self) -> dict[Path, Config]:
+        """The settings of the runs whose SAEs are to be trained, by folder."""
         pairs = zip(self.folders, self.configs)
-        return [c for folder, c in pairs if folder in self.trained and c.arm not in c.untrained]
+        return {folder: c for folder, c in pairs if folder in self.trained and c.arm not in c.untrained}
 
     def _work_left(self) -> float:
         """Of training, behind the last checkpoints."""
-        total = 0.0
-        for folder, c in zip(self.folders, self.configs):
-            if folder in self.trained and c.arm not in c.untrained:
-                steps = [] if self.command.overwrite else checkpoint.steps_in(folder)
-                done = steps[-1] * c.batch_size if steps else 0
-                total += work(max(0, c.tokens - done), c.d_sae, c.seeds)
-        return total
+        left = [(max(0, c.tokens - (self.at or 0) * c.batch_size), c) for c in self.with_saes.values()]
+        return sum(work(tokens, c.d_sae, c.seeds) for tokens, c in left)
 
     def lines(self) -> list[str]:
         out, files = [], dict[str, list[str]]()
@@ -110,10 +107,15 @@ class Pass:
         """What is there of a run, and what becomes of it."""
         out = ""
         if folder in self.trained and (folder / "config.json").exists():
-            steps = checkpoint.steps_in(folder)
-            out = f"; goes on at step {steps[-1]}" if steps else "; begun before, without a checkpoint"
             if self.command.overwrite:
                 out = "; what is there of a run is removed (--overwrite)"
+            elif self.at is not None and folder in self.with_saes:
+                out = f"; goes on at step {self.at}"
+            elif steps := checkpoint.steps_in(folder):
+                lost = f"the checkpoint of step {steps[-1]} is not in all folders that are trained together"
+                out = f"; starts again at step 0, for {lost}"
+            else:
+                out = "; begun before, without a checkpoint"
         if (folder / ".lock").exists():
             out += f"; locked, by {(folder / '.lock').read_text(errors='replace').strip() or 'a process'}"
             out += ": refused while that works on it"
@@ -130,7 +132,7 @@ class Pass:
             return "that of the LM, the text and the evaluations"
         if self.d_in is None:
             return "not known before the LM is here (--d_sae, --batch_size and --buffer_tokens count)"
-        need = config.bytes_of_training(self.with_saes, self.d_in)
+        need = config.bytes_of_training(list(self.with_saes.values()), self.d_in)
         return f"at least {gigabytes(need)} to train, and the LM, the text and the evaluations"
 
     def _disk(self) -> str:
@@ -138,7 +140,7 @@ class Pass:
         free = f"{gigabytes(shutil.disk_usage(place).free)} are free in {place}"
         if self.d_in is None:
             return f"not known before the LM is here; {free}"
-        saes = sum(4 * len(c.seeds) * (2 * self.d_in + 1) * c.d_sae for c in self.with_saes)
+        saes = sum(4 * len(c.seeds) * (2 * self.d_in + 1) * c.d_sae for c in self.with_saes.values())
         some = "some MB of results a run"
         if saes:
             some = (

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sae_separation.errors import RunFailed
 
@@ -173,21 +174,34 @@ def header(form: str, tensors: dict, facts: dict) -> dict[str, str]:
     return {"format": form, "facts": said, "sha256": digest(tensors, said)}
 
 
-def read_tensors(path: Path, form: str, what: str) -> tuple[dict, dict]:
-    """Tensors (on the CPU, and no views of the file) and facts of a file with such a `header`; `what` it is
-    to be. Raises Unusable."""
+@contextlib.contextmanager
+def opened(path: Path, form: str, what: str, framework: str) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Inside, a safetensors file with such a `header`, and that; `what` it is to be. Raises Unusable for
+    another file, and for what cannot be read inside."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework=framework) as file:
             known = file.metadata() or {}
             if known.get("format") != form:
                 raise Unusable(f"{path} is not {what} of this version of the program")
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-        if digest(tensors, known["facts"]) != known["sha256"]:
-            raise Unusable(f"{path} is damaged: its checksum is wrong")
-        return tensors, json.loads(known["facts"])
+            yield file, known
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise Unusable(
             f"{path} is damaged: {(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error
+
+
+def read_tensors(path: Path, form: str, what: str) -> tuple[dict, dict]:
+    """Tensors (on the CPU, and no views of the file) and facts of a file, as `opened`. Raises Unusable."""
+    with opened(path, form, what, "pt") as (file, known):
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        if digest(tensors, known["facts"]) != known["sha256"]:
+            raise Unusable(f"{path} is damaged: its checksum is wrong")
+        return tensors, json.loads(known["facts"])
+
+
+def read_facts(path: Path, form: str, what: str) -> dict:
+    """Its facts alone, without torch; whether it is whole is not looked at. Raises Unusable."""
+    with opened(path, form, what, "np") as (_, known):
+        return json.loads(known["facts"])

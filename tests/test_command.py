@@ -19,7 +19,7 @@ from tiny import another_value
 
 import experiment
 from experiment import ARMS, PLAN, Command, Request, parse_command
-from sae_separation import checks, grid, results
+from sae_separation import checkpoint, checks, grid, results
 from sae_separation import config as settings
 from sae_separation.config import ACTIVATION_NAMES, ONE_PASS, option, whole_number, with_arms
 from sae_separation.errors import WrongRequest
@@ -525,20 +525,57 @@ def test_a_dry_run_knows_what_is_there(tmp_path, monkeypatch, capsys):
     Path("run_0/checkpoints/step_00000030.safetensors").touch()
     Path("run_0/.lock").write_text("process 7 on there since 2026-01-01 00:00:00 +0000\n")
     before = everything(tmp_path)
-    said = "--out_dir run_0 run_1 run_2 --testbed=micro --dry_run"
+    said = "--out_dir run_0 run_1 --testbed=micro --dry_run"
     assert experiment.unfinished(*parse_command(said.split()))[1] == []
     out = capsys.readouterr().out
     assert everything(tmp_path) == before
     assert "run_1 is complete: run_1/final_info.json" in out
     assert "; goes on at step 30; locked, by process 7 on there since" in out
     made = json.loads(Path("run_1/final_info.json").read_text())
-    passes = 2 - 30 * 2048 / 3_000_000  # less what is done
+    passes = 1 - 30 * 2048 / 3_000_000  # less what is done
     minutes = round(passes * made["training"]["means"]["train_seconds"] / 60)
     assert (
         f"  time: about {minutes} min of training and about " in out
         and ", in proportion to what run_1 took" in out
     )
     assert "run_1: arm" not in out, "nothing is left to do of it"
+
+
+def test_a_dry_run_says_at_which_step_runs_on_one_pass_go_on(tmp_path, monkeypatch, capsys):
+    """At the newest that all of them hold, if any; not at each one's own."""
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+
+    def begun(name: str, *steps: int, written: int = 1):
+        shutil.rmtree(name, ignore_errors=True)
+        Path(name, "checkpoints").mkdir(parents=True)
+        shutil.copy(ROOT / name / "config.json", name)
+        position = {"written": written, "together": ["run_0", "run_1"]}
+        for step in steps:
+            facts = {"config_hash": "", "position": position}
+            checkpoint.save(Path(name), step, {"t": torch.ones(1)}, facts)
+
+    def states() -> list[str]:
+        said = "--out_dir run_0 run_1 --testbed=micro --dry_run"
+        assert experiment.unfinished(*parse_command(said.split()))[1] == []
+        out = capsys.readouterr().out.splitlines()
+        return [line.rpartition("; ")[2] for line in out if line.startswith(("run_0: arm", "run_1: arm"))]
+
+    begun("run_0", 30, 61, written=2)
+    begun("run_1", 30, written=2)
+    assert states() == ["goes on at step 30"] * 2
+    begun("run_0", 61)
+    begun("run_1")
+    lost = "the checkpoint of step 61 is not in all folders that are trained together"
+    assert states() == [f"starts again at step 0, for {lost}", "begun before, without a checkpoint"]
+    begun("run_0", 61, written=2)
+    stands = "no step has a usable checkpoint in every folder: run_0 at step 61, run_1 at no step; give the"
+    with pytest.raises(WrongRequest, match=stands):
+        states()
+    checkpoint.path_of(Path("run_0"), 61).write_bytes(b"")
+    with pytest.raises(WrongRequest, match="no step .*: run_0.*step_00000061.safetensors is damaged"):
+        states()
 
 
 def test_a_dry_run_refuses_what_the_run_would(tmp_path, monkeypatch):
