@@ -3,13 +3,19 @@
     with set_up:                                  # what begins a part of it need not know of the bar
         set_up.begin("reading the forget text")
         set_up.close()                            # before the next bar
-    with bar("evaluating", seconds) as on: ...
+    with bar("evaluating", seconds) as on:
+        with section.of(on, 110): ...             # a section that takes so many seconds
+            for form in section.steps(forms, 0.3): ...    # a loop in it, three tenths of what is left of it
 
 Parts count by the seconds that they took on the embedded testbed: their shares, not their length, are what
 matters.
 """
 
-from typing import Any
+import contextlib
+from collections.abc import Collection, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 SET_UP = {  # its parts, in order
     "reading the questions": 1,
@@ -70,3 +76,34 @@ class SetUp:
 
 
 set_up = SetUp()
+
+
+class Section:
+    """A section of an evaluation as a length of its bar. Its loops count their steps; the rest of it counts
+    at the end. Outside of `of` nothing is shown."""
+
+    def __init__(self):
+        self.bar: Any = None
+        self.left = 0.0  # seconds, which are not counted yet
+
+    @contextlib.contextmanager
+    def of(self, on: Any, seconds: float) -> Iterator[None]:
+        """Inside, a section of so many seconds is made, which are all counted afterwards."""
+        self.bar, self.left = on, seconds
+        try:
+            yield
+            on.update(self.left)
+        finally:
+            self.bar, self.left = None, 0.0
+
+    def steps(self, items: Collection[T], share: float) -> Iterator[T]:
+        """The items, one after the other, which are together this share of what is left of the section."""
+        seconds = share * self.left / max(1, len(items))
+        for item in items:
+            yield item
+            if self.bar is not None:
+                self.bar.update(seconds)
+                self.left -= seconds
+
+
+section = Section()

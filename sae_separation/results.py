@@ -92,7 +92,7 @@ def measure(
         if sae is None:
             sae = load_exported(run_folder.sae_folder(folder, seed), evaluator.testbed.lm.device)
         began = time.monotonic()
-        with process.global_state_kept(seed=seed):
+        with process.global_state_kept(seed=seed), progress.section.of(bar, row.seconds):
             metrics, details, notes = row.measure(evaluator, sae, seed, f"{folder.name}_seed{seed}")
         took = {"date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "seconds": time.monotonic() - began}
         write_json(folder / part / f"seed{seed}_{row.section}.json", details, indent=None)
@@ -101,7 +101,6 @@ def measure(
         with process.signals.held():
             write_json(run_folder.record_of(folder, seed, part), seal(record))
         process.signals.something_is_kept()
-        bar.update(row.seconds)
 
 
 def by_metric(values: Sequence[dict]) -> dict[str, list]:

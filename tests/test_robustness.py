@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import there
 
-from sae_separation import saebench
+from sae_separation import progress, saebench
 from sae_separation.evals import cells, robustness
 from sae_separation.evals.evaluator import Evaluator
 from sae_separation.forms import FORMS, Asker, Form, tells
@@ -45,6 +45,28 @@ class Hooked:
 
     def on(self, evaluator):
         return Hooked(evaluator, self.one)
+
+
+class Bar:
+    """Stands for tqdm's."""
+
+    def __init__(self):
+        self.moves: list[float] = []
+
+    def update(self, seconds: float):
+        self.moves.append(seconds)
+
+
+def test_a_section_counts_the_steps_of_its_loops_and_at_the_end_the_rest():
+    bar, section = Bar(), progress.Section()
+    with section.of(bar, 100):
+        assert list(section.steps("abcd", 0.4)) == list("abcd") and bar.moves == [10] * 4
+        assert list(section.steps("ab", 0.5)) == ["a", "b"] and list(section.steps("", 0.5)) == []
+    assert bar.moves == [10] * 4 + [15, 15, 30]
+    assert list(section.steps("abc", 0.4)) == list("abc") and len(bar.moves) == 7, "of no section"
+    with pytest.raises(ZeroDivisionError), section.of(bar, 100):
+        raise ZeroDivisionError
+    assert len(bar.moves) == 7, "one that failed is not finished"
 
 
 def under(monkeypatch, evaluator, hook):
@@ -97,7 +119,11 @@ def test_a_question_is_asked_in_the_forms_that_it_allows():
 
 
 def test_no_intervention_leaves_all_and_keeps_all(evaluator, monkeypatch):
-    metrics, details, notes = under(monkeypatch, evaluator, lambda resid, hook: None)
+    bar = Bar()
+    with progress.section.of(bar, 110):
+        metrics, details, notes = under(monkeypatch, evaluator, lambda resid, hook: None)
+    assert len(bar.moves) > 2 * metrics["n_forms"] and max(bar.moves) < 110 / 2
+    assert sum(bar.moves) == pytest.approx(110)
     assert metrics["knowledge_left_max"] == 1.0 and metrics["kept_at_worst"] == 1.0
     assert metrics["worst_case_score"] == metrics["mean_score"] == metrics["standard_score"] == 0.0
     assert metrics["retain_ce_cost"] == pytest.approx(0, abs=1e-6)

@@ -22,6 +22,7 @@ from sae_separation.exam import Batch, Completions
 from sae_separation.interventions import WRITES, feature_hook
 from sae_separation.lm import InterventionLM
 from sae_separation.methods import Method
+from sae_separation.progress import section
 
 MOST_KEPT_BYTES = 2**30  # of residuals of questions, for the next SAE
 
@@ -225,7 +226,7 @@ def measured_cells(evaluator: Evaluator, switch: Switch, places: dict[str, tuple
     """Every cell of a grid with its accuracies on the known questions among these places."""
     places, out = known_among(evaluator, places), []
     switch.lm.forget_answers()
-    for cell in switch.cells():
+    for cell in section.steps(switch.cells(), 0.1):
         out.append(cell | accuracies(answers(evaluator, switch, cell, places)))
     switch.lm.forget_answers()
     return out

@@ -26,6 +26,7 @@ from sae_separation.exam import Exam, Residuals, special_ids, trained_on
 from sae_separation.four_bits import rounded_to_4_bits
 from sae_separation.interventions import ChosenFeatures
 from sae_separation.lm import InterventionLM, Testbed, load_lm, massive
+from sae_separation.progress import section
 from sae_separation.testbeds import packed_contexts
 
 GUARDED_RETAIN_THRESHOLD = 0.1  # a guard can afford features that fire more on retain text
@@ -171,7 +172,7 @@ class Questions:
     def known(self) -> dict[str, Tensor]:
         """Which questions [n] (bool) of each subject the LM gets right under all 24 permutations."""
         out = {}
-        for subject in self.by_subject:
+        for subject in section.steps(self.by_subject, 0.15):
             probs, answers = self.ask(subject, permutations=saebench.ALL_PERMUTATIONS)
             out[subject] = saebench.right(probs, answers).view(-1, 24).all(1)
         return out

@@ -33,6 +33,7 @@ from sae_separation.evals.unlearning import MIN_KNOWN, too_few
 from sae_separation.exam import Completions, Residuals
 from sae_separation.forms import FORMS, Asker, Form
 from sae_separation.lm import InterventionLM
+from sae_separation.progress import section
 
 ANSWERED = 0.9  # of the questions that an LM must answer in a form for the form to count
 KEPT, KEPT_OF_A_SUBJECT = 0.99, 0.95  # of the retain questions, in every form, or the score is 0
@@ -129,7 +130,7 @@ def unchanged(resid: Tensor, hook: Residuals) -> None:
 def answered(lm: InterventionLM, exam: Examined) -> Examined:
     """The same questions, in the forms that count for this LM."""
     out = replace(exam, forms=[], left_out={})
-    for form in exam.forms:
+    for form in section.steps(exam.forms, 0.25):
         with intervening(lm, unchanged):
             asked = replace(form, known=form.right(lm))
         here, rates = np.isin(np.arange(len(exam.subject)), form.places), {}
@@ -206,7 +207,7 @@ def in_all_forms(
     evaluator: Evaluator, exam: Examined, switch: Switch, cell: dict | None
 ) -> tuple[dict, list[dict], np.ndarray]:
     """Metrics under a cell, the table of forms, and right or wrong [form, question]."""
-    right = np.stack([under(switch, cell, asked) for asked in exam.forms])
+    right = np.stack([under(switch, cell, asked) for asked in section.steps(exam.forms, 0.3)])
     table = [of_form(evaluator, exam, asked, r) for asked, r in zip(exam.forms, right)]
     metrics = summary(table, "left") | {
         "kept_at_worst": min(row["kept"] for row in table),
@@ -301,7 +302,7 @@ def frontier(evaluator: Evaluator, exam: Examined, switch: Switch, cells: list[d
     what it leaves and keeps in the forms of TRIED."""
     forms, out = [asked for asked in exam.forms if asked.form.name in TRIED], []
     tried = undominated(cells)
-    for cell in cells:
+    for cell in section.steps(cells, 0.9):
         if forms and cell in tried:
             table = [of_form(evaluator, exam, asked, under(switch, cell, asked)) for asked in forms]
             cell = cell | {row["form"]: {k: row[k] for k in ("left", "kept")} for row in table}
