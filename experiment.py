@@ -164,7 +164,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sae_separation import losses, openmp, progress, testbeds
-from sae_separation.adam import own_learning_rates
+from sae_separation.adam import clip, own_learning_rates
 from sae_separation.blocks import ActivationBlock, shuffled_places
 from sae_separation.devices import upload
 from sae_separation.evals.evaluator import Evaluator, evaluation_contexts
@@ -176,7 +176,9 @@ from sae_separation.losses import has_bf16
 from sae_separation.resample import resample
 from sae_separation.rounds import Rounds, steps_of_round
 from sae_separation.run import Run, UntrainedRun, refuse_more_than_memory, runs_of
+from sae_separation.shards import WHOLE, Shard
 from sae_separation.sparse import ACTIVATIONS, JUMPS, hold_near, remove_radial, unit_rows
+from sae_separation.start import directions, set_biases
 from sae_separation.testbeds import resolve
 from sae_separation.tracking import Tracking
 
@@ -287,7 +289,8 @@ class OrthogonalSAE(torch.nn.Module):
     `groups` [G, size] indices of the features of each group (-1: none), `unlocked` how many features take
     part (the first ones), `threshold` (batchtopk, matryoshka) and `temperature` (softk) of the activation
     function, `active` features a row of the last batch trained on. Thresholds of jumprelu are trained: exp of
-    log_threshold [F].
+    log_threshold [F]. With a `shard` F is that share of the features (shards.py); `unlocked` and `groups`
+    count all.
     """
 
     scale: Tensor
@@ -311,27 +314,26 @@ class OrthogonalSAE(torch.nn.Module):
         layer_norm: bool = False,
         skip: float = 0.0,
         orthogonal_init: bool = False,
+        shard: Shard = WHOLE,
     ):
         super().__init__()
+        self.shard = shard
         self.activation, self.k, self.bandwidth = activation, k, bandwidth
         self.layer_norm, self.skip = layer_norm, skip
-        generator = torch.Generator().manual_seed(seed)
-        W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
-        if orthogonal_init:  # blocks of d_in orthonormal rows, as near to orthogonal as d_sae rows can be
-            blocks = [torch.nn.init.orthogonal_(b, generator=generator) for b in W_dec.split(d_in)]
-            W_dec = torch.cat(blocks)
+        W_dec = directions(d_sae, d_in, seed, orthogonal_init, shard)
+        n = len(W_dec)
         self.W_dec = torch.nn.Parameter(W_dec)
         # measured: the other way round, FVU ends a tenth and a sixth higher (notes.txt)
         start = 1.0 if activation in BY_LAMBDA else 0.5
         # W_encᵀ: a feature's weights lie side by side, as their gradient comes out of a sparse product
         self.W_enc_FD = torch.nn.Parameter(start * W_dec)
-        self.b_enc = torch.nn.Parameter(torch.zeros(d_sae))
+        self.b_enc = torch.nn.Parameter(torch.zeros(n))
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
         if activation == "jumprelu":
-            self.log_threshold = torch.nn.Parameter(torch.zeros(d_sae))
+            self.log_threshold = torch.nn.Parameter(torch.zeros(n))
         self.register_buffer("scale", torch.tensor(1.0 if layer_norm else float(scale)))
-        self.register_buffer("rate", torch.zeros(2, d_sae))
-        self.register_buffer("idle", torch.zeros(d_sae, dtype=torch.long))
+        self.register_buffer("rate", torch.zeros(2, n))
+        self.register_buffer("idle", torch.zeros(n, dtype=torch.long))
         self.register_buffer("groups", torch.full((1, 1), -1))
         self.register_buffer("unlocked", torch.tensor(d_sae))
         self.register_buffer("threshold", torch.tensor(0.0))
@@ -370,15 +372,14 @@ class OrthogonalSAE(torch.nn.Module):
             f = torch.relu(pre) * (pre > self.thresholds)
         else:
             f = ACTIVATIONS[self.activation](pre, self)[0]
-        if self.unlocked == f.shape[-1]:
-            return f
-        return f * (torch.arange(f.shape[-1], device=f.device) < self.unlocked)
+        (unlocked,) = self.shard.within([int(self.unlocked)], n := f.shape[-1])
+        return f if unlocked == n else f * (torch.arange(n, device=f.device) < unlocked)
 
     def decode(self, f: Tensor, x: Tensor) -> Tensor:
         """f [..., F] of x [..., D] -> x_hat [..., D] in the LM's units; x counts for `layer_norm` and `skip`
         only."""
         u, mean, size = self.normalise(x)
-        return (f @ self.W_dec + self.b_dec + self.skip * (u - self.b_dec)) * size + mean
+        return (self.shard.sum(f @ self.W_dec) + self.b_dec + self.skip * (u - self.b_dec)) * size + mean
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decode(self.encode(x), x)
@@ -396,9 +397,6 @@ class OrthogonalSAE(torch.nn.Module):
         f = self.encode(x)
         fvu = (self.decode(f, x) - x).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
         return fvu, f.sum() / len(x) / math.sqrt(x.shape[1])
-
-    def normalise_decoder(self):
-        unit_rows(self.W_dec)
 
     @torch.no_grad()
     def update_statistics(self, fired_2F: Tensor, n_forget: Tensor, n_rows: int, decay: float = 0.99):
@@ -424,19 +422,27 @@ class Trainer:
     """
 
     def __init__(
-        self, config: settings.Config, seed: int, d_in: int, n_steps: int, first_block: ActivationBlock
+        self,
+        config: settings.Config,
+        seed: int,
+        d_in: int,
+        n_steps: int,
+        first_block: ActivationBlock,
+        shard: Shard = WHOLE,
     ):
-        self.config, self.arm, self.seed, self.n_steps = config, ARMS[config.arm], seed, n_steps
+        self.config, self.arm, self.seed = config, ARMS[config.arm], seed
+        self.n_steps, self.shard = n_steps, shard
         device, x = first_block.x.device, first_block.x
         self.dtype = torch.bfloat16 if has_bf16(device) else torch.float32
         parts = (part.pow(2).sum() for part in x.split(4096))  # in parts: no copy of the block
         scale = math.sqrt(d_in / (sum(parts, start=x.new_zeros(())) / len(x)).item())
         options = config.activation, config.k, config.bandwidth, config.layer_norm, config.skip
-        self.sae = OrthogonalSAE(d_in, config.d_sae, seed, scale, *options, config.orthogonal_init).to(device)
+        options = d_in, config.d_sae, seed, scale, *options, config.orthogonal_init
+        self.sae = OrthogonalSAE(*options, shard).to(device)
         for name in ("groups", "unlocked", "temperature"):  # what the host decides, it does not ask a GPU for
             setattr(self.sae, name, getattr(self.sae, name).cpu())
         self.steered_l0 = config.target_l0 if config.activation in BY_LAMBDA else 0.0
-        self._set_biases(x)
+        set_biases(self.sae, config, x)
         self.sae.W_dec.requires_grad_(self.arm.trains_decoder)
         self.sae.W_enc_FD.requires_grad_(self.arm.trains_encoder)
         self.accumulate_grads, self.remove_radial, self.unit_rows = accumulate_grads, remove_radial, unit_rows
@@ -474,27 +480,10 @@ class Trainer:
 
     def _rounds(self) -> Rounds:
         config, arm = self.config, self.arm
-        prepare = arm.function(arm.prepare, config, generator=self.generator, rate=self.sae.rate)
+        about = {"generator": self.generator, "rate": self.sae.rate, "shard": self.shard}
+        prepare = arm.function(arm.prepare, config, **about)
         steps = steps_of_round(config.d_sae, config.alpha * config.lr, arm.every, arm.longest, arm.gentle)
-        return Rounds(arm.function(arm.loss, config), prepare, steps, arm.every)
-
-    @torch.no_grad()
-    def _set_biases(self, x: Tensor):
-        """b_dec is the mean of u. relu and jumprelu start sparse, near the target L0, by bias and threshold:
-        many features to bring down run lambda up, or are killed together."""
-        sae, config = self.sae, self.config
-        parts = (sae.normalise(part)[0].sum(0) for part in x.split(4096))
-        sae.b_dec.copy_(sum(parts, start=x.new_zeros(x.shape[1])) / len(x))
-        if config.activation in BY_LAMBDA:
-            l0 = 2 * (config.target_l0 or x.shape[1] / 8)
-            rows = x[: min(4096, max(1, 2**22 // config.d_sae))]
-            pre = (sae.normalise(rows)[0] - sae.b_dec) @ sae.W_enc
-            height = torch.quantile(pre.flatten()[: 2**22], 1 - min(0.5, l0 / config.d_sae))
-            if config.activation == "relu":
-                sae.b_enc.sub_(height)
-            else:
-                sae.log_threshold.fill_(height.clamp(min=1e-3).log())
-            sae.active.fill_(l0)
+        return Rounds(arm.function(arm.loss, config, shard=self.shard), prepare, steps, arm.every)
 
     # what a checkpoint holds
     def state(self) -> tuple[dict[str, Tensor], dict]:
@@ -510,13 +499,13 @@ class Trainer:
         return tensors, facts | {"updates": self.schedule.last_epoch}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict):
-        """Take over what `state` gave."""
+        """Take over what `state` gave, of all features."""
         for name in ("steps", "resampled", "history", "failed"):
             setattr(self, name, facts[name])
         self.due = facts.get("due", [])  # checkpoints from before there was anything to put off lack it
         if self.failed:
             return
-        tensors = {name: t.to(self.l0.device) for name, t in tensors.items()}
+        tensors = {name: t.to(self.l0.device) for name, t in self.shard.parts(tensors).items()}
         self.sae.groups = torch.empty_like(tensors["sae.groups"], device="cpu")
         self.sae.load_state_dict(checkpoint.under("sae.", tensors))
         self.generator.set_state(tensors["generator"].cpu())
@@ -531,6 +520,12 @@ class Trainer:
         self.schedule.last_epoch = facts["updates"]
         for group, lr in zip(self.adam.param_groups, self.schedule.base_lrs):
             group["lr"] = lr * self._lr_factor(facts["updates"])
+
+    def gather(self):
+        """Training is over: the first rank takes all features, to its CPU, and the others are left with
+        nothing."""
+        self.shard.gather_module(self.sae)
+        self.shard = WHOLE
 
     # what depends on the time in training alone
     def _lr_factor(self, update: int) -> float:
@@ -555,7 +550,7 @@ class Trainer:
         if config.unlock_steps:
             share = min(1.0, 0.25 + 0.1 * (self.steps // config.unlock_steps))
             sae.unlocked.fill_(math.ceil(share * config.d_sae))
-            sae.idle[sae.unlocked :] = 0
+            sae.idle[self.shard.within([int(sae.unlocked)], len(sae.idle))[0] :] = 0
         if config.activation == "softk":
             steps = max((1 - config.decay_fraction) * self.n_steps - 1, 1)
             sae.temperature.fill_(config.temperature * max(0.0, 1 - self.steps / steps))
@@ -569,7 +564,7 @@ class Trainer:
         gain = (torch.arange(self.config.d_sae) < sae.unlocked).float()
         if p:
             gain = gain * (torch.rand(len(gain), generator=self.generator) >= p).to(gain) / (1 - p)
-        return upload(gain, sae.b_enc.device)
+        return upload(self.shard.own(gain), sae.b_enc.device)
 
     def labels(self, forget: Tensor, document: Tensor | None) -> Tensor:
         """What the trainer is told of the rows' domain [B]: wrong for --label_noise of the documents, by
@@ -597,12 +592,13 @@ class Trainer:
         weights = l1, alpha, alpha_directions = self._weights()
         firing_loss = None
         if self.firing_loss:
-            firing_loss = slice(self.options["forget_features"]), partial(self.firing_loss, alpha=alpha)
+            firing_loss = self.options["forget_features"], partial(self.firing_loss, alpha=alpha)
         routed = self.options["forget_features"] if self.arm.routed else 0
         how = self.dtype, firing_loss, self._gain(), 1 / config.grad_accumulation, signs, routed
         terms = self.accumulate_grads(sae, x, forget, l1, *how)
         if terms.sketch is not None and terms.fvu.isfinite():
-            profile = losses.firing_profile(terms.sketch, sae.affinity)
+            about = self.shard.gather(terms.sketch), self.shard.gather(sae.affinity)
+            profile = losses.firing_profile(*about)
             sae.groups = losses.form_groups(profile, self.options["group_size"])
         visited = None
         if self.rounds and update_now:
@@ -665,7 +661,7 @@ class Trainer:
         named = dict(self.sae.named_parameters())
         grads = {f"gradient of {name}": p.grad for name, p in named.items() if p.grad is not None}
         sums = [measured["loss"], self.x_sum, *(grad.sum() for grad in grads.values())]
-        if not torch.stack(sums).isfinite().all():
+        if not self.shard.sum(torch.stack(sums)).isfinite().all():
             seen = {
                 "activations of the LM": x,
                 "activations of the LM, their sum since the last look": self.x_sum,
@@ -676,7 +672,8 @@ class Trainer:
     def refuse_nonfinite(self, named: dict[str, Tensor]):
         """Raises RunFailed, naming the tensors with entries that are not finite, if there are any."""
         where = f"at step {self.steps} of arm {self.config.arm}, seed {self.seed}"
-        checkpoint.refuse_nonfinite(named, where)
+        with self.shard.failing_together():
+            checkpoint.refuse_nonfinite(named, where)
 
     def _update(self, visited: losses.DecoderGrad | None):
         """Take the optimiser's step on the gradients gathered."""
@@ -684,7 +681,7 @@ class Trainer:
         if self.arm.trains_decoder and sae.W_dec.grad is not None:
             self.remove_radial(sae.W_dec.grad, sae.W_dec)
         if config.grad_clip:
-            norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), config.grad_clip)
+            norm = clip(sae, config.grad_clip)
             if visited is not None:
                 visited.grad.mul_((config.grad_clip / norm).clamp(max=1))
         if config.feature_lr_power:
@@ -739,13 +736,15 @@ class Trainer:
 
     def _group_sharing(self) -> Tensor:
         """Firing of the forget group on retain text over that on forget text, over some 100 steps."""
-        on_forget, on_retain = self.sae.rate[:, : self.options["forget_features"]].sum(1)
+        rate = self.sae.rate
+        (n,) = self.shard.within([self.options["forget_features"]], rate.shape[1])
+        on_forget, on_retain = self.shard.sum(rate[:, :n].sum(1))
         return on_retain / on_forget.clamp(min=1e-12)
 
     def _overlap(self) -> Tensor:
         """losses.forget_overlap of the forget group."""
         W_dec, n = self.sae.W_dec.detach(), self.options["forget_features"]
-        return losses.forget_overlap(W_dec, self.sae.rate[1], n)
+        return losses.forget_overlap(W_dec, self.sae.rate[1], n, self.shard)
 
 
 # -------------------------------------------------------------------------------- the training loop
@@ -844,7 +843,8 @@ def run_experiments(
         process.signals.something_is_kept()
     rows = evals.rows_of(command.evals)
     fitted = not all(ARMS[request.arm].trains_sae for request in asked)
-    testbed = testbeds.of_request((asked or requests)[0], asks=any(row.asks for row in rows))
+    asks = any(row.asks for row in rows)
+    testbed = testbeds.of_request((asked or requests)[0], asks, command.split_lm)
     resolved = [resolve(request, Config, testbed) for request in asked]
     finished = [results.Finished(Path(name), resolve(c, Config, testbed), testbed) for name, c in complete]
     context_size = one_pass(names, resolved).context_size if asked else finished[0].config.context_size

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from sae_separation import ranks
 from sae_separation.errors import WrongRequest
 from sae_separation.evals import ROWS, Row
 from sae_separation.questions import check_subjects, read_questions
@@ -119,6 +120,14 @@ def check_lm(wanted: DataConfig) -> int | None:
     if lm_is_local(os.path.join(start_of_paths(row, "lm", lm), lm)):
         return check_lm_folder(lm_path(row, lm))
     return None if wanted.lm else row.n_layers
+
+
+def check_split_lm():
+    """Raises WrongRequest where an LM cannot be placed over several GPUs."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise WrongRequest("--split_lm needs the package accelerate: pip install accelerate")
+    if ranks.here.many:
+        raise WrongRequest("--split_lm gives all GPUs to one process: leave it out, or torchrun")
 
 
 def lm_is_local(lm: str) -> bool:

@@ -351,6 +351,8 @@ class Command:
         " and LM are those that they name",
     )
     saes: tuple = simple_parsing.field(default=(), cmd=False)  # those, as loaded.find describes them
+    split_lm: bool = False
+    """place the LM's layers over all GPUs, for an LM that one cannot hold (pip install accelerate)"""
     checkpoint_seconds: float = option(60.0)
     """training time between two checkpoints, at least; writing them takes at most a fiftieth of it"""
     activations: str | None = option(None, metavar="FOLDER")
@@ -464,7 +466,7 @@ GROUPS = {  # of --help; what an arm brings stands with the losses
     ),
     "run": (
         *("out_dir", "evals", "evaluate", "dry_run", "overwrite", "track", "checkpoint_seconds"),
-        *("activations", "activations_dtype", "time_budget_minutes", "help"),
+        *("activations", "activations_dtype", "split_lm", "time_budget_minutes", "help"),
     ),
 }
 ABOUT = {
@@ -791,6 +793,8 @@ def check(command: Command, requests: Sequence[Request]):
 
     tracking.check(command.track)
     kept.refuse_place(command.activations, command.out_dir)
+    if command.split_lm:
+        checks.check_split_lm()
     for _, some in passes(command, requests):
         checks.check(some[0], evals.rows_of(command.evals))
 

@@ -113,7 +113,8 @@ def logits_at(lm, tokens: Tensor, positions: Tensor | None, **seen) -> Tensor:
         return lm(tokens, use_cache=False, **seen).logits
 
     def gather(head, hidden):
-        return (hidden[0].gather(1, positions[..., None].expand(-1, -1, hidden[0].shape[-1])),)
+        at = positions.to(hidden[0].device)[..., None]  # an LM's last layers may lie elsewhere
+        return (hidden[0].gather(1, at.expand(-1, -1, hidden[0].shape[-1])),)
 
     handle = lm.get_output_embeddings().register_forward_pre_hook(gather)
     try:

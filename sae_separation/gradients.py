@@ -44,7 +44,7 @@ class TrainedSAE(Encoder, Protocol):
 @dataclass
 class Terms:
     """What one pass measured, on the device: 0-d tensors, how often each feature `fired` on forget and retain
-    rows [2, F], and a `sketch` of which rows [F, K] (losses.firing_profile)."""
+    rows [2, F], and a `sketch` of which rows [F, K] (losses.firing_profile). F are the features here."""
 
     fvu: Tensor
     nested: Tensor | None  # matryoshka: mean FVU over the prefixes, which is what is trained
@@ -62,7 +62,7 @@ def accumulate_grads(
     forget: Tensor,
     l1: Tensor,
     dtype: torch.dtype,
-    firing_loss: tuple[slice, Callable] | None = None,
+    firing_loss: tuple[int, Callable] | None = None,
     gain_F: Tensor | None = None,
     weight: float = 1.0,
     signs_BK: Tensor | None = None,
@@ -71,25 +71,29 @@ def accumulate_grads(
     """Add `weight` times the gradients of FVU + (l1 · mean Σ f + firing_loss) / √d_in to .grad, by hand,
     and measure the terms.
 
-    x [B, D] in the LM's units, forget [B] (bool), l1 a 0-d tensor; firing_loss, if given, is a slice of
-    features and what maps their pre-activations [B, G] and forget [B] to its value and its gradient by
-    these; gain [F], if given, multiplies each feature (0: it takes no part); signs [B, K], if given, are
-    summed for each feature over the rows that it fires on. With `routed` gradients are routed (arXiv
-    2410.04332, 2512.05648): the reconstruction of forget rows teaches the first so many features alone, and
-    that of retain rows the others alone; what fires, what it reconstructs and its price are as ever.
+    x [B, D] in the LM's units, forget [B] (bool), l1 a 0-d tensor; firing_loss, if given, is how many of the
+    first features it is about, and what maps their pre-activations [B, G] and forget [B] to its value and its
+    gradient by these; gain [F], if given, multiplies each feature (0: it takes no part); signs [B, K], if
+    given, are summed for each feature over the rows that it fires on. With `routed` gradients are routed
+    (arXiv 2410.04332, 2512.05648): the reconstruction of forget rows teaches the first so many features
+    alone, and that of retain rows the others alone; what fires, what it reconstructs and its price are as
+    ever.
 
     Matrix products run in `dtype` and accumulate in fp32, weights stay fp32; in bfloat16 a product's entries,
     counts of firing among them, are right to 0.4 %. Five products instead of autograd's six: x needs no
     gradient, and that of b_dec through the encoder is one matrix-vector product.
     """
     B, D = x.shape
+    shard, n_here = sae.shard, len(sae.b_enc)
     u_BD, _, size = sae.normalise(x)
     variance = (x - x.mean(0)).pow(2).sum()
     u_BD = u_BD - sae.b_dec
     features = features_of(sae, u_BD, dtype, gain_F, forget)
-    widths = prefix_widths(len(sae.b_enc)) if sae.activation == "matryoshka" else [len(sae.b_enc)]
+    n_features = shard.total(n_here)
+    widths = prefix_widths(n_features) if sae.activation == "matryoshka" else [n_features]
     edges = sorted({0, routed, *widths})
-    errors = prefix_errors(features.decode(sae.W_dec, edges), edges, widths, u_BD, sae.skip)
+    parts = shard.sums(features.decode(sae.W_dec, shard.within(edges, n_here)))
+    errors = prefix_errors(parts, edges, widths, u_BD, sae.skip)
     error_BD, per_row = errors[-1], 1 / (B * math.sqrt(D))
     d_errors = [error * (size**2 * (2 * weight / len(widths) / variance)) for error in errors]
     d_out_BD = sum(d_errors[1:], start=d_errors[0])
@@ -97,12 +101,17 @@ def accumulate_grads(
     d_W_dec, d_W_enc_FD, d_b_enc = features.gradients(d_outs, u_BD, sae.W_dec, l1 * per_row * weight)
     firing = None
     if firing_loss:
-        group, loss = firing_loss
-        firing, d_firing = loss(sae.pre_activations(u_BD, group), forget)
-        d_firing *= weight / math.sqrt(D)
+        n_group, loss = firing_loss
+        mine = shard.columns(n_group, n_here)
+        group = slice(0, mine.stop - mine.start)
+        pre_BG = shard.first_columns(sae.pre_activations(u_BD, group), n_group, n_here)
+        firing, d_firing = loss(pre_BG, forget)
+        d_firing = d_firing[:, mine].mul_(weight / math.sqrt(D))
         d_W_enc_FD[group] += d_firing.T @ u_BD
         d_b_enc[group] += d_firing.sum(0)
-    d_b_dec = (1 - sae.skip) * d_out_BD.sum(0) - sae.W_enc @ d_b_enc
+    fired_2F, total = features.counts()
+    through_encoder, total, n_fired = shard.sums([sae.W_enc @ d_b_enc, total, fired_2F.sum()])
+    d_b_dec = (1 - sae.skip) * d_out_BD.sum(0) - through_encoder
     grads = {"W_dec": d_W_dec, "W_enc_FD": d_W_enc_FD, "b_enc": d_b_enc, "b_dec": d_b_dec}
     if isinstance(features, JumpFeatures):
         grads["log_threshold"] = features.d_log_threshold
@@ -110,8 +119,7 @@ def accumulate_grads(
         parameter = sae.get_parameter(name)
         if parameter.requires_grad:
             parameter.grad = grad if parameter.grad is None else parameter.grad + grad
-    fired_2F, total = features.counts()
-    sae.active.copy_(fired_2F.sum() / B)
+    sae.active.copy_(n_fired / B)
     return Terms(
         fvu=(error_BD * size).pow(2).sum() / variance,
         nested=None if len(widths) == 1 else mean_square(errors, size) / variance,
@@ -159,9 +167,10 @@ def mean_square(errors: list[Tensor], size: Tensor) -> Tensor:
 
 def few_active(sae: TrainedSAE, u_BD: Tensor, dtype: torch.dtype) -> bool | Tensor:
     """Whether so few features are active that SparseFeatures are faster; a GPU is not asked."""
+    n_features = sae.shard.total(len(sae.b_enc))
     if u_BD.device.type == "cpu":
-        return sae.active < SPARSE_SHARE[dtype] * len(sae.b_enc)
-    return sae.activation in OF_BATCH and sae.k < SPARSE_SHARE_ON_GPU * len(sae.b_enc)
+        return sae.active < SPARSE_SHARE[dtype] * n_features
+    return sae.activation in OF_BATCH and sae.k < SPARSE_SHARE_ON_GPU * n_features
 
 
 def features_of(

@@ -134,12 +134,15 @@ def load_tokenizer(folder: Path, document_end: str = ""):
 
 
 LARGE = 3e9  # bytes of weights that are not spread out to float32
+SPLIT = "auto"  # the device of an LM whose layers are placed over all GPUs (transformers' device_map)
 
 
 def load_lm(folder: Path, device: str) -> Any:
-    """The LM in `folder`, frozen; in float32, or in bfloat16 when its files are LARGE.
+    """The LM in `folder`, frozen; in float32, or in bfloat16 when its files are LARGE. Of a SPLIT one
+    accelerate moves what goes from layer to layer; its `device` is that of its first layers, which takes its
+    input and gives its logits.
 
-    Raises WrongRequest for files that are no whole LM.
+    Raises WrongRequest for files that are no whole LM, and for one that the GPUs together cannot hold.
     """
     from transformers import AutoModelForCausalLM
 
@@ -152,6 +155,7 @@ def load_lm(folder: Path, device: str) -> Any:
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                device_map=device if device == SPLIT else None,
             )
     except Exception as error:  # whatever transformers, safetensors and json raise for files that are none
         if isinstance(error, MemoryError | RunFailed | WrongRequest):
@@ -171,7 +175,17 @@ def load_lm(folder: Path, device: str) -> Any:
             output.logits = output.logits.float()
 
         lm.register_forward_hook(to_float)
-    return lm.eval().requires_grad_(False).to(device)
+    lm.eval().requires_grad_(False)
+    if device != SPLIT:
+        return lm.to(device)
+    if any(p.is_meta for p in lm.parameters()):  # in the CPU's memory, or on the disk
+        raise WrongRequest(f"--split_lm: the GPUs together cannot hold --lm {folder}: give it more of them")
+    return lm
+
+
+def device_of(lm: Any) -> str:
+    """Where load_lm is to place another LM so that it lies as this one."""
+    return SPLIT if hasattr(lm, "hf_device_map") else str(lm.device)
 
 
 def bfloat16_twins(testbed: Testbed) -> list[tuple[torch.nn.Parameter, Tensor]]:
@@ -250,9 +264,10 @@ class SplitLM:
         self.hook_point: Any = self.traced.get(self.hook_name)
 
     def resid(self, tokens: Tensor, **seen) -> Tensor:
-        """resid_post [row, pos, D] of the hook layer, in the precision that the LM runs in; the LM is stopped
-        there. `seen` is what it is given beside the tokens (Batch.seen)."""
-        return hidden_of(self._put_out(tokens, **seen))
+        """resid_post [row, pos, D] of the hook layer, in the precision that the LM runs in, on the device
+        that takes its input; the LM is stopped there. `seen` is what it is given beside the tokens
+        (Batch.seen)."""
+        return hidden_of(self._put_out(tokens, **seen)).to(self.lm.device)
 
     def _put_out(self, tokens: Tensor, **seen):
         """What the hook layer puts out: a hidden state, or a tuple or list that begins with it."""

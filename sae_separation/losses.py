@@ -4,6 +4,9 @@ A loss on W_dec is given the unit rows W_dec [F, D], `blocks` [n, size] of the f
 (-1: none) and `whole`, a tensor about all rows; it returns a DecoderGrad for the features of these blocks.
 Before it comes its `prepare(W_dec, groups)`: all blocks of the dictionary, each feature in one of them, and
 `whole`. Groups and blocks are indices that the host decides: they lie on the CPU, whatever W_dec lies on.
+
+Where the features are split over ranks (`shard`), W_dec holds those of this rank, as do the rows of a
+DecoderGrad; blocks and `whole` are about all of them.
 """
 
 import math
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sae_separation.devices import upload
+from sae_separation.shards import WHOLE, Shard
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -45,14 +49,18 @@ def gram(W_dec: Tensor) -> Tensor:
 def omega_all_pairs(W_dec: Tensor, gram_DD: Tensor | None = None) -> Tensor:
     """d_in · mean of (w_i · w_j)² over all pairs i ≠ j of n unit rows, linear in d_sae: Σ_ij (w_i · w_j)² =
     ||W_decᵀ W_dec||²."""
-    n, d_in = W_dec.shape
-    return d_in * ((gram(W_dec) if gram_DD is None else gram_DD).pow(2).sum() - n) / max(n * (n - 1), 1)
+    return omega_of_gram(gram(W_dec) if gram_DD is None else gram_DD, len(W_dec))
+
+
+def omega_of_gram(gram_DD: Tensor, n: int) -> Tensor:
+    """omega_all_pairs of n unit rows, from their Gram matrix."""
+    return len(gram_DD) * (gram_DD.pow(2).sum() - n) / max(n * (n - 1), 1)
 
 
 @dataclass
 class DecoderGrad:
-    """Of a loss on W_dec: its `value` as far as some features tell, these features' indices `rows` [R], and
-    the gradient of the whole loss by their rows of W_dec [R, D]."""
+    """Of a loss on W_dec: its `value` as far as some features tell, the places `rows` [R] in W_dec of those
+    of them that are here, and the gradient of the whole loss by these rows [R, D]."""
 
     value: Tensor
     rows: Tensor
@@ -64,37 +72,37 @@ def tangential(grad: Tensor, rows: Tensor) -> Tensor:
     return grad.addcmul_(rows, (grad * rows).sum(-1, keepdim=True), value=-1)
 
 
-def each_row(W_dec: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+def each_row(W_dec: Tensor, groups: Tensor, shard: Shard = WHOLE) -> tuple[Tensor, Tensor]:
     """Every feature in a block of its own [F, 1], and nothing about the whole."""
-    return torch.arange(len(W_dec))[:, None], W_dec.new_zeros(0)
+    return torch.arange(shard.total(len(W_dec)))[:, None], W_dec.new_zeros(0)
 
 
-def rows_and_gram(W_dec: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+def rows_and_gram(W_dec: Tensor, groups: Tensor, shard: Shard = WHOLE) -> tuple[Tensor, Tensor]:
     """Every feature in a block of its own [F, 1], and the Gram matrix [D, D]."""
-    return each_row(W_dec, groups)[0], gram(W_dec)
+    return each_row(W_dec, groups, shard)[0], shard.sum(gram(W_dec))
 
 
-def all_pairs_grad(W_dec: Tensor, blocks: Tensor, gram_DD: Tensor) -> DecoderGrad:
+def all_pairs_grad(W_dec: Tensor, blocks: Tensor, gram_DD: Tensor, shard: Shard = WHOLE) -> DecoderGrad:
     """Of omega_all_pairs: 4 d_in w_i (W_decᵀ W_dec) / (n (n - 1)). Nearly all of the Gram matrix is its mean
     diagonal m, and m w_i lies along the row: it is left out, so that the rounding of bfloat16 is that of what
     remains."""
-    (n, d_in), rest = W_dec.shape, gram_DD.clone()
+    n, d_in, rest = shard.total(len(W_dec)), W_dec.shape[1], gram_DD.clone()
     rest.diagonal().sub_(gram_DD.diagonal().mean())
-    rows = upload(blocks.flatten(), W_dec.device)
+    rows = upload(shard.here(blocks.flatten(), len(W_dec))[1], W_dec.device)
     low = W_dec.index_select(0, rows).to(fast_dtype(W_dec))
     grad = low @ (4 * d_in / max(n * (n - 1), 1) * rest).to(low)
-    return DecoderGrad(omega_all_pairs(W_dec, gram_DD), rows, grad.to(W_dec))
+    return DecoderGrad(omega_of_gram(gram_DD, n), rows, grad.to(W_dec))
 
 
 def group_cosines(
-    W_dec: Tensor, groups: Tensor, dtype: torch.dtype, no_pair: float
+    W_dec: Tensor, groups: Tensor, dtype: torch.dtype, no_pair: float, shard: Shard
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of groups [G, size] of feature indices (-1: none): their rows [G, size, D] in `dtype`, the cosines of
     these [G, size, size], `no_pair` where they are not of two features, and which places hold a feature [G,
     size] (bool, on the CPU)."""
     present = groups >= 0
     places = upload(groups.clamp(min=0).flatten(), W_dec.device)
-    rows = W_dec.index_select(0, places).view(*groups.shape, -1).to(dtype)
+    rows = shard.rows(W_dec, places).view(*groups.shape, -1).to(dtype)
     cosines = rows @ rows.transpose(1, 2)
     cosines.diagonal(dim1=1, dim2=2).fill_(no_pair)
     if not present.all():
@@ -103,13 +111,16 @@ def group_cosines(
     return rows, cosines, present
 
 
-def of_features(value: Tensor, groups: Tensor, present: Tensor, grad: Tensor) -> DecoderGrad:
-    """The gradients of the places in groups [G, size] that hold a feature."""
+def of_features(
+    value: Tensor, groups: Tensor, present: Tensor, grad: Tensor, n: int, shard: Shard
+) -> DecoderGrad:
+    """The gradients of the places in groups [G, size] that hold one of the n features that are here."""
     grad = grad.view(-1, grad.shape[-1])
-    if present.all():
+    if present.all() and shard.size == 1:
         return DecoderGrad(value, upload(groups.flatten(), grad.device), grad)
-    places = upload(present.flatten().nonzero()[:, 0], grad.device)
-    return DecoderGrad(value, upload(groups[present], grad.device), grad.index_select(0, places))
+    mine, rows = shard.here(groups[present], n)
+    places = upload(present.flatten().nonzero()[:, 0][mine], grad.device)
+    return DecoderGrad(value, upload(rows, grad.device), grad.index_select(0, places))
 
 
 def groups_and_pairs(W_dec: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,14 +129,14 @@ def groups_and_pairs(W_dec: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     return groups.clone(), (sizes * (sizes - 1)).sum().clamp(min=1)
 
 
-def grouped_grad(W_dec: Tensor, groups: Tensor, n_pairs: Tensor) -> DecoderGrad:
+def grouped_grad(W_dec: Tensor, groups: Tensor, n_pairs: Tensor, shard: Shard = WHOLE) -> DecoderGrad:
     """Of d_in · mean of cos² over the pairs inside a group: 4 d_in Σ_j cos_ij w_j / pairs; groups [G, size],
     -1 where one is short."""
-    rows, cosines, present = group_cosines(W_dec, groups, fast_dtype(W_dec), no_pair=0.0)
+    rows, cosines, present = group_cosines(W_dec, groups, fast_dtype(W_dec), 0.0, shard)
     cosines, d_in, sizes = cosines.to(W_dec), W_dec.shape[1], present.sum(1)
     grad = ((4 * d_in / n_pairs * cosines).to(rows) @ rows).to(W_dec)
     n_here = (sizes * (sizes - 1)).sum().clamp(min=1)
-    return of_features(d_in * cosines.pow(2).sum() / n_here, groups, present, grad)
+    return of_features(d_in * cosines.pow(2).sum() / n_here, groups, present, grad, len(W_dec), shard)
 
 
 def random_chunks(n: int, size: int, generator: torch.Generator) -> Tensor:
@@ -135,30 +146,31 @@ def random_chunks(n: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def chunks_of_rows(
-    W_dec: Tensor, groups: Tensor, chunk_size: int, generator: torch.Generator
+    W_dec: Tensor, groups: Tensor, chunk_size: int, generator: torch.Generator, shard: Shard = WHOLE
 ) -> tuple[Tensor, Tensor]:
-    """`random_chunks` of the rows of W_dec [F, D], and nothing about the whole."""
-    return random_chunks(len(W_dec), chunk_size, generator), W_dec.new_zeros(0)
+    """`random_chunks` of all features, and nothing about the whole."""
+    return random_chunks(shard.total(len(W_dec)), chunk_size, generator), W_dec.new_zeros(0)
 
 
-def ortsae_grad(W_dec: Tensor, chunks: Tensor, whole: Tensor) -> DecoderGrad:
+def ortsae_grad(W_dec: Tensor, chunks: Tensor, whole: Tensor, shard: Shard = WHOLE) -> DecoderGrad:
     """Of OrtSAE's loss (arXiv 2509.22033), mean over rows of (max_{j ≠ i in the chunk} cos_ij)²: 2 max / n
     times the nearest row for each row, and times each row for its nearest.
 
     The maximum is signed, as published: antipodal pairs are free. A row alone in its chunk counts 0. Not
     scaled by d_in. In full precision: bfloat16 would often take another row for the nearest.
     """
-    rows, cosines, present = group_cosines(W_dec, chunks, W_dec.dtype, no_pair=-torch.inf)
+    rows, cosines, present = group_cosines(W_dec, chunks, W_dec.dtype, -torch.inf, shard)
     largest, nearest = cosines.max(2)
     largest = largest.masked_fill(largest.isneginf(), 0.0)
     first = torch.arange(0, nearest.numel(), nearest.shape[1], device=nearest.device)
     nearest = (nearest + first[:, None]).flatten()
-    rows, weight = rows.flatten(0, 1), 2 / len(W_dec) * largest.flatten()[:, None]
+    rows, weight = rows.flatten(0, 1), 2 / shard.total(len(W_dec)) * largest.flatten()[:, None]
     grad = (rows.index_select(0, nearest) * weight).index_add_(0, nearest, rows * weight)
-    return of_features(largest.pow(2).sum() / present.sum(), chunks, present, grad)
+    value = largest.pow(2).sum() / present.sum()
+    return of_features(value, chunks, present, grad, len(W_dec), shard)
 
 
-def omega_between_domains(W_dec: Tensor, affinity: Tensor) -> Tensor:
+def omega_between_domains(W_dec: Tensor, affinity: Tensor, shard: Shard = WHOLE) -> Tensor:
     """d_in · mean of cos² between forget-leaning and retain-leaning features, weighted by |affinity|; linear
     in d_sae.
 
@@ -166,34 +178,57 @@ def omega_between_domains(W_dec: Tensor, affinity: Tensor) -> Tensor:
     """
     forget, retain = affinity.clamp(min=0), (-affinity).clamp(min=0)
     M_forget, M_retain = W_dec.T @ (W_dec * forget[:, None]), W_dec.T @ (W_dec * retain[:, None])
-    return W_dec.shape[1] * (M_forget * M_retain).sum() / (forget.sum() * retain.sum()).clamp(min=1e-12)
+    summed = shard.sums([M_forget, M_retain, forget.sum(), retain.sum()])
+    M_forget, M_retain, n_forget, n_retain = summed
+    return W_dec.shape[1] * (M_forget * M_retain).sum() / (n_forget * n_retain).clamp(min=1e-12)
 
 
-def forget_overlap(W_dec: Tensor, rate_F: Tensor, n: int) -> Tensor:
+def group_and_others(W_dec: Tensor, n: int, shard: Shard) -> tuple[Tensor, Tensor, slice]:
+    """Rows of W_dec: those of the first n features, wherever they are [n, D]; those of the other features
+    that are here; and which of the first n are here."""
+    group = shard.rows(W_dec, torch.arange(n, device=W_dec.device))
+    mine = shard.columns(n, len(W_dec))
+    return group, W_dec[mine.stop - mine.start :], mine
+
+
+def forget_overlap(W_dec: Tensor, rate_F: Tensor, n: int, shard: Shard = WHOLE) -> Tensor:
     """How far the first n rows lie along what carries retain text: d_in · mean of cos² over the pairs of one
     of them and one of the others, weighted by the other's firing rate on retain text. 1 for independent
-    rows."""
-    cosines, weight = W_dec[:n] @ W_dec[n:].T, rate_F[n:]
-    return W_dec.shape[1] * (cosines.pow(2) @ weight).sum() / (n * weight.sum()).clamp(min=1e-12)
+    rows. W_dec and rate_F are of the features that are here."""
+    group, others, _ = group_and_others(W_dec, n, shard)
+    weight = rate_F[len(rate_F) - len(others) :]
+    overlap, weight = shard.sums([((group @ others.T).pow(2) @ weight).sum(), weight.sum()])
+    return W_dec.shape[1] * overlap / (n * weight).clamp(min=1e-12)
 
 
-def all_and_retain_rate(W_dec: Tensor, groups: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-    """All features in one block [1, F], and how often each fires on retain text [F], from rate [2, F]."""
-    return torch.arange(len(W_dec))[None], rate[1].clone()
+def all_and_retain_rate(
+    W_dec: Tensor, groups: Tensor, rate: Tensor, shard: Shard = WHOLE
+) -> tuple[Tensor, Tensor]:
+    """All features in one block [1, F], and how often each fires on retain text [F], from rate [2, F] of
+    those here."""
+    return torch.arange(shard.total(len(W_dec)))[None], shard.gather(rate[1]).clone()
 
 
 def forget_overlap_grad(
-    W_dec: Tensor, blocks: Tensor, rate_F: Tensor, forget_features: int, target_overlap: float
+    W_dec: Tensor,
+    blocks: Tensor,
+    rate_F: Tensor,
+    forget_features: int,
+    target_overlap: float,
+    shard: Shard = WHOLE,
 ) -> DecoderGrad:
     """Of forget_overlap with controlled sharing: d_in · weighted mean of (|cos| - τ)₊², τ² = target_overlap /
     d_in. A pair may overlap as far as the target, and only what is beyond costs."""
-    n, d_in, weight = forget_features, W_dec.shape[1], rate_F[forget_features:]
-    cosines, whole = W_dec[:n] @ W_dec[n:].T, (n * weight.sum()).clamp(min=1e-12)
-    beyond = torch.nn.functional.softshrink(cosines, math.sqrt(target_overlap / d_in))
+    n, d_in = forget_features, W_dec.shape[1]
+    group, others, mine = group_and_others(W_dec, n, shard)
+    whole = (n * rate_F[n:].sum()).clamp(min=1e-12)
+    weight = shard.own(rate_F)[len(W_dec) - len(others) :]
+    beyond = torch.nn.functional.softshrink(group @ others.T, math.sqrt(target_overlap / d_in))
     slope = 2 * d_in / whole * beyond * weight
-    grad = torch.cat([slope @ W_dec[n:], slope.T @ W_dec[:n]])
-    rows = upload(blocks.flatten(), W_dec.device)
-    return DecoderGrad(d_in * (beyond.pow(2) @ weight).sum() / whole, rows, grad)
+    of_group, value = shard.sums([slope @ others, (beyond.pow(2) @ weight).sum()])
+    grad = torch.cat([of_group[mine], slope.T @ group])
+    rows = upload(shard.here(blocks.flatten(), len(W_dec))[1], W_dec.device)
+    return DecoderGrad(d_in * value / whole, rows, grad)
 
 
 def form_groups(profile: Tensor, group_size: int) -> Tensor:

@@ -396,7 +396,7 @@ def stream(lm: InterventionLM, weights: dict[str, Tensor], tokens: Tensor) -> Te
     InterventionLM.resid has not."""
 
     def stop(module, args, put_out):
-        raise Reached(hidden_of(put_out).float())
+        raise Reached(hidden_of(put_out).float().to(tokens.device))
 
     handle = lm.layers[lm.layer].register_forward_hook(stop)
     try:

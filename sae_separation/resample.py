@@ -22,19 +22,21 @@ def resample(
     the living's mean encoder norm and bias and fresh Adam moments (after Bricken et al., Towards
     Monosemanticity, 2023, appendix on resampling). At most one a row; returns how many. A decoder that is not
     trained keeps its directions, an encoder its weights; with `start` [F, D] the directions keep a
-    `least_cosine` with it."""
-    dead = dead_F.nonzero()[:, 0]
+    `least_cosine` with it. Of features that are split over ranks, each rank revives its
+    own."""
+    shard, all_dead = sae.shard, sae.shard.gather(dead_F)
+    dead = all_dead.nonzero()[:, 0]
     if not len(dead):
         return 0
     # in parts: [B, F] of a large dictionary is larger than its weights
     error = torch.cat([part - sae(part) for part in x.split(256)])
     weight, n = error.pow(2).sum(1).cpu(), min(len(dead), len(x))
     chosen = torch.multinomial(weight, n, generator=generator).to(x.device)
-    dead = dead[: len(chosen)]
-    direction = torch.nn.functional.normalize(error[chosen], dim=1)
+    mine, dead = shard.here(dead[:n], len(dead_F))
+    direction = torch.nn.functional.normalize(error[chosen[mine]], dim=1)
     size, bias = torch.ones(()), torch.zeros(())
-    if not dead_F.all():
-        size, bias = sae.W_enc_FD[~dead_F].norm(dim=1).mean(), sae.b_enc[~dead_F].mean()
+    if not all_dead.all():
+        size, bias = shard.mean(sae.W_enc_FD[~dead_F].norm(dim=1)), shard.mean(sae.b_enc[~dead_F])
     if start_FD is not None:
         hold_near(direction, start_FD[dead], least_cosine)
     if not sae.W_dec.requires_grad:
@@ -48,11 +50,11 @@ def resample(
     sae.idle[dead] = 0
     of_features = [sae.W_dec, sae.W_enc_FD, sae.b_enc]
     if sae.activation == "jumprelu":
-        if not dead_F.all():
-            sae.log_threshold[dead] = sae.log_threshold[~dead_F].mean()
+        if not all_dead.all():
+            sae.log_threshold[dead] = shard.mean(sae.log_threshold[~dead_F])
         of_features.append(sae.log_threshold)
     forget_moments(adam, of_features, dead)
-    return len(dead)
+    return n
 
 
 def forget_moments(adam: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], rows: Tensor):

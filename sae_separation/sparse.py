@@ -10,12 +10,13 @@ from torch import Tensor
 
 from sae_separation.devices import upload
 from sae_separation.losses import tangential
+from sae_separation.shards import Shard
 
 
 class Encoder(Protocol):
     """What activation functions read of an SAE: b_enc [F], the name of its activation, k active features a
-    row, the 0-d buffers threshold (batchtopk, matryoshka) and temperature (softk), and of jumprelu its
-    thresholds [F] and its bandwidth."""
+    row, the 0-d buffers threshold (batchtopk, matryoshka) and temperature (softk), of jumprelu its
+    thresholds [F] and its bandwidth, and which share of the features it holds."""
 
     @property
     def activation(self) -> str: ...
@@ -31,6 +32,8 @@ class Encoder(Protocol):
     def bandwidth(self) -> float: ...
     @property
     def temperature(self) -> Tensor: ...
+    @property
+    def shard(self) -> Shard: ...
     def pre_activations(self, u: Tensor, some: slice = ..., out_FB: Tensor | None = None) -> Tensor: ...
 
 
@@ -266,7 +269,7 @@ def sparse_features(
     floor = 0.8 * sae.threshold.item() if sae.activation in OF_BATCH else 0.0
     col, row, value = entries_above(floor, sae, u_low)
     if sae.activation in OF_BATCH:
-        if len(value) < sae.k * len(u_BD) and floor:
+        if sae.shard.count(len(value), value.device) < sae.k * len(u_BD) and floor:
             col, row, value = entries_above(0.0, sae, u_low)
         keep = ~(value < batch_border(value, sae.k * len(u_BD), sae))
         col, row, value = col[keep], row[keep], value[keep]
@@ -277,12 +280,14 @@ def largest_entries(sae: Encoder, u_low: Tensor) -> tuple[Tensor, Tensor, Tensor
     """col, row, value and slope (fp32) of the k B largest features of a batch, in the order of features: so
     many that the host knows how many. Where fewer are active, the others have value and slope 0; of equals at
     the border some are kept."""
-    pre_BF = sae.pre_activations(u_low)
-    value, place = pre_BF.flatten().topk(sae.k * len(u_low), sorted=False)
+    pre_BF, n = sae.pre_activations(u_low), sae.k * len(u_low)
+    value, place = pre_BF.flatten().topk(min(n, pre_BF.numel()), sorted=False)
     row = place // pre_BF.shape[1]
     at, order = ((place - row * pre_BF.shape[1]) * len(u_low) + row).sort()
     col, value = at // len(u_low), value[order].float().relu_()
-    learn_border(value.min(), sae)
+    border = value.min() if sae.shard.size == 1 else nth_largest(sae.shard.largest(value, n), n)
+    value = value.masked_fill_(value < border, 0)  # of all ranks' features
+    learn_border(border, sae)
     return col, at - col * len(u_low), value, (~(value <= 0)).float()
 
 
@@ -321,15 +326,18 @@ def prefix_widths(n_features: int) -> list[int]:
 
 
 def batch_border(few: Tensor, n: int, sae: Encoder) -> Tensor:
-    """The n-th largest feature of a batch, 0 if fewer are active, from all candidates."""
-    if len(few) < n:
-        border = few.new_zeros(())
-    elif few.is_cuda:  # kthvalue keeps one block of threads busy there
-        border = few.topk(n, sorted=False).values.min().float()
-    else:
-        border = few.kthvalue(len(few) - n + 1).values
+    """The n-th largest feature of a batch, 0 if fewer are active, from all candidates that are here."""
+    few = sae.shard.largest(few, n)
+    border = few.new_zeros(()) if len(few) < n else nth_largest(few, n)
     learn_border(border, sae)
     return border
+
+
+def nth_largest(values: Tensor, n: int) -> Tensor:
+    """Of a vector of at least n entries."""
+    if values.is_cuda:  # kthvalue keeps one block of threads busy there
+        return values.topk(n, sorted=False).values.min().float()
+    return values.kthvalue(len(values) - n + 1).values
 
 
 def learn_border(border: Tensor, sae: Encoder):
@@ -345,14 +353,16 @@ def batch_top_k(pre: Tensor, sae: Encoder) -> tuple[Tensor, None]:
     if not f.is_cuda:  # where to find how many there are, a GPU would be waited for
         # the border is near where it was: seldom more than a few per cent must be ranked
         near = few[true_places(f > 0.8 * sae.threshold)].float()
-        few = near if len(near) >= n else few.float()
+        few = near if sae.shard.count(len(near), near.device) >= n else few.float()
     return f.masked_fill_(f < batch_border(few, n, sae), 0), None
 
 
 def soft_k_winners(pre: Tensor, sae: Encoder) -> tuple[Tensor, Tensor | None]:
     """relu(pre) · σ((pre - θ) / T), θ midway between the k-th and the next largest of the row and held
     constant in the gradient; gates under 1 % are shut. At temperature T = 0 this is top-k."""
-    top = pre.topk(sae.k + 1, dim=-1).values
+    top = pre.topk(min(sae.k + 1, pre.shape[-1]), dim=-1).values
+    if sae.shard.size > 1:
+        top = sae.shard.gather(top.float(), -1).topk(sae.k + 1, dim=-1).values.to(pre)
     border = (top[..., -2:].sum(-1, keepdim=True) / 2).detach()
     if not sae.temperature > 0:
         return torch.relu(pre) * (pre >= top[..., -2:-1]), None

@@ -30,7 +30,7 @@ from sae_separation.checks import first_can_be_had
 from sae_separation.config import Config, Request, complete
 from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.exam import Exam, logits_at, most_positions, pad_alone
-from sae_separation.lm import InterventionLM, Testbed, load_lm, load_tokenizer, without_bars
+from sae_separation.lm import SPLIT, InterventionLM, Testbed, load_lm, load_tokenizer, without_bars
 from sae_separation.progress import set_up
 from sae_separation.questions import Question, check_subjects, read_questions
 from sae_separation.specs import (
@@ -60,18 +60,23 @@ C = TypeVar("C", bound=Config)
 
 
 def load(
-    wanted: DataConfig | str = "auto", tokens: int | None = None, least_tokens: int = 1, examined: bool = True
+    wanted: DataConfig | str = "auto",
+    tokens: int | None = None,
+    least_tokens: int = 1,
+    examined: bool = True,
+    split_lm: bool = False,
 ) -> Testbed:
     """The testbed that is wanted: text and questions first, for they are wrong more often, then the LM.
 
     `tokens` to train on (None: the testbed's default) say how much text is read from the hub; text of fewer
     tokens than `least_tokens`, or than a context, is refused; `examined` says whether questions will be
-    asked. Raises WrongRequest and RunFailed.
+    asked; with `split_lm` the LM's layers are placed over all GPUs. Raises WrongRequest and RunFailed.
     """
     wanted = DataConfig(testbed=wanted) if isinstance(wanted, str) else wanted
     name = wanted.name if wanted.name != "auto" else AUTO[0 if first_can_be_had() else 1]
     row = SPECS[name]
     spec = spec_of(wanted, row)
+    device = device_for(spec, split_lm)
     set_up.begin("reading the questions")
     world = World.of(lm_path(row, spec.lm)) if row.has_world else None
     if world and spec.questions == row.questions:
@@ -107,7 +112,6 @@ def load(
         check_amount(option, text, tokenizer, max(least_tokens, spec.defaults["context_size"]))
     if examined:
         check_questions(spec, questions, tokenizer, json.loads((folder / "config.json").read_text()))
-    device = "cuda" if torch.cuda.is_available() and spec.gpu else "cpu"
     testbed = Testbed(
         name=name,
         lm=load_lm(folder, device),
@@ -139,11 +143,20 @@ def load(
     return testbed
 
 
-def of_request(request: Request, asks: bool) -> Testbed:
+def device_for(spec: Spec, split_lm: bool) -> str:
+    """Where a testbed's LM is placed, as load_lm takes it. Raises WrongRequest where it cannot be split."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if split_lm and gpus < 2:
+        what = f"--split_lm places the LM over several GPUs, and {'one is' if gpus else 'none is'} here"
+        raise WrongRequest(f"{what}: leave it out")
+    return SPLIT if split_lm else "cuda" if gpus and spec.gpu else "cpu"
+
+
+def of_request(request: Request, asks: bool, split_lm: bool) -> Testbed:
     """The LM and the text of a request, and the questions where an evaluation asks some. Raises
     WrongRequest."""
     least = max(request.batch_size, request.context_size or 0)
-    testbed = load(request, request.tokens, least, asks)
+    testbed = load(request, request.tokens, least, asks, split_lm)
     if request.testbed == "auto" and testbed.name != CUSTOM:
         print(f"testbed: auto means {testbed.name}")
     return testbed

@@ -130,7 +130,7 @@ def layers_above(lm: InterventionLM, batch: Batch, resid: Tensor) -> Tensor:
     at, kept = (torch.arange(len(resid)), batch.positions[:, 0]), [resid]
 
     def keep(module, args, put_out):
-        kept.append(hidden_of(put_out).float())
+        kept.append(hidden_of(put_out).float().to(resid.device))
 
     handles = [layer.register_forward_hook(keep) for layer in lm.layers[lm.layer + 1 :]]
     try:

@@ -25,7 +25,7 @@ from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.exam import Exam, Residuals, special_ids, trained_on
 from sae_separation.four_bits import rounded_to_4_bits
 from sae_separation.interventions import ChosenFeatures
-from sae_separation.lm import InterventionLM, Testbed, load_lm, massive
+from sae_separation.lm import InterventionLM, Testbed, device_of, load_lm, massive
 from sae_separation.progress import section
 from sae_separation.testbeds import packed_contexts
 
@@ -250,7 +250,7 @@ class Evaluator:
     def oracle(self) -> InterventionLM | None:
         """The testbed's oracle, if it has one."""
         folder, lm = self.testbed.oracle, self.testbed.lm
-        return folder and InterventionLM(replace(self.testbed, lm=load_lm(folder, str(lm.device))))
+        return folder and InterventionLM(replace(self.testbed, lm=load_lm(folder, device_of(lm))))
 
     @cached_property
     def in_4_bits(self) -> "Evaluator":

@@ -145,7 +145,7 @@ class FineTuned:
         hook = self.hook
 
         def put_in(module, args, put_out):
-            resid = hidden_of(put_out)
+            resid = hidden_of(put_out).to(batch.tokens.device)
             may_be_touched = batch.trained & ~massive(resid.detach(), batch.trained)
             seen = batch.seen(self.lm)
             new = hook and hook(resid, hook=Residuals(resid, may_be_touched, batch.tokens, seen))
