@@ -117,6 +117,13 @@ def test_systems_are_measured_in_turns_and_one_that_ends_leaves_the_others(tmp_p
     assert workers["ours"].asked[0] == ("settle", bench.SETTLE["n"]) and len(session.peaks) == 3
 
 
+def test_a_worker_of_its_own_for_one_command_says_all_that_it_was_and_did(tmp_path, monkeypatch):
+    session = bench.Session(tmp_path, "none", quick=True)
+    monkeypatch.setattr(session, "start", Canned)
+    told = session.once("step", {"n": 2}, system="peer")
+    assert told == {"torch": "t", "tokens_per_second": 50.0, "l0": 32.0, "peak_rss_mb": 9.0}
+
+
 def test_results_are_not_overwritten_by_fewer_parts(tmp_path):
     (tmp_path / "results.json").write_text('{"about": {}, "peers": {}, "curves": {}}')
     for out, said in (
@@ -154,16 +161,11 @@ def test_our_worker_answers_every_command_and_a_worker_that_ends_is_an_error_wit
             answer["tokens"] / answer["seconds"]
         )
     stored = tmp_path / "activations.safetensors"
-    assert 0 < worker.ask("store", n=40 * 2048, path=str(stored))["variance"] <= 1.01
+    assert 0 < worker.ask("store", n=28 * 2048, path=str(stored))["variance"] <= 1.01
+    settings = {"target_l0": 0.0, "l1": 0.0, "lr": 3e-3, "warmup_steps": 2}
+    worker.ask("build", arms=["vanilla"], activations=str(stored), steps=20, settings=settings)
+    trained = worker.ask("quality")
     assert worker.stop()["peak_rss_mb"] > worker.about["rss_mb"] / 2
-    trained = session.once(
-        "quality",
-        system="ours",
-        d_sae=64,
-        activations=str(stored),
-        steps=20,
-        settings={"target_l0": 0.0, "l1": 0.0, "lr": 3e-3, "warmup_steps": 2},
-    )
     assert trained["explained_variance"] > 0.5 and 0 < trained["l0"] <= 64
     with pytest.raises(RuntimeError, match="ours default ended: KeyError: 'd_sae'"):
         session.start("ours")  # before it imports anything heavy
