@@ -55,11 +55,7 @@ TINY = (
 def here(micro, monkeypatch, tmp_path):
     """The command in this process, on the LM of the session: its exit code."""
     monkeypatch.setattr("sae_separation.testbeds.load", lambda *_: micro)
-    monkeypatch.setattr(
-        experiment,
-        "Evaluator",
-        lambda testbed, size: EVALUATORS.setdefault(size, Evaluator(testbed, size, 64)),
-    )
+    monkeypatch.setattr(experiment, "Evaluator", evaluator_of)
 
     def run(*out_dirs, evals=("none",), seeds=(0, 1), extra=()) -> int:
         argv = [
@@ -78,7 +74,14 @@ def here(micro, monkeypatch, tmp_path):
     return run
 
 
-EVALUATORS = {}
+EVALUATORS: dict[int, Evaluator] = {}
+
+
+def evaluator_of(testbed, context_size: int) -> Evaluator:
+    """On few contexts, and one for all commands: the LM of the session is theirs."""
+    if context_size not in EVALUATORS:
+        EVALUATORS[context_size] = Evaluator(testbed, context_size, 64)
+    return EVALUATORS[context_size]
 
 
 def results(folder) -> tuple:

@@ -15,13 +15,16 @@ from sae_separation.evals.evaluator import Evaluator
 from sae_separation.forms import FORMS, Asker, Form, tells
 from sae_separation.questions import Question
 
-EACH = 8  # one question in so many
+EACH, EACH_OF_RETAIN = 8, 12  # one question in so many
 
 
 @pytest.fixture(scope="module")
 def few(micro):
     """The testbed with some of its questions."""
-    return replace(micro, questions={s: some[::EACH] for s, some in micro.questions.items()}, n_held_out=32)
+    each = {s: EACH if s == micro.forget_subject else EACH_OF_RETAIN for s in micro.questions}
+    return replace(
+        micro, questions={s: some[:: each[s]] for s, some in micro.questions.items()}, n_held_out=32
+    )
 
 
 @pytest.fixture(scope="module")
