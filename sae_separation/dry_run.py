@@ -151,7 +151,7 @@ class Pass:
     def _activations(self) -> str:
         if self.d_in is None:
             return "not known before the LM is here"
-        first = self.with_saes[0]
+        first = next(iter(self.with_saes.values()))
         said = kept.said_of(self.testbed, defaults_of(self.spec), first)
         return kept.foreseen(self.command, said, first.tokens, self.d_in)
 
