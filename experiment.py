@@ -171,7 +171,7 @@ from sae_separation.evals.evaluator import Evaluator, evaluation_contexts
 from sae_separation.exam import special_ids
 from sae_separation.gradients import Terms, accumulate_grads
 from sae_separation.kept import Kept, cache_of
-from sae_separation.lm import SplitLM, Testbed, bfloat16_twins, fast_lm_tokens, massive, parameters_as
+from sae_separation.lm import StreamLM, Testbed, fast_lm_tokens, massive
 from sae_separation.losses import has_bf16
 from sae_separation.resample import resample
 from sae_separation.rounds import Rounds, steps_of_round
@@ -201,11 +201,9 @@ class ActivationStream:
         seed: int = 0,
         lm_tokens: int | None = None,
     ):
-        self.device, self.d_in = testbed.lm.device, testbed.d_in
-        self.lm = SplitLM(testbed)
+        self.device, self.d_in, self.lm = testbed.device, testbed.d_in, StreamLM(testbed)
         self.special = special_ids(testbed.tokenizer)
-        self.low_precision = bfloat16_twins(testbed) if has_bf16(self.device) else []
-        lm_tokens = lm_tokens or fast_lm_tokens(testbed.lm)
+        lm_tokens = lm_tokens or fast_lm_tokens(testbed)
         self.n_contexts = max(2, lm_tokens // context_size // 2 * 2)  # per LM batch
         self.n_lm_batches = max(1, round(buffer_tokens / (self.n_contexts * (context_size - 1))))
         self.passes = {"forget": 0, "retain": 0}  # over the text, begun so far
@@ -221,11 +219,9 @@ class ActivationStream:
         self.with_massive = 0.0  # share of the block's contexts that hold a massive row
         process.make_collections_short()
 
-    @torch.no_grad()
     def activations(self, tokens: Tensor) -> Tensor:
         """resid_post [context, pos, D] of tokens [context, pos], in the precision that the LM runs in."""
-        with parameters_as(self.low_precision):
-            return self.lm.resid(tokens)
+        return self.lm.resid(tokens)
 
     def next_block(self) -> ActivationBlock:
         """From the LM, or as it is kept. The stream lets go of the block before."""
@@ -843,8 +839,8 @@ def run_experiments(
         process.signals.something_is_kept()
     rows = evals.rows_of(command.evals)
     fitted = not all(ARMS[request.arm].trains_sae for request in asked)
-    asks = any(row.asks for row in rows)
-    testbed = testbeds.of_request((asked or requests)[0], asks, command.split_lm)
+    asks, weights = any(row.asks for row in rows), bool(rows or fitted) or command.activations is None
+    testbed = testbeds.of_request((asked or requests)[0], asks, command.split_lm, weights)
     resolved = [resolve(request, Config, testbed) for request in asked]
     finished = [results.Finished(Path(name), resolve(c, Config, testbed), testbed) for name, c in complete]
     context_size = one_pass(names, resolved).context_size if asked else finished[0].config.context_size
@@ -888,7 +884,7 @@ def train_runs(command: Command, runs: list[Run], testbed: Testbed, evaluated: b
             run.tell_restart()
     at = checkpoint.Position(**saved[0][1]["position"]) if saved else checkpoint.Position()
     if at.over:
-        stream, block = None, ActivationBlock.blank(testbed.d_in, testbed.lm.device)
+        stream, block = None, ActivationBlock.blank(testbed.d_in, testbed.device)
     else:
         progress.set_up.begin("computing the first activations")
         stream = ActivationStream(testbed, shared.context_size, shared.buffer_tokens)

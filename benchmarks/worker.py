@@ -326,7 +326,7 @@ class Ours(System):
             out["nnsight"].append(time.perf_counter() - before)
             handle = self.testbed.lm.get_submodule(self.testbed.hook_name).register_forward_hook(stop)
             before = time.perf_counter()
-            with torch.no_grad(), parameters_as(self.stream.low_precision):
+            with torch.no_grad(), parameters_as(self.stream.lm.low_precision):
                 try:
                     self.testbed.lm(tokens, use_cache=False)
                 except Stop:

@@ -102,7 +102,7 @@ def runs_in(testbed: "Testbed") -> str:
 
     from sae_separation.losses import has_bf16
 
-    low = testbed.lm.dtype == torch.float32 and has_bf16(testbed.lm.device)
+    low = testbed.lm.dtype == torch.float32 and has_bf16(testbed.device)
     return "bfloat16" if low else str(testbed.lm.dtype).removeprefix("torch.")
 
 

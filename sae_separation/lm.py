@@ -19,6 +19,7 @@ from torch import Tensor
 from sae_separation import process
 from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.exam import Batch, Residuals, logits_at
+from sae_separation.losses import has_bf16
 from sae_separation.questions import Question
 from sae_separation.text import Text, one_line
 
@@ -36,7 +37,8 @@ class Testbed:
     there is one, is asked the questions in place of `lm`; `shared_stems` and `mixed_lengths` say how its rows
     can be laid out (Exam). `defaults` are config fields that depend on the LM, `published` core metrics of
     others to print beside ours; `describe` goes into config.json and `notes` into warnings.json. `oracle` is
-    the folder of an LM that is like `lm` but never read what is to be forgotten, if there is one.
+    the folder of an LM that is like `lm` but never read what is to be forgotten, if there is one. With
+    `load_weights`, `lm` is a structure without weights until that is called; it will run on `device`.
     """
 
     name: str
@@ -60,6 +62,14 @@ class Testbed:
     published: dict = field(default_factory=dict)
     oracle: Path | None = None
     notes: list[str] = field(default_factory=list)
+    load_weights: Callable[[], None] | None = None
+    runs_on: str = "cpu"
+
+    @property
+    def device(self) -> torch.device:
+        if self.load_weights is None:
+            return self.lm.device
+        return torch.device("cuda" if self.runs_on == SPLIT else self.runs_on)
 
     @property
     def layers(self) -> torch.nn.ModuleList:
@@ -137,6 +147,35 @@ LARGE = 3e9  # bytes of weights that are not spread out to float32
 SPLIT = "auto"  # the device of an LM whose layers are placed over all GPUs (transformers' device_map)
 
 
+def dtype_of(folder: Path) -> torch.dtype:
+    """The precision in which the LM in a folder is loaded."""
+    large = sum(f.stat().st_size for f in folder.glob("*.safetensors")) > LARGE
+    return torch.bfloat16 if large else torch.float32
+
+
+@contextlib.contextmanager
+def loading(folder: Path):
+    """Inside, transformers is quiet, and what it raises for files that are no LM becomes a WrongRequest."""
+    try:
+        with without_bars():
+            yield
+    except Exception as error:  # whatever transformers, safetensors and json raise
+        if isinstance(error, MemoryError | RunFailed | WrongRequest):
+            raise
+        raise WrongRequest(
+            f"--lm {folder} cannot be loaded ({one_line(error)}); save it anew with transformers"
+        ) from error
+
+
+def structure_of(folder: Path) -> Any:
+    """The LM in a folder without its weights (on torch's device meta). Raises WrongRequest."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with loading(folder), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype_of(folder), trust_remote_code=False)
+
+
 def load_lm(folder: Path, device: str) -> Any:
     """The LM in `folder`, frozen; in float32, or in bfloat16 when its files are LARGE. Of a SPLIT one
     accelerate moves what goes from layer to layer; its `device` is that of its first layers, which takes its
@@ -146,30 +185,23 @@ def load_lm(folder: Path, device: str) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    large = sum(f.stat().st_size for f in folder.glob("*.safetensors")) > LARGE
-    try:
-        with without_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.bfloat16 if large else torch.float32,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                device_map=device if device == SPLIT else None,
-            )
-    except Exception as error:  # whatever transformers, safetensors and json raise for files that are none
-        if isinstance(error, MemoryError | RunFailed | WrongRequest):
-            raise
-        raise WrongRequest(
-            f"--lm {folder} cannot be loaded ({one_line(error)}); save it anew with transformers"
-        ) from error
-    lm, loading = loaded
-    missing = sorted(loading["missing_keys"])
+    dtype = dtype_of(folder)
+    with loading(folder):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            device_map=device if device == SPLIT else None,
+        )
+    lm, found = loaded
+    missing = sorted(found["missing_keys"])
     if missing:
         raise WrongRequest(
             f"--lm {folder} lacks {len(missing)} weights, first {missing[0]}: save it anew, whole"
         )
-    if large:  # probabilities need more than bfloat16 has
+    if dtype == torch.bfloat16:  # probabilities need more than bfloat16 has
 
         def to_float(module, args, output):
             output.logits = output.logits.float()
@@ -207,13 +239,13 @@ def bfloat16_twins(testbed: Testbed) -> list[tuple[torch.nn.Parameter, Tensor]]:
     ]
 
 
-def fast_lm_tokens(lm: Any) -> int:
+def fast_lm_tokens(testbed: Testbed) -> int:
     """Tokens of an LM batch. On a CPU a layer's widest activations are 16 MB (fp32): larger batches are no
     faster, and take more memory."""
-    config = lm.config
+    config = testbed.lm.config
     return (
         16_384
-        if lm.device.type == "cuda"
+        if testbed.device.type == "cuda"
         else 2**22 // (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
     )
 
@@ -324,6 +356,30 @@ class SplitLM:
             return form([hidden, *beside])
 
         return itself if isinstance(put_out, Tensor) else first_of_several
+
+
+class StreamLM:
+    """The LM that the stream runs up to the hook, in bfloat16 where the machine has it. Its weights, where
+    they are not there yet, are loaded for the first tokens."""
+
+    def __init__(self, testbed: Testbed):
+        self.testbed = testbed
+
+    @cached_property
+    def split(self) -> SplitLM:
+        if self.testbed.load_weights:
+            self.testbed.load_weights()
+        return SplitLM(self.testbed)
+
+    @cached_property
+    def low_precision(self) -> list[tuple[torch.nn.Parameter, Tensor]]:
+        return bfloat16_twins(self.testbed) if has_bf16(self.split.lm.device) else []
+
+    @torch.no_grad()
+    def resid(self, tokens: Tensor) -> Tensor:
+        """resid_post [row, pos, D] of the hook layer, in the precision that the LM runs in."""
+        with parameters_as(self.low_precision):
+            return self.split.resid(tokens)
 
 
 @dataclass

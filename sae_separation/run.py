@@ -451,7 +451,7 @@ def cut_short(trainer: Trains) -> list[str]:
 def refuse_more_than_memory(configs: Sequence[Config], testbed: Testbed):
     """Raises WrongRequest when the memory left does not hold what training surely needs."""
     need = bytes_of_training(configs, testbed.d_in)
-    left = process.memory_left(testbed.lm.device)
+    left = process.memory_left(testbed.device)
     if need > left:
         what = f"training needs at least {need / 1e9:.1f} GB of memory and {left / 1e9:.1f} GB are left"
         lower = "--d_sae, --batch_size, --buffer_tokens, or the number of --seeds or run folders"

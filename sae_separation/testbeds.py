@@ -30,7 +30,15 @@ from sae_separation.checks import first_can_be_had
 from sae_separation.config import Config, Request, complete
 from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.exam import Exam, logits_at, most_positions, pad_alone
-from sae_separation.lm import SPLIT, InterventionLM, Testbed, load_lm, load_tokenizer, without_bars
+from sae_separation.lm import (
+    SPLIT,
+    InterventionLM,
+    Testbed,
+    load_lm,
+    load_tokenizer,
+    structure_of,
+    without_bars,
+)
 from sae_separation.progress import set_up
 from sae_separation.questions import Question, check_subjects, read_questions
 from sae_separation.specs import (
@@ -65,12 +73,14 @@ def load(
     least_tokens: int = 1,
     examined: bool = True,
     split_lm: bool = False,
+    weights: bool = True,
 ) -> Testbed:
     """The testbed that is wanted: text and questions first, for they are wrong more often, then the LM.
 
     `tokens` to train on (None: the testbed's default) say how much text is read from the hub; text of fewer
     tokens than `least_tokens`, or than a context, is refused; `examined` says whether questions will be
-    asked; with `split_lm` the LM's layers are placed over all GPUs. Raises WrongRequest and RunFailed.
+    asked; with `split_lm` the LM's layers are placed over all GPUs; without `weights` the LM's are left to
+    `load_weights`. Raises WrongRequest and RunFailed.
     """
     wanted = DataConfig(testbed=wanted) if isinstance(wanted, str) else wanted
     name = wanted.name if wanted.name != "auto" else AUTO[0 if first_can_be_had() else 1]
@@ -114,7 +124,7 @@ def load(
         check_questions(spec, questions, tokenizer, json.loads((folder / "config.json").read_text()))
     testbed = Testbed(
         name=name,
-        lm=load_lm(folder, device),
+        lm=None,
         tokenizer=tokenizer,
         layer=spec.layer,
         forget=texts["forget_text"],
@@ -131,10 +141,9 @@ def load(
         published=spec.published,
         oracle=oracle,
         notes=notes,
+        runs_on=device,
     )
-    set_up.begin("checking the LM")
-    check_ids(testbed)
-    check_lm(testbed)
+    give_lm(testbed, folder, weights)
     if spec.exam_lm and examined:
         exam_folder, described["exam_lm"] = lm_folder(name, spec.exam_lm)
         testbed.exam_lm = load_lm(exam_folder, device)
@@ -152,11 +161,27 @@ def device_for(spec: Spec, split_lm: bool) -> str:
     return SPLIT if split_lm else "cuda" if gpus and spec.gpu else "cpu"
 
 
-def of_request(request: Request, asks: bool, split_lm: bool) -> Testbed:
-    """The LM and the text of a request, and the questions where an evaluation asks some. Raises
-    WrongRequest."""
+def give_lm(testbed: Testbed, folder: Path, weights: bool):
+    """Load a testbed's LM, and check it; without `weights` its structure alone, until `load_weights` is
+    called. Raises WrongRequest."""
+
+    def load_weights():
+        testbed.lm, testbed.load_weights = load_lm(folder, testbed.runs_on), None
+        set_up.begin("checking the LM")
+        check_ids(testbed)
+        check_lm(testbed)
+
+    if weights:
+        load_weights()
+    else:
+        testbed.lm, testbed.load_weights = structure_of(folder), load_weights
+
+
+def of_request(request: Request, asks: bool, split_lm: bool, weights: bool) -> Testbed:
+    """The LM and the text of a request, and the questions where an evaluation asks some; without `weights`
+    the LM's are not loaded before they are needed. Raises WrongRequest."""
     least = max(request.batch_size, request.context_size or 0)
-    testbed = load(request, request.tokens, least, asks, split_lm)
+    testbed = load(request, request.tokens, least, asks, split_lm, weights)
     if request.testbed == "auto" and testbed.name != CUSTOM:
         print(f"testbed: auto means {testbed.name}")
     return testbed

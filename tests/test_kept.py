@@ -13,7 +13,7 @@ import torch
 
 import experiment
 from experiment import ActivationStream
-from sae_separation import files, kept
+from sae_separation import files, kept, testbeds
 from sae_separation.blocks import ActivationBlock
 from sae_separation.errors import WrongRequest, tell
 
@@ -221,8 +221,20 @@ def test_the_stream_goes_on_behind_what_is_kept_to_the_same_bits(micro, tmp_path
         assert (plain.passes, plain.with_massive) == (again.passes, again.with_massive)
 
 
+def test_an_lm_is_loaded_when_a_block_is_missing_and_is_then_the_same(micro):
+    bed = replace(micro, lm=None)
+    testbeds.give_lm(bed, Path(micro.lm.config.name_or_path), weights=False)
+    assert bed.lm.device.type == "meta" and bed.device == micro.device
+    stream, plain = (ActivationStream(some, 128, 4096, lm_tokens=2048) for some in (bed, micro))
+    assert kept.identity(bed, stream, 128, False) == kept.identity(micro, plain, 128, False)
+    assert (bed.hook_name, bed.d_in) == (micro.hook_name, micro.d_in)
+    assert bed.load_weights and torch.equal(stream.next_block().x, plain.next_block().x)
+    assert bed.load_weights is None and bed.lm.device == micro.device
+
+
 def test_a_run_from_kept_activations_is_the_same_run(micro, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sae_separation.testbeds.load", lambda *_: micro)
+    weights: list[bool] = []
+    monkeypatch.setattr("sae_separation.testbeds.load", lambda *args: weights.append(args[-1]) or micro)
     how = "--arm=fixed --testbed=micro --seeds 0 --tokens 12800 --batch_size 128 --buffer_tokens 4096"
     how += " --d_sae 32 --target_l0 4 --evals none --checkpoint_seconds 0"
 
@@ -241,7 +253,7 @@ def test_a_run_from_kept_activations_is_the_same_run(micro, tmp_path, monkeypatc
     with monkeypatch.context() as m:
         m.setattr(ActivationStream, "activations", lambda *_: pytest.fail("the LM was run"))
         assert run("again", cache) == 0
-    assert "the LM is not run" in capsys.readouterr().out
+    assert "the LM is not run" in capsys.readouterr().out and weights == [True, False, False]
     for name in ("first", "again"):
         for file in ("config.json", "train_log.jsonl", "warnings.json", "sae_seed0/sae_weights.safetensors"):
             assert (tmp_path / name / file).read_bytes() == (tmp_path / "plain" / file).read_bytes(), file

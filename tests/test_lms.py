@@ -93,7 +93,7 @@ def test_a_window_is_no_hindrance_to_rows_within_it(own, tmp_path):
 @pytest.mark.parametrize("kind", tiny.FURTHER_KINDS)
 def test_layers_that_put_out_tuples_or_lists_are_read_and_resumed(kind, own, tmp_path):
     testbed = load(tiny.save_lm(tmp_path / "lm", kind), own)
-    assert testbed.d_in == tiny.D_IN and fast_lm_tokens(testbed.lm) >= 2**14
+    assert testbed.d_in == tiny.D_IN and fast_lm_tokens(testbed) >= 2**14
     stream = experiment.ActivationStream(testbed, 32, 2048, lm_tokens=1024)
     block = stream.next_block()
     assert block.x.shape[1] == tiny.D_IN and torch.isfinite(block.x).all()
