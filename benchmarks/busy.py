@@ -80,9 +80,9 @@ def train():
             stream.next_block()
 
     tokens = steps()
-    sum(islice(tokens, 60))  # until few features are active
-    print(0.0, flush=True)
     with openmp.waits_follow_load():
+        sum(islice(tokens, 20))  # until few features are active
+        print(0.0, flush=True)
         for line in sys.stdin:
             done, began = 0, time.perf_counter()
             while (seconds := time.perf_counter() - began) < float(line):
