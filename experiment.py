@@ -30,12 +30,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from sae_separation.errors import Interrupted, begin, finish, tell
+from sae_separation.errors import Interrupted, begin, finish
 
 if __name__ == "__main__":  # from here on, whatever ends the command ends with its exit code and one line
     begin()
 
-from sae_separation import checkpoint, dry_run, evals, process, results, resume, run_folder
+from sae_separation import checkpoint, dry_run, evals, process, ranks, results, resume, run_folder
 from sae_separation import config as settings
 from sae_separation.arms import BOTH, CHUNKS, DIRECTIONS, FORGET_GROUP, GROUPS, HINGES, NEAR_START, Arm
 from sae_separation.config import BY_LAMBDA, Command, check, one_pass, passes, to_train
@@ -150,12 +150,13 @@ def unfinished(command: Command, requests: Sequence[Request]) -> tuple[Command, 
 if __name__ == "__main__":  # answer --help and wrong requests before anything heavy is imported
     atexit.register(run_folder.unlock)
     try:
-        COMMAND, CONFIGS = unfinished(*parse_command(sys.argv[1:]))
+        with ranks.one_voice():
+            COMMAND, CONFIGS = unfinished(*parse_command(sys.argv[1:]))
         if not CONFIGS:
             sys.exit(0)
         check(COMMAND, CONFIGS)
     except Exception as error:
-        sys.exit(tell(error, began=False))
+        sys.exit(ranks.tell(error, began=False))
 
 from itertools import islice
 
@@ -175,7 +176,7 @@ from sae_separation.lm import StreamLM, Testbed, fast_lm_tokens, massive
 from sae_separation.losses import has_bf16
 from sae_separation.resample import resample
 from sae_separation.rounds import Rounds, steps_of_round
-from sae_separation.run import Run, UntrainedRun, refuse_more_than_memory, runs_of
+from sae_separation.run import Run, UntrainedRun, evaluate_runs, refuse_more_than_memory, runs_of, share_news
 from sae_separation.shards import WHOLE, Shard
 from sae_separation.sparse import ACTIVATIONS, JUMPS, hold_near, remove_radial, unit_rows
 from sae_separation.start import directions, set_biases
@@ -249,11 +250,9 @@ class ActivationStream:
         x = torch.empty(n, self.d_in, device=self.device)
         forget = torch.empty(n, dtype=torch.bool, device=self.device)
         document = torch.empty(n, device=self.device)
-        for tokens, drawn, rows in zip(batches, draws, kept):
+        resids = ranks.shared(list(zip(batches, kept)), self._rows, [len(rows) for rows in kept], like=x)
+        for tokens, drawn, rows, resid in zip(batches, draws, kept, resids):
             place = upload(places[first : first + len(rows)], self.device)
-            with process.signals.held():  # the LM's weights are not to be left in the middle
-                resid = self.activations(upload(tokens, self.device)).flatten(0, 1)
-                resid = resid.index_select(0, upload(rows, self.device)).float()
             x.index_copy_(0, place, resid)
             forget.index_copy_(0, place, upload(rows < half * tokens.shape[1], self.device))
             document.index_copy_(0, place, upload(drawn.flatten()[rows], self.device))
@@ -264,6 +263,13 @@ class ActivationStream:
             with_sinks += len((rows[here] // tokens.shape[1]).unique())
         self.with_massive = with_sinks / sum(map(len, batches))
         return ActivationBlock(x, forget, document).without(places[sink])
+
+    def _rows(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """resid_post (fp32) [row, D] of an LM batch's tokens [context, pos], of the rows [row] to be kept."""
+        tokens, rows = batch
+        with process.signals.held():  # the LM's weights are not to be left in the middle
+            resid = self.activations(upload(tokens, self.device)).flatten(0, 1)
+            return resid.index_select(0, upload(rows, self.device)).float()
 
     def skip_blocks(self, n: int):
         """Go on behind the first n blocks, without the LM: a block is a function of text, seed and index."""
@@ -763,10 +769,10 @@ class TrainingLoop:
     def train(self, started: float, deadline: float, interval: float):
         at, size = self.at, self.runs[0].config.batch_size
         self.started, self.deadline, self.interval = started, deadline, interval
-        self.next_save = self.began + interval
+        self.next_save, self.pace = self.began + interval, ranks.Pace(at.step)
         done, total = at.step * size, self.n_steps * size
         how = {"unit": "tok", "unit_scale": True, "desc": "training", "mininterval": 2}
-        with tqdm(total=total, initial=done, **how) as bar:
+        with tqdm(total=total, initial=done, **how) as bar, ranks.held():
             try:
                 while self._goes_on():
                     self._train_on_block(self.stream.block or self.stream.next_block(), size, bar)
@@ -779,14 +785,16 @@ class TrainingLoop:
                 where = f"at step {at.step} of {self.n_steps}"
                 stop.message = f"{where}; the same command (without --overwrite) goes on from there"
                 raise
-            if any(run.training for run in self.runs):
-                with process.signals.held():
-                    at.over = True
-                    self._save()
+            with process.signals.held():
+                at.over = True
+                self._save()
 
     def _goes_on(self) -> bool:
-        in_time = self.at.step < self.n_steps and time.monotonic() < self.deadline
-        return in_time and any(run.training for run in self.runs)
+        """And whether a checkpoint is due (`due`). Of several ranks all decide alike, now and then."""
+        now, training = time.monotonic(), any(run.here for run in self.runs)
+        said = now > self.next_save, now >= self.deadline, training
+        self.due, late, training = self.pace.agree(self.at.step, *said, between=(False, False, True))
+        return bool(self.at.step < self.n_steps and training and not late)
 
     def _train_on_block(self, block: ActivationBlock, size: int, bar: tqdm):
         at = self.at
@@ -797,13 +805,15 @@ class TrainingLoop:
                     log = at.step % 25 == 0 or at.step == self.n_steps - 1
                     run.step(x, forget, log, document)
                 at.step, at.batch = at.step + 1, at.batch + 1
-                if time.monotonic() > self.next_save and self._goes_on():
+                goes_on = self._goes_on()
+                if goes_on and self.due:
                     self._save()
             bar.update(size)
-            if not self._goes_on():
+            if not goes_on:
                 return
         with process.signals.held():
             at.block, at.batch = at.block + 1, 0
+            share_news(self.runs)
         bar.set_postfix_str(", ".join(run.progress() for run in self.runs[:3]))
 
     def _save(self):
@@ -811,6 +821,7 @@ class TrainingLoop:
         at, now = self.at, time.monotonic()
         for run in self.runs:
             run.look()
+        share_news(self.runs)
         if not any(run.training for run in self.runs):
             return
         at.train_seconds = self.before.train_seconds + now - self.began
@@ -842,7 +853,8 @@ def run_experiments(
     asks, weights = any(row.asks for row in rows), bool(rows or fitted) or command.activations is None
     testbed = testbeds.of_request((asked or requests)[0], asks, command.split_lm, weights)
     resolved = [resolve(request, Config, testbed) for request in asked]
-    finished = [results.Finished(Path(name), resolve(c, Config, testbed), testbed) for name, c in complete]
+    about = testbed, tracking
+    finished = [results.Finished(Path(name), resolve(c, Config, testbed), *about) for name, c in complete]
     context_size = one_pass(names, resolved).context_size if asked else finished[0].config.context_size
     if rows or fitted:
         progress.set_up.begin("laying out the evaluations' contexts")
@@ -853,36 +865,22 @@ def run_experiments(
     for run in runs:
         if isinstance(run, UntrainedRun):
             run.begin(anew=command.overwrite)
+    ranks.meet()  # every folder is as its evaluations need it
     progress.set_up.close()
-    to_evaluate = sum(run.seconds_to_evaluate(rows) for run in (*runs, *finished))
-    with progress.bar("evaluating", to_evaluate and progress.CONTEXTS + to_evaluate) as bar:
-        bar.set_postfix_str("the contexts' residual stream")
-        evaluator = Evaluator(testbed, context_size) if to_evaluate else None
-        made_by = results.maker(evaluator) if evaluator else {}
-        bar.update(progress.CONTEXTS)
-        for run in runs:
-            run.evaluate(rows, evaluator, made_by, train_seconds, bar)
-        for run in finished:
-            run.evaluate(rows, evaluator, made_by, bar)
-            tracking.evaluated(run.folder, {row.section: run.info.get(row.section) for row in rows})
-    print("---")
-    for run in (*runs, *finished):
-        about = run.info, run.warnings, evals.ROWS, testbed.published
-        results.print_summary(run.folder.name, run.folder, *about)
-    return [results.Outcome(run.folder.name, run.info, run.failures()) for run in (*runs, *finished)]
+    of_lm = partial(Evaluator, testbed, context_size)
+    return evaluate_runs([*runs, *finished], rows, of_lm, train_seconds)
 
 
 def train_runs(command: Command, runs: list[Run], testbed: Testbed, evaluated: bool, started: float) -> float:
     """Train all runs on one pass of the LM; the seconds that it took."""
     shared = one_pass([str(run.folder) for run in runs], [run.config for run in runs])
     n_steps = runs[0].n_steps
-    refuse_more_than_memory([run.config for run in runs], testbed)
+    refuse_more_than_memory([run.share for run in runs], testbed)
     hashes = {run.folder: run.config_hash for run in runs}
-    saved = None if command.overwrite else checkpoint.newest_common(hashes)
-    if not saved and not command.overwrite:
+    at, saved = checkpoint.to_go_on_from(hashes, anew=command.overwrite)
+    if not at.written and not command.overwrite:
         for run in runs:
             run.tell_restart()
-    at = checkpoint.Position(**saved[0][1]["position"]) if saved else checkpoint.Position()
     if at.over:
         stream, block = None, ActivationBlock.blank(testbed.d_in, testbed.device)
     else:
@@ -891,11 +889,10 @@ def train_runs(command: Command, runs: list[Run], testbed: Testbed, evaluated: b
         stream.kept = cache_of(command, stream, testbed, shared, n_steps)
         stream.skip_blocks(at.block)
         block = stream.next_block()
-        if evaluated and not saved and stream.with_massive > 1 / 8:
+        if evaluated and not at.written and stream.with_massive > 1 / 8:
             Evaluator(testbed, shared.context_size)  # refuses an LM that it would refuse after training
-    for run, state in zip(runs, saved or [None] * len(runs)):
-        seeds = run.config.seeds
-        run.start([Trainer(run.config, seed, testbed.d_in, n_steps, block) for seed in seeds], state)
+    for run, state in zip(runs, saved):
+        run.start(partial(Trainer, run.config, d_in=testbed.d_in, n_steps=n_steps, first_block=block), state)
         if stream and stream.kept:
             run.warnings += [text for text in stream.kept.doubts if text not in run.warnings]
     del saved, state, block
@@ -906,7 +903,7 @@ def train_runs(command: Command, runs: list[Run], testbed: Testbed, evaluated: b
     for run in runs:
         run.has_read(at.passes)
     print("; ".join(f"{domain} text: pass {n}" for domain, n in at.passes.items()))
-    return at.train_seconds
+    return ranks.told(at.train_seconds)
 
 
 def run_passes(command: Command, requests: list[Request], started: float, tracking: Tracking):
@@ -938,7 +935,7 @@ def train(request: Request, out_dir: str | Path, evals: Sequence[str] = (), over
         left, requests = unfinished(command, [request])
         if requests:
             check(left, requests)
-            with process.signals, Tracking(left.track) as tracking:
+            with process.signals, ranks.met(), Tracking(left.track) as tracking:
                 run_passes(left, requests, time.monotonic(), tracking)
     finally:
         run_folder.unlock()
@@ -948,11 +945,11 @@ def train(request: Request, out_dir: str | Path, evals: Sequence[str] = (), over
 def main(command: Command, configs: list[Request], started: float | None = None) -> int:
     """Exit code of the command; `started` is when its time began to count (time.monotonic())."""
     try:
-        with process.signals, Tracking(command.track) as tracking:
+        with process.signals, ranks.met(), Tracking(command.track) as tracking:
             run_passes(command, configs, time.monotonic() if started is None else started, tracking)
         return 0
     except (Exception, Interrupted) as error:
-        return tell(error)
+        return ranks.tell(error)
     finally:
         run_folder.unlock()
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sae_separation import ranks
 from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.files import Unusable, header, read_facts, read_tensors, write_whole
 from sae_separation.run_folder import WRITTEN, written
@@ -148,6 +149,17 @@ def step_to_go_on_at(folders: Sequence[Path]) -> int | None:
     if not is_first(newest, folders):
         raise none_in_all(there, [])
     return None
+
+
+def to_go_on_from(config_hash: dict[Path, str], anew: bool) -> tuple[Position, Iterable]:
+    """Where training stands, and every folder's state (tensors and facts; None: at the start):
+    `newest_common` as rank 0 finds it, which the others read, too, a folder at a time."""
+    found = None if anew or not ranks.here.first else newest_common(config_hash)
+    position = ranks.told(found[0][1]["position"] if found else None)
+    if position is None:
+        return Position(), [None] * len(config_hash)
+    read_here = (read(folder, position["step"], known) for folder, known in config_hash.items())
+    return Position(**position), found or read_here
 
 
 def describe_nonfinite(name: str, values) -> str | None:

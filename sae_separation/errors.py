@@ -158,11 +158,12 @@ def stops() -> list[signal.Signals]:
 
 
 def leave_at_once(number, frame):
-    """A signal handler for the time before anything is begun."""
-    with contextlib.suppress(OSError):
-        os.write(
-            2, f"error: interrupted by {signal.Signals(number).name} before anything was begun\n".encode()
-        )
+    """A signal handler for the time before anything is begun. Of torchrun's processes on a machine the first
+    says so."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK") == "0":
+        said = f"error: interrupted by {signal.Signals(number).name} before anything was begun\n"
+        with contextlib.suppress(OSError):
+            os.write(2, said.encode())
     os._exit(128 + number)
 
 

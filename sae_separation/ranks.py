@@ -113,14 +113,15 @@ def _connect():
     import torch
     import torch.distributed as dist
 
+    stores: Any = dist  # whose list of names lacks them
     if torch.cuda.is_available():  # "cuda" means this one from here on
         torch.cuda.set_device(here.local % torch.cuda.device_count())
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and here.first
     wait = timedelta(seconds=MEETING)
-    store = dist.TCPStore(address, port, is_master=hosts, wait_for_workers=False, timeout=wait)
+    store = stores.TCPStore(address, port, is_master=hosts, wait_for_workers=False, timeout=wait)
     name = f"sae_separation {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-    here.store = dist.PrefixStore(name, store)
+    here.store = stores.PrefixStore(name, store)
     here.store.set(f"process {here.rank}", json.dumps([os.getpid(), platform.node()]))
     names = [f"process {rank}" for rank in range(here.size)]
     missing = names
@@ -134,8 +135,8 @@ def _connect():
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     how = {"rank": here.rank, "world_size": here.size, "timeout": timedelta(seconds=COLLECTIVE)}
     with _together():
-        dist.init_process_group(backend, store=dist.PrefixStore("group", here.store), **how)
-    here.watch = Watch(dist.PrefixStore(name, store.clone()), processes)
+        dist.init_process_group(backend, store=stores.PrefixStore("group", here.store), **how)
+    here.watch = Watch(stores.PrefixStore(name, store.clone()), processes)
     here.watch.start()
 
 
@@ -221,8 +222,9 @@ def tell(error: BaseException, began: bool = True) -> int:
     """`errors.tell`, by one rank for all: by the one whose error it is, of several by rank 0. Where a rank
     has ended without a word, another one names it."""
     if here.watch is None:  # before they met, all ranks of a machine see the same
-        speaks = here.local == 0
-        return errors.tell(error, began) if speaks else errors.ending(error, began, "")[0]
+        if here.local:
+            time.sleep(SILENT)  # torchrun ends it when the first has told
+        return errors.tell(error, began, who=f"rank {here.rank}: " if here.local else "")
     watch, by_others = here.watch, isinstance(error, Lost | Interrupted)
     waits = 5.0 if isinstance(error, Lost) else 0.0 if by_others or here.first else 1.0
     until = time.monotonic() + waits
@@ -402,7 +404,7 @@ def shared(items: Sequence[T], work: Callable[[T], Any], lengths: Sequence[int],
         raise WrongRequest(f"{what}: give torchrun a --nproc_per_node of as many as there are")
     for start in range(0, len(items), here.size):
         agree()
-        mine = work(items[start + here.rank]) if start + here.rank < len(items) else None
+        mine: Any = work(items[start + here.rank]) if start + here.rank < len(items) else None
         for owner, n in enumerate(lengths[start : start + here.size]):
             t = mine if owner == here.rank else like.new_empty(n, *like.shape[1:])
             with _together():

@@ -2,7 +2,8 @@
 
     measure(folder, "eval", seed, record, rows, evaluator, maker, bar)        # makes eval/seed*.json
     summary_of("geometry", records)                                           # a section of final_info.json
-    Finished(folder, config, testbed).evaluate(rows, evaluator, maker, bar)   # of a run that is complete
+    finished = Finished(folder, config, testbed, tracking)                    # a run that is complete
+    finished.finish(rows, finished.measure(rows, evaluator, maker, 0, bar))   # gains sections
 
 A record is what eval/seed*_metrics.json holds of one SAE: the sha256 of its files, and by section the
 metrics, the notes (warnings) and what made them. torch is imported where it is used.
@@ -11,17 +12,19 @@ metrics, the notes (warnings) and what made them. torch is imported where it is 
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sae_separation import evals, process, progress, run_folder
+from sae_separation import evals, process, progress, ranks, run_folder
 from sae_separation.config import BY_LAMBDA
 from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.evals import Row
 from sae_separation.files import Unusable, as_json, read_sealed, seal, write_json
 from sae_separation.specs import ASKED
+from sae_separation.tracking import Tracking
 
 SHOWN = {"training": ("tokens_trained", "l1_coefficient", "alpha", "tokens_per_second")}
 
@@ -219,9 +222,10 @@ class Outcome(NamedTuple):
 
 
 def refuse_failed(outcomes: Sequence[Outcome]):
-    """Raises RunFailed where a seed of a run has failed, with the first one's reason."""
+    """Raises RunFailed where a seed of a run has failed, with the first one's reason. Of several ranks the
+    first one does, which then has written all."""
     failed = [failure for outcome in outcomes for failure in outcome.failed]
-    if failed:
+    if failed and ranks.here.first:
         where = ", ".join(where for where, _ in failed)
         raise RunFailed(f"{failed[0][1]} (no final_info.json where a seed failed: {where})")
 
@@ -266,9 +270,10 @@ def cell(part: dict, metric: str) -> str:
 class Finished:
     """A complete run whose exported SAEs are evaluated: it gains sections, or they are renewed."""
 
-    def __init__(self, folder: Path, config, testbed):
+    def __init__(self, folder: Path, config, testbed, tracking: Tracking | None = None):
         """Raises WrongRequest where the LM or the text is not the one the SAEs were trained on."""
         self.folder, self.config, self.testbed = folder, config, testbed
+        self.tracking = tracking or Tracking()
         made = run_folder.read_run_json(folder / "config.json", {"requested", "config"})
         now, then = (what_trained({}, t)[1] for t in (described(testbed), made.get("testbed", {})))
         differs = [k for k in then if k in now and now[k] != then[k]]
@@ -278,6 +283,8 @@ class Finished:
             why = f"{folder} was trained on another LM or text ({', '.join(differs)} differ)"
             raise WrongRequest(f"{why}: its SAEs can be evaluated on the same ones only")
         self.seeds = made["config"]["seeds"]
+        owners = ranks.deal(len(self.seeds))
+        self.here = [seed for seed, owner in zip(self.seeds, owners) if owner == ranks.here.rank]
         self.info = run_folder.read_run_json(folder / "final_info.json", {"training"})
         try:
             self.warnings = json.loads((folder / "warnings.json").read_text())
@@ -287,26 +294,36 @@ class Finished:
 
     def seconds_to_evaluate(self, rows: list[Row]) -> float:
         """About how long that takes on the embedded testbed: what its bar counts."""
-        return len(self.seeds) * evals.seconds_of(rows, self.config)
+        return len(self.here) * evals.seconds_of(rows, self.config)
 
     def failures(self) -> list[tuple[str, str]]:
         """None: its evaluation fails as a whole."""
         return []
 
-    def evaluate(self, rows: Sequence[Row], evaluator, made_by: dict, bar):
-        """Measure every SAE, then renew what the run folder says. Raises RunFailed, the run as it was;
+    def measure(self, rows: Sequence[Row], evaluator, made_by: dict, train_seconds: float, bar) -> list:
+        """Measure every SAE that is this rank's: [seed, record] each. Raises RunFailed, the run as it was;
         WrongRequest where a record is gone."""
         rows = [row for row in rows if row.fits(self.config)]
-        known = {seed: self._known(seed) for seed in self.seeds}
+        files = {seed: self._known(seed)["files"] for seed in self.seeds}
         (self.folder / "evaluating").mkdir(exist_ok=True)
-        measured = {seed: self._begun(seed, known[seed]["files"]) for seed in self.seeds}
+        measured = {seed: self._begun(seed, files[seed]) for seed in self.here}
         for seed, record in measured.items():
             try:
                 measure(self.folder, "evaluating", seed, record, rows, evaluator, made_by, bar)
             except RunFailed as failed:
                 raise RunFailed(f"{self.folder} seed {seed}: {failed}; the run is as it was") from failed
+        return [list(pair) for pair in measured.items()]
+
+    def finish(self, rows: Sequence[Row], measured: list):
+        """Renew what the run folder says, with what all ranks have measured."""
+        if not ranks.here.first:
+            return
+        rows = [row for row in rows if row.fits(self.config)]
+        known = {seed: self._known(seed) for seed in self.seeds}
+        of_seed = dict(measured)
         with process.signals.held():
-            self._renew(rows, known, measured)
+            self._renew(rows, known, {seed: of_seed[seed] for seed in self.seeds})
+        self.tracking.evaluated(self.folder, {row.section: self.info.get(row.section) for row in rows})
 
     def _known(self, seed: int) -> dict:
         """What was measured on an SAE before."""
@@ -321,7 +338,7 @@ class Finished:
         try:
             record = read_record(run_folder.record_of(self.folder, seed, "evaluating"))
         except Unusable as why:
-            print(f"warning: {why}; evaluated anew")
+            print(f"warning: {why}; evaluated anew", file=sys.stderr)
             record = None
         return record if record and record["files"] == files else new_record(files)
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sae_separation import evals, loaded, process, run_folder
+from sae_separation import evals, loaded, process, ranks, run_folder
 from sae_separation.config import Command, Request
 from sae_separation.errors import WrongRequest
 from sae_separation.specs import ASKED, CUSTOM, SPECS, defaults_of
@@ -27,6 +27,7 @@ def unfinished(
     with other settings, or is to be evaluated and holds no SAE.
     """
     folders = [Path(name) for name in command.out_dir]
+    owns = ranks.here.first and not command.dry_run
     for folder in folders:
         run_folder.refuse_place(folder)
     run_folder.refuse_same(command.out_dir)
@@ -39,12 +40,12 @@ def unfinished(
                 loaded.refuse_others(folder, command.saes)
             again = to_go_on(folder, request, planned, command.evals)
             if again is None:
-                if not command.dry_run:
+                if owns:
                     run_folder.clear_left(folder)
                     process.remove_left("saebench")
                 continue
             request = again
-        if folder.is_dir() and not command.dry_run:
+        if folder.is_dir() and owns:
             run_folder.lock(folder)
         left.append((str(folder), request))
     return replace(command, out_dir=tuple(name for name, _ in left)), [request for _, request in left]

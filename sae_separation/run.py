@@ -1,20 +1,26 @@
 """One run: its trainers, its log, its checkpoints, its results.
 
 run = Run(out_dir, requested, config, testbed, n_steps, tracking)
-run.start(trainers, saved)                       # anew, or as a checkpoint holds them
+run.start(make_trainer, saved)                   # anew, or as a checkpoint holds them
 run.step(x, forget, log=True)                    # every seed that has not failed
 run.look()                                       # a trainer whose state is not finite has failed
 run.save(position)
-run.evaluate(rows, evaluator, config_hash, train_seconds, bar)        # final_info.json, last
+done = run.measure(rows, evaluator, made_by, train_seconds, bar)
+run.finish(rows, done)                           # final_info.json, last
+
+Of several ranks (ranks.py) each has some of a run's SAEs: it trains them (`here`), exports them and measures
+them. Rank 0 writes the run's own files, and stands in for the trainers of others (`Elsewhere`).
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,9 +29,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_separation import checkpoint, evals, loaded, methods, process, progress, results, run_folder
+from sae_separation import checkpoint, evals, loaded, methods, process, progress, ranks, results, run_folder
 from sae_separation.config import Config, Request, bytes_of_training
 from sae_separation.errors import RunFailed, WrongRequest
+from sae_separation.evals.evaluator import Evaluator
 from sae_separation.export import export, save
 from sae_separation.files import CannotWrite, Unusable, seal, sync, write_json, write_whole, writing
 from sae_separation.lm import Testbed
@@ -53,6 +60,25 @@ class Trains(Protocol):
     def out_of_reach(self) -> list[str]: ...
 
 
+class Elsewhere:
+    """A trainer that another rank has, as far as that rank has told."""
+
+    def __init__(self, seed: int):
+        self.seed, self.failed, self.facts = seed, "", {}
+        self.history: list[dict] = []
+
+    def hear(self, facts: dict):
+        """What its rank says of it: facts as of `Trainer.state`, with what is new of the history."""
+        self.history += facts["history"]
+        self.facts, self.failed = facts | {"history": self.history}, facts["failed"]
+
+    def state(self) -> tuple[dict, dict]:
+        return {}, self.facts
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict):
+        self.hear(facts)
+
+
 class Run:
     """One run folder: the trainers of its seeds, its log, its checkpoints, its results.
 
@@ -76,29 +102,44 @@ class Run:
         self.config_hash = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.warnings: list[str] = list(testbed.notes)
         self.passes: dict[str, int] = {}  # over each domain's text, by the stream
-        self.trainers: Sequence[Any] = ()  # Trains; of a MethodRun Fit
+        self.trainers: Sequence[Any] = ()  # Trains, or Elsewhere; of a MethodRun Fit
+        self.owners = [0] * len(config.seeds)  # the rank of each
         self.info: dict = {}  # final_info.json, once it is complete
 
-    def start(self, trainers: Sequence[Trains], saved: tuple[dict, dict] | None):
-        """Begin with new trainers, or with their state as a checkpoint holds it. Raises WrongRequest,
-        RunFailed."""
+    def start(self, make: Callable[[int], Trains], saved: tuple[dict, dict] | None):
+        """Begin with new trainers, make(seed), or with their state as a checkpoint holds it. Raises
+        WrongRequest, RunFailed."""
+        mine = [owner == ranks.here.rank for owner in self.owners]
+        made = [make(s) if is_mine else Elsewhere(s) for s, is_mine in zip(self.config.seeds, mine)]
+        self.trainers = made
+        if ranks.here.first:
+            self._take_folder()
+            if not saved:
+                run_folder.start_anew(self.folder)
+            for part in ("checkpoints", "eval"):
+                (self.folder / part).mkdir(exist_ok=True)
+        if saved:
+            self._restore(*saved)
+        self.n_told = [len(trainer.history) for trainer in made]  # to other ranks, of each one's history
+        if ranks.here.first:
+            self._begin_log(saved)
+
+    def _take_folder(self):
+        """Raises WrongRequest where it is another one's."""
         run_folder.make(self.folder)
         run_folder.refuse_foreign(self.folder, self.config.seeds)
         run_folder.lock(self.folder)
         run_folder.remove_half_written(self.folder)
-        if not saved:
-            run_folder.start_anew(self.folder)
-        for part in ("checkpoints", "eval"):
-            (self.folder / part).mkdir(exist_ok=True)
-        self.trainers = trainers
+
+    def _begin_log(self, saved: tuple[dict, dict] | None):
+        """config.json, and the log as far as the run has come."""
         about = self.about | run_folder.provenance()
         if saved:
-            self._restore(*saved)
             self._warn_of_other_machine(about, saved[1]["position"]["step"])
         else:
             write_json(self.folder / "config.json", seal(about))
         records = [record for trainer in self.trainers for record in trainer.history]
-        records.sort(key=lambda record: record["step"])  # stable: seeds in order
+        records.sort(key=_step)  # stable: seeds in order
         lines = "".join(json.dumps(record) + "\n" for record in records)
         write_whole(self.folder / "train_log.jsonl", lines.encode())
         self.log = (self.folder / "train_log.jsonl").open("a")
@@ -135,18 +176,51 @@ class Run:
         """The trainers that have not failed."""
         return [trainer for trainer in self.trainers if not trainer.failed]
 
+    @property
+    def here(self) -> dict[int, Any]:
+        """Those of them that are this rank's, by their place among the seeds."""
+        of_seeds = enumerate(zip(self.trainers, self.owners))
+        return {i: t for i, (t, owner) in of_seeds if owner == ranks.here.rank and not t.failed}
+
+    @property
+    def share(self) -> Config:
+        """The run with this rank's seeds alone, or none."""
+        share, owned = copy.copy(self.config), zip(self.config.seeds, self.owners)
+        share.seeds = tuple(seed for seed, owner in owned if owner == ranks.here.rank)
+        return share
+
     def step(self, x: Tensor, forget: Tensor, log: bool, document: Tensor | None = None):
         """One step of every seed on x [B, D] with its labels [B] and its documents' numbers [B]; one that
         fails is told and left behind."""
         records = []
-        for trainer in self.training:
+        for trainer in self.here.values():
             with self._left_behind(trainer):
                 measured = trainer.step(x, trainer.labels(forget, document), look=log)
                 if log:
                     trainer.refuse_nonfinite(dict(trainer.sae.named_parameters()))
                     trainer.history.append(self._record(trainer, measured))
                     records.append(trainer.history[-1])
-        if records:
+        if records and not ranks.here.many:
+            self._log(records)
+
+    def news(self) -> list:
+        """What this rank has to say of its trainers, for JSON: [place among the seeds, facts] each."""
+        said = []
+        for i, (trainer, owner) in enumerate(zip(self.trainers, self.owners)):
+            if owner == ranks.here.rank:
+                said.append([i, trainer.state()[1] | {"history": trainer.history[self.n_told[i] :]}])
+                self.n_told[i] = len(trainer.history)
+        return said
+
+    def hear(self, news: list):
+        """The news of all ranks: their lines of the log, and how it goes with their trainers."""
+        records = []
+        for i, facts in sorted(news, key=_place):
+            records += facts["history"]
+            if self.owners[i] != ranks.here.rank:
+                self.trainers[i].hear(facts)
+        records.sort(key=_step)  # stable: seeds in order
+        if records and ranks.here.first:
             self._log(records)
 
     def _log(self, records: list[dict]):
@@ -175,7 +249,7 @@ class Run:
 
     def look(self):
         """A trainer whose state is not finite has failed."""
-        for trainer in self.training:
+        for trainer in self.here.values():
             with self._left_behind(trainer):
                 state = trainer.state()[0]
                 logs = {name for name in state if name.startswith("log_")}  # -inf where there is no loss
@@ -184,10 +258,14 @@ class Run:
     def save(self, at: checkpoint.Position):
         """Write a checkpoint. A trainer that has failed leaves no tensors."""
         tensors, facts = {}, []
-        for i, trainer in enumerate(self.trainers):
+        for i, (trainer, owner) in enumerate(zip(self.trainers, self.owners)):
+            of_trainer, known = trainer.state()
             if not trainer.failed:
-                tensors |= {f"{i}.{name}": t for name, t in trainer.state()[0].items()}
-            facts.append(trainer.state()[1])
+                of_trainer = ranks.at_first(of_trainer, owner)
+                tensors |= {f"{i}.{name}": t for name, t in of_trainer.items()}
+            facts.append(known)
+        if not ranks.here.first:
+            return
         about = {"config_hash": self.config_hash, "position": asdict(at), "warnings": self.warnings}
         checkpoint.save(self.folder, at.step, tensors, about | {"trainers": facts})
 
@@ -203,7 +281,7 @@ class Run:
 
     def seconds_to_evaluate(self, rows) -> float:
         """About how long that takes on the embedded testbed: what its bar counts."""
-        return len(self.training) * evals.seconds_of(rows, self.config)
+        return len(self.here) * evals.seconds_of(rows, self.config)
 
     def failures(self) -> list[tuple[str, str]]:
         """Which seeds failed, and why."""
@@ -213,18 +291,34 @@ class Run:
         last = self.training[-1].history[-1:] if self.training else []
         return f"{self.folder.name}: " + (f"fvu {last[0]['fvu']:.3f} l0 {last[0]['l0']:.1f}" if last else "-")
 
-    def evaluate(self, rows, evaluator, made_by: dict, train_seconds: float, bar: tqdm):
-        """Export every SAE, evaluate what was exported, and write final_info.json, last and whole; not if a
-        seed has failed."""
-        training, records = {}, {}
-        for trainer in self.training:
+    def measure(self, rows, evaluator, made_by: dict, train_seconds: float, bar: tqdm) -> list:
+        """Export every SAE that is this rank's, and evaluate what was exported: [place among the seeds, what
+        came of it] each, for JSON."""
+        done = []
+        for i, trainer in self.here.items():
+            came = {}
             with self._left_behind(trainer):
-                measured = self._training(trainer, train_seconds)
+                measured, warnings = self._training(trainer, train_seconds), cut_short(trainer)
                 record = self._exported(trainer)
                 results.measure(self.folder, "eval", trainer.seed, record, rows, evaluator, made_by, bar)
-                training[trainer.seed], records[trainer.seed] = measured, record
-                self.warnings += [f"seed {trainer.seed}: {text}" for text in cut_short(trainer)]
-        self._write_results(rows, training, records)
+                came = {"training": measured, "record": record, "warnings": warnings}
+            done.append([i, came | {"failed": trainer.failed}])
+        return done
+
+    def finish(self, rows, done: list):
+        """Write final_info.json, last and whole, from what all ranks have measured; not if a seed has
+        failed."""
+        training, records = {}, {}
+        for i, came in sorted(done, key=_place):
+            if came["failed"]:
+                self.trainers[i].failed = came["failed"]
+                continue
+            seed = self.config.seeds[i]
+            training[seed], records[seed] = came["training"], came["record"]
+            self.warnings += [f"seed {seed}: {text}" for text in came["warnings"]]
+        if ranks.here.first:
+            rows = [row for row in rows if row.fits(self.config)]
+            self._write_results(rows, training, records)
 
     def _write_results(self, rows, training: dict[int, dict], records: dict[int, dict]):
         """warnings.json, and final_info.json unless a seed has failed."""
@@ -249,7 +343,7 @@ class Run:
         try:
             record = results.read_record(path)
         except Unusable as why:
-            print(f"warning: {why}; evaluated anew")
+            print(f"warning: {why}; evaluated anew", file=sys.stderr)
             record = None
         if record is None:
             record = results.new_record({})
@@ -257,9 +351,8 @@ class Run:
         if record["files"] and run_folder.files_of(folder) == record["files"]:
             return record
         if record["files"]:
-            print(
-                f"warning: {folder} is not as it was written: the checksum of a file is wrong; exported anew"
-            )
+            what = f"{folder} is not as it was written: the checksum of a file is wrong"
+            print(f"warning: {what}; exported anew", file=sys.stderr)
         self._write_sae(trainer, folder)
         record = results.new_record(run_folder.files_of(folder))
         with process.signals.held():
@@ -316,34 +409,34 @@ class UntrainedRun(Run):
 
     def begin(self, anew: bool):
         """Take the folder; what an interrupted start has made and measured stays. Raises WrongRequest."""
-        run_folder.make(self.folder)
-        run_folder.refuse_foreign(self.folder, self.config.seeds)
-        run_folder.lock(self.folder)
-        run_folder.remove_half_written(self.folder)
+        self.trainers = [Fit(seed) for seed in self.config.seeds]
+        if not ranks.here.first:
+            return
+        self._take_folder()
         about = self.about | run_folder.provenance()
         if anew or not (self.folder / "config.json").exists():
             run_folder.start_anew(self.folder)
             write_json(self.folder / "config.json", seal(about))
         (self.folder / "eval").mkdir(exist_ok=True)
         self.tracked = self.tracking.follow(self.folder, about)
-        self.trainers = [Fit(seed) for seed in self.config.seeds]
 
     def seconds_to_evaluate(self, rows) -> float:
-        return super().seconds_to_evaluate(rows) + len(self.training) * self.making
+        return super().seconds_to_evaluate(rows) + len(self.here) * self.making
 
-    def evaluate(self, rows, evaluator, made_by: dict, train_seconds: float, bar: tqdm):
-        """Make every seed, evaluate what was made, and write final_info.json, last and whole."""
-        self.evaluator, training, records = evaluator, {}, {}
+    def measure(self, rows, evaluator, made_by: dict, train_seconds: float, bar: tqdm) -> list:
+        """Make every seed that is this rank's, and evaluate what was made: as `Run.measure`."""
+        self.evaluator, done = evaluator, []
         rows = [row for row in rows if row.fits(self.config)]
-        for fit in self.training:
+        for i, fit in self.here.items():
+            came = {}
             with self._left_behind(fit):
                 bar.set_postfix_str(f"{self.folder.name} seed {fit.seed}: making it")
                 record = self._exported(fit)
                 bar.update(self.making)
                 results.measure(self.folder, "eval", fit.seed, record, rows, evaluator, made_by, bar)
-                training[fit.seed] = self._made(fit)
-                records[fit.seed] = record
-        self._write_results(rows, training, records)
+                came = {"training": self._made(fit), "record": record, "warnings": []}
+            done.append([i, came | {"failed": fit.failed}])
+        return done
 
     def _made(self, fit: Fit) -> dict:
         raise NotImplementedError
@@ -422,7 +515,51 @@ def runs_of(
             runs.append(LoadedRun(*made_of, sources=saes))
         else:
             runs.append((MethodRun if config.arm in config.without_sae else Run)(*made_of))
+    for untrained in (False, True):  # each kind in turn to all ranks
+        for run in runs:
+            if isinstance(run, UntrainedRun) == untrained:
+                run.owners = ranks.deal(len(run.config.seeds))
     return runs
+
+
+def share_news(runs: Sequence[Run]):
+    """All ranks tell each other how it goes with their trainers; one process alone has no news."""
+    if ranks.here.many:
+        for run, *news in zip(runs, *ranks.exchange([run.news() for run in runs])):
+            run.hear(sum(news, []))
+
+
+def evaluate_runs(
+    runs: Sequence[Run | results.Finished],
+    rows: list[evals.Row],
+    make_evaluator: Callable[[], Evaluator],
+    train_seconds: float,
+) -> list[results.Outcome]:
+    """Evaluate all runs of one LM, each rank its own SAEs, and print what they came to."""
+    to_evaluate = sum(run.seconds_to_evaluate(rows) for run in runs)
+    with progress.bar("evaluating", to_evaluate and progress.CONTEXTS + to_evaluate) as bar:
+        bar.set_postfix_str("the contexts' residual stream")
+        evaluator = make_evaluator() if to_evaluate else None
+        made_by = results.maker(evaluator) if evaluator else {}
+        bar.update(progress.CONTEXTS)
+        how = {"made_by": made_by, "train_seconds": train_seconds, "bar": bar}
+        measure = methodcaller("measure", rows, evaluator, **how)
+        for run, done in ranks.gathered(runs, measure):
+            run.finish(rows, done)
+    print("---")
+    for run in runs:
+        about = run.info, run.warnings, evals.ROWS, run.testbed.published
+        results.print_summary(run.folder.name, run.folder, *about)
+    return [results.Outcome(run.folder.name, run.info, run.failures()) for run in runs]
+
+
+def _place(of_seed: list) -> int:
+    """Among a run's seeds: of what is said of one (`Run.news`, `Run.measure`)."""
+    return of_seed[0]
+
+
+def _step(record: dict) -> int:
+    return record["step"]
 
 
 @contextlib.contextmanager
@@ -451,6 +588,8 @@ def cut_short(trainer: Trains) -> list[str]:
 def refuse_more_than_memory(configs: Sequence[Config], testbed: Testbed):
     """Raises WrongRequest when the memory left does not hold what training surely needs."""
     need = bytes_of_training(configs, testbed.d_in)
+    if testbed.device.type == "cpu":  # all ranks of a machine share it
+        need *= ranks.here.on_machine
     left = process.memory_left(testbed.device)
     if need > left:
         what = f"training needs at least {need / 1e9:.1f} GB of memory and {left / 1e9:.1f} GB are left"

@@ -538,7 +538,7 @@ def test_changed_weights_measurements_and_settings_are_noticed(here, tmp_path, m
     flip(tmp_path / "run_1/sae_seed0/sae_weights.safetensors")
     capsys.readouterr()
     assert here("run_1", evals=["geometry"]) == 0
-    assert "sae_seed0 is not as it was written" in capsys.readouterr().out
+    assert "sae_seed0 is not as it was written" in capsys.readouterr().err
     assert here("run_1") == 0 and "warning" not in capsys.readouterr().err
     flip(tmp_path / "run_1/sae_seed1/sae_weights.safetensors")
     measured = tmp_path / "run_1/eval/seed0_metrics.json"
