@@ -21,6 +21,19 @@ SMOLLM2 = ("run_0", "run_6", "run_9")
 SHORT = ("standard", "worst case", "left at most", "kept at least")  # the columns of README's table
 OF_README = [f"run_{i}" for i in (0, 1, 6, 9, 15, 16, 17, 19, 21)]  # its rows
 REFERENCE, BASELINE = "run_6", "run_0"
+KNOWN_TRUTH = {  # column -> metric of known_truth.json, digits, whether with its difference to the baseline
+    "MCC": ("mcc", ".3f", True),
+    "MCC, forget": ("mcc_forget", ".3f", True),
+    "MCC, others": ("mcc_others", ".3f", True),
+    "uniqueness": ("uniqueness", ".3f", True),
+    "precision": ("precision", ".3f", False),
+    "recall": ("recall", ".3f", False),
+    "F1": ("f1_score", ".3f", True),
+    "expl. var.": ("explained_variance", ".3f", True),
+    "L0": ("sae_l0", ".2f", False),
+    "dead": ("dead_latents", ".0f", False),
+    "Ω": ("omega", ".2f", False),
+}
 INTERVALS = "95 % bootstrap intervals of the unlearning score over questions, seed by seed: "
 
 
@@ -115,6 +128,42 @@ def faults_table() -> str:
     return tables.markdown(["fault", "trials", "passed", "expected"], table)
 
 
+def known_truth_table(found: dict) -> str:
+    """A row a dictionary: means over seeds, with the difference to the baseline where it has an interval."""
+
+    def cell(of: dict, digits: str, paired: bool) -> str:
+        text = format(of["mean"], digits)
+        if not paired or of["interval_95"] is None or of["interval_95"] == [0, 0]:
+            return text
+        low, high = of["interval_95"]
+        return f"{text} ({of['less_baseline']:+{digits}} ± {(high - low) / 2:{digits}})"
+
+    table = [
+        [name, *(cell(row[metric], *how) for metric, *how in KNOWN_TRUTH.values())]
+        for name, row in found["summary"].items()
+    ]
+    return tables.markdown(["dictionary", *KNOWN_TRUTH], table)
+
+
+def known_truth() -> str:
+    """The table, and what it was made of; where it is yet to be made, how."""
+    path = ROOT / "benchmarks/known_truth.json"
+    if not path.exists():
+        return "Not measured yet: `python benchmarks/known_truth.py`."
+    found = json.loads(path.read_text())
+    seeds, settings = list(found["seeds"].values()), found["settings"]
+    world, targets = seeds[0]["world"], sorted({str(seed["world"]["target_l0"]) for seed in seeds})
+    commits = sorted({seed["made_by"]["git"] for seed in seeds})
+    about = [
+        f"{len(seeds)} {'seeds' if len(seeds) > 1 else 'seed'}",
+        f"{world['true_features']:,} true features, d_in {world['d_in']}, d_sae {world['d_sae']:,}",
+        f"{settings['samples']:,} samples in batches of {settings['batch_size']:,}",
+        f"target L0 {' or '.join(targets)}",
+        f"commit `{'`, `'.join(commits)}`",
+    ]
+    return f"{known_truth_table(found)}\n\n{'; '.join(about)}."
+
+
 def filled(path: Path, blocks: dict[str, str]) -> str:
     """The document with each block between its markers. Raises SystemExit for markers that are not there."""
     text = path.read_text()
@@ -165,6 +214,7 @@ def documents() -> dict[Path, str]:
     short = tables.ruler_table([run for run in runs if run.name in OF_README], SHORT)
     filled_in |= {"results-from": provenance(runs), "smollm2-from": provenance(smollm2)}
     filled_in |= {"unseen-from": provenance(unseen)}
+    filled_in |= {"known-truth": known_truth()}
     return {
         readme: filled(readme, {"results": f"{short}\n\n{provenance(runs)}"}),
         results: filled(results, filled_in),
