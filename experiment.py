@@ -523,10 +523,9 @@ class Trainer:
         for group, lr in zip(self.adam.param_groups, self.schedule.base_lrs):
             group["lr"] = lr * self._lr_factor(facts["updates"])
 
-    def gather(self):
-        """Training is over: the first rank takes all features, to its CPU, and the others are left with
-        nothing."""
-        self.shard.gather_module(self.sae)
+    def gather(self, to: int):
+        """Training is over: one rank takes all features, to its CPU."""
+        self.shard.gather_module(self.sae, to)
         self.shard = WHOLE
 
     # what depends on the time in training alone
@@ -875,6 +874,8 @@ def train_runs(command: Command, runs: list[Run], testbed: Testbed, evaluated: b
     """Train all runs on one pass of the LM; the seconds that it took."""
     shared = one_pass([str(run.folder) for run in runs], [run.config for run in runs])
     n_steps = runs[0].n_steps
+    for run in runs:
+        run.shard = Shard(ranks.here.rank, ranks.here.size) if command.shard_features else WHOLE
     refuse_more_than_memory([run.share for run in runs], testbed)
     hashes = {run.folder: run.config_hash for run in runs}
     at, saved = checkpoint.to_go_on_from(hashes, anew=command.overwrite)
@@ -892,15 +893,17 @@ def train_runs(command: Command, runs: list[Run], testbed: Testbed, evaluated: b
         if evaluated and not at.written and stream.with_massive > 1 / 8:
             Evaluator(testbed, shared.context_size)  # refuses an LM that it would refuse after training
     for run, state in zip(runs, saved):
-        run.start(partial(Trainer, run.config, d_in=testbed.d_in, n_steps=n_steps, first_block=block), state)
+        how = {"d_in": testbed.d_in, "n_steps": n_steps, "first_block": block, "shard": run.shard}
+        run.start(partial(Trainer, run.config, **how), state)
         if stream and stream.kept:
             run.warnings += [text for text in stream.kept.doubts if text not in run.warnings]
-    del saved, state, block
+    del saved, state, block, how
     progress.set_up.close()
     if stream:
         deadline = started + 0.7 * 60 * shared.time_budget_minutes - at.used_seconds
         TrainingLoop(runs, stream, at, n_steps).train(started, deadline, command.checkpoint_seconds)
     for run in runs:
+        run.gather()
         run.has_read(at.passes)
     print("; ".join(f"{domain} text: pass {n}" for domain, n in at.passes.items()))
     return ranks.told(at.train_seconds)

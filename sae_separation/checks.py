@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from sae_separation import ranks
 from sae_separation.errors import WrongRequest
@@ -16,6 +17,7 @@ from sae_separation.specs import (
     SPECS,
     DataConfig,
     Spec,
+    defaults_of,
     lm_path,
     mistakes,
     spec_of,
@@ -128,6 +130,22 @@ def check_split_lm():
         raise WrongRequest("--split_lm needs the package accelerate: pip install accelerate")
     if ranks.here.many:
         raise WrongRequest("--split_lm gives all GPUs to one process: leave it out, or torchrun")
+
+
+def check_shards(request: Any):
+    """Raises WrongRequest where the features of a run (config.Request) cannot be split over the ranks."""
+    size = ranks.here.size
+    if size == 1:
+        how = "start the command with torchrun --nproc_per_node=N"
+        raise WrongRequest(f"--shard_features splits SAEs over several processes, and this is one: {how}")
+    if request.arm in request.untrained:
+        return
+    if request.compile:
+        raise WrongRequest("--compile takes an SAE that is whole: leave it out, or --shard_features")
+    d_sae = request.d_sae or defaults_of(request.row)["d_sae"]
+    if d_sae % size:
+        remedy = f"give --d_sae {d_sae // size * size or size}, or another number of them"
+        raise WrongRequest(f"--d_sae {d_sae} cannot be split evenly over {size} ranks: {remedy}")
 
 
 def lm_is_local(lm: str) -> bool:

@@ -351,6 +351,8 @@ class Command:
         " and LM are those that they name",
     )
     saes: tuple = simple_parsing.field(default=(), cmd=False)  # those, as loaded.find describes them
+    shard_features: bool = False
+    """with torchrun: split the features of every SAE over the ranks, for SAEs that one device cannot hold"""
     split_lm: bool = False
     """place the LM's layers over all GPUs, for an LM that one cannot hold (pip install accelerate)"""
     checkpoint_seconds: float = option(60.0)
@@ -466,7 +468,7 @@ GROUPS = {  # of --help; what an arm brings stands with the losses
     ),
     "run": (
         *("out_dir", "evals", "evaluate", "dry_run", "overwrite", "track", "checkpoint_seconds"),
-        *("activations", "activations_dtype", "split_lm", "time_budget_minutes", "help"),
+        *("activations", "activations_dtype", "shard_features", "split_lm", "time_budget_minutes", "help"),
     ),
 }
 ABOUT = {
@@ -795,6 +797,9 @@ def check(command: Command, requests: Sequence[Request]):
     kept.refuse_place(command.activations, command.out_dir)
     if command.split_lm:
         checks.check_split_lm()
+    if command.shard_features:
+        for request in requests:
+            checks.check_shards(request)
     for _, some in passes(command, requests):
         checks.check(some[0], evals.rows_of(command.evals))
 

@@ -134,7 +134,7 @@ def _connect():
     processes = [tuple(json.loads(here.store.get(name))) for name in names]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     how = {"rank": here.rank, "world_size": here.size, "timeout": timedelta(seconds=COLLECTIVE)}
-    with _together():
+    with together():
         dist.init_process_group(backend, store=stores.PrefixStore("group", here.store), **how)
     here.watch = Watch(stores.PrefixStore(name, store.clone()), processes)
     here.watch.start()
@@ -258,7 +258,7 @@ def _is_first_to_tell(watch: Watch) -> bool:
 
 
 @contextlib.contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
     """Inside, ranks wait for each other. Raises Lost where one no longer answers."""
     try:
         yield
@@ -272,7 +272,7 @@ def meet():
     if not here.many:
         return
     meeting = next(here.meetings)
-    with _together():
+    with together():
         here.store.set(f"meeting {meeting} {here.rank}", "")
         names = [f"meeting {meeting} {rank}" for rank in range(here.size)]
         _wait_for(names)
@@ -299,7 +299,7 @@ def told(value: T) -> T:
     if not here.many:
         return value
     name = f"saying {next(here.sayings)}"
-    with _together():
+    with together():
         if here.first:
             here.store.set(name, json.dumps(value))
             return value
@@ -317,7 +317,7 @@ def agree(*said: float) -> tuple[float, ...]:
     import torch.distributed as dist
 
     values = torch.tensor([process.signals.pending or 0, *said], dtype=torch.float64)
-    with _together():
+    with together():
         dist.all_reduce(values, dist.ReduceOp.MAX)
     number, *most = values.tolist()
     if number:
@@ -360,7 +360,7 @@ def exchange(value: T) -> list[T]:
     mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = torch.zeros(here.size, dtype=torch.long)
     sizes[here.rank] = len(mine)
-    with _together():
+    with together():
         dist.all_reduce(sizes)
         parts = [torch.zeros(int(sizes.max()), dtype=torch.uint8) for _ in range(here.size)]
         parts[here.rank][: len(mine)] = mine
@@ -377,7 +377,7 @@ def at_first(tensors: dict[str, Any], owner: int) -> dict[str, Any]:
     import torch.distributed as dist
     from safetensors.torch import load, save
 
-    with _together():
+    with together():
         if here.rank == owner:
             content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
             dist.send(torch.tensor([len(content)]), 0)
@@ -407,7 +407,7 @@ def shared(items: Sequence[T], work: Callable[[T], Any], lengths: Sequence[int],
         mine: Any = work(items[start + here.rank]) if start + here.rank < len(items) else None
         for owner, n in enumerate(lengths[start : start + here.size]):
             t = mine if owner == here.rank else like.new_empty(n, *like.shape[1:])
-            with _together():
+            with together():
                 dist.broadcast(t, owner)
             yield t
 

@@ -37,6 +37,7 @@ from sae_separation.export import export, save
 from sae_separation.files import CannotWrite, Unusable, seal, sync, write_json, write_whole, writing
 from sae_separation.lm import Testbed
 from sae_separation.losses import omega_between_domains, sharing
+from sae_separation.shards import WHOLE
 from sae_separation.tracking import Tracking, Untracked
 
 
@@ -58,6 +59,7 @@ class Trains(Protocol):
     def restore(self, tensors: dict[str, Tensor], facts: dict): ...
     def refuse_nonfinite(self, named: dict[str, Tensor]): ...
     def out_of_reach(self) -> list[str]: ...
+    def gather(self, to: int): ...
 
 
 class Elsewhere:
@@ -104,12 +106,13 @@ class Run:
         self.passes: dict[str, int] = {}  # over each domain's text, by the stream
         self.trainers: Sequence[Any] = ()  # Trains, or Elsewhere; of a MethodRun Fit
         self.owners = [0] * len(config.seeds)  # the rank of each
+        self.shard = WHOLE  # while SAEs are trained: of all of them this share of the features
         self.info: dict = {}  # final_info.json, once it is complete
 
     def start(self, make: Callable[[int], Trains], saved: tuple[dict, dict] | None):
         """Begin with new trainers, make(seed), or with their state as a checkpoint holds it. Raises
         WrongRequest, RunFailed."""
-        mine = [owner == ranks.here.rank for owner in self.owners]
+        mine = [self._is_here(owner) for owner in self.owners]
         made = [make(s) if is_mine else Elsewhere(s) for s, is_mine in zip(self.config.seeds, mine)]
         self.trainers = made
         if ranks.here.first:
@@ -180,13 +183,17 @@ class Run:
     def here(self) -> dict[int, Any]:
         """Those of them that are this rank's, by their place among the seeds."""
         of_seeds = enumerate(zip(self.trainers, self.owners))
-        return {i: t for i, (t, owner) in of_seeds if owner == ranks.here.rank and not t.failed}
+        return {i: t for i, (t, owner) in of_seeds if self._is_here(owner) and not t.failed}
+
+    def _is_here(self, owner: int) -> bool:
+        return owner == ranks.here.rank or self.shard.size > 1
 
     @property
     def share(self) -> Config:
-        """The run with this rank's seeds alone, or none."""
+        """The run with this rank's seeds alone, or none; with its share of all seeds' features."""
         share, owned = copy.copy(self.config), zip(self.config.seeds, self.owners)
-        share.seeds = tuple(seed for seed, owner in owned if owner == ranks.here.rank)
+        share.seeds = tuple(seed for seed, owner in owned if self._is_here(owner))
+        share.d_sae //= self.shard.size
         return share
 
     def step(self, x: Tensor, forget: Tensor, log: bool, document: Tensor | None = None):
@@ -217,7 +224,7 @@ class Run:
         records = []
         for i, facts in sorted(news, key=_place):
             records += facts["history"]
-            if self.owners[i] != ranks.here.rank:
+            if isinstance(self.trainers[i], Elsewhere):
                 self.trainers[i].hear(facts)
         records.sort(key=_step)  # stable: seeds in order
         if records and ranks.here.first:
@@ -235,10 +242,12 @@ class Run:
         """Inside, RunFailed is the failure of this trainer alone."""
         try:
             yield
-        except CannotWrite:
+        except (CannotWrite, ranks.Lost):
             raise
         except RunFailed as failed:
             trainer.failed = str(failed)
+            if self.shard.rank:  # the first one says it for all
+                return
             tqdm.write(f"{self.folder}: seed {trainer.seed} failed: {failed}", file=sys.stderr)
 
     def has_read(self, passes: dict[str, int]):
@@ -261,7 +270,8 @@ class Run:
         for i, (trainer, owner) in enumerate(zip(self.trainers, self.owners)):
             of_trainer, known = trainer.state()
             if not trainer.failed:
-                of_trainer = ranks.at_first(of_trainer, owner)
+                sharded = self.shard.size > 1
+                of_trainer = self.shard.whole(of_trainer) if sharded else ranks.at_first(of_trainer, owner)
                 tensors |= {f"{i}.{name}": t for name, t in of_trainer.items()}
             facts.append(known)
         if not ranks.here.first:
@@ -270,14 +280,20 @@ class Run:
         checkpoint.save(self.folder, at.step, tensors, about | {"trainers": facts})
 
     def _record(self, trainer: Trains, measured: dict[str, Tensor]) -> dict:
-        sae = trainer.sae
+        sae, shard = trainer.sae, self.shard
         when = {"seed": trainer.seed, "step": trainer.steps, "tokens": trainer.steps * self.config.batch_size}
         measured = measured | {
-            "frac_dead": (sae.idle >= self.config.dead_tokens).float().mean(),
-            "sharing": sharing(sae.rate),
-            "between_domains": omega_between_domains(sae.W_dec.detach(), sae.affinity),
+            "frac_dead": shard.mean((sae.idle >= self.config.dead_tokens).float()),
+            "sharing": sharing(shard.gather(sae.rate, 1)),
+            "between_domains": omega_between_domains(sae.W_dec.detach(), sae.affinity, shard),
         }
         return when | dict(zip(measured, torch.stack(list(measured.values())).tolist()))  # one look
+
+    def gather(self):
+        """Training is over: each SAE whose features are split goes to its rank."""
+        for i, trainer in self.here.items():
+            trainer.gather(self.owners[i])
+        self.shard = WHOLE
 
     def seconds_to_evaluate(self, rows) -> float:
         """About how long that takes on the embedded testbed: what its bar counts."""

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sae_separation import ranks
 from sae_separation.errors import RunFailed
 
 # the dimension of an SAE's tensors that is the features'
@@ -65,7 +66,8 @@ class Shard:
     def sum(self, t: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(t)
+            with ranks.together():
+                dist.all_reduce(t)
         return t
 
     def sums(self, parts: Sequence[Tensor]) -> list[Tensor]:
@@ -88,7 +90,8 @@ class Shard:
             return t
         mine = t.detach().to(torch.uint8 if t.dtype == torch.bool else t.dtype).contiguous()
         parts = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(parts, mine)
+        with ranks.together():
+            dist.all_gather(parts, mine)
         return torch.cat(parts, dim).to(t.dtype)
 
     def rows(self, W: Tensor, places: Tensor) -> Tensor:
@@ -133,41 +136,40 @@ class Shard:
             if self.size == 1:
                 raise
             said = str(error)
-        if self.size > 1:
-            texts: list[str] = [""] * self.size
-            dist.all_gather_object(texts, said)
-            if any(texts):
-                raise RunFailed(next(filter(None, texts)))
+        if texts := list(filter(None, ranks.exchange(said))) if self.size > 1 else []:
+            raise RunFailed(texts[0])
 
-    def to_first_rank(self, t: Tensor, dim: int) -> Tensor | None:
-        """What all ranks have of a tensor, on the first rank's CPU, which receives one part at a time; None
-        on the others."""
+    def to_rank(self, to: int, t: Tensor, dim: int) -> Tensor | None:
+        """What all ranks have of a tensor, on one rank's CPU, which receives one part at a time; None on the
+        others."""
         part = t.detach().contiguous()
-        if self.rank:
-            dist.send(part, 0)
-            return None
-        parts = [part.cpu()]
-        for rank in range(1, self.size):
-            dist.recv(part := torch.empty_like(part), rank)
-            parts.append(part.cpu())
+        with ranks.together():
+            if self.rank != to:
+                dist.send(part, to)
+                return None
+            parts = []
+            for rank in range(self.size):
+                if rank != to:
+                    dist.recv(part := torch.empty_like(part), rank)
+                parts.append((t.detach() if rank == to else part).cpu())
         return torch.cat(parts, dim)
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of a trainer, with those of features from all ranks: on the first rank, and on its CPU;
-        none on the others."""
+    def whole(self, tensors: Mapping[str, Tensor], to: int = 0) -> dict[str, Tensor]:
+        """Tensors of a trainer, with those of features from all ranks: on one rank, and on its CPU; none on
+        the others."""
         if self.size == 1:
             return dict(tensors)
         out: dict[str, Tensor] = {}
         for name, t in tensors.items():
             dim = feature_dim(name, t)
-            gathered = t.cpu() if dim is None else self.to_first_rank(t, dim)
-            if gathered is not None and not self.rank:
+            gathered = t.cpu() if dim is None else self.to_rank(to, t, dim)
+            if gathered is not None and self.rank == to:
                 out[name] = gathered
         return out
 
-    def gather_module(self, sae):
-        """Give an SAE all of its features, on the first rank, and on its CPU; elsewhere it stays a part."""
-        state = self.whole(sae.state_dict())
+    def gather_module(self, sae, to: int):
+        """Give an SAE all of its features, on one rank, and on its CPU; elsewhere it stays a part."""
+        state = self.whole(sae.state_dict(), to)
         sae.cpu().shard = WHOLE
         for name, t in state.items():
             getattr(sae, name).data = t
