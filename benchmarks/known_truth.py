@@ -208,16 +208,11 @@ class Ours:
 
     def __init__(self, row: dict[str, Any], world: World, first: ActivationBlock, start: Tensor | None):
         s, d_sae = world.settings, world.d_sae
-        request = experiment.Request(
-            **row,
-            seeds=(world.seed,),
-            tokens=s.samples,
-            batch_size=s.batch_size,
-            buffer_tokens=s.chunk,
-            d_sae=d_sae,
-            forget_features=max(1, 40 * d_sae // 1024),  # the study's 40 of 1,024
-        )
+        asked = row | {"seeds": (world.seed,), "tokens": s.samples, "d_sae": d_sae}
+        asked |= {"batch_size": s.batch_size, "buffer_tokens": s.chunk}
+        asked["forget_features"] = max(1, 40 * d_sae // 1024)  # the study's 40 of 1,024
         of_world = {"target_l0": float(world.target_l0), "k": world.target_l0, "context_size": 8, "layer": 0}
+        request = experiment.Request(**asked)
         config = complete(request, experiment.Config, "synthetic", of_world, world.d_in)
         self.n_steps = s.samples // s.chunk * (s.chunk // s.batch_size)
         self.trainer = experiment.Trainer(config, world.seed, world.d_in, self.n_steps, first)
@@ -327,6 +322,7 @@ def measured(sae: Any, world: World, acts: Tensor) -> dict[str, float]:
 def of_seed(settings: Settings, seed: int, command: str) -> dict[str, Any]:
     """All rows of a seed: what made them, their world, and of each METRICS and what training says."""
     began = time.perf_counter()
+    made_by = {"command": command, "date": time.strftime("%Y-%m-%d"), **provenance()}
     world = World(settings, seed)
     with seeded(seed, "evaluation"):
         acts = world.sample(settings.eval_samples)
@@ -335,7 +331,6 @@ def of_seed(settings: Settings, seed: int, command: str) -> dict[str, Any]:
     of_world = {"seed": world.model.cfg.seed, "true_features": len(world.vectors), "d_in": world.d_in}
     of_world |= {"d_sae": world.d_sae, "target_l0": world.target_l0, "device": str(world.device)}
     of_world |= {"forget_features": forget[0], "forget_features_of_the_frequent": forget[1]}
-    made_by = {"command": command, "date": time.strftime("%Y-%m-%d"), **provenance()}
     return {"made_by": made_by | {"seconds": time.perf_counter() - began}, "world": of_world, "rows": rows}
 
 

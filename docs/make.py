@@ -21,7 +21,8 @@ SMOLLM2 = ("run_0", "run_6", "run_9")
 SHORT = ("standard", "worst case", "left at most", "kept at least")  # the columns of README's table
 OF_README = [f"run_{i}" for i in (0, 1, 6, 9, 15, 16, 17, 19, 21)]  # its rows
 REFERENCE, BASELINE = "run_6", "run_0"
-KNOWN_TRUTH = {  # column -> metric of known_truth.json, digits, whether with its difference to the baseline
+# column -> metric of known_truth.json, digits, whether with its difference to the baseline
+KNOWN_TRUTH: dict[str, tuple[str, str, bool]] = {
     "MCC": ("mcc", ".3f", True),
     "MCC, forget": ("mcc_forget", ".3f", True),
     "MCC, others": ("mcc_others", ".3f", True),
@@ -139,7 +140,7 @@ def known_truth_table(found: dict) -> str:
         return f"{text} ({of['less_baseline']:+{digits}} ± {(high - low) / 2:{digits}})"
 
     table = [
-        [name, *(cell(row[metric], *how) for metric, *how in KNOWN_TRUTH.values())]
+        [name, *(cell(row[metric], digits, paired) for metric, digits, paired in KNOWN_TRUTH.values())]
         for name, row in found["summary"].items()
     ]
     return tables.markdown(["dictionary", *KNOWN_TRUTH], table)
