@@ -168,6 +168,9 @@ def test_what_cannot_be_split_is_refused_before_anything_is_read(monkeypatch):
     monkeypatch.setattr(ranks.here, "size", 3)
     checks.check_shards(experiment.Request(arm="rmu"))
     checks.check_shards(experiment.Request(d_sae=3072))
-    for request, said in (({"d_sae": 64}, "give --d_sae 63"), ({"compile": True}, "--compile")):
+    for request, said in (
+        (experiment.Request(d_sae=64), "give --d_sae 63"),
+        (experiment.Request(compile=True), "--compile"),
+    ):
         with pytest.raises(WrongRequest, match=said):
-            checks.check_shards(experiment.Request(**request))
+            checks.check_shards(request)
