@@ -306,7 +306,7 @@ def test_a_complete_run_is_evaluated_on_what_it_was_trained_on(tmp_path):
 
 
 def test_training_that_surely_needs_more_memory_is_refused_with_the_numbers(monkeypatch):
-    testbed: Any = SimpleNamespace(d_in=500, lm=SimpleNamespace(device=torch.device("cpu")))
+    testbed: Any = SimpleNamespace(d_in=500, device=torch.device("cpu"))
     config: Any = SimpleNamespace(d_sae=100_000, seeds=(0, 1), batch_size=1000, buffer_tokens=250_000)
     # weights 0.4 GB an SAE: with Adam's moments 2.4 for two; gradients and features 0.4 + 0.6; a block 1.0
     for left, fits in ((4.3e9, False), (4.5e9, True)):
