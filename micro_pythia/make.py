@@ -216,7 +216,7 @@ class Learner:
         """Tensors of the LM and of AdamW by name, and where the reader's random numbers stand."""
         named = dict(self.lm.named_parameters())
         of_adam = {f"{k}.{n}": t for n, p in named.items() for k, t in self.adam.state[p].items()}
-        return {n: p.detach() for n, p in named.items()} | of_adam, self.reader.rng.bit_generator.state
+        return {n: p.detach() for n, p in named.items()} | of_adam, dict(self.reader.rng.bit_generator.state)
 
     def restore(self, tensors: dict[str, torch.Tensor], numbers: dict):
         with torch.no_grad():

@@ -285,10 +285,11 @@ def test_a_world_that_was_stopped_goes_on_to_the_same_bits(world, tmp_path, monk
         if course.step == stop_at:
             raise KeyboardInterrupt
 
-    def trained(learners, course, stop_at=None):
+    def trained(learners, course: make.Course, stop_at=None):
         keep = partial(kept, learners=learners, stop_at=stop_at)
-        return make.train(learners, probe=None, course=course, lr=1e-3, keep=keep, tail=2)
+        return make.train(learners, unasked, course, lr=1e-3, keep=keep, tail=2)
 
+    unasked: Any = None
     whole = tiny_learners(world)
     assert trained(whole, make.Course(end=9)) == 6  # two probes passed at step 4, then the tail
     make.remove_checkpoints(tmp_path)
@@ -300,7 +301,7 @@ def test_a_world_that_was_stopped_goes_on_to_the_same_bits(world, tmp_path, monk
     assert "was made with other settings" in capsys.readouterr().err
     again = tiny_learners(world)
     course = make.last_kept(tmp_path, again, "this")
-    assert (course.step, course.hits, course.end) == (4, 2, 6)
+    assert course and (course.step, course.hits, course.end) == (4, 2, 6)
     assert trained(again, course) == 6
     for one, other in zip(whole, again):
         (tensors, numbers), (same, same_numbers) = one.state(), other.state()

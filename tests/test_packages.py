@@ -24,7 +24,8 @@ TESTS = [*(ROOT / "tests").glob("*.py")]
 OWN = {file.stem for file in RUN + TESTS} | {"sae_separation", "micro_pythia", "benchmarks"}
 REQUIREMENTS = ["requirements.txt", "requirements-no-deps.txt"]  # of a run
 PEERS = {"dictionary_learning", "sparsify"}  # of benchmarks/requirements.txt, in an environment of their own
-OPTIONAL = {"accelerate", "wandb", "sae_dashboard", "sae_probes"}  # an option asks for them, and says so where they are not
+# an option asks for them, and says so where they are not
+OPTIONAL = {"accelerate", "wandb", "sae_dashboard", "sae_probes"}
 
 
 def imported(file: Path) -> set[str]:
