@@ -773,9 +773,10 @@ class TrainingLoop:
         how = {"unit": "tok", "unit_scale": True, "desc": "training", "mininterval": 2}
         with tqdm(total=total, initial=done, **how) as bar, ranks.held():
             try:
-                while self._goes_on():
-                    self._train_on_block(self.stream.block or self.stream.next_block(), size, bar)
-                    if self._goes_on():
+                goes_on = self._goes_on()
+                while goes_on:
+                    block = self.stream.block or self.stream.next_block()
+                    if goes_on := self._train_on_block(block, size, bar):
                         self.stream.next_block()
             except Interrupted as stop:
                 process.signals.taken()
@@ -795,7 +796,8 @@ class TrainingLoop:
         self.due, late, training = self.pace.agree(self.at.step, *said, between=(False, False, True))
         return bool(self.at.step < self.n_steps and training and not late)
 
-    def _train_on_block(self, block: ActivationBlock, size: int, bar: tqdm):
+    def _train_on_block(self, block: ActivationBlock, size: int, bar: tqdm) -> bool:
+        """Whether training goes on behind it."""
         at = self.at
         batches = zip(block.batches(size), block.documents(size))
         for (x, forget), document in islice(batches, at.batch, None):
@@ -809,11 +811,12 @@ class TrainingLoop:
                     self._save()
             bar.update(size)
             if not goes_on:
-                return
+                return False
         with process.signals.held():
             at.block, at.batch = at.block + 1, 0
             share_news(self.runs)
         bar.set_postfix_str(", ".join(run.progress() for run in self.runs[:3]))
+        return True
 
     def _save(self):
         """Unless no SAE is finite any more: then the last good checkpoint stays."""

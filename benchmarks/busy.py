@@ -73,7 +73,7 @@ def train():
 
     def steps() -> Iterator[int]:
         while True:
-            for x, forget in stream.block.batches(config.batch_size):
+            for x, forget in (stream.block or stream.next_block()).batches(config.batch_size):
                 for trainer in trainers:
                     trainer.step(x, forget)
                 yield len(x)

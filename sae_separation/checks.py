@@ -130,6 +130,11 @@ def check_split_lm():
         raise WrongRequest("--split_lm needs the package accelerate: pip install accelerate")
     if ranks.here.many:
         raise WrongRequest("--split_lm gives all GPUs to one process: leave it out, or torchrun")
+    import torch
+
+    if (gpus := torch.cuda.device_count()) < 2:
+        what = f"--split_lm places the LM over several GPUs, and {'one is' if gpus else 'none is'} here"
+        raise WrongRequest(f"{what}: leave it out")
 
 
 def check_shards(request: Any):

@@ -153,12 +153,8 @@ def load(
 
 
 def device_for(spec: Spec, split_lm: bool) -> str:
-    """Where a testbed's LM is placed, as load_lm takes it. Raises WrongRequest where it cannot be split."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if split_lm and gpus < 2:
-        what = f"--split_lm places the LM over several GPUs, and {'one is' if gpus else 'none is'} here"
-        raise WrongRequest(f"{what}: leave it out")
-    return SPLIT if split_lm else "cuda" if gpus and spec.gpu else "cpu"
+    """Where a testbed's LM is placed, as load_lm takes it."""
+    return SPLIT if split_lm else "cuda" if torch.cuda.is_available() and spec.gpu else "cpu"
 
 
 def give_lm(testbed: Testbed, folder: Path, weights: bool):

@@ -183,16 +183,41 @@ def state_at(folder: Path, step: int) -> tuple[dict, dict]:
     return facts, tensors
 
 
+def small(own) -> list:
+    """Options of a small training on one's own data, in blocks of 15 steps."""
+    size = {"tokens": STEPS * 128, "batch_size": 128, "buffer_tokens": 2000, "context_size": 32}
+    size |= {"d_sae": 64, "target_l0": 8, "dead_tokens": 4096, "seeds": 0, "checkpoint_seconds": 1000}
+    given = {name: value[0] if isinstance(value, tuple) else value for name, value in own.items()} | size
+    return [text for name, value in given.items() for text in (f"--{name}", value)]
+
+
+def test_ranks_end_together_where_all_seeds_have_failed(
+    on_ranks, own, testbed, small_lm_batches, tmp_path, monkeypatch
+):
+    """They agree at step 25 at the latest, in the second of three blocks: the third is not computed."""
+    monkeypatch.setattr(testbeds, "load", lambda *_: testbed)
+    block_from_lm = experiment.ActivationStream.block_from_lm
+
+    def first_two(stream):
+        assert stream.block_index < 2
+        return block_from_lm(stream)
+
+    monkeypatch.setattr(experiment.ActivationStream, "block_from_lm", first_two)
+    folders = (tmp_path / "run_0", tmp_path / "run_1")
+    argv = ("--out_dir", *folders, "--lr", 1e30, "--evals", "none", *small(own))
+    ended = on_ranks(2, lambda rank: run_here(*argv))
+    assert ended.codes[0] == 1 and len(ended.errors) == 1, ended
+    for folder in folders:
+        assert f"{folder} seed 0" in ended.errors[0]
+        assert any("seed 0 failed" in text for text in json.loads((folder / "warnings.json").read_text()))
+
+
 def test_two_ranks_make_what_one_makes_stopped_and_gone_on_with_other_numbers(
     on_ranks, own, testbed, small_lm_batches, tmp_path, monkeypatch
 ):
     """Two runs with an SAE each, on blocks of 15 steps."""
     monkeypatch.setattr(testbeds, "load", lambda *_: testbed)
-    runs = ("run_1", "run_6")
-    size = {"tokens": STEPS * 128, "batch_size": 128, "buffer_tokens": 2000, "context_size": 32}
-    size |= {"d_sae": 64, "target_l0": 8, "dead_tokens": 4096, "seeds": 0, "checkpoint_seconds": 1000}
-    given = {name: value[0] if isinstance(value, tuple) else value for name, value in own.items()} | size
-    argv = [text for name, value in given.items() for text in (f"--{name}", value)]
+    runs, argv = ("run_1", "run_6"), small(own)
 
     def command(where, step=None, evals="none"):
         def work(rank):

@@ -52,7 +52,7 @@ def test_what_cannot_be_split_is_refused(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         with pytest.raises(WrongRequest, match=said):
-            device_for(SPECS["pythia-70m"], split_lm=True)
+            checks.check_split_lm()
     assert device_for(SPECS["pythia-70m"], split_lm=False) == "cuda"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(WrongRequest, match="pip install accelerate"):
