@@ -14,6 +14,11 @@ stage of option look-ups that state no fact; then a ramp to facts and questions,
 answer letter.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the next lines are imported: an end without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import collections
 import contextlib
@@ -47,6 +52,8 @@ from sae_separation.text import cache_folder
 BOS = "<|endoftext|>"
 HIDDEN, LAYERS, HEADS, CONTEXT = 128, 4, 4, 128
 PROBED = 200  # steps
+HALF_MADE = {"checkpoints", "config.json", "generation_config.json", "model.safetensors", "questions.json"}
+HALF_MADE |= {"tokenizer.json", "tokenizer_config.json", ORACLE}  # until report.json is there
 ALL_24 = list(itertools.permutations(range(4)))
 # what is read, in shares of documents: first the look-up stage, then the stage of facts and questions
 KINDS = ("prose", "open", "list", "drill", "lookup", "quiz")
@@ -404,6 +411,7 @@ def shortfalls(report: dict) -> list[str]:
 
 
 def main():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -419,15 +427,33 @@ def main():
     folder = args.out.expanduser() if args.out else default_folder(args.world_seed)
     if folder.exists() and not folder.is_dir():
         raise SystemExit(f"--out {folder} is a file: name a folder")
+    if args.world_seed < 0:
+        raise SystemExit(f"--world_seed {args.world_seed}: give 0 or more")
+    refuse_foreign(folder)
     if args.world_seed and (report := made(folder, args.world_seed)):
         print(f"world {args.world_seed} is made: {folder}")
     else:
-        report = make(folder, World(args.world_seed), args.max_steps, args.lr)
+        print(f"world {args.world_seed}: writing its documents, then training, into {folder}", flush=True)
+        try:
+            report = make(folder, World(args.world_seed), args.max_steps, args.lr)
+        except KeyboardInterrupt:
+            steps = checkpoint.steps_in(folder)
+            after = f"goes on at step {steps[-1]}" if steps else "starts anew: nothing is kept yet"
+            print(f"stopped; the same command {after}", file=sys.stderr)
+            sys.exit(130)
         print(json.dumps(report, indent=1))
     remove_checkpoints(folder)
     if short := shortfalls(report):
         raise SystemExit("micro-pythia falls short: " + "; ".join(short))
     print(f"python experiment.py --out_dir=mine/run_1 --testbed=micro --lm={folder}")
+
+
+def refuse_foreign(folder: Path):
+    """Raises SystemExit for a folder that holds anything but a world, whole or half made."""
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    half_made = "checkpoints" in there and there <= HALF_MADE
+    if there and not half_made and "report.json" not in there:
+        raise SystemExit(f"{folder} holds other files: name a new or an empty folder with --out")
 
 
 def made(folder: Path, world_seed: int) -> dict | None:
@@ -533,11 +559,4 @@ def make(folder: Path, world: World, max_steps: int, lr: float) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print(
-            f"stopped; the same command goes on from the last probe, one every {PROBED} steps",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+    main()

@@ -432,9 +432,9 @@ def as_numbers(option: str, text: str, is_whole: bool) -> str:
             return False
         return True
 
-    text = text.translate(LOOK_LIKE_FIGURES)
+    text = text.translate(LOOK_LIKE_FIGURES).strip(",")
     has_thousands = is_whole and re.fullmatch(r"\d{1,3}(,\d{3})+", text)
-    values, joined = text.strip(",").split(","), text.replace(",", "" if has_thousands else ".")
+    values, joined = text.split(","), text.replace(",", "" if has_thousands else ".")
     if are_numbers(joined):
         return f"; did you mean {option} {joined}?"
     if not are_numbers(*values):
@@ -795,6 +795,8 @@ def check(command: Command, requests: Sequence[Request]):
 
     tracking.check(command.track)
     kept.refuse_place(command.activations, command.out_dir)
+    if command.activations is None and command.activations_dtype != Command.activations_dtype:
+        raise WrongRequest("--activations_dtype is about --activations: give that, too")
     if command.split_lm:
         checks.check_split_lm()
     if command.shard_features:

@@ -166,12 +166,16 @@ class Pass:
             if (run.config["testbed"], run.config.get("lm")) == (self.testbed, self.spec.lm)
         ]
         if not known:
-            return f"not known: no finished run of {self.testbed} lies beside the folders or here"
+            return (
+                f"not known: no finished run of {self.testbed} with this LM lies beside the folders or here"
+            )
         parts, names = [], ", ".join(run.name for run in known[:4]) + (", ..." if len(known) > 4 else "")
         if self.with_saes:
             training = seconds_of_training(known, self._work_left())
             parts.append("training not known" if training is None else f"{minutes(training)} of training")
         parts.append(self._time_of_evaluations(known))
+        if not any(parts):
+            return "not known: no evaluation is asked for, and what is fitted has no time of its own"
         return f"{' and '.join(filter(None, parts))}, in proportion to what {names} took"
 
     def _time_of_evaluations(self, known: Sequence["Finished"]) -> str:

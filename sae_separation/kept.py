@@ -387,13 +387,15 @@ def cache_of(command: Any, stream: Any, testbed: "Testbed", settings: Any, n_ste
 def foreseen(command: Any, said: dict, n_tokens: int, d_in: int) -> str:
     """What a dry run says of a cache: its size, and what is there of the same LM and text by their names."""
     place, rounded = Path(command.activations), command.activations_dtype == "bf16"
-    least, most = (gigabytes(bytes_of(n_tokens, d_in, n)) for n in (2, 4))
+    n_rows = math.ceil(n_tokens / said["buffer_tokens"]) * said["buffer_tokens"]  # in whole blocks
+    least, most = (gigabytes(bytes_of(n_rows, d_in, n)) for n in (2, 4))
     size = least if rounded else f"{most} ({least} where the LM runs in bfloat16)"
     there = []
     for folder in folders_in(place):
         with contextlib.suppress(Unusable):
             about = read_sealed(folder / "about.json")
-            if about and about["said"] == said:
+            fits = about and about["of"]["rounded"] == (rounded and about["of"]["precision"] != "bfloat16")
+            if about and fits and about["said"] == said:
                 blocks = blocks_in(folder)
                 total = gigabytes(sum(path.stat().st_size for path in blocks))
                 there.append(f"{len(blocks)} blocks ({total}) in {folder.name}")

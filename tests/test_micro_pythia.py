@@ -323,3 +323,7 @@ def test_a_world_is_made_once_and_another_ones_folder_is_refused(tmp_path, capsy
     monkeypatch.setattr("sys.argv", ["make", "--out", str(tmp_path), "--world_seed", "4"])
     with pytest.raises(SystemExit, match="holds world 3: name another folder"):
         make.main()
+    (tmp_path / "report.json").rename(tmp_path / "config.json")
+    with pytest.raises(SystemExit, match="holds other files: name a new or an empty folder"):
+        make.main()
+    assert (tmp_path / "config.json").exists()
