@@ -867,7 +867,7 @@ def run_experiments(
     for run in runs:
         if isinstance(run, UntrainedRun):
             run.begin(anew=command.overwrite)
-    ranks.meet()  # every folder is as its evaluations need it
+    ranks.barrier()  # every folder is as its evaluations need it
     progress.set_up.close()
     of_lm = partial(Evaluator, testbed, context_size)
     return evaluate_runs([*runs, *finished], rows, of_lm, train_seconds)
@@ -909,7 +909,7 @@ def train_runs(command: Command, runs: list[Run], testbed: Testbed, evaluated: b
         run.gather()
         run.has_read(at.passes)
     print("; ".join(f"{domain} text: pass {n}" for domain, n in at.passes.items()))
-    return ranks.told(at.train_seconds)
+    return ranks.broadcast(at.train_seconds)
 
 
 def run_passes(command: Command, requests: list[Request], started: float, tracking: Tracking):

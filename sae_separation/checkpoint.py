@@ -155,7 +155,7 @@ def to_go_on_from(config_hash: dict[Path, str], anew: bool) -> tuple[Position, I
     """Where training stands, and every folder's state (tensors and facts; None: at the start):
     `newest_common` as rank 0 finds it, which the others read, too, a folder at a time."""
     found = None if anew or not ranks.here.first else newest_common(config_hash)
-    position = ranks.told(found[0][1]["position"] if found else None)
+    position = ranks.broadcast(found[0][1]["position"] if found else None)
     if position is None:
         return Position(), [None] * len(config_hash)
     read_here = (read(folder, position["step"], known) for folder, known in config_hash.items())

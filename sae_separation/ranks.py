@@ -6,8 +6,8 @@
     for resid in ranks.shared(items, work, like):    # LM batches: each rank does its share, all get all
     owners = ranks.deal(len(seeds))              # which rank has which SAE
     late, due = ranks.agree(late, due)           # a decision that all take together; a signal stops all
-    position = ranks.told(position)              # what rank 0 knows
-    parts = ranks.exchange(value)                # what every rank knows
+    position = ranks.broadcast(position)         # what rank 0 knows
+    parts = ranks.all_gather(value)              # what every rank knows
     code = ranks.tell(error)                     # one line for all, by the rank that knows best
 
 Without torchrun there is one rank, all of these are at once what they are for one process, and
@@ -267,7 +267,7 @@ def together() -> Iterator[None]:
         raise Lost(f"the connection of the ranks broke ({first})") from error
 
 
-def meet():
+def barrier():
     """Wait until every rank is here, however long it works. Raises Lost when one has ended."""
     if not here.many:
         return
@@ -294,7 +294,7 @@ def deal(n: int) -> list[int]:
     return list(itertools.islice(here.turns, n))
 
 
-def told(value: T) -> T:
+def broadcast(value: T) -> T:
     """Rank 0's value (JSON), on every rank."""
     if not here.many:
         return value
@@ -350,7 +350,7 @@ def held() -> contextlib.AbstractContextManager:
     return process.signals.held() if here.many else contextlib.nullcontext()
 
 
-def exchange(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """The values (JSON) of all ranks, in order, on every rank."""
     if not here.many:
         return [value]
@@ -420,6 +420,6 @@ def gathered(runs: Sequence[R], work: Callable[[R], list]) -> Iterator[tuple[R, 
             yield run, work(run)
         return
     mine = [work(run) for run in runs]
-    meet()
-    for run, *parts in zip(runs, *exchange(mine)):
+    barrier()
+    for run, *parts in zip(runs, *all_gather(mine)):
         yield run, sum(parts, [])

@@ -541,7 +541,7 @@ def runs_of(
 def share_news(runs: Sequence[Run]):
     """All ranks tell each other how it goes with their trainers; one process alone has no news."""
     if ranks.here.many:
-        for run, *news in zip(runs, *ranks.exchange([run.news() for run in runs])):
+        for run, *news in zip(runs, *ranks.all_gather([run.news() for run in runs])):
             run.hear(sum(news, []))
 
 

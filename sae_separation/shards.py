@@ -136,7 +136,7 @@ class Shard:
             if self.size == 1:
                 raise
             said = str(error)
-        if texts := list(filter(None, ranks.exchange(said))) if self.size > 1 else []:
+        if texts := list(filter(None, ranks.all_gather(said))) if self.size > 1 else []:
             raise RunFailed(texts[0])
 
     def to_rank(self, to: int, t: Tensor, dim: int) -> Tensor | None:

@@ -121,7 +121,7 @@ def test_ranks_share_work_and_tell_each_other(on_ranks):
             [float(n)] * n for n in sizes
         ]
         assert mine == sizes[rank::2]
-        assert ranks.exchange(["é"] * rank) == [[], ["é"]] and ranks.told({"by": rank}) == {"by": 0}
+        assert ranks.all_gather(["é"] * rank) == [[], ["é"]] and ranks.broadcast({"by": rank}) == {"by": 0}
         assert ranks.agree(rank == 1, False) == (True, False)
         state = {"w": torch.arange(3), "generator": torch.Generator().get_state(), "l": torch.tensor(2.0)}
         moved = ranks.at_first(state if rank else {}, 1)
@@ -260,7 +260,7 @@ def run_out_of_memory():
     raise MemoryError
 
 
-@pytest.mark.parametrize("waits", [lambda: ranks.agree(True), ranks.meet, lambda: time.sleep(SECONDS)])
+@pytest.mark.parametrize("waits", [lambda: ranks.agree(True), ranks.barrier, lambda: time.sleep(SECONDS)])
 @pytest.mark.parametrize("end, code", [(end_by_itself, -signal.SIGKILL), (run_out_of_memory, 1)])
 def test_a_rank_that_ends_ends_all_with_one_line_that_names_it(end, code, waits, on_ranks, monkeypatch):
     monkeypatch.setattr(ranks, "GRACE", 0.5)

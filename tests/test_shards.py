@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-import tiny
+import test_trainer
 import torch
 import torch.distributed as dist
 from conftest import run_here
@@ -22,19 +22,16 @@ from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.shards import WHOLE, Shard
 
 STEPS = 30
-SMALL = tiny.config(
-    arm="vanilla",
+SMALL = replace(
+    test_trainer.SMALL,
     d_sae=192,
-    target_l0=8.0,
     batch_size=64,
     tokens=200 * 64,
     resample_steps=10,
     dead_tokens=600,
     warmup_steps=5,
-    group_size=32,
     group_update_steps=10,
     forget_features=20,
-    k=8,
 )
 CASES = {
     "relu": {"grad_clip": 0.3, "feature_lr_power": 0.3},
