@@ -1,6 +1,6 @@
 """Training on a busy machine: tokens/s of three SAEs on the embedded testbed.
 
-    python benchmarks/busy.py       # six minutes; nothing else may run
+    python benchmarks/busy.py       # eight minutes; nothing else may run
 
 Alone, beside two processes of one busy thread each, and beside another training whose OpenMP spins: with this
 code, with what OpenMP does by itself, where its threads never spin, and with one thread. Every variant is a
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def another_training() -> Iterator[None]:
 
 LOADS = {
     "alone": contextlib.nullcontext,
-    "beside two busy threads": lambda: spinners(2),
+    "beside two busy threads": partial(spinners, 2),
     "beside a training that spins": another_training,
 }
 
