@@ -781,9 +781,9 @@ class TrainingLoop:
             except Interrupted as stop:
                 process.signals.taken()
                 with process.signals.held():
-                    self._save()
-                where = f"at step {at.step} of {self.n_steps}"
-                stop.message = f"{where}; the same command (without --overwrite) goes on from there"
+                    if self._save():
+                        where = f"at step {at.step} of {self.n_steps}"
+                        stop.message = f"{where}; the same command (without --overwrite) goes on from there"
                 raise
             with process.signals.held():
                 at.over = True
@@ -818,14 +818,14 @@ class TrainingLoop:
         bar.set_postfix_str(", ".join(run.progress() for run in self.runs[:3]))
         return True
 
-    def _save(self):
-        """Unless no SAE is finite any more: then the last good checkpoint stays."""
+    def _save(self) -> bool:
+        """Whether it was done. Where no SAE is finite any more the last good checkpoint stays."""
         at, now = self.at, time.monotonic()
         for run in self.runs:
             run.look()
         share_news(self.runs)
         if not any(run.training for run in self.runs):
-            return
+            return False
         at.train_seconds = self.before.train_seconds + now - self.began
         at.used_seconds = self.before.used_seconds + now - self.started
         at.written, at.passes = at.written + 1, dict(self.stream.passes)
@@ -834,6 +834,7 @@ class TrainingLoop:
         process.signals.something_is_kept()
         spent = time.monotonic() - now
         self.next_save = now + spent + max(self.interval, 50 * spent)
+        return True
 
 
 # -------------------------------------------------------------------------------- the command

@@ -638,7 +638,7 @@ def parse_command(
     refuse_twins(command.out_dir, requests)
     for message in messages:
         print(message)
-    if idle := without_effect(given, command.out_dir, requests):
+    if idle := without_effect(command, given, requests):
         print(f"warning: without effect: {idle}", file=sys.stderr)
     return command, requests
 
@@ -742,16 +742,25 @@ def of_the_plan(out_dir: str, planned: Mapping[str, Any], given: set[str], reque
     return f"{says}; in its place {changed}" if changed else says
 
 
-def without_effect(given: Iterable[str], out_dirs: Sequence[str], requests: Sequence[Request]) -> str:
+def without_effect(command: Command, given: Iterable[str], requests: Sequence[Request]) -> str:
     """Which of the options given do nothing in which runs."""
-    idle: dict[str, list[str]] = {}
-    for out_dir, request in zip(out_dirs, requests):
+    out = []
+    for out_dir, request in zip(command.out_dir, requests):
+        idle = {"arm": idle_in_arm(command, request), "activation": list[str]()}
         for f in fields(request):
             if f.name in given and not request.matters(f):
-                setting = "activation" if request.activation not in bounds_of(f).activations else "arm"
-                run = f"in {out_dir} ({setting} {getattr(request, setting)})"
-                idle.setdefault(run, []).append(f"--{f.name}")
-    return ", ".join(f"{' '.join(options)} {run}" for run, options in idle.items())
+                by = "activation" if request.activation not in bounds_of(f).activations else "arm"
+                idle[by].append(f"--{f.name}")
+        runs = {by: f"in {out_dir} ({by} {getattr(request, by)})" for by in idle}
+        out += [f"{' '.join(options)} {runs[by]}" for by, options in idle.items() if options]
+    return ", ".join(out)
+
+
+def idle_in_arm(command: Command, request: Request) -> list[str]:
+    """Options of the command that do nothing in a run, as its arm trains no SAE or has none."""
+    idle = ["--activations"] if command.activations and request.arm in request.untrained else []
+    rows = evals.rows_of(command.evals) if command.evals else []
+    return idle + [f"--evals {row.name}" for row in rows if not row.fits(request)]
 
 
 def one_pass(

@@ -279,6 +279,7 @@ class Kept:
                         with whole(path) as beside:
                             save_file(tensors, beside, header(FORMAT, tensors, facts))
                             beside.chmod(about.stat().st_mode)  # for others, too: safetensors' is not
+                        process.signals.something_is_kept()
         except CannotWrite as error:
             cause, remedy = cause_and_remedy(error.__cause__)
             self._stop_keeping(f"{cause}; {remedy}")

@@ -668,6 +668,11 @@ def test_evaluations_without_questions_lack_none(here):  # noqa: F811
             "--k in run_6 (activation relu)",
         ),
         ("--out_dir run_6 --alpha 1 --target_l0 8", ""),
+        ("--out_dir run_6 --activations cache --evals core", ""),
+        (
+            "--out_dir run_6 run_13 --activations cache --evals core unlearning",
+            "--activations --evals core in run_13 (arm leace)",
+        ),
     ],
 )
 def test_an_option_that_does_nothing_in_a_run_is_told_in_one_line(argv, said, capsys):

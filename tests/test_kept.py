@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,9 @@ import torch
 
 import experiment
 from experiment import ActivationStream
-from sae_separation import files, kept, testbeds
+from sae_separation import files, kept, process, testbeds
 from sae_separation.blocks import ActivationBlock
-from sae_separation.errors import WrongRequest, tell
+from sae_separation.errors import Interrupted, WrongRequest, tell
 
 OF = {"lm": "a", "rounded": False}
 
@@ -65,6 +66,15 @@ def test_what_was_kept_is_read_to_the_bit_with_all_that_the_stream_knew(tmp_path
     assert names(folder) == {"about.json", ".lock", *(f"block_{i:06d}.safetensors" for i in range(4))}
     assert (folder / "block_000000.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask()
     assert first.kept.steps(8) == [6, 6, 6, 6]
+
+
+def test_a_signal_after_the_first_block_says_that_something_is_kept(tmp_path):
+    stream = Blocks(opened(tmp_path))
+    with process.signals, pytest.raises(Interrupted, match="nothing was done yet"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    with process.signals, pytest.raises(Interrupted, match="what is done is kept"):
+        stream.take(1)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def umask() -> int:

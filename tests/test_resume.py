@@ -646,6 +646,18 @@ def test_a_run_whose_every_seed_fails_keeps_its_last_good_checkpoint(here, tmp_p
     assert all(torch.isfinite(t).all() for name, t in tensors.items() if "log_" not in name)
 
 
+def test_a_signal_when_every_seed_has_failed_claims_no_checkpoint(here, tmp_path, monkeypatch, capsys):
+    def last(trainer, x):
+        bad_parameter(trainer, x)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    at_step(monkeypatch, 10, bad_parameter, seed=0)
+    at_step(monkeypatch, 10, last, seed=1)
+    assert here("run_1", extra=["--checkpoint_seconds", 1000]) == 143
+    assert "nothing was done yet; the same command starts" in capsys.readouterr().err.splitlines()[-1]
+    assert not checkpoint.steps_in(tmp_path / "run_1")
+
+
 def test_a_metric_that_is_not_finite_fails_its_seed_alone(here, tmp_path, monkeypatch, capsys):
     measure, calls = geometry.geometry, []
 
