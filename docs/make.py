@@ -165,6 +165,26 @@ def known_truth() -> str:
     return f"{known_truth_table(found)}\n\n{'; '.join(about)}."
 
 
+def gates_table() -> str:
+    """A row a gate of studies/gates.json, per world: the cell that SAEBench's rule chose, and what the others
+    leave and keep. Where it is yet to be made, how."""
+    path = ROOT / "studies/gates.json"
+    if not path.exists():
+        return "Not measured yet: `python -m studies.gates`."
+    table, commits = [], set()
+    for world, rows in json.loads(path.read_text()).items():
+        for name, row in rows.items():
+            best = row["chosen"]
+            said = [f"{best[key]:.2f}" if best else "n/a" for key in ("worst_case_score", "mean_score")]
+            allowed = [c["knowledge_left_max"] for c in row["cells"] if c["worst_case_score"] > 0]
+            said.append(f"{1 - min(allowed):.2f}" if allowed else "0")
+            each = (f"{c['knowledge_left_max']:.2f} / {c['kept_at_worst']:.3f}" for c in row["cells"])
+            table.append([world, name, *said, ", ".join(each)])
+            commits.add(row["made_by"]["git"])
+    head = ["world", "gate", "worst case", "mean of forms", "best cell's", "left at most / kept at least"]
+    return f"{tables.markdown(head, table)}\n\nCommit `{'`, `'.join(sorted(commits))}`, one seed."
+
+
 def filled(path: Path, blocks: dict[str, str]) -> str:
     """The document with each block between its markers. Raises SystemExit for markers that are not there."""
     text = path.read_text()
@@ -215,7 +235,7 @@ def documents() -> dict[Path, str]:
     short = tables.ruler_table([run for run in runs if run.name in OF_README], SHORT)
     filled_in |= {"results-from": provenance(runs), "smollm2-from": provenance(smollm2)}
     filled_in |= {"unseen-from": provenance(unseen)}
-    filled_in |= {"known-truth": known_truth()}
+    filled_in |= {"known-truth": known_truth(), "gates": gates_table()}
     return {
         readme: filled(readme, {"results": f"{short}\n\n{provenance(runs)}"}),
         results: filled(results, filled_in),

@@ -1,0 +1,419 @@
+"""What a gate must see, and learn from, to find what is to be forgotten however it is asked for.
+
+    python -m studies.gates --world_seed 1                       # into studies/gates.json
+    python -m studies.gates --world_seed 1 --only ideal mixed    # some, added to what the file holds
+
+A gate writes the mean of retain text over the stream of every token that it takes for forget text. Each is a
+probe with one hidden layer, told the domain of documents and nothing else. They differ in the hook layer, in
+what they read and in what they learn from (GATES):
+
+reads     `token`: x_t. `context`: also two means of x over the tokens before, the nearest counting most.
+text      `documents`: contexts of one domain, as SAEs are trained on. `mixed`: sentences and questions of
+          both domains, one by one in random order, under their own header, none, or one of the other domain.
+counts    `all`: tokens count alike. `known`: as many nats as the LM's prediction behind them is better than
+          that of a bigram; not where it is better by less than half a nat.
+held back no: as a probe is trained mostly. Yes: weight decay; half as many contexts again in which a fifth of
+          the words are replaced by others; `context` is left out of half of the examples.
+
+`ideal` is no probe: a pattern that knows the sentences and questions of the world. It fires on all their
+tokens, or on the last one. What it leaves is what no gate of that layer can take away.
+
+Thresholds are shares of what counts in retain text. The cell is chosen by SAEBench's rule on half of the
+questions; it and every other one is measured on the other half in every form (evals/robustness.py). Choose on
+a world that is not reported.
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+import experiment
+from micro_pythia.make import default_folder
+from micro_pythia.world import FORGET, SUBJECTS, World
+from sae_separation import testbeds
+from sae_separation.evals import cells, robustness
+from sae_separation.evals.evaluator import Evaluator
+from sae_separation.exam import Residuals
+from sae_separation.interventions import written_where
+from sae_separation.methods import Method, mlp
+from sae_separation.results import maker
+
+CONTEXT, BATCH = 128, 64
+HEADER = "The following are multiple choice questions"  # SAEBench's
+DECAYS = (0.75, 0.9)  # of the two means of what came before
+LEAST = 0.5  # nats over a bigram from which on a token counts
+REPLACED, LEFT_OUT, WEIGHT_DECAY = 0.2, 0.5, 0.1  # of gates that are held back
+RETAIN_SHARES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+
+
+@dataclass(frozen=True)
+class Gate:
+    layer: int
+    reads: str
+    text: str = "mixed"
+    counts: str = "known"
+    held_back: bool = True
+    hidden: int = 400
+
+
+GATES = {
+    "token, documents": Gate(1, "token", "documents", "all", False),
+    "token, mixed": Gate(1, "token", "mixed", "all", False),
+    "token, known": Gate(1, "token", held_back=False),
+    "token, layer 2": Gate(2, "token", held_back=False),
+    "token, layer 2, held back": Gate(2, "token"),
+    "context, layer 2": Gate(2, "context", held_back=False),
+    "context, layer 2, held back": Gate(2, "context"),
+    "context, layer 1, held back": Gate(1, "context"),
+    "context, layer 2, held back, 40 units": Gate(2, "context", hidden=40),
+    "context, layer 2, held back, documents": Gate(2, "context", "documents"),
+    "context, layer 2, held back, all tokens": Gate(2, "context", counts="all"),
+}
+IDEAL = {f"ideal, layer {layer}, {which}": (layer, which) for layer in (1, 2) for which in ("all", "last")}
+
+
+# ---- what gates learn from
+
+
+def pieces(document: str) -> tuple[str, list[str]]:
+    """The header of a document ("": none), and its questions or sentences."""
+    header, rest = "", document
+    if document.startswith(HEADER):
+        header, _, rest = document.partition("\n")
+    found: list[str] = []
+    for block in rest.split("\n\n"):
+        found += [block] if "\n" in block else re.split(r"(?<=\.) ", block)
+    return header, [piece for piece in found if piece]
+
+
+def mixed_pieces(documents: dict[bool, list[str]], rng: random.Random) -> Iterator[tuple[str, bool]]:
+    """The pieces of documents of both domains (True: forget text) in random order, each domain as often."""
+    taken = {domain: [pieces(document) for document in some] for domain, some in documents.items()}
+    headers = {domain: sorted({h for h, _ in some} - {""}) for domain, some in taken.items()}
+    drawn = {}
+    for domain, some in taken.items():
+        out = []
+        for header, parts in some:
+            for part in parts:
+                heads = [header, header, "", rng.choice(headers[not domain])] if header else [""]
+                head = rng.choice(heads)
+                out.append(f"{head}\n{part}" if head else part)
+        rng.shuffle(out)
+        drawn[domain] = cycle(out)
+    while True:
+        domain = rng.random() < 0.5
+        yield next(drawn[domain]), domain
+
+
+def mixed_contexts(testbed: Any, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Contexts [n, pos] of mixed pieces, and which tokens are of forget text [n, pos] (-1: special ones)."""
+    rng, tokenizer = random.Random(seed), testbed.tokenizer
+    documents = {
+        d: text.train["text"][:20_000] for d, text in ((True, testbed.forget), (False, testbed.retain))
+    }
+    every, size = mixed_pieces(documents, rng), CONTEXT - 1
+    ids: list[int] = []
+    labels: list[int] = []
+    while len(ids) < n * size:
+        some = [next(every) for _ in range(4096)]
+        joined = [(" " if "\n" not in text and rng.random() < 0.5 else "\n\n") + text for text, _ in some]
+        for found, (_, forget) in zip(tokenizer(joined, add_special_tokens=False)["input_ids"], some):
+            ids += found
+            labels += [int(forget)] * len(found)
+    start = torch.full((n, 1), tokenizer.eos_token_id)
+    rows, of_rows = (torch.tensor(some[: n * size]).view(n, size) for some in (ids, labels))
+    return torch.cat([start, rows], 1), torch.cat([torch.full((n, 1), -1), of_rows], 1)
+
+
+def contexts_of_documents(testbed: Any, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The same of contexts of one domain each."""
+    rows = []
+    for text in (testbed.forget, testbed.retain):
+        every = testbeds.packed_contexts(text.train, testbed.tokenizer, CONTEXT, seed=seed, repeat=True)
+        rows.append(torch.tensor(list(islice(every, n // 2))))
+    tokens = torch.cat(rows)
+    labels = (torch.arange(len(tokens)) < len(rows[0])).long()[:, None].expand_as(tokens)
+    return tokens, labels.masked_fill(tokens == testbed.tokenizer.eos_token_id, -1)
+
+
+def log_bigram(tokens: Tensor, n_vocabulary: int, added: float = 0.0125) -> Tensor:
+    """log p(next | token) [V, V] of contexts, smoothed towards the frequencies of tokens."""
+    pairs = tokens[:, :-1].flatten() * n_vocabulary + tokens[:, 1:].flatten()
+    counts = pairs.bincount(minlength=n_vocabulary**2).view(n_vocabulary, n_vocabulary).float()
+    frequency = counts.sum(0) / counts.sum()
+    added *= n_vocabulary
+    return ((counts + added * frequency) / (counts.sum(1, keepdim=True) + added)).log()
+
+
+def seen(x: Tensor, reads: str) -> Tensor:
+    """What a gate reads [row, pos, D or 3 D] of the stream x [row, pos, D]."""
+    return x if reads == "token" else torch.cat([x, *(mean_before(x, decay) for decay in DECAYS)], -1)
+
+
+def mean_before(x: Tensor, decay: float) -> Tensor:
+    """(1 - decay) Σ_k decay^k x[t - 1 - k] over what came before [row, pos, D]."""
+    at = torch.arange(x.shape[1], device=x.device)
+    back = (at[:, None] - at[None] - 1).float()
+    weight = torch.where(back >= 0, (1 - decay) * decay ** back.clamp(min=0), 0.0)
+    return torch.einsum("ts,nsd->ntd", weight, x)
+
+
+class Examples(NamedTuple):
+    """x [n, D or 3 D], whether it is of forget text, and how much it counts, each [n]."""
+
+    x: Tensor
+    forget: Tensor
+    weight: Tensor
+
+
+def with_others(tokens: Tensor, testbed: Any, generator: torch.Generator) -> Tensor:
+    """Contexts [n, pos] with REPLACED of their words replaced by others of their words; never what makes a
+    question one: lines, letters, SAEBench's header."""
+    tokenizer = testbed.tokenizer
+    fixed = set(tokenizer(f"{HEADER} (with answers) about\nQuestion:\nAnswer:")["input_ids"])
+    texts = [tokenizer.decode([i]).strip() for i in range(len(tokenizer))]
+    word = torch.tensor([i not in fixed and len(t) > 2 and t.isalpha() for i, t in enumerate(texts)])
+    chosen = word[tokens] & (torch.rand(tokens.shape, generator=generator) < REPLACED)
+    words = tokens[word[tokens]]
+    drawn = torch.randint(len(words), (int(chosen.sum()),), generator=generator)
+    return tokens.masked_scatter(chosen, words[drawn])
+
+
+@torch.no_grad()
+def examples(evaluator: Evaluator, gate: Gate, n_contexts: int, seed: int) -> Examples:
+    make = mixed_contexts if gate.text == "mixed" else contexts_of_documents
+    tokens, labels = make(evaluator.testbed, n_contexts, seed)
+    lm, generator = evaluator.lm.lm, torch.Generator().manual_seed(seed)
+    bigram = log_bigram(tokens, lm.get_input_embeddings().num_embeddings)
+    read = tokens
+    if gate.held_back:
+        half = torch.randperm(len(tokens), generator=generator)[: len(tokens) // 2]
+        read = torch.cat([tokens, with_others(tokens[half], evaluator.testbed, generator)])
+        tokens, labels = torch.cat([tokens, tokens[half]]), torch.cat([labels, labels[half]])
+    parts = []
+    for of_lm, some, of in zip(read.split(BATCH), tokens.split(BATCH), labels.split(BATCH)):
+        gain = torch.ones(some.shape)
+        counts = of >= 0
+        if gate.counts == "known":
+            log_p = lm(of_lm).logits.float().log_softmax(-1)[:, :-1].gather(2, some[:, 1:, None])[..., 0]
+            gain[:, :-1] = (log_p - bigram[some[:, :-1], some[:, 1:]]).clamp(min=0)
+            counts[:, :-1] &= of[:, 1:] == of[:, :-1]  # the next token says nothing where a piece ends
+            counts[:, -1] = False
+            counts &= (gain > LEAST) | (torch.rand(some.shape, generator=generator) < 0.02)
+        else:
+            counts &= torch.rand(some.shape, generator=generator) < 0.5
+        x = seen(evaluator.lm.resid(of_lm), gate.reads)
+        parts.append((x[counts], of[counts].float(), gain[counts]))
+    return Examples(*(torch.cat(part) for part in zip(*parts)))
+
+
+# ---- the gates
+
+
+@torch.enable_grad()
+def fit(data: Examples, gate: Gate, d_in: int, steps: int, seed: int, batch: int = 2048, lr: float = 3e-3):
+    """The probe's tensors (methods.mlp), trained with Adam on examples drawn as often as they count."""
+    generator = torch.Generator().manual_seed(seed)
+    mean, std = data.x.mean(0), data.x.std(0).clamp(min=1e-6)
+
+    def uniform(*shape: int) -> Tensor:
+        return ((2 * torch.rand(*shape, generator=generator) - 1) / shape[0] ** 0.5).requires_grad_()
+
+    probe = {"W_in": uniform(data.x.shape[1], gate.hidden), "W_out": uniform(gate.hidden)}
+    probe |= {
+        "b_in": torch.zeros(gate.hidden, requires_grad=True),
+        "b_out": torch.zeros(1, requires_grad=True),
+    }
+    adam = torch.optim.AdamW(probe.values(), lr, weight_decay=WEIGHT_DECAY if gate.held_back else 0.0)
+    falling = torch.optim.lr_scheduler.LambdaLR(adam, lambda i: min(1.0, 2 * (steps - i) / steps))
+    upto = data.weight.double().cumsum(0)
+    for _ in range(steps):
+        drawn = torch.rand(batch, generator=generator, dtype=torch.double) * upto[-1]
+        some = torch.searchsorted(upto, drawn).clamp(max=len(upto) - 1)
+        x = (data.x[some] - mean) / std
+        if gate.held_back:
+            x[:, d_in:] *= torch.rand(batch, 1, generator=generator) >= LEFT_OUT
+        loss = binary_cross_entropy_with_logits(mlp(x, probe), data.forget[some])
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        falling.step()
+    probe = {name: t.detach() for name, t in probe.items()}
+    probe["W_in"] = probe["W_in"] / std[:, None]  # of x itself
+    return probe | {"b_in": probe["b_in"] - mean @ probe["W_in"]}
+
+
+def thresholds(data: Examples, probe: dict) -> list[dict]:
+    """Cells that fire on RETAIN_SHARES of what counts in retain text."""
+    x, weight = data.x[data.forget < 0.5], data.weight[data.forget < 0.5]
+    score, order = torch.cat([mlp(part, probe) for part in x.split(2**16)]).sort(descending=True)
+    share = weight[order].cumsum(0) / weight.sum()
+    at = [int((share < wanted).sum().clamp(max=len(score) - 1)) for wanted in RETAIN_SHARES]
+    return [{"retain_share": wanted, "threshold": score[i].item()} for wanted, i in zip(RETAIN_SHARES, at)]
+
+
+class Gated(Method):
+    """The intervention of a gate whose score [row, pos] is a function of Residuals."""
+
+    def __init__(self, score: Callable[[Residuals], Tensor], grid: list[dict], retain_mean: Tensor):
+        super().__init__("gate", {"retain_mean": retain_mean}, {"cells": grid})
+        self.score = score
+
+    def hook(self, cell: dict) -> cells.Hook:
+        def written(resid: Tensor, hook: Residuals) -> Tensor:
+            fires = hook.trained & (self.score(hook) >= cell["threshold"])
+            return written_where(fires, resid, "retain_mean", self.tensors["retain_mean"])
+
+        return written
+
+
+class Ideal:
+    """Which tokens are of a sentence or a question that tells or asks a fact to be forgotten: all of them, or
+    the `last` of each."""
+
+    def __init__(self, testbed: Any, world: World, which: str):
+        self.last, self.known = which == "last", dict[tuple, list[bool]]()
+        ids = range(len(testbed.tokenizer))
+        special = set(testbed.tokenizer.all_special_ids)
+        self.texts = ["\0" if i in special else testbed.tokenizer.decode([i]) for i in ids]
+        self.pattern = self._pattern(world)
+
+    @staticmethod
+    def _pattern(world: World) -> re.Pattern:
+        (subject,) = (s for s in SUBJECTS if s.name == FORGET)
+        entity = "(?:" + "|".join(map(re.escape, world.entities[subject.name])) + ")"
+        found = []
+        for relation in subject.relations:
+            value = "(?:" + "|".join(re.escape(v) for v in relation.values) + ")"
+
+            def pattern(text: str, entity=entity, value=value) -> str:
+                one = re.escape(text).replace(r"\{e\}", entity).replace(r"\{v\}", f"(?i:{value})")
+                return one if text.startswith("{") else f"(?i:{one[0]}){one[1:]}"
+
+            options = r"(?:\n[A-D]\. [^\n]*)*(?:\nAnswer:(?: [A-D](?=\n|$)| \w+)?)?"
+            found += [pattern(text) for text in relation.prose]
+            found += [pattern(text) + options for text in (*relation.questions, relation.anew[0])]
+            begun = (relation.sentence, relation.anew[1])
+            found += [pattern(text) + rf"(?: {value}\.?)?" for text in begun]
+        return re.compile("|".join(sorted(found, key=len, reverse=True)))
+
+    def row(self, ids: tuple[int, ...]) -> list[bool]:
+        if ids not in self.known:
+            ends, at = [], 0
+            for i in ids:
+                at += len(self.texts[i])
+                ends.append(at)
+            spans = [m.span() for m in self.pattern.finditer("".join(self.texts[i] for i in ids))]
+            fires = [any(first < end <= last for first, last in spans) for end in ends]
+            if self.last:
+                fires = [on and not after for on, after in zip(fires, [*fires[1:], False])]
+            self.known[ids] = fires
+        return self.known[ids]
+
+    def __call__(self, read: Residuals) -> Tensor:
+        return torch.tensor([self.row(tuple(ids)) for ids in read.tokens.tolist()]).float()
+
+
+# ---- what they come to
+
+
+def measured(evaluator: Evaluator, method: Method) -> dict:
+    """The chosen cell, and every cell in all forms."""
+    switch, chosen, grid = cells.chosen_for(evaluator, method)
+    exam = evaluator.once(robustness.examined)
+    rows, best = [], None
+    for cell in grid:
+        metrics, table, _ = robustness.in_all_forms(evaluator, exam, switch, cell)
+        names = ("worst_case_score", "mean_score", "knowledge_left_max", "kept_at_worst", "retain_kept_min")
+        row = cell | {name: metrics[name] for name in names}
+        for how in ("letter", "cloze", "prose"):
+            of = [form for form in table if form["form"].startswith(how)]
+            row[how] = {"left": max(f["left"] for f in of), "kept": min(f["kept"] for f in of)}
+        rows.append(row)
+        best = row if cell == chosen else best
+    switch.lm.forget_answers()
+    return {"chosen": best, "cells": rows}
+
+
+class Study:
+    """Of one world, kept in a file: a row a gate, each made once."""
+
+    def __init__(self, out: Path, world_seed: int, n_contexts: int, steps: int):
+        self.out, self.world, self.n_contexts, self.steps = out, World(world_seed), n_contexts, steps
+        self.found = json.loads(out.read_text()) if out.exists() else {}
+        self.rows = self.found.setdefault(f"world {world_seed}", {})
+        self.evaluators: dict[int, Evaluator] = {}
+
+    def evaluator(self, layer: int) -> Evaluator:
+        if layer not in self.evaluators:
+            folder = str(default_folder(self.world.seed))
+            request = experiment.Request(arm="vanilla", testbed="micro", layer=layer, lm=folder)
+            self.evaluators[layer] = Evaluator(testbeds.load(request), CONTEXT)
+        return self.evaluators[layer]
+
+    def make(self, name: str):
+        began = time.monotonic()
+        if name in IDEAL:
+            layer, which = IDEAL[name]
+            evaluator = self.evaluator(layer)
+            about, score, grid = (
+                {"layer": layer},
+                Ideal(evaluator.testbed, self.world, which),
+                [{"threshold": 0.5}],
+            )
+        else:
+            gate = GATES[name]
+            evaluator, about = self.evaluator(gate.layer), asdict(gate)
+            data = examples(evaluator, gate, self.n_contexts, seed=0)
+            probe = fit(data, gate, evaluator.testbed.d_in, self.steps, seed=0)
+            grid = thresholds(data, probe)
+            about |= {"examples": len(data.forget)}
+
+            def score(read: Residuals) -> Tensor:
+                return torch.cat([mlp(seen(part, gate.reads), probe) for part in read.resid.split(BATCH)])
+
+        method = Gated(score, grid, evaluator.retain_mean)
+        row = about | measured(evaluator, method)
+        self.rows[name] = row | {"seconds": round(time.monotonic() - began), "made_by": maker(evaluator)}
+        self.out.write_text(json.dumps(self.found, indent=1) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    every = [*IDEAL, *GATES]
+    parser.add_argument("--world_seed", type=int, default=1, help="a world that is made (micro_pythia.make)")
+    parser.add_argument("--only", nargs="+", default=every, choices=every)
+    parser.add_argument("--n_contexts", type=int, default=12_000, help="of 128 tokens, to learn from")
+    parser.add_argument("--steps", type=int, default=6_000, help="of Adam")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("gates.json"))
+    args = parser.parse_args()
+    study = Study(args.out, args.world_seed, args.n_contexts, args.steps)
+    print("| gate | chosen: worst case | left | kept | cells: left at most / kept at least |")
+    for name in args.only:
+        if name not in study.rows:
+            study.make(name)
+        row = study.rows[name]
+        best = row["chosen"]
+        names = ("worst_case_score", "knowledge_left_max", "kept_at_worst")
+        said = [f"{best[name]:.2f}" if best else "n/a" for name in names]
+        each = ", ".join(f"{c['knowledge_left_max']:.2f} / {c['kept_at_worst']:.3f}" for c in row["cells"])
+        print(f"| {name} | {' | '.join(said)} | {each} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
