@@ -18,7 +18,7 @@ from typing import Any
 
 from sae_separation import run_folder
 from sae_separation.errors import WrongRequest, begin, finish, tell
-from sae_separation.generate import Parser
+from sae_separation.parser import Parser
 from sae_separation.plots import pages
 from sae_separation.saved_run import SavedRun, load_run
 
@@ -30,8 +30,7 @@ NEEDED = (
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """Raises WrongRequest."""
-    how = argparse.RawDescriptionHelpFormatter
-    parser = Parser("python -m sae_separation.dashboard", description=__doc__, formatter_class=how)
+    parser = Parser("python -m sae_separation.dashboard", __doc__)
     parser.add_argument("run", type=Path, help="folder of a complete run, its SAEs in it")
     parser.add_argument("--seed", type=int, help="which of the run's seeds (default: the first)")
     parser.add_argument("--features", type=int, nargs="+", help="which features (default: those told of)")

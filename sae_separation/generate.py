@@ -8,20 +8,13 @@ import argparse
 import sys
 
 from sae_separation.errors import WrongRequest, begin, finish, tell
+from sae_separation.parser import Parser
 from sae_separation.saved_run import load_run
-
-
-class Parser(argparse.ArgumentParser):
-    """Ends as every other wrong request does."""
-
-    def error(self, message: str):
-        raise WrongRequest(f"{message} (--help lists the options)")
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """Raises WrongRequest."""
-    how = argparse.RawDescriptionHelpFormatter
-    parser = Parser("python -m sae_separation.generate", description=__doc__, formatter_class=how)
+    parser = Parser("python -m sae_separation.generate", __doc__)
     parser.add_argument("run", help="folder of a complete run, its SAEs in it")
     parser.add_argument("prompt", help="text to continue")
     parser.add_argument("--seed", type=int, help="which of the run's seeds (default: the first)")

@@ -5,7 +5,6 @@ is given; pushing again renews it, in one commit.
     python -m sae_separation.push run_6 owner/name --seed 0 --public
 """
 
-import argparse
 import json
 import re
 import sys
@@ -16,6 +15,7 @@ from sae_separation import evals, process, run_folder
 from sae_separation.card import model_card, without_folders
 from sae_separation.errors import Interrupted, WrongRequest, finish, keep_output_open, tell
 from sae_separation.files import as_json
+from sae_separation.parser import Parser
 from sae_separation.text import HUB_NAME
 
 PUSHED = re.compile(  # what this program puts into a repository, and the hub itself
@@ -28,13 +28,6 @@ QUOTING = (
     "features",
     "questions",
 )  # their details quote text and questions, which may not be ours to publish
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises WrongRequest for what it does not take."""
-
-    def error(self, message: str):
-        raise WrongRequest(f"{message} (--help lists the options)")
 
 
 def seeds_to_push(folder: Path, asked: Sequence[int]) -> list[int]:
@@ -122,11 +115,7 @@ def refuse_others(repo: str, files: Sequence[str]):
 def main(argv: Sequence[str]) -> int:
     """The command: its exit code."""
     try:
-        parser = Parser(
-            prog="python -m sae_separation.push",
-            description=__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        parser = Parser("python -m sae_separation.push", __doc__)
         parser.add_argument("run", type=Path, help="the folder of a complete run")
         parser.add_argument("repo", help="owner/name of the repository on the hub")
         parser.add_argument("--public", action="store_true", help="for everyone to read")

@@ -100,22 +100,20 @@ def pieces(document: str) -> tuple[str, list[str]]:
 
 
 def mixed_pieces(documents: dict[bool, list[str]], rng: random.Random) -> Iterator[tuple[str, bool]]:
-    """The pieces of documents of both domains (True: forget text) in random order, each domain as often."""
+    """The pieces of documents of both domains (True: forget text) in random order, each domain as often; a
+    question under its own header (in half of the cases), none, or one of the other domain."""
     taken = {domain: [pieces(document) for document in some] for domain, some in documents.items()}
-    headers = {domain: sorted({h for h, _ in some} - {""}) for domain, some in taken.items()}
+    headers = {domain: sorted({head for head, _ in some} - {""}) for domain, some in taken.items()}
     drawn = {}
     for domain, some in taken.items():
-        out = []
-        for header, parts in some:
-            for part in parts:
-                heads = [header, header, "", rng.choice(headers[not domain])] if header else [""]
-                head = rng.choice(heads)
-                out.append(f"{head}\n{part}" if head else part)
-        rng.shuffle(out)
-        drawn[domain] = cycle(out)
+        parts = [(head, part) for head, parts in some for part in parts]
+        rng.shuffle(parts)
+        drawn[domain] = cycle(parts)
     while True:
         domain = rng.random() < 0.5
-        yield next(drawn[domain]), domain
+        head, part = next(drawn[domain])
+        head = head and rng.choice([head, head, "", *rng.sample(headers[not domain], 1)])
+        yield f"{head}\n{part}" if head else part, domain
 
 
 def mixed_contexts(testbed: Any, n: int, seed: int) -> tuple[Tensor, Tensor]:
