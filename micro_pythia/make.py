@@ -14,11 +14,6 @@ stage of option look-ups that state no fact; then a ramp to facts and questions,
 answer letter.
 """
 
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while the next lines are imported: an end without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import collections
 import contextlib
@@ -34,6 +29,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from sae_separation.errors import Interrupted, RunFailed, WrongRequest, begin, finish, tell
+
+if __name__ == "__main__":  # before what takes long to import
+    begin()
+
 import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -41,10 +41,11 @@ from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from micro_pythia.world import FORGET, SUBJECTS, Fact, World, lookup_drill, lookup_list, lookup_question
-from sae_separation import checkpoint
+from sae_separation import checkpoint, process
 from sae_separation.exam import Completions, Exam, logits_at
 from sae_separation.files import Unusable
 from sae_separation.losses import has_bf16
+from sae_separation.parser import Parser
 from sae_separation.questions import Question
 from sae_separation.testbeds import ORACLE
 from sae_separation.text import cache_folder
@@ -257,13 +258,14 @@ class Learner:
 @dataclass
 class Course:
     """Where training stands: steps done, the step at which facts came (None: not yet), the loss on drills,
-    probes in a row that were passed, and the last step."""
+    probes in a row that were passed, the last step, and the seconds that it took up to the last probe."""
 
     end: int
     step: int = 0
     facts_from: int | None = None
     drill_loss: float = 1.4
     hits: int = 0
+    seconds: float = 0.0
 
 
 def train(learners: list[Learner], probe: Exam, course: Course, lr: float, keep=None, tail=900) -> int:
@@ -271,7 +273,7 @@ def train(learners: list[Learner], probe: Exam, course: Course, lr: float, keep=
     drills is under 0.5, then a ramp to facts. Two probes in a row with 94 % of the letters right start the
     last `tail` steps, over which the learning rate decays. keep(course) is called after every probe. Returns
     the number of steps."""
-    at, max_steps = course, course.end
+    at, max_steps, began = course, course.end, time.monotonic() - course.seconds
     bar = tqdm(total=max_steps, initial=at.step, unit="step", mininterval=5, desc="micro-pythia")
     with bar, ThreadPoolExecutor(len(learners), initializer=torch.set_num_threads, initargs=(1,)) as threads:
         while at.step < at.end:
@@ -291,6 +293,7 @@ def train(learners: list[Learner], probe: Exam, course: Course, lr: float, keep=
                 at.hits = at.hits + 1 if right >= 0.94 else 0
                 if at.hits == 2 and at.end == max_steps:
                     at.end = min(at.step + tail, max_steps)
+                at.seconds = time.monotonic() - began
                 if keep:
                     keep(at)
     return at.step
@@ -410,11 +413,9 @@ def shortfalls(report: dict) -> list[str]:
     return short + ([f"oracle, {FORGET}: {forget:.1%}, 25 ± 8 % wanted"] if abs(forget - 0.25) > 0.08 else [])
 
 
-def main():
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """Raises WrongRequest."""
+    parser = Parser("python -m micro_pythia.make", __doc__)
     parser.add_argument(
         "--out", type=Path, help="folder to write (default: this one; of other worlds, a cache)"
     )
@@ -423,47 +424,66 @@ def main():
     parser.add_argument(
         "--max_steps", type=int, default=5_000, help="optimiser steps of 4,096 tokens, at most"
     )
-    args = parser.parse_args()
-    folder = args.out.expanduser() if args.out else default_folder(args.world_seed)
-    if folder.exists() and not folder.is_dir():
-        raise SystemExit(f"--out {folder} is a file: name a folder")
+    args = parser.parse_args(argv)
     if args.world_seed < 0:
-        raise SystemExit(f"--world_seed {args.world_seed}: give 0 or more")
-    refuse_foreign(folder)
-    if args.world_seed and (report := made(folder, args.world_seed)):
-        print(f"world {args.world_seed} is made: {folder}")
+        raise WrongRequest(f"--world_seed {args.world_seed}: give 0 or more")
+    args.out = args.out.expanduser() if args.out else default_folder(args.world_seed)
+    if args.out.exists() and not args.out.is_dir():
+        raise WrongRequest(f"--out {args.out} is a file: name a folder")
+    refuse_foreign(args.out)
+    return args
+
+
+def run(argv: list[str]):
+    """Make the world that is asked for, unless it is there. Raises WrongRequest, and RunFailed for an LM that
+    falls short."""
+    args = arguments(argv)
+    folder, seed = args.out, args.world_seed
+    if seed and (report := made(folder, seed)):
+        print(f"world {seed} is made: {folder}")
     else:
-        print(f"world {args.world_seed}: writing its documents, then training, into {folder}", flush=True)
+        print(f"world {seed}: writing its documents, then training, into {folder}", flush=True)
         try:
-            report = make(folder, World(args.world_seed), args.max_steps, args.lr)
-        except KeyboardInterrupt:
+            report = make(folder, World(seed), args.max_steps, args.lr)
+        except Interrupted as stop:
             steps = checkpoint.steps_in(folder)
-            after = f"goes on at step {steps[-1]}" if steps else "starts anew: nothing is kept yet"
-            print(f"stopped; the same command {after}", file=sys.stderr)
-            sys.exit(130)
+            goes_on = f"goes on at step {steps[-1]}" if steps else "starts anew: nothing is kept yet"
+            stop.message = f"the same command {goes_on}"
+            raise
         print(json.dumps(report, indent=1))
     remove_checkpoints(folder)
     if short := shortfalls(report):
-        raise SystemExit("micro-pythia falls short: " + "; ".join(short))
+        raise RunFailed("micro-pythia falls short: " + "; ".join(short))
     print(f"python experiment.py --out_dir=mine/run_1 --testbed=micro --lm={folder}")
 
 
+def main(argv: list[str]) -> int:
+    """Exit code of the command. But for 0, the last line on stderr says why."""
+    try:
+        with process.signals:
+            run(argv)
+        return 0
+    except (Exception, Interrupted) as error:
+        return tell(error)
+
+
 def refuse_foreign(folder: Path):
-    """Raises SystemExit for a folder that holds anything but a world, whole or half made."""
+    """Raises WrongRequest for a folder that holds anything but a world, whole or half made."""
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     half_made = "checkpoints" in there and there <= HALF_MADE
     if there and not half_made and "report.json" not in there:
-        raise SystemExit(f"{folder} holds other files: name a new or an empty folder with --out")
+        raise WrongRequest(f"{folder} holds other files: name a new or an empty folder with --out")
 
 
 def made(folder: Path, world_seed: int) -> dict | None:
-    """The report of a world that a folder holds whole: report.json is written last. Raises SystemExit for
-    another world's."""
+    """The report of a world that a folder holds whole: report.json is written last. Raises WrongRequest
+    for another world's."""
     if not (folder / "report.json").exists():
         return None
     report = json.loads((folder / "report.json").read_text())
     if report.get("world_seed") != world_seed:
-        raise SystemExit(f"{folder} holds world {report.get('world_seed')}: name another folder with --out")
+        why = f"holds world {report.get('world_seed')}"
+        raise WrongRequest(f"{folder} {why}: name another folder with --out")
     return report
 
 
@@ -517,7 +537,7 @@ def remove_checkpoints(folder: Path):
 
 def make(folder: Path, world: World, max_steps: int, lr: float) -> dict:
     """Train the LM and its oracle, write both, and report what they know, as read back from their files."""
-    started, seed = time.time(), world.seed
+    seed = world.seed
     pools = make_pools(world, random.Random(seed))
     tokenizer = make_tokenizer(world, pools)
     probed = [as_question(f) for f in random.Random(0).sample(world.facts, 120)]
@@ -531,6 +551,7 @@ def make(folder: Path, world: World, max_steps: int, lr: float) -> dict:
     made_with = identity(seed, max_steps, lr)
     course = last_kept(folder, learners, made_with) or Course(end=max_steps)
     steps = train(learners, probe, course, lr, keep=partial(keep, folder, learners, made_with))
+    trained = time.monotonic()
 
     for learner, place in zip(learners, (folder, folder / ORACLE)):
         learner.lm.bfloat16().save_pretrained(place)
@@ -552,11 +573,11 @@ def make(folder: Path, world: World, max_steps: int, lr: float) -> dict:
         "tokens": steps * 32 * CONTEXT,
         **report_knowledge(lm, tokenizer, world),
         "oracle": report_knowledge(oracle, tokenizer, world),
-        "minutes": round((time.time() - started) / 60, 1),
+        "minutes": round((course.seconds + time.monotonic() - trained) / 60, 1),
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
 if __name__ == "__main__":
-    main()
+    finish(main(sys.argv[1:]))

@@ -2,8 +2,10 @@
 their report says."""
 
 import json
+import os
 import random
 import re
+import signal
 from collections import Counter
 from functools import partial
 from types import SimpleNamespace
@@ -313,17 +315,35 @@ def test_a_world_is_made_once_and_another_ones_folder_is_refused(tmp_path, capsy
     monkeypatch.setattr(make, "make", lambda *_: pytest.fail("made again"))
     report = json.loads((ROOT / "micro_pythia/report.json").read_text())
     (tmp_path / "report.json").write_text(json.dumps(report | {"world_seed": 3}))
-    monkeypatch.setattr("sys.argv", ["make", "--out", str(tmp_path), "--world_seed", "3"])
-    make.main()
+
+    def refused(code: int, *said: str, seed: object = 3):
+        assert make.main(["--out", str(tmp_path), "--world_seed", str(seed)]) == code
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and all(text in line for text in said)
+
+    assert make.main(["--out", str(tmp_path), "--world_seed", "3"]) == 0
     assert capsys.readouterr().out.endswith(f"--testbed=micro --lm={tmp_path}\n")
+    refused(2, "--world_seed", "'x'", seed="x")
+    refused(2, "--world_seed -1: give 0 or more", seed=-1)
+    refused(2, "holds world 3: name another folder", seed=4)
     short = report | {"world_seed": 3, "prose_accuracy": {"biology": 0.5}}
     (tmp_path / "report.json").write_text(json.dumps(short))
-    with pytest.raises(SystemExit, match="falls short: biology"):
-        make.main()
-    monkeypatch.setattr("sys.argv", ["make", "--out", str(tmp_path), "--world_seed", "4"])
-    with pytest.raises(SystemExit, match="holds world 3: name another folder"):
-        make.main()
+    assert make.main(["--out", str(tmp_path), "--world_seed", "3"]) == 1
+    assert "falls short: biology" in capsys.readouterr().err
     (tmp_path / "report.json").rename(tmp_path / "config.json")
-    with pytest.raises(SystemExit, match="holds other files: name a new or an empty folder"):
-        make.main()
+    refused(2, "holds other files: name a new or an empty folder")
     assert (tmp_path / "config.json").exists()
+
+
+def test_a_signal_says_where_the_same_command_goes_on(tmp_path, capsys, monkeypatch):
+    def killed(folder, *_):
+        (folder / "checkpoints").mkdir(exist_ok=True, parents=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(make, "make", killed)
+    asked = ["--out", str(tmp_path / "world"), "--world_seed", "3"]
+    assert make.main(asked) == 143
+    assert capsys.readouterr().err.endswith("the same command starts anew: nothing is kept yet\n")
+    (tmp_path / "world/checkpoints/step_00000400.safetensors").touch()
+    assert make.main(asked) == 143
+    assert capsys.readouterr().err.endswith("the same command goes on at step 400\n")
