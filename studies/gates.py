@@ -12,6 +12,7 @@ text      `documents`: contexts of one domain, as SAEs are trained on. `mixed`: 
           both domains, one by one in random order, under their own header, none, or one of the other domain.
 counts    `all`: tokens count alike. `known`: as many nats as the LM's prediction behind them is better than
           that of a bigram; not where it is better by less than half a nat.
+group     the score is the sum of the hidden units, as it would be of an SAE's features.
 held back no: as a probe is trained mostly. Yes: weight decay; half as many contexts again in which a fifth of
           the words are replaced by others; `context` is left out of half of the examples.
 
@@ -67,6 +68,7 @@ class Gate:
     counts: str = "known"
     held_back: bool = True
     hidden: int = 400
+    group: bool = False
 
 
 GATES = {
@@ -79,6 +81,8 @@ GATES = {
     "context, layer 2, held back": Gate(2, "context"),
     "context, layer 1, held back": Gate(1, "context"),
     "context, layer 2, held back, 40 units": Gate(2, "context", hidden=40),
+    "context, layer 2, held back, group of 40": Gate(2, "context", hidden=40, group=True),
+    "context, layer 2, held back, group of 400": Gate(2, "context", group=True),
     "context, layer 2, held back, documents": Gate(2, "context", "documents"),
     "context, layer 2, held back, all tokens": Gate(2, "context", counts="all"),
 }
@@ -235,7 +239,10 @@ def fit(data: Examples, gate: Gate, d_in: int, steps: int, seed: int, batch: int
         "b_in": torch.zeros(gate.hidden, requires_grad=True),
         "b_out": torch.zeros(1, requires_grad=True),
     }
-    adam = torch.optim.AdamW(probe.values(), lr, weight_decay=WEIGHT_DECAY if gate.held_back else 0.0)
+    if gate.group:
+        probe["W_out"] = torch.ones(gate.hidden)
+    trained = [t for t in probe.values() if t.requires_grad]
+    adam = torch.optim.AdamW(trained, lr, weight_decay=WEIGHT_DECAY if gate.held_back else 0.0)
     falling = torch.optim.lr_scheduler.LambdaLR(adam, lambda i: min(1.0, 2 * (steps - i) / steps))
     upto = data.weight.double().cumsum(0)
     for _ in range(steps):
