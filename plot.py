@@ -150,7 +150,10 @@ def show():
     args = parser.parse_args()
     runs, skipped = find_runs(named(args.folders))
     if not runs:
+        others = [p.parent.name for p in sorted(Path().glob("*/final_info.json"))] if not args.folders else []
         remedy = "make one with python experiment.py --out_dir=run_0"
+        if others:
+            remedy = f"name folders: python plot.py {' '.join(others[:3])}{' ...' * (len(others) > 3)}"
         raise WrongRequest(f"no complete run folder to plot; {remedy}")
     if args.against is not None:
         return say(tables.against_table(run_named(args.against, runs), runs))

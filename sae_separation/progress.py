@@ -38,6 +38,11 @@ def bar(what: str, seconds: float) -> Any:
     return tqdm(total=seconds, desc=what, bar_format=form, smoothing=0, disable=not seconds)
 
 
+def count(on: Any, seconds: float):
+    """So many seconds' work is finished; sums of shares, rounded, lead to no more than all of it."""
+    on.update(min(seconds, on.total - on.n))
+
+
 def done_before(on: Any, seconds: float):
     """Count what an earlier start has finished, which says nothing of how long the rest takes."""
     on.initial += seconds
@@ -92,7 +97,7 @@ class Section:
         self.bar, self.left = on, seconds
         try:
             yield
-            on.update(self.left)
+            count(on, self.left)
         finally:
             self.bar, self.left = None, 0.0
 
@@ -102,7 +107,7 @@ class Section:
         for item in items:
             yield item
             if self.bar is not None:
-                self.bar.update(seconds)
+                count(self.bar, seconds)
                 self.left -= seconds
 
 

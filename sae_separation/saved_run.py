@@ -175,7 +175,7 @@ def load_run(folder: str | os.PathLike) -> SavedRun:
         raise WrongRequest(f"{folder} is no run folder: it holds no config.json")
     made = run_folder.read_run_json(folder / "config.json", {"requested", "config"})
     if not run_folder.is_complete(folder):
-        raise WrongRequest(f"{folder} is not complete: the command that made it goes on")
+        raise WrongRequest(f"{folder} is not complete: give the command that made it again, and it goes on")
     results = run_folder.read_run_json(folder / "final_info.json", {"training"})
     return SavedRun(folder, made["config"], made.get("testbed", {}), results)
 

@@ -557,7 +557,7 @@ def test_a_run_with_little_in_it_is_drawn_alone(poor, tmp_path, monkeypatch, cap
     )
     assert ("no unlearning_tradeoff.png: no run has a sweep" in out) == (poor is not one_seed)
     assert not Outline(page).open and "nan" not in Outline(page).text.lower().split()
-    assert "no two runs share a seed" in page
+    assert "no two runs that have it share a seed" in page
 
 
 def test_the_curve_of_the_tradeoff_is_the_best_that_a_budget_buys():
@@ -941,7 +941,7 @@ def test_an_ascii_terminal_is_shown_what_it_can_show(tmp_path, monkeypatch, caps
 WRONG = {
     "no run folder at all": (
         [],
-        "no complete run folder to plot; make one with python experiment.py --out_dir=run_0",
+        "no complete run folder to plot; name folders: python plot.py link whole",
     ),
     "an unknown folder": (
         ["whole", "missing"],
@@ -970,6 +970,18 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch
     shutil.copytree(ROOT / "run_0", tmp_path / "whole")
     (tmp_path / "link").symlink_to("whole")
     assert ended(monkeypatch, capsys, tmp_path, *args) == (2, "", f"error: {line}\n")
+
+
+def test_the_first_sentence_holds_for_all_runs(tmp_path):
+    runs = {name: made_up(tmp_path, name, "fixed") for name in ("a", "b")}
+
+    def said(**settings) -> str:
+        edit(runs["b"] / "config.json", lambda of: of["config"].update(settings))
+        return tables.summary(folders.find_runs(list(runs.values()))[0])
+
+    assert "2 runs on testbed micro, 3 seeds each, 3,000,000 training tokens a SAE." in said()
+    more = said(tokens=20480, testbed="pythia-70m")
+    assert "2 runs on testbeds micro, pythia-70m, 3 seeds each, 20,480 to 3,000,000 training" in more
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,13 @@ class Hooked:
 class Bar:
     """Stands for tqdm's."""
 
-    def __init__(self):
+    def __init__(self, total: float = 1000):
         self.moves: list[float] = []
+        self.total = total
+
+    @property
+    def n(self) -> float:
+        return sum(self.moves)
 
     def update(self, seconds: float):
         self.moves.append(seconds)
@@ -70,6 +75,10 @@ def test_a_section_counts_the_steps_of_its_loops_and_at_the_end_the_rest():
     with pytest.raises(ZeroDivisionError), section.of(bar, 100):
         raise ZeroDivisionError
     assert len(bar.moves) == 7, "one that failed is not finished"
+    almost = Bar(99.9)
+    with section.of(almost, 100):
+        list(section.steps("abc", 0.4))
+    assert almost.n == almost.total, "rounding leads to no more than all of it"
 
 
 def under(monkeypatch, evaluator, hook):

@@ -271,7 +271,9 @@ def test_what_cannot_be_switched_off_is_told_in_a_line(facts_testbed, run, sae, 
     with pytest.raises(WrongRequest, match="its SAEs are not there: "):
         load_run(copied).sae()
     (copied / "final_info.json").unlink()
-    with pytest.raises(WrongRequest, match="is not complete: the command that made it goes on"):
+    with pytest.raises(
+        WrongRequest, match="is not complete: give the command that made it again, and it goes on"
+    ):
         load_run(copied)
 
 

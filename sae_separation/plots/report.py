@@ -111,7 +111,7 @@ TEST_COLUMNS = (
     Column("less", "the run that is subtracted", filter=True),
     Column("seeds", "how many the two share"),
     Column("difference", "mean ± standard error over the seeds that they share; under it, seed by seed"),
-    Column("p"),
+    Column("p", "of the two-sided paired t-test"),
     Column("p (Holm)", "corrected for the number of tests in the table"),
 )
 

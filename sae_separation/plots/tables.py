@@ -219,12 +219,11 @@ def cautions(runs: list[Run], skipped: list[str]) -> list[str]:
 
 def summary(runs: list[Run]) -> str:
     """What was run and what came out, in two or three sentences."""
-    settings, seeds = runs[0].settings, sorted({len(run.seeds) for run in runs})
-    tokens, testbed = finite(settings.get("tokens")), cut(str(settings.get("testbed")), 60)
-    unknown = math.isnan(tokens) or math.isnan(runs[0].mean("training", "tokens_trained")[0])
-    trained = "an unknown number of" if unknown else f"{tokens:,.0f}"
+    seeds = sorted({len(run.seeds) for run in runs})
+    beds = list(dict.fromkeys(cut(str(run.settings.get("testbed")), 60) for run in runs))
     each = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else counted(seeds[0], "seed")
-    text = f"{counted(len(runs), 'run')} on testbed {testbed}, {each} each, {trained} training tokens a SAE."
+    where = f"testbed{'s' * (len(beds) > 1)} {', '.join(beds)}"
+    text = f"{counted(len(runs), 'run')} on {where}, {each} each, {tokens(runs)} training tokens a SAE."
     scored = [run for run in runs if np.isfinite(run.mean(*SCORE)[0])]
     if ranked := by_worst_case(runs):
         best, worst = ranked[0], shown(*ranked[0].mean(*WORST))
@@ -232,6 +231,15 @@ def summary(runs: list[Run]) -> str:
         what = f"Highest mean worst-case score: {worst} ({best.name}, {best.method})."
         text += f" {what if above else 'No run has a worst-case score above 0.'}"
     return f"{text} {of_highest(scored) if scored else 'No run has an unlearning score.'}"
+
+
+def tokens(runs: list[Run]) -> str:
+    """That the runs' SAEs were trained on, as far as they tell."""
+    here = [run for run in runs if np.isfinite(run.mean("training", "final_l0")[0])]
+    known = sorted({n for run in here if not math.isnan(n := finite(run.settings.get("tokens")))})
+    if not known:
+        return "an unknown number of"
+    return f"{known[0]:,.0f}" if len(known) == 1 else f"{known[0]:,.0f} to {known[-1]:,.0f}"
 
 
 def counted(n: int, what: str) -> str:
