@@ -219,7 +219,7 @@ def refuse_what_does_not_fit(settings: Any):
         most = getattr(settings, limit) if limit else None
         if most is not None and value > most and settings.matters(f):
             raise WrongRequest(f"--{f.name} {value} must be at most --{limit} {most}")
-    if settings.tokens is not None:
+    if settings.tokens is not None and settings.arm not in settings.untrained:
         refuse_few_steps(settings)
 
 
