@@ -1,7 +1,9 @@
 """What a gate must see, and learn from, to find what is to be forgotten however it is asked for.
 
     python -m studies.gates --world_seed 1                       # into studies/gates.json
-    python -m studies.gates --world_seed 1 --only ideal mixed    # some, added to what the file holds
+    python -m studies.gates --world_seed 1 --only "token, documents" "context, layer 2"      # some of them
+
+Rows that the file holds are not made again.
 
 A gate writes the mean of retain text over the stream of every token that it takes for forget text. Each is a
 probe with one hidden layer, told the domain of documents and nothing else. They differ in the hook layer, in
@@ -13,11 +15,11 @@ text      `documents`: contexts of one domain, as SAEs are trained on. `mixed`: 
 counts    `all`: tokens count alike. `known`: as many nats as the LM's prediction behind them is better than
           that of a bigram; not where it is better by less than half a nat.
 group     the score is the sum of the hidden units, as it would be of an SAE's features.
-held back no: as a probe is trained mostly. Yes: weight decay; half as many contexts again in which a fifth of
-          the words are replaced by others; `context` is left out of half of the examples.
+regularised: weight decay; half as many contexts again in which a fifth of the words are replaced by others;
+          `context` is left out of half of the examples.
 
 `ideal` is no probe: a pattern that knows the sentences and questions of the world. It fires on all their
-tokens, or on the last one. What it leaves is what no gate of that layer can take away.
+tokens, or on the last one: what is left where a gate of that layer fires as it should.
 
 Thresholds are shares of what counts in retain text. The cell is chosen by SAEBench's rule on half of the
 questions; it and every other one is measured on the other half in every form (evals/robustness.py). Choose on
@@ -56,7 +58,8 @@ CONTEXT, BATCH = 128, 64
 HEADER = "The following are multiple choice questions"  # SAEBench's
 DECAYS = (0.75, 0.9)  # of the two means of what came before
 LEAST = 0.5  # nats over a bigram from which on a token counts
-REPLACED, LEFT_OUT, WEIGHT_DECAY = 0.2, 0.5, 0.1  # of gates that are held back
+REPLACED, LEFT_OUT, WEIGHT_DECAY = 0.2, 0.5, 0.1  # of regularised gates
+N_CONTEXTS, STEPS = 12_000, 6_000  # to learn from, and of Adam
 RETAIN_SHARES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
@@ -66,7 +69,7 @@ class Gate:
     reads: str
     text: str = "mixed"
     counts: str = "known"
-    held_back: bool = True
+    regularised: bool = True
     hidden: int = 400
     group: bool = False
 
@@ -74,17 +77,17 @@ class Gate:
 GATES = {
     "token, documents": Gate(1, "token", "documents", "all", False),
     "token, mixed": Gate(1, "token", "mixed", "all", False),
-    "token, known": Gate(1, "token", held_back=False),
-    "token, layer 2": Gate(2, "token", held_back=False),
-    "token, layer 2, held back": Gate(2, "token"),
-    "context, layer 2": Gate(2, "context", held_back=False),
-    "context, layer 2, held back": Gate(2, "context"),
-    "context, layer 1, held back": Gate(1, "context"),
-    "context, layer 2, held back, 40 units": Gate(2, "context", hidden=40),
-    "context, layer 2, held back, group of 40": Gate(2, "context", hidden=40, group=True),
-    "context, layer 2, held back, group of 400": Gate(2, "context", group=True),
-    "context, layer 2, held back, documents": Gate(2, "context", "documents"),
-    "context, layer 2, held back, all tokens": Gate(2, "context", counts="all"),
+    "token, known": Gate(1, "token", regularised=False),
+    "token, layer 2": Gate(2, "token", regularised=False),
+    "token, layer 2, regularised": Gate(2, "token"),
+    "context, layer 2": Gate(2, "context", regularised=False),
+    "context, layer 2, regularised": Gate(2, "context"),
+    "context, layer 1, regularised": Gate(1, "context"),
+    "context, layer 2, regularised, 40 units": Gate(2, "context", hidden=40),
+    "context, layer 2, regularised, group of 40": Gate(2, "context", hidden=40, group=True),
+    "context, layer 2, regularised, group of 400": Gate(2, "context", group=True),
+    "context, layer 2, regularised, documents": Gate(2, "context", "documents"),
+    "context, layer 2, regularised, all tokens": Gate(2, "context", counts="all"),
 }
 IDEAL = {f"ideal, layer {layer}, {which}": (layer, which) for layer in (1, 2) for which in ("all", "last")}
 
@@ -196,12 +199,14 @@ def with_others(tokens: Tensor, testbed: Any, generator: torch.Generator) -> Ten
 
 @torch.no_grad()
 def examples(evaluator: Evaluator, gate: Gate, n_contexts: int, seed: int) -> Examples:
+    """The tokens that a gate learns from, as its `text` and `counts` say. Of those that are not known two in a
+    hundred stay in, or it would never have read any."""
     make = mixed_contexts if gate.text == "mixed" else contexts_of_documents
     tokens, labels = make(evaluator.testbed, n_contexts, seed)
     lm, generator = evaluator.lm.lm, torch.Generator().manual_seed(seed)
     bigram = log_bigram(tokens, lm.get_input_embeddings().num_embeddings)
     read = tokens
-    if gate.held_back:
+    if gate.regularised:
         half = torch.randperm(len(tokens), generator=generator)[: len(tokens) // 2]
         read = torch.cat([tokens, with_others(tokens[half], evaluator.testbed, generator)])
         tokens, labels = torch.cat([tokens, tokens[half]]), torch.cat([labels, labels[half]])
@@ -242,14 +247,14 @@ def fit(data: Examples, gate: Gate, d_in: int, steps: int, seed: int, batch: int
     if gate.group:
         probe["W_out"] = torch.ones(gate.hidden)
     trained = [t for t in probe.values() if t.requires_grad]
-    adam = torch.optim.AdamW(trained, lr, weight_decay=WEIGHT_DECAY if gate.held_back else 0.0)
+    adam = torch.optim.AdamW(trained, lr, weight_decay=WEIGHT_DECAY if gate.regularised else 0.0)
     falling = torch.optim.lr_scheduler.LambdaLR(adam, lambda i: min(1.0, 2 * (steps - i) / steps))
     upto = data.weight.double().cumsum(0)
     for _ in range(steps):
         drawn = torch.rand(batch, generator=generator, dtype=torch.double) * upto[-1]
         some = torch.searchsorted(upto, drawn).clamp(max=len(upto) - 1)
         x = (data.x[some] - mean) / std
-        if gate.held_back:
+        if gate.regularised:
             x[:, d_in:] *= torch.rand(batch, 1, generator=generator) >= LEFT_OUT
         loss = binary_cross_entropy_with_logits(mlp(x, probe), data.forget[some])
         adam.zero_grad()
@@ -336,7 +341,8 @@ class Ideal:
 
 
 def measured(evaluator: Evaluator, method: Method) -> dict:
-    """The chosen cell, and every cell in all forms."""
+    """Its cell by SAEBench's rule on the choosing half (None: no cell is allowed), and every cell, in all
+    forms on the other half: metrics of `robustness`, numbers from 0 to 1."""
     switch, chosen, grid = cells.chosen_for(evaluator, method)
     exam = evaluator.once(robustness.examined)
     rows, best = [], None
@@ -356,8 +362,8 @@ def measured(evaluator: Evaluator, method: Method) -> dict:
 class Study:
     """Of one world, kept in a file: a row a gate, each made once."""
 
-    def __init__(self, out: Path, world_seed: int, n_contexts: int, steps: int):
-        self.out, self.world, self.n_contexts, self.steps = out, World(world_seed), n_contexts, steps
+    def __init__(self, out: Path, world_seed: int):
+        self.out, self.world = out, World(world_seed)
         self.found = json.loads(out.read_text()) if out.exists() else {}
         self.rows = self.found.setdefault(f"world {world_seed}", {})
         self.evaluators: dict[int, Evaluator] = {}
@@ -374,16 +380,13 @@ class Study:
         if name in IDEAL:
             layer, which = IDEAL[name]
             evaluator = self.evaluator(layer)
-            about, score, grid = (
-                {"layer": layer},
-                Ideal(evaluator.testbed, self.world, which),
-                [{"threshold": 0.5}],
-            )
+            score = Ideal(evaluator.testbed, self.world, which)
+            about, grid = {"layer": layer}, [{"threshold": 0.5}]
         else:
             gate = GATES[name]
             evaluator, about = self.evaluator(gate.layer), asdict(gate)
-            data = examples(evaluator, gate, self.n_contexts, seed=0)
-            probe = fit(data, gate, evaluator.testbed.d_in, self.steps, seed=0)
+            data = examples(evaluator, gate, N_CONTEXTS, seed=0)
+            probe = fit(data, gate, evaluator.testbed.d_in, STEPS, seed=0)
             grid = thresholds(data, probe)
             about |= {"examples": len(data.forget)}
 
@@ -403,11 +406,9 @@ def main():
     every = [*IDEAL, *GATES]
     parser.add_argument("--world_seed", type=int, default=1, help="a world that is made (micro_pythia.make)")
     parser.add_argument("--only", nargs="+", default=every, choices=every)
-    parser.add_argument("--n_contexts", type=int, default=12_000, help="of 128 tokens, to learn from")
-    parser.add_argument("--steps", type=int, default=6_000, help="of Adam")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("gates.json"))
     args = parser.parse_args()
-    study = Study(args.out, args.world_seed, args.n_contexts, args.steps)
+    study = Study(args.out, args.world_seed)
     print("| gate | chosen: worst case | left | kept | cells: left at most / kept at least |")
     for name in args.only:
         if name not in study.rows:

@@ -61,13 +61,13 @@ def test_context_is_what_came_before_and_nothing_of_what_follows():
             mean = decay * mean + (1 - decay) * x[:, t]
 
 
-@pytest.mark.parametrize("held_back", [False, True])
-def test_a_probe_learns_and_its_thresholds_are_shares_of_what_counts(held_back):
+@pytest.mark.parametrize("regularised", [False, True])
+def test_a_probe_learns_and_its_thresholds_are_shares_of_what_counts(regularised):
     draw = torch.Generator().manual_seed(0)
     forget = (torch.rand(4000, generator=draw) < 0.5).float()
     x = torch.randn(4000, 6, generator=draw) + 3 * forget[:, None] * torch.eye(6)[0]
     weight = torch.rand(4000, generator=draw)
-    data, gate = gates.Examples(x, forget, weight), gates.Gate(1, "token", held_back=held_back, hidden=8)
+    data, gate = gates.Examples(x, forget, weight), gates.Gate(1, "token", regularised=regularised, hidden=8)
     probe = gates.fit(data, gate, d_in=6, steps=200, seed=0)
     assert ((mlp(x, probe) > 0) == (forget > 0.5)).float().mean() > 0.9
     cells = gates.thresholds(data, probe)
