@@ -199,8 +199,8 @@ def with_others(tokens: Tensor, testbed: Any, generator: torch.Generator) -> Ten
 
 @torch.no_grad()
 def examples(evaluator: Evaluator, gate: Gate, n_contexts: int, seed: int) -> Examples:
-    """The tokens that a gate learns from, as its `text` and `counts` say. Of those that are not known two in a
-    hundred stay in, or it would never have read any."""
+    """The tokens that a gate learns from, as its `text` and `counts` say. Of those that are not known two in
+    a hundred stay in, or it would never have read any."""
     make = mixed_contexts if gate.text == "mixed" else contexts_of_documents
     tokens, labels = make(evaluator.testbed, n_contexts, seed)
     lm, generator = evaluator.lm.lm, torch.Generator().manual_seed(seed)
@@ -391,6 +391,7 @@ class Study:
             about |= {"examples": len(data.forget)}
 
             def score(read: Residuals) -> Tensor:
+                assert not read.seen, "a row that holds several ends: its means would mix them"
                 return torch.cat([mlp(seen(part, gate.reads), probe) for part in read.resid.split(BATCH)])
 
         method = Gated(score, grid, evaluator.retain_mean)

@@ -7,6 +7,7 @@ import torch
 
 from micro_pythia.world import FORGET, SHARED, World
 from sae_separation.exam import Residuals
+from sae_separation.forms import FORMS, Asker
 from sae_separation.methods import mlp
 from studies import gates
 
@@ -59,6 +60,12 @@ def test_context_is_what_came_before_and_nothing_of_what_follows():
         for t in range(7):
             assert torch.allclose(read[:, t, 3 * i : 3 * i + 3], mean, atol=1e-6)
             mean = decay * mean + (1 - decay) * x[:, t]
+
+
+def test_rows_of_the_embedded_lm_hold_one_end_each_as_means_of_what_came_before_need(micro):
+    asker = Asker(micro, sum(micro.questions.values(), [])[::40], gates.CONTEXT)
+    exams = [made[0] for form in FORMS[::5] if (made := asker.exam(form))]
+    assert len(exams) > 10 and not any(b.seen(micro.lm) for exam in exams for b in exam.batches)
 
 
 @pytest.mark.parametrize("regularised", [False, True])
