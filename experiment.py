@@ -158,30 +158,38 @@ if __name__ == "__main__":  # answer --help and wrong requests before anything h
     except Exception as error:
         sys.exit(ranks.tell(error, began=False))
 
-from itertools import islice
+with process.without_collections():
+    from itertools import islice
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
+    import torch
+    from torch import Tensor
+    from tqdm import tqdm
 
-from sae_separation import losses, openmp, progress, testbeds
-from sae_separation.adam import clip, own_learning_rates
-from sae_separation.blocks import ActivationBlock, shuffled_places
-from sae_separation.devices import upload
-from sae_separation.evals.evaluator import Evaluator, evaluation_contexts
-from sae_separation.exam import special_ids
-from sae_separation.gradients import Terms, accumulate_grads
-from sae_separation.kept import Kept, cache_of
-from sae_separation.lm import StreamLM, Testbed, fast_lm_tokens, massive
-from sae_separation.losses import has_bf16
-from sae_separation.resample import resample
-from sae_separation.rounds import Rounds, steps_of_round
-from sae_separation.run import Run, UntrainedRun, evaluate_runs, refuse_more_than_memory, runs_of, share_news
-from sae_separation.shards import WHOLE, Shard
-from sae_separation.sparse import ACTIVATIONS, JUMPS, hold_near, remove_radial, unit_rows
-from sae_separation.start import directions, set_biases
-from sae_separation.testbeds import resolve
-from sae_separation.tracking import Tracking
+    from sae_separation import losses, openmp, progress, testbeds
+    from sae_separation.adam import clip, own_learning_rates
+    from sae_separation.blocks import ActivationBlock, shuffled_places
+    from sae_separation.devices import upload
+    from sae_separation.evals.evaluator import Evaluator, evaluation_contexts
+    from sae_separation.exam import special_ids
+    from sae_separation.gradients import Terms, accumulate_grads
+    from sae_separation.kept import Kept, cache_of
+    from sae_separation.lm import StreamLM, Testbed, fast_lm_tokens, massive
+    from sae_separation.losses import has_bf16
+    from sae_separation.resample import resample
+    from sae_separation.rounds import Rounds, steps_of_round
+    from sae_separation.run import (
+        Run,
+        UntrainedRun,
+        evaluate_runs,
+        refuse_more_than_memory,
+        runs_of,
+        share_news,
+    )
+    from sae_separation.shards import WHOLE, Shard
+    from sae_separation.sparse import ACTIVATIONS, JUMPS, hold_near, remove_radial, unit_rows
+    from sae_separation.start import directions, set_biases
+    from sae_separation.testbeds import resolve
+    from sae_separation.tracking import Tracking
 
 # -------------------------------------------------------------------------------- activation stream
 

@@ -155,9 +155,10 @@ def dtype_of(folder: Path) -> torch.dtype:
 
 @contextlib.contextmanager
 def loading(folder: Path):
-    """Inside, transformers is quiet, and what it raises for files that are no LM becomes a WrongRequest."""
+    """Inside, transformers is quiet (it imports most of itself there), and what it raises for files that are
+    no LM becomes a WrongRequest."""
     try:
-        with without_bars():
+        with without_bars(), process.without_collections():
             yield
     except Exception as error:  # whatever transformers, safetensors and json raise
         if isinstance(error, MemoryError | RunFailed | WrongRequest):

@@ -8,6 +8,7 @@ A testbed is one object, so that the LM, the layer, the text and the questions o
 apart.
 """
 
+import gc
 import hashlib
 import json
 import math
@@ -163,6 +164,7 @@ def give_lm(testbed: Testbed, folder: Path, weights: bool):
 
     def load_weights():
         testbed.lm, testbed.load_weights = load_lm(folder, testbed.runs_on), None
+        gc.freeze()  # checks stop the LM, which is followed by a collection: not of all that was imported
         set_up.begin("checking the LM")
         check_ids(testbed)
         check_lm(testbed)

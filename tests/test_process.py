@@ -172,6 +172,21 @@ def test_a_collection_looks_at_what_is_made_later_alone():
         gc.unfreeze()
 
 
+def test_collections_wait_inside_and_go_on_as_before():
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError), process.without_collections():
+        assert not gc.isenabled()
+        1 / 0  # noqa: B018
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with process.without_collections():
+            pass
+        assert not gc.isenabled(), "a user who does without goes on doing so"
+    finally:
+        gc.enable()
+
+
 def test_memory_left_is_the_least_of_what_limits_it(monkeypatch):
     import resource
 
