@@ -853,7 +853,7 @@ def run_experiments(
 ) -> list[results.Outcome]:
     """Train the runs of one pass that are not complete, from where their checkpoints stand, and evaluate all
     of them."""
-    process.keep_freed_memory()
+    process.tune_memory()
     names, asked = to_train(command, requests)
     one_pass(names, asked)
     complete = [pair for pair in zip(command.out_dir, requests) if pair[0] not in names]

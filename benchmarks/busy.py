@@ -64,7 +64,7 @@ def train():
     from sae_separation import openmp, process, testbeds
     from sae_separation.config import complete
 
-    process.keep_freed_memory()
+    process.tune_memory()
     testbed = testbeds.load("micro")
     request = experiment.Request(arm="vanilla")
     config = complete(request, experiment.Config, "micro", testbed.defaults, testbed.d_in)

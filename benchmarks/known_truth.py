@@ -389,7 +389,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--out", type=Path, default=HERE / "known_truth.json", help="of one size each")
     args = parser.parse_args()
-    process.keep_freed_memory()
+    process.tune_memory()
     command = shlex.join(["python", "benchmarks/known_truth.py", *sys.argv[1:]])
     try:
         settings = Settings(shrink=args.shrink, samples=args.samples)

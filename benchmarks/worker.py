@@ -138,7 +138,7 @@ class Ours(System):
         from sae_separation.lm import Testbed
         from sae_separation.text import Text
 
-        process.keep_freed_memory()
+        process.tune_memory()
         spec = self.spec
         contexts = load_contexts(spec["folder"], spec.get("context_size", 128))
         text = cast(Text, SimpleNamespace(train=None))  # the contexts are put in its place

@@ -6,6 +6,9 @@ import gc
 import os
 import random
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,6 +173,28 @@ def test_a_collection_looks_at_what_is_made_later_alone():
         assert gc.get_freeze_count() > 10_000 and gc.get_count()[2] == 0
     finally:
         gc.unfreeze()
+
+
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+LARGE = """
+import re, torch
+from pathlib import Path
+from sae_separation import process
+
+process.tune_memory()
+tensor = torch.ones(2**24)
+print(re.search(r"AnonHugePages: +([0-9]+)", Path("/proc/self/smaps_rollup").read_text())[1])
+"""
+
+
+@pytest.mark.skipif(not THP.exists() or "[madvise]" not in THP.read_text(), reason="no pages on demand")
+@pytest.mark.parametrize("said", [None, "0"])
+def test_tensors_lie_in_large_pages_unless_the_user_says_no(said, monkeypatch):
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    if said is not None:
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", said)
+    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True)
+    assert (int(done.stdout) > 32 * 1024) == (said is None), "64 MB of ones, half of it at least"
 
 
 def test_collections_wait_inside_and_go_on_as_before():
