@@ -8,10 +8,10 @@
     python experiment.py --out_dir=run_1                     # again: an interrupted run goes on
     python plot.py                                           # figures over all run folders
 
-The file reads in the order in which data flows: plan and arms (their losses: losses.py) -> activation stream
--> OrthogonalSAE -> trainer (a batch by hand: gradients.py) -> training loop over runs (run.py) -> the
-command, with its evaluations (evals/). Letters at the end of names are dimensions: B batch rows, D d_in, F
-d_sae, G groups."""
+The file reads in the order in which data flows: plan and arms (their losses: losses.py) -> OrthogonalSAE
+(on what the activation stream gives: stream.py) -> trainer (a batch by hand: gradients.py) -> training loop
+over runs (run.py) -> the command, with its evaluations (evals/). Letters at the end of names are dimensions:
+B batch rows, D d_in, F d_sae, G groups."""
 
 import python_version  # noqa: F401  (first: refuses a Python that this does not work with)
 
@@ -167,13 +167,12 @@ with process.without_collections():
 
     from sae_separation import losses, openmp, progress, testbeds
     from sae_separation.adam import clip, own_learning_rates
-    from sae_separation.blocks import ActivationBlock, shuffled_places
+    from sae_separation.blocks import ActivationBlock
     from sae_separation.devices import upload
     from sae_separation.evals.evaluator import Evaluator, evaluation_contexts
-    from sae_separation.exam import special_ids
     from sae_separation.gradients import Terms, accumulate_grads
-    from sae_separation.kept import Kept, cache_of
-    from sae_separation.lm import StreamLM, Testbed, fast_lm_tokens, massive
+    from sae_separation.kept import cache_of
+    from sae_separation.lm import Testbed
     from sae_separation.losses import has_bf16
     from sae_separation.resample import resample
     from sae_separation.rounds import Rounds, steps_of_round
@@ -188,101 +187,9 @@ with process.without_collections():
     from sae_separation.shards import WHOLE, Shard
     from sae_separation.sparse import ACTIVATIONS, JUMPS, hold_near, remove_radial, unit_rows
     from sae_separation.start import directions, set_biases
+    from sae_separation.stream import ActivationStream, works_ahead
     from sae_separation.testbeds import resolve
     from sae_separation.tracking import Tracking
-
-# -------------------------------------------------------------------------------- activation stream
-
-
-class ActivationStream:
-    """resid_post of one layer, from the LM through nnsight, as shuffled blocks.
-
-    Half of the contexts are forget text and half retain text, in every LM batch. The LM is stopped after the
-    hook layer and runs in bfloat16 where the machine has it. Rows of special tokens (BOS, EOS, padding) and
-    massive ones are left out.
-    """
-
-    def __init__(
-        self,
-        testbed: Testbed,
-        context_size: int,
-        buffer_tokens: int,
-        seed: int = 0,
-        lm_tokens: int | None = None,
-    ):
-        self.device, self.d_in, self.lm = testbed.device, testbed.d_in, StreamLM(testbed)
-        self.special = special_ids(testbed.tokenizer)
-        lm_tokens = lm_tokens or fast_lm_tokens(testbed)
-        self.n_contexts = max(2, lm_tokens // context_size // 2 * 2)  # per LM batch
-        self.n_lm_batches = max(1, round(buffer_tokens / (self.n_contexts * (context_size - 1))))
-        self.passes = {"forget": 0, "retain": 0}  # over the text, begun so far
-        self.texts: list = [
-            testbeds.drawn_contexts(text.train, testbed.tokenizer, context_size, seed, on_pass=count)
-            for text, count in (
-                (getattr(testbed, domain), partial(self.passes.__setitem__, domain)) for domain in self.passes
-            )
-        ]
-        self.seed, self.block_index, self.drawn = seed, 0, 0  # blocks whose contexts were drawn
-        self.block: ActivationBlock | None = None
-        self.kept: Kept | None = None  # with --activations
-        self.with_massive = 0.0  # share of the block's contexts that hold a massive row
-        process.make_collections_short()
-
-    def activations(self, tokens: Tensor) -> Tensor:
-        """resid_post [context, pos, D] of tokens [context, pos], in the precision that the LM runs in."""
-        return self.lm.resid(tokens)
-
-    def next_block(self) -> ActivationBlock:
-        """From the LM, or as it is kept. The stream lets go of the block before."""
-        self.block = None
-        process.return_freed_memory()
-        self.block = self.kept.next_block(self) if self.kept else self.block_from_lm()
-        self.block_index += 1
-        process.return_freed_memory()
-        return self.block
-
-    def block_from_lm(self) -> ActivationBlock:
-        """The LM's output goes straight to its shuffled place: one buffer, one LM batch, no copy of the
-        buffer. The device is waited for once, when all is on its way: which rows are massive."""
-        half = self.n_contexts // 2
-        for text in self.texts:  # behind the blocks that were read or skipped
-            contexts = (self.block_index - self.drawn) * self.n_lm_batches * half
-            next(islice(text, contexts, contexts), None)
-        self.drawn = self.block_index + 1
-        read = [[c for text in self.texts for c in islice(text, half)] for _ in range(self.n_lm_batches)]
-        batches = [torch.tensor([tokens for tokens, _ in contexts]) for contexts in read]
-        draws = [torch.tensor([drawn for _, drawn in contexts]) for contexts in read]
-        kept = [(~torch.isin(tokens, self.special)).flatten().nonzero()[:, 0] for tokens in batches]
-        n, first, sinks, with_sinks = sum(map(len, kept)), 0, [], 0
-        places = shuffled_places(n, self.seed * 1_000_003 + self.block_index)
-        x = torch.empty(n, self.d_in, device=self.device)
-        forget = torch.empty(n, dtype=torch.bool, device=self.device)
-        document = torch.empty(n, device=self.device)
-        resids = ranks.shared(list(zip(batches, kept)), self._rows, [len(rows) for rows in kept], like=x)
-        for tokens, drawn, rows, resid in zip(batches, draws, kept, resids):
-            place = upload(places[first : first + len(rows)], self.device)
-            x.index_copy_(0, place, resid)
-            forget.index_copy_(0, place, upload(rows < half * tokens.shape[1], self.device))
-            document.index_copy_(0, place, upload(drawn.flatten()[rows], self.device))
-            sinks.append(massive(resid))
-            first += len(rows)
-        sink = torch.cat(sinks).cpu()
-        for tokens, rows, here in zip(batches, kept, sink.split([len(rows) for rows in kept])):
-            with_sinks += len((rows[here] // tokens.shape[1]).unique())
-        self.with_massive = with_sinks / sum(map(len, batches))
-        return ActivationBlock(x, forget, document).without(places[sink])
-
-    def _rows(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """resid_post (fp32) [row, D] of an LM batch's tokens [context, pos], of the rows [row] to be kept."""
-        tokens, rows = batch
-        with process.signals.held():  # the LM's weights are not to be left in the middle
-            resid = self.activations(upload(tokens, self.device)).flatten(0, 1)
-            return resid.index_select(0, upload(rows, self.device)).float()
-
-    def skip_blocks(self, n: int):
-        """Go on behind the first n blocks, without the LM: a block is a function of text, seed and index."""
-        self.block_index = n
-
 
 # -------------------------------------------------------------------------------- the SAE
 
@@ -783,8 +690,7 @@ class TrainingLoop:
             try:
                 goes_on = self._goes_on()
                 while goes_on:
-                    block = self.stream.block or self.stream.next_block()
-                    if goes_on := self._train_on_block(block, size, bar):
+                    if goes_on := self._train_on_block(size, bar):
                         self.stream.next_block()
             except Interrupted as stop:
                 process.signals.taken()
@@ -804,9 +710,10 @@ class TrainingLoop:
         self.due, late, training = self.pace.agree(self.at.step, *said, between=(False, False, True))
         return bool(self.at.step < self.n_steps and training and not late)
 
-    def _train_on_block(self, block: ActivationBlock, size: int, bar: tqdm) -> bool:
-        """Whether training goes on behind it."""
-        at = self.at
+    def _train_on_block(self, size: int, bar: tqdm) -> bool:
+        """Whether training goes on behind it. Only the stream then holds the block, and lets go of it before
+        the next is made."""
+        at, block = self.at, self.stream.block or self.stream.next_block()
         batches = zip(block.batches(size), block.documents(size))
         for (x, forget), document in islice(batches, at.batch, None):
             with process.signals.held():
@@ -820,11 +727,18 @@ class TrainingLoop:
             bar.update(size)
             if not goes_on:
                 return False
+            self._work_ahead(len(block.x) // size, size)
         with process.signals.held():
             at.block, at.batch = at.block + 1, 0
             share_news(self.runs)
         bar.set_postfix_str(", ".join(run.progress() for run in self.runs[:3]))
         return True
+
+    def _work_ahead(self, n_batches: int, size: int):
+        """Of the next block as much as was trained on of this one, which has n_batches."""
+        at = self.at
+        steps_behind = self.n_steps - (at.step - at.batch + n_batches)
+        self.stream.work_ahead(at.batch / n_batches, steps_behind * size)
 
     def _save(self) -> bool:
         """Whether it was done. Where no SAE is finite any more the last good checkpoint stays."""
@@ -888,7 +802,8 @@ def train_runs(command: Command, runs: list[Run], testbed: Testbed, evaluated: b
     n_steps = runs[0].n_steps
     for run in runs:
         run.shard = Shard(ranks.here.rank, ranks.here.size) if command.shard_features else WHOLE
-    refuse_more_than_memory([run.share for run in runs], testbed)
+    n_blocks = 1 + works_ahead(testbed.device, command.activations)
+    refuse_more_than_memory([run.share for run in runs], testbed, n_blocks)
     hashes = {run.folder: run.config_hash for run in runs}
     at, saved = checkpoint.to_go_on_from(hashes, anew=command.overwrite)
     if not at.written and not command.overwrite:

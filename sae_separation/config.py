@@ -243,13 +243,13 @@ def refuse_few_steps(settings: Any):
         raise WrongRequest(f"--unlock_steps {settings.unlock_steps}: {why}")
 
 
-def bytes_of_training(configs: Sequence[Config], d_in: int) -> int:
+def bytes_of_training(configs: Sequence[Config], d_in: int, n_blocks: int = 1) -> int:
     """What training surely needs: weights and Adam's moments of every SAE, one SAE's gradients and features,
-    and a block of activations that is shuffled."""
+    and so many blocks of activations."""
     weights = [8 * d_in * c.d_sae for c in configs]  # bytes of W_enc and W_dec
     need = sum(3 * len(c.seeds) * w for c, w in zip(configs, weights))
     need += max(w + 6 * c.batch_size * c.d_sae for c, w in zip(configs, weights))
-    return need + 8 * configs[0].buffer_tokens * d_in
+    return need + n_blocks * 4 * configs[0].buffer_tokens * d_in
 
 
 class Arm(Protocol):

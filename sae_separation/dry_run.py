@@ -132,8 +132,12 @@ class Pass:
             return "that of the LM, the text and the evaluations"
         if self.d_in is None:
             return "not known before the LM is here (--d_sae, --batch_size and --buffer_tokens count)"
-        need = config.bytes_of_training(list(self.with_saes.values()), self.d_in)
-        return f"at least {gigabytes(need)} to train, and the LM, the text and the evaluations"
+        need, on_gpu = (
+            gigabytes(config.bytes_of_training(list(self.with_saes.values()), self.d_in, n)) for n in (1, 2)
+        )
+        two_blocks = self.spec.gpu and not self.command.activations
+        more = f" (on a GPU {on_gpu}, as the next activations are made meanwhile)" if two_blocks else ""
+        return f"at least {need} to train{more}, and the LM, the text and the evaluations"
 
     def _disk(self) -> str:
         place = next(p for p in self.folders[0].absolute().parents if p.exists())

@@ -601,9 +601,10 @@ def cut_short(trainer: Trains) -> list[str]:
     return messages
 
 
-def refuse_more_than_memory(configs: Sequence[Config], testbed: Testbed):
-    """Raises WrongRequest when the memory left does not hold what training surely needs."""
-    need = bytes_of_training(configs, testbed.d_in)
+def refuse_more_than_memory(configs: Sequence[Config], testbed: Testbed, n_blocks: int):
+    """Raises WrongRequest when the memory left does not hold what training surely needs, with so many blocks
+    of activations at once."""
+    need = bytes_of_training(configs, testbed.d_in, n_blocks)
     if testbed.device.type == "cpu":  # all ranks of a machine share it
         need *= ranks.here.on_machine
     left = process.memory_left(testbed.device)

@@ -151,7 +151,7 @@ def testbed(own):
 @pytest.fixture
 def small_lm_batches(monkeypatch):
     """Several in a block of 4,096 activations."""
-    monkeypatch.setattr(experiment, "fast_lm_tokens", lambda lm: 1024)
+    monkeypatch.setattr("sae_separation.stream.fast_lm_tokens", lambda lm: 1024)
 
 
 def test_blocks_of_two_ranks_are_those_of_one_and_each_does_its_share(
