@@ -118,6 +118,12 @@ def activations(micro):
     return ActivationStream(micro, context_size=128, buffer_tokens=16_384, seed=5).next_block()
 
 
+@pytest.fixture
+def ahead(monkeypatch):
+    """Blocks are made ahead on the CPU, too."""
+    monkeypatch.setattr("sae_separation.stream.AHEAD_ON", ("cpu", "cuda"))
+
+
 @pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 def device(request) -> torch.device:
     """The CPU, and a GPU where there is one."""

@@ -5,7 +5,7 @@ import json
 import re
 import shlex
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,7 @@ from sae_separation import checkpoint, checks, grid, results
 from sae_separation import config as settings
 from sae_separation.config import ACTIVATION_NAMES, ONE_PASS, option, whole_number, with_arms
 from sae_separation.errors import WrongRequest
-from sae_separation.specs import DataConfig
+from sae_separation.specs import SPECS, DataConfig
 
 # ---- what runs on one LM pass share
 
@@ -507,11 +507,23 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, monkeypa
         and "  forget text: invented biology\n" in out
         and "questions (for depth): invented questions" in out
     )
-    assert "  memory: at least 0.2 GB to train" in out, "a block of 131,072 activations of 128 floats, twice"
+    assert "  memory: at least 90.2 MB to train, and" in out, "of which 67.1 are a block of activations"
     assert "  disk: 3.2 MB of SAEs, 18.9 MB of checkpoints" in out
     assert "  time: not known: no finished run of micro" in out
     assert "would write into fixed_layer1: config.json, sae_seed*/, eval/seed*_metrics.json, eval/" in out
     assert out.endswith("dry run: nothing was done\n")
+
+
+def test_a_dry_run_counts_two_blocks_where_they_are_made_ahead(tmp_path, monkeypatch, capsys):
+    """Of 67.1 MB each."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(SPECS, "micro", replace(SPECS["micro"], gpu=True))
+    ends = ", and the LM, the text and the evaluations\n"
+    more = " (on a GPU 0.2 GB, as the next activations are made meanwhile)"
+    for kept, said in (("", more), (" --activations=cache", "")):
+        argv = f"--out_dir=mine --arm=fixed --testbed=micro{kept} --dry_run".split()
+        assert experiment.unfinished(*parse_command(argv))[1] == []
+        assert f"  memory: at least 90.2 MB to train{said}{ends}" in capsys.readouterr().out
 
 
 def test_a_dry_run_knows_what_is_there(tmp_path, monkeypatch, capsys):

@@ -16,6 +16,7 @@ from test_trainer import SMALL
 
 from experiment import ActivationBlock, ActivationStream, OrthogonalSAE, Trainer
 from sae_separation import checkpoint, losses, testbeds
+from sae_separation import stream as stream_module
 from sae_separation.devices import all_finite, upload
 from sae_separation.errors import RunFailed
 from sae_separation.evals.core import core
@@ -207,6 +208,47 @@ def test_a_gpu_is_waited_for_once_a_block(micro):
         stream.next_block()
     ours = [place for place in places if "/transformers/" not in place[0]]
     assert len(ours) == 1 and len(places) <= 1 + stream.n_lm_batches, places
+
+
+@GPU
+def test_working_ahead_waits_for_no_gpu_and_handing_over_once(micro):
+    """But for transformers, as above."""
+    there = replace(micro, lm=copy.deepcopy(micro.lm).cuda())
+    stream = ActivationStream(there, context_size=128, buffer_tokens=65_536, seed=5)
+    stream.next_block()
+    for share in (0.3, 0.6, 1.0):
+        with waits() as places:
+            stream.work_ahead(share, 10**9)
+        assert all("/transformers/" in file for file, _ in places), places
+    assert len(stream.makings[0].sinks) == stream.n_lm_batches > 1
+    with waits() as places:
+        stream.next_block()
+    assert len(places) == 1 and "/transformers/" not in places[0][0], places
+
+
+@GPU
+def test_what_two_streams_make_of_a_gpu_is_what_one_makes(micro, monkeypatch):
+    """Training's stream is late: it copies each block when the stream of blocks has long let go of it, and is
+    at the next but one. But for the rounding of the LM's products."""
+    there = replace(micro, lm=copy.deepcopy(micro.lm).cuda())
+
+    def copied(n: int) -> list[tuple]:
+        stream, copies = ActivationStream(there, 128, 65_536, seed=5, lm_tokens=8192), []
+        for i in range(n):
+            block = stream.next_block()
+            torch.cuda._sleep(5 * 10**8)  # cycles: a quarter of a second
+            copies.append(tuple(t.clone() for t in vars(block).values()))
+            del block
+            for share in (0.2, 0.7, 1.0):
+                stream.work_ahead(share, 10**9 if i < n - 2 else 0)
+        assert (stream.side is None) == (not stream_module.AHEAD_ON)
+        return copies
+
+    beside = copied(5)
+    monkeypatch.setattr(stream_module, "AHEAD_ON", ())
+    for (x, *rest), (plain, *others) in zip(beside, copied(5), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(rest, others, strict=True))
+        assert (x - plain).norm() < 0.02 * plain.norm()
 
 
 @GPU

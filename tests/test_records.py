@@ -305,14 +305,16 @@ def test_a_complete_run_is_evaluated_on_what_it_was_trained_on(tmp_path):
         results.Finished(tmp_path, SimpleNamespace(context_size=128), testbed)
 
 
-def test_training_that_surely_needs_more_memory_is_refused_with_the_numbers(monkeypatch):
+@pytest.mark.parametrize("n_blocks, left", [(1, 3.9), (2, 4.4)])
+def test_training_that_surely_needs_more_memory_is_refused_with_the_numbers(n_blocks, left, monkeypatch):
     testbed: Any = SimpleNamespace(d_in=500, device=torch.device("cpu"))
     config: Any = SimpleNamespace(d_sae=100_000, seeds=(0, 1), batch_size=1000, buffer_tokens=250_000)
-    # weights 0.4 GB an SAE: with Adam's moments 2.4 for two; gradients and features 0.4 + 0.6; a block 1.0
-    for left, fits in ((4.3e9, False), (4.5e9, True)):
-        monkeypatch.setattr("sae_separation.process.memory_left", lambda device: left)
+    # weights 0.4 GB an SAE: with Adam's moments 2.4 for two; gradients and features 0.4 + 0.6; a block 0.5
+    for more, fits in ((-0.1, False), (0.1, True)):
+        monkeypatch.setattr("sae_separation.process.memory_left", lambda device: (left + more) * 1e9)
         if fits:
-            run.refuse_more_than_memory([config], testbed)
+            run.refuse_more_than_memory([config], testbed, n_blocks)
         else:
-            with pytest.raises(WrongRequest, match=r"at least 4.4 GB of memory and 4.3 GB are left: lower"):
-                run.refuse_more_than_memory([config], testbed)
+            why = f"at least {left} GB of memory and {left - 0.1:.1f} GB are left: lower"
+            with pytest.raises(WrongRequest, match=why):
+                run.refuse_more_than_memory([config], testbed, n_blocks)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -281,6 +282,115 @@ def test_a_signal_while_a_block_is_made_leaves_the_state_whole(here, tmp_path, m
     monkeypatch.setattr(experiment.ActivationStream, "next_block", next_block)
     assert here("b/run_1") == 143 and here("b/run_1") == 0
     assert calls == [0, 1, 1, 2, 3] and results(tmp_path / "a/run_1") == results(tmp_path / "b/run_1")
+
+
+# ---- blocks that are made beside training
+
+
+class LM:
+    """Of each LM batch that the stream had read: its block's index, and whether another block was at hand.
+    Before the one of that number `act` is done."""
+
+    def __init__(self):
+        self.read: list[tuple[int, bool]] = []
+        self.stream, self.number, self.act = None, -1, None
+
+    def reads(self, stream):
+        self.stream = stream
+        if len(self.read) == self.number and self.act:
+            self.act()
+        self.read.append((stream.block_index, stream.block is not None))
+
+
+@pytest.fixture
+def lm(here, micro, monkeypatch) -> LM:
+    """Blocks are of four LM batches; of each domain there are so few documents that some are read twice."""
+    few = {
+        domain: replace(text, train=text.train.select(range(90)))
+        for domain, text in (("forget", micro.forget), ("retain", micro.retain))
+    }
+    monkeypatch.setattr("sae_separation.testbeds.load", lambda *_: replace(micro, **few))
+    monkeypatch.setattr("sae_separation.stream.fast_lm_tokens", lambda _: 2048)
+    activations, seen = experiment.ActivationStream.activations, LM()
+
+    def looked_at(self, tokens):
+        seen.reads(self)
+        return activations(self, tokens)
+
+    monkeypatch.setattr(experiment.ActivationStream, "activations", looked_at)
+    return seen
+
+
+def position(folder, step) -> dict:
+    """Of a checkpoint, without times and folders."""
+    at = json.loads(checkpoint_facts(checkpoint.path_of(folder, step)))["position"]
+    return {k: at[k] for k in ("step", "block", "batch", "passes")}
+
+
+SELDOM = ["--checkpoint_seconds", 1000]
+
+
+def test_blocks_made_ahead_train_to_the_same_bits_also_stopped_in_the_middle_of_one(
+    here, lm, tmp_path, monkeypatch, request
+):
+    """Four blocks of 31 steps. Nothing is made behind the last one that training needs."""
+    runs = ("run_1", "run_6")
+
+    def train(where: str, until: int | None = None) -> int:
+        lm.read.clear()
+        with monkeypatch.context() as m:
+            if until is not None:
+                at_step(m, until - 1, interrupt())
+            return here(*(f"{where}/{run}" for run in runs), extra=SELDOM)
+
+    assert train("plain") == 0 and lm.read == [(i, False) for i in range(4) for _ in range(4)]
+    assert train("plain_parts", until=42) == 143
+    request.getfixturevalue("ahead")
+    assert train("whole") == 0 and lm.read == [(i, i > 0) for i in range(4) for _ in range(4)]
+    assert lm.stream.drawn == 4 and lm.stream.makings == []
+    assert train("parts", until=42) == 143 and lm.stream.drawn == 4
+    for run in runs:
+        assert position(tmp_path / "parts" / run, 42) == position(tmp_path / "plain_parts" / run, 42)
+    assert train("parts") == 0
+    for run in runs:
+        known = results(tmp_path / "plain" / run)
+        assert known[0]["training"]["means"]["forget_text_passes"] > 1
+        assert known == results(tmp_path / "whole" / run) == results(tmp_path / "parts" / run)
+
+
+def test_a_signal_while_a_block_is_made_ahead_leaves_the_state_whole(here, lm, ahead, tmp_path):
+    assert here("a/run_1", extra=SELDOM) == 0
+    lm.read.clear()
+    lm.number, lm.act = 6, interrupt()
+    assert here("b/run_1", extra=SELDOM) == 143 and lm.read[-1] == (1, True) and len(lm.read) == 7
+    (step,) = checkpoint.steps_in(tmp_path / "b/run_1")
+    assert step == 16, "at once, and not where the block is made"
+    lm.number = -1
+    assert here("b/run_1", extra=SELDOM) == 0
+    assert results(tmp_path / "a/run_1") == results(tmp_path / "b/run_1")
+
+
+def test_an_lm_that_fails_while_a_block_is_made_ahead_ends_the_command(here, lm, ahead, tmp_path, capsys):
+    def fail():
+        raise RunFailed("the LM broke")
+
+    lm.number, lm.act = 6, fail
+    assert here("run_1") == 1 and capsys.readouterr().err.strip().splitlines()[-1] == "error: the LM broke"
+    lm.number = -1
+    assert here("run_1") == 0
+
+
+def test_a_block_is_let_go_of_before_the_lm_makes_the_next(here, monkeypatch):
+    make, blocks, alive = experiment.ActivationStream.block_from_lm, [], []
+
+    def block_from_lm(self):
+        alive.append(sum(block() is not None for block in blocks))
+        block = make(self)
+        blocks.append(weakref.ref(block.x))
+        return block
+
+    monkeypatch.setattr(experiment.ActivationStream, "block_from_lm", block_from_lm)
+    assert here("run_1") == 0 and alive == [0, 0, 0, 0]
 
 
 def test_finished_evaluations_are_not_done_again(here, tmp_path, monkeypatch):

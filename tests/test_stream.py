@@ -1,15 +1,21 @@
 """The activation stream: packing, labels, special tokens, and agreement with a plain forward pass."""
 
+import contextlib
 import gc
 import weakref
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import pytest
 import torch
 
 from experiment import ActivationStream
+from sae_separation import ranks
 from sae_separation.errors import RunFailed
 from sae_separation.lm import SplitLM, massive
+from sae_separation.stream import works_ahead
 from sae_separation.testbeds import packed_contexts
 
 
@@ -126,17 +132,22 @@ def test_a_block_is_half_forget_half_retain_shuffled_and_repeatable(micro):
     assert other.x.shape != first.x.shape or not torch.equal(other.x, first.x)
 
 
-def test_massive_rows_are_left_out_and_the_last_rows_take_their_places(micro, monkeypatch):
-    plain = ActivationStream(micro, 128, 16_384, seed=1).next_block()
-    stream = ActivationStream(micro, 128, 16_384, seed=1)
+def with_sinks(stream: ActivationStream) -> ActivationStream:
+    """Every other context's second row is massive."""
     activations = stream.activations
 
-    def with_sinks(tokens):
+    def changed(tokens):
         resid = activations(tokens)
         resid[:, 1] = torch.where(tokens[:, 1, None] % 2 == 0, 100 * resid[:, 1], resid[:, 1])
         return resid
 
-    monkeypatch.setattr(stream, "activations", with_sinks)
+    stream.activations = changed  # pyright: ignore
+    return stream
+
+
+def test_massive_rows_are_left_out_and_the_last_rows_take_their_places(micro):
+    plain = ActivationStream(micro, 128, 16_384, seed=1).next_block()
+    stream = with_sinks(ActivationStream(micro, 128, 16_384, seed=1))
     block = stream.next_block()
     left = len(plain.x) - len(block.x)
     assert 0 < left < 128 and block.x.norm(dim=1).max() < 10 * block.x.norm(dim=1).median()
@@ -163,3 +174,123 @@ def test_batches_are_whole_and_cover_a_block_once(activations):
 def test_train_and_held_out_text_share_no_document(micro):
     for text in (micro.forget, micro.retain):
         assert not set(text.train["text"]) & set(text.held_out["text"])
+
+
+# ---- working ahead
+
+FOREVER = 10**9  # activations
+
+
+def of_four_batches(micro, documents: int = 27_000) -> ActivationStream:
+    """A stream whose blocks are of four LM batches, on so many documents of each domain."""
+    short = {
+        domain: replace(text, train=text.train.select(range(min(documents, len(text.train)))))
+        for domain, text in (("forget", micro.forget), ("retain", micro.retain))
+    }
+    stream = ActivationStream(replace(micro, **short), 128, 8192, seed=3, lm_tokens=2048)
+    assert stream.n_lm_batches == 4
+    return stream
+
+
+@pytest.mark.parametrize("changed", [lambda stream: stream, with_sinks])
+def test_blocks_that_are_made_ahead_have_the_same_bits(changed, micro, ahead):
+    """Of text that is read several times; what was drawn ahead counts for no block before its own."""
+    plain, stream = (changed(of_four_batches(micro, 90)) for _ in range(2))
+    passes, made = [], []
+    for shares in ((0.1, 0.3, 0.3, 1.0), (0.6,), (), (0.2, 0.9), ()):
+        one, other = plain.next_block(), stream.next_block()
+        assert torch.equal(one.x, other.x) and torch.equal(one.forget, other.forget)
+        assert one.document is not None and other.document is not None
+        assert torch.equal(one.document, other.document)
+        assert (plain.passes, plain.with_massive) == (stream.passes, stream.with_massive)
+        for share in shares:
+            stream.work_ahead(share, FOREVER)
+        assert stream.passes == plain.passes
+        passes.append(dict(stream.passes))
+        made.append(stream.begun != stream.passes)
+    assert passes[-1]["forget"] > 2 and passes[-1]["retain"] > 2 and any(made)
+    assert (plain.with_massive > 0) == (changed is with_sinks)
+
+
+def test_the_lm_and_behind_it_the_text_keep_pace_with_training(micro, ahead):
+    stream, done = of_four_batches(micro), []
+    activations = stream.activations
+    stream.activations = lambda tokens: done.append(tokens) or activations(tokens)  # pyright: ignore
+    stream.next_block()
+    seen = []
+    for i in range(16):
+        stream.work_ahead((i + 1) / 16, FOREVER)
+        seen.append((len(done) - 4, len(stream.makings[1].batches)))
+    assert seen == [(n, n) for n in (1, 2, 3, 4) for _ in range(4)]
+    stream.next_block()
+    assert len(done) == 8, "all was made"
+    stream.work_ahead(0.25, FOREVER)
+    assert len(done) == 9 and torch.equal(done[-1], stream.makings[0].batches[0])
+
+
+def test_only_what_is_needed_is_made_ahead(micro, ahead):
+    stream = of_four_batches(micro)
+    n = len(stream.next_block().x)
+    stream.work_ahead(1.0, 0)
+    assert stream.makings == [] and stream.drawn == 1
+    stream.work_ahead(1.0, n // 2)
+    assert len(stream.makings) == 1 and stream.drawn == 2
+    stream.work_ahead(1.0, n + n // 2)
+    assert [len(making.sinks) for making in stream.makings] == [4, 0] and stream.drawn == 3
+
+
+def test_where_blocks_are_made_ahead(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert works_ahead(gpu, None) and not works_ahead(cpu, None) and not works_ahead(gpu, "cache/")
+    monkeypatch.setattr(ranks.here, "size", 2)
+    assert not works_ahead(gpu, None)
+
+
+def test_elsewhere_nothing_is_made_ahead(micro):
+    stream = of_four_batches(micro)
+    stream.next_block()
+    stream.work_ahead(1.0, FOREVER)
+    assert stream.makings == [] and stream.drawn == 1
+
+
+def test_the_streams_of_a_gpu_wait_for_each_other_and_memory_is_kept_for_both(micro, ahead, monkeypatch):
+    """In which order, told by stand-ins for CUDA's streams."""
+    told, inside, lm = [], [], of_four_batches(micro)
+
+    class Stream:
+        def __init__(self, name: str):
+            self.name = name
+
+        def wait_stream(self, other):
+            told.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def stream(used):
+        inside.append(used)
+        yield
+        inside.pop()
+
+    def record_stream(t, used):
+        assert not inside
+        told.append(f"{used.name} uses {str(t.dtype).removeprefix('torch.')}")
+
+    activations, training = lm.activations, Stream("training")
+    lm.activations = lambda tokens: (told.append(f"LM on {inside[0].name}"), activations(tokens))[1]  # pyright: ignore
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: training)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", record_stream)
+    gpu: Any = SimpleNamespace(device=torch.device("cuda"), kept=None)
+    lm.side = ActivationStream.side.func(gpu)
+    assert told == ["side waits for training"]
+    told.clear()
+    lm.next_block()
+    of_block = [f"training uses {name}" for name in ("float32", "bool", "float32")]
+    handed_over = ["training waits for side", *of_block]
+    assert told == ["LM on side"] * 4 + handed_over
+    told.clear()
+    lm.work_ahead(1.0, FOREVER)
+    assert told == ["LM on side"] * 4, "training's stream waits when the block is handed over"
+    told.clear()
+    lm.next_block()
+    assert told == handed_over
