@@ -65,10 +65,11 @@ class Batch:
     """Right-padded token rows of similar length, and where to read the LM's answer.
 
     tokens [row, pos]; trained [row, pos] (bool): tokens of the kind that SAEs are trained on (`trained_on`),
-    which alone an intervention may touch; positions [row, n] are read (None: all); targets, weights and ends
-    [row, n] say how (cloze only); places [row, pos] and mask [row, 1, pos, pos] (added to attention scores)
-    are the tokens' places and what they see, where a row holds several ends of one stem (None: as they
-    stand); `rows` are the rows' places in the exam; `residuals` are given where they are known already.
+    which alone an intervention may touch; positions [row, n] are read (None: all), or [row, 1] for all n;
+    targets, weights and ends [row, n] say how (cloze only); places [row, pos] and mask [row, 1, pos, pos]
+    (added to attention scores) are the tokens' places and what they see, where a row holds several ends of
+    one stem (None: as they stand); `rows` are the rows' places in the exam; `residuals` are given where they
+    are known already.
     """
 
     tokens: Tensor
@@ -290,13 +291,20 @@ def letters_read(logits: Tensor, letters: Tensor) -> Tensor:
 
 
 def ends_read(batch: Batch, logits: Tensor, width: int) -> Tensor:
-    """Mean log-likelihoods [row, width] of a batch's ends from logits [row, n, vocab]."""
+    """Mean log-likelihoods [row, width] of a batch's ends from logits [row, n, vocab], or [row, 1, vocab]
+    where all are read at one place."""
     assert batch.targets is not None and batch.ends is not None and batch.weights is not None
-    logits = logits.float()
-    log_probs = logits.gather(-1, batch.targets[..., None])[..., 0] - logits.logsumexp(-1)
+    logits, targets = logits.float(), batch.targets
+    there = logits[:, 0].gather(1, targets) if logits.shape[1] == 1 else gathered(logits, targets)
+    log_probs = there - logits.logsumexp(-1)
     return torch.zeros(len(log_probs), width, device=log_probs.device).scatter_add_(
         1, batch.ends, log_probs * batch.weights
     )
+
+
+def gathered(logits: Tensor, targets: Tensor) -> Tensor:
+    """The logits [row, n] of targets [row, n], from logits [row, n, vocab]."""
+    return logits.gather(-1, targets[..., None])[..., 0]
 
 
 def prompt_batches(
@@ -364,6 +372,8 @@ def _batches(
                 positions[r, now] = torch.tensor([len(stem) - 1, *range(at, at + len(end) - 1)])
                 targets[r, now], owner[r, now], weights[r, now] = torch.tensor(end), e, 1 / len(end)
                 at, read = here.stop, now.stop
+        if ((positions == positions[:, :1]) | (weights == 0)).all():
+            positions = positions[:, :1]  # ends of one token each: one place is read for all
         batch = Batch(tokens, trained_on(tokens, special) & (part >= 0), positions, targets, weights, owner)
         if part.max() > 1:
             seen = ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])).tril()

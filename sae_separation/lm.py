@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import hashlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,7 @@ import beartype  # noqa: F401  (before nnsight: it gives `object` a method that 
 import nnsight
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from sae_separation import process
 from sae_separation.errors import RunFailed, WrongRequest
@@ -35,10 +37,11 @@ class Testbed:
     feature's own mean active value, or "absolute" when they are activation units as in SAEBench; `sweep`
     changes the sweep's settings, and core is measured on `n_held_out` contexts of each domain. `exam_lm`, if
     there is one, is asked the questions in place of `lm`; `shared_stems` and `mixed_lengths` say how its rows
-    can be laid out (Exam). `defaults` are config fields that depend on the LM, `published` core metrics of
-    others to print beside ours; `describe` goes into config.json and `notes` into warnings.json. `oracle` is
-    the folder of an LM that is like `lm` but never read what is to be forgotten, if there is one. With
-    `load_weights`, `lm` is a structure without weights until that is called; it will run on `device`.
+    can be laid out (Exam), and in rows of at most `alone_up_to` tokens the last layer can be run where it is
+    read alone (SplitLM.logits_of). `defaults` are config fields that depend on the LM, `published` core
+    metrics of others to print beside ours; `describe` goes into config.json and `notes` into warnings.json.
+    `oracle` is the folder of an LM that is like `lm` but never read what is to be forgotten, if there is one.
+    With `load_weights`, `lm` is a structure without weights until that is called; it will run on `device`.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Testbed:
     exam_lm: Any | None = None
     shared_stems: bool = False
     mixed_lengths: bool = True
+    alone_up_to: float = 0
     n_held_out: int = 128
     published: dict = field(default_factory=dict)
     oracle: Path | None = None
@@ -282,6 +286,27 @@ def hidden_of(put_out) -> Tensor:
     return put_out[0] if isinstance(put_out, tuple | list) else put_out
 
 
+class Reached(Exception):
+    """A pass is where it was to stop."""
+
+
+class LastKeys(DynamicCache):
+    """Keys and values of the last layer, in place of a cache: the first pass stops when it has them, and the
+    next one attends to them. Of the layers before nothing is kept."""
+
+    def __init__(self, last: int):
+        super().__init__()
+        self.last, self.kept = last, None
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        if layer_idx < self.last:
+            return key_states, value_states
+        if self.kept is None:
+            self.kept = key_states, value_states
+            raise Reached
+        return self.kept
+
+
 class SplitLM:
     """A frozen LM, split behind its hook layer: `resid` runs the lower part, and `resumed_from` the upper
     one.
@@ -292,6 +317,7 @@ class SplitLM:
 
     def __init__(self, testbed: Testbed):
         self.lm, self.layers, self.layer = testbed.lm, testbed.layers, testbed.layer
+        self.alone_up_to = testbed.alone_up_to
         self.hook_name = testbed.hook_name
         self.traced: Any = nnsight.NNsight(testbed.lm)
         self.hook_point: Any = self.traced.get(self.hook_name)
@@ -319,8 +345,9 @@ class SplitLM:
         return put_out
 
     @contextlib.contextmanager
-    def resumed_from(self, resid: Tensor):
-        """Inside, the layers below the hook pass their input on, and the hook layer puts out `resid`."""
+    def resumed_from(self, resid: Tensor, at: int | None = None):
+        """Inside, the layers below layer `at` (None: the hook layer) pass their input on, and that one puts
+        out `resid`."""
         as_put_out = self.as_put_out
         as_lm = as_put_out(resid.to(self.lm.dtype))
 
@@ -330,7 +357,7 @@ class SplitLM:
         def put_in(hidden_states, *args, **kwargs):
             return as_lm
 
-        *lower, hook = self.layers[: self.layer + 1]
+        *lower, hook = self.layers[: (self.layer if at is None else at) + 1]
         before = [vars(layer).get("forward") for layer in (*lower, hook)]  # nnsight puts its own there
         for layer in lower:
             layer.forward = pass_on
@@ -342,6 +369,56 @@ class SplitLM:
                 del layer.forward
                 if forward is not None:
                     layer.forward = forward
+
+    def logits_of(self, batch: Batch, changed: contextlib.AbstractContextManager | None = None) -> Tensor:
+        """Logits [row, n, vocab] where a batch is read, and no other is unembedded; within `changed`, what
+        lies below the last layer. Where the LM allows it, that one makes keys and values of all tokens, and
+        the rest only of those that are read."""
+        read, n = batch.positions, batch.tokens.shape[1]
+        whole = read is None or 2 * read.shape[1] > n or n > self.alone_up_to
+        with changed or contextlib.nullcontext():
+            if whole or self.layer + 1 == len(self.layers):
+                return logits_at(self.lm, batch.tokens, read, **batch.seen(self.lm))
+            into, keys = self.to_the_last(batch)
+        return self.read_alone(batch, into, keys)
+
+    def to_the_last(self, batch: Batch) -> tuple[Tensor, LastKeys]:
+        """What goes into the last layer [row, pos, D], and its keys and values."""
+        keys, into = LastKeys(len(self.layers) - 1), []
+
+        def keep(module, args, kwargs):
+            into.append(args[0] if args else kwargs["hidden_states"])
+
+        handle = self.layers[-1].register_forward_pre_hook(keep, with_kwargs=True)
+        seen = batch.seen(self.lm)
+        try:
+            self.lm(batch.tokens, use_cache=False, **seen | {self.cache_is: keys})
+        except Reached:
+            return into[0], keys
+        finally:
+            handle.remove()
+        raise NotImplementedError(f"{type(self.lm).__name__} keeps no keys in a cache")
+
+    def read_alone(self, batch: Batch, into: Tensor, keys: LastKeys) -> Tensor:
+        """`logits_of` by the last layer's input and keys."""
+        at = batch.positions
+        assert at is not None
+        rows, after = torch.arange(len(at), device=at.device)[:, None], torch.arange(batch.tokens.shape[1])
+        places, mask = at, torch.zeros(len(at), 1, *at.shape[1:], len(after), device=at.device)
+        if batch.places is not None and batch.mask is not None:
+            places, mask = batch.places[rows, at], batch.mask[rows, 0, at][:, None]
+        else:
+            mask.masked_fill_((after.to(at.device) > at[..., None])[:, None], torch.finfo(torch.float32).min)
+        seen = {"position_ids": places, "attention_mask": mask.to(self.lm.dtype), self.cache_is: keys}
+        read = into.to(at.device)[rows, at]
+        with self.resumed_from(read, len(self.layers) - 2):
+            return self.lm(batch.tokens[rows, at], use_cache=False, **seen).logits
+
+    @property
+    def cache_is(self) -> str:
+        """The name by which the LM takes a cache: later versions of transformers have another."""
+        taken = inspect.signature(type(self.lm).forward).parameters
+        return "cache" if "cache" in taken else "past_key_values"
 
     @cached_property
     def as_put_out(self) -> Callable:
@@ -435,7 +512,7 @@ class InterventionLM(SplitLM):
         return Residuals(resid, batch.trained & ~massive(resid, batch.trained), batch.tokens, seen)
 
     def _read(self, batch: Batch, read: Callable) -> Tensor:
-        return read(batch, logits_at(self.lm, batch.tokens, batch.positions, **batch.seen(self.lm)))
+        return read(batch, self.logits_of(batch))
 
     def _resumed(self, batch: Batch, resid: Tensor, read: Callable) -> Tensor:
         with self.resumed_from(resid):

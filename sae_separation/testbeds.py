@@ -18,7 +18,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,10 +30,11 @@ from sae_separation import checks
 from sae_separation.checks import first_can_be_had
 from sae_separation.config import Config, Request, complete
 from sae_separation.errors import RunFailed, WrongRequest
-from sae_separation.exam import Exam, logits_at, most_positions, pad_alone
+from sae_separation.exam import Batch, Exam, logits_at, most_positions, pad_alone
 from sae_separation.lm import (
     SPLIT,
     InterventionLM,
+    SplitLM,
     Testbed,
     load_lm,
     load_tokenizer,
@@ -349,13 +350,14 @@ WINDOWS = (  # as configs name how many tokens some of an LM's layers see
 
 @torch.no_grad()
 def lay_out(testbed: Testbed):
-    """Find out how rows can be laid out for the LM that is asked (`shared_stems`, `mixed_lengths`), so that
-    no answer depends on it.
+    """Find out how rows can be laid out for the LM that is asked (`shared_stems`, `mixed_lengths`), and how
+    they can be read (`alone_up_to`), so that no answer depends on it.
 
     A shared row brings a mask and places of its own. The mask takes the place of a layer's window or chunk,
     so no row may be longer than one; for the rest, the longest question is asked in both ways. Padding behind
     a row is seen by none of its tokens, but some LMs (dynamic and long RoPE) place a token by the batch's
     length: the shortest row is run as it is and padded to the longest, or to a context where that is longer.
+    There it is also read at two places by the last layer alone, which again brings a mask and places.
     """
     lm = testbed.exam_lm or testbed.lm
     questions = [q for some in testbed.questions.values() for q in some]
@@ -380,6 +382,9 @@ def lay_out(testbed: Testbed):
     testbed.mixed_lengths = bool((one - other).abs().max() <= same)
     config = lm.config.get_text_config()
     window = min(getattr(config, name, None) or math.inf for name in WINDOWS)
+    assert shortest.positions is not None
+    is_so = padded.shape[1] <= window and reads_alone(testbed, lm, padded, shortest.positions, same)
+    testbed.alone_up_to = window if is_so else 0
     last = exam_of(questions).batches[-1]
     if testbed.scoring == "cloze" and testbed.mixed_lengths and last.tokens.shape[1] <= window:
         longest = questions[(last.rows or [])[-1]]
@@ -388,6 +393,17 @@ def lay_out(testbed: Testbed):
         except (TypeError, ValueError, RuntimeError):  # it takes no such mask
             return
         testbed.shared_stems = bool((shared - ask([longest], False)).abs().max() <= same)
+
+
+def reads_alone(testbed: Testbed, lm, tokens: Tensor, positions: Tensor, same: float) -> bool:
+    """Whether the last layer, run where a row is read alone, gives what the whole pass gives."""
+    batch = Batch(tokens, tokens >= 0, torch.cat([positions // 2, positions], 1))
+    split = SplitLM(replace(testbed, lm=lm, alone_up_to=math.inf))
+    try:
+        alone = split.logits_of(batch).softmax(-1)
+    except Exception:  # whatever an LM raises that has no such cache, mask or places
+        return False
+    return bool((alone - logits_at(lm, tokens, batch.positions).softmax(-1)).abs().max() <= same)
 
 
 def check_questions(spec: Spec, by_subject: dict[str, list[Question]], tokenizer, config: dict):

@@ -1,6 +1,11 @@
-"""An LM whose layers accelerate has placed on several devices is stopped, resumed and asked as one on one."""
+"""An LM whose layers accelerate has placed on several devices is stopped, resumed and asked as one on one;
+its last layer is run where it is read alone."""
 
+import copy
 import importlib.util
+import math
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,10 +13,10 @@ import pytest
 import tiny
 import torch
 
-from sae_separation import checks
+from sae_separation import checks, testbeds
 from sae_separation.errors import WrongRequest
 from sae_separation.evals.depth import layers_above
-from sae_separation.exam import id_batches, logits_at
+from sae_separation.exam import Exam, id_batches, logits_at
 from sae_separation.lm import SPLIT, InterventionLM, decoder_layers, device_of, load_lm, load_tokenizer
 from sae_separation.specs import SPECS
 from sae_separation.testbeds import device_for
@@ -20,7 +25,9 @@ from sae_separation.testbeds import device_for
 def around(lm) -> Any:
     """What an InterventionLM reads of a testbed."""
     layers = decoder_layers(lm)
-    return SimpleNamespace(lm=lm, layers=layers, layer=1, hook_name="model.layers.1", name="tiny")
+    return SimpleNamespace(
+        lm=lm, layers=layers, layer=1, hook_name="model.layers.1", name="tiny", alone_up_to=math.inf
+    )
 
 
 def test_a_dispatched_lm_gives_the_same_bits(tmp_path):
@@ -41,7 +48,9 @@ def test_a_dispatched_lm_gives_the_same_bits(tmp_path):
         with asked.resumed_from(2 * resid):
             resumed = logits_at(lm, batch.tokens, batch.positions)
         logits = logits_at(lm, batch.tokens, batch.positions)
-        found.append((resid, resumed, logits, layers_above(asked, batch, resid)))
+        alone = asked.logits_of(batch, asked.resumed_from(2 * resid))
+        torch.testing.assert_close(alone, resumed)
+        found.append((resid, resumed, logits, alone, layers_above(asked, batch, resid)))
     for ours, theirs in zip(*found):
         assert torch.equal(ours, theirs)
     assert not torch.equal(found[0][1], found[0][2])
@@ -57,3 +66,58 @@ def test_what_cannot_be_split_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(WrongRequest, match="pip install accelerate"):
         checks.check_split_lm()
+
+
+def shaken(resid, hook):
+    noise = torch.randn(resid.shape[1:], generator=torch.Generator().manual_seed(0))
+    return torch.where(hook.trained[..., None], resid + 1.5 * resid.std() * noise, resid)
+
+
+@pytest.mark.parametrize("scoring", ["letter", "cloze"])
+@pytest.mark.parametrize("shared_stems", [False, True])
+def test_the_last_layer_run_where_it_is_read_answers_as_the_whole_one(micro, scoring, shared_stems):
+    """Under a hook that leaves a part of the answers right, and with the work of a few tokens."""
+    assert micro.alone_up_to == math.inf
+    questions = micro.questions["biology"][::6] + micro.questions["history"][::6]
+    exam = Exam(micro.tokenizer, questions, scoring, shared_stems=shared_stems)
+    seen = []
+    mlp = micro.layers[-1].mlp
+    handle = mlp.register_forward_hook(lambda module, args, out: seen.append(out[..., 0].numel()))
+    found = []
+    for most in (micro.alone_up_to, 0):
+        lm = InterventionLM(replace(micro, alone_up_to=most))
+        lm.hook = shaken
+        found.append(exam.probs_from(partial(lm.ask, read=exam.read)))
+    handle.remove()
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+    right = found[0].argmax(1) == exam.answers
+    assert torch.equal(right, found[1].argmax(1) == exam.answers)
+    assert 0.1 < right.float().mean() < 0.9, "the comparison would be empty"
+    half = len(seen) // 2
+    reads, tokens = (sum(getattr(b, name).numel() for b in exam.batches) for name in ("positions", "tokens"))
+    assert sum(seen[:half]) == 2 * reads and sum(seen[half:]) == 2 * tokens, "plainly, and under the hook"
+
+
+def test_an_lm_whose_last_layer_cannot_be_run_alone_is_found_out(micro):
+    """Its attention goes by where a query stands among the queries, or it keeps nothing in a cache."""
+    lm = copy.deepcopy(micro.lm)
+    attention = lm.gpt_neox.layers[-1].attention
+    forward = attention.forward
+
+    def by_own_places(*args, **kwargs):
+        n = kwargs["hidden_states"].shape[1] if "hidden_states" in kwargs else args[0].shape[1]
+        mask = kwargs["attention_mask"]
+        kwargs["attention_mask"] = None if mask is None else mask.roll(1, 2) if n > 1 else mask
+        return forward(*args, **kwargs)
+
+    def without_cache(*args, **kwargs):
+        return forward(*args, **kwargs | {"layer_past": None})
+
+    for changed in (by_own_places, without_cache):
+        attention.forward = changed
+        testbed = replace(micro, lm=lm, alone_up_to=math.inf)
+        testbeds.lay_out(testbed)
+        assert testbed.alone_up_to == 0
+    attention.forward = forward
+    testbeds.lay_out(testbed)
+    assert testbed.alone_up_to == math.inf

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from sae_separation import saebench
 from sae_separation.evals.cells import Chosen, Hook, changed, chosen_for, hook_of, never_named
 from sae_separation.evals.evaluator import Evaluator, finite
-from sae_separation.exam import Batch, Exam, Residuals, logits_at, trained_on
+from sae_separation.exam import Batch, Exam, Residuals, trained_on
 from sae_separation.lm import InterventionLM, SplitLM, Testbed, hidden_of, massive
 from sae_separation.methods import weights_of
 from sae_separation.testbeds import packed_contexts
@@ -161,8 +161,7 @@ class FineTuned:
         """Of rows of a batch [row, n, vocab]."""
         some = batch.take(rows)
         inside = self.intervened(some) if self.whole_lm else self.split.resumed_from(self.stream(batch)[rows])
-        with inside:
-            return logits_at(self.lm, some.tokens, some.positions, **some.seen(self.lm))
+        return self.split.logits_of(some, inside)
 
     @torch.enable_grad()
     def step(self, contexts: Batch, rows: list[int]):
