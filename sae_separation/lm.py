@@ -414,7 +414,7 @@ class SplitLM:
         with self.resumed_from(read, len(self.layers) - 2):
             return self.lm(batch.tokens[rows, at], use_cache=False, **seen).logits
 
-    @property
+    @cached_property
     def cache_is(self) -> str:
         """The name by which the LM takes a cache: later versions of transformers have another."""
         taken = inspect.signature(type(self.lm).forward).parameters

@@ -257,7 +257,8 @@ def toy():
         process_sae_in=lambda x: x,
         cfg=SimpleNamespace(architecture=lambda: "standard", normalize_activations="none"),
     )
-    toy: Any = SimpleNamespace(lm=lm, layers=lm.layers, layer=0, hook_name="layers.0", name="toy")
+    around = dict(lm=lm, layers=lm.layers, layer=0, hook_name="layers.0", alone_up_to=0)
+    toy: Any = SimpleNamespace(name="toy", **around)
     asked = InterventionLM(toy)
     tokens = torch.tensor([[1, 2, 2, 0, 0, 0]] * 6 + [[1, 3, 3, 4, 3, 0], [1, 3, 3, 3, 3, 3]])
     trained, last = tokens > 1, (tokens > 0).sum(1, keepdim=True) - 1

@@ -73,6 +73,9 @@ def test_no_answer_depends_on_how_rows_are_laid_out(kind, own, tmp_path):
     assert testbed.shared_stems == (kind in ("gpt_neo", "stablelm")), (
         "the others take no mask of the exam's own"
     )
+    assert (testbed.alone_up_to > 0) == (kind in ("gpt_neo", "mpt", "stablelm")), (
+        "of the others rows are longer than a window, or the last layer does not run alone"
+    )
     for shared in {False, testbed.shared_stems}:
         torch.testing.assert_close(exam_answers(testbed, questions, shared), plain, atol=1e-5, rtol=1e-4)
 

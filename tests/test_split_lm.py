@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tiny import there
 
 from sae_separation import checks, testbeds
 from sae_separation.errors import WrongRequest
 from sae_separation.evals.depth import layers_above
 from sae_separation.exam import Exam, id_batches, logits_at
+from sae_separation.forms import FORMS, PLACES, Asker
 from sae_separation.lm import SPLIT, InterventionLM, decoder_layers, device_of, load_lm, load_tokenizer
 from sae_separation.specs import SPECS
 from sae_separation.testbeds import device_for
@@ -121,3 +123,25 @@ def test_an_lm_whose_last_layer_cannot_be_run_alone_is_found_out(micro):
     attention.forward = forward
     testbeds.lay_out(testbed)
     assert testbed.alone_up_to == math.inf
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+def test_right_and_wrong_in_a_form_are_those_of_the_whole_layer(micro, place):
+    """Under a hook that takes a part of the answers. Ends of one token each are read at one place."""
+    questions = [q for some in micro.questions.values() for q in some[::40]]
+    asker = Asker(micro, questions, context_size=128)
+    right = []
+    for form in (form for form in FORMS if form.place == place and form.header != "other"):
+        made = asker.exam(form)
+        assert made is not None
+        exam, _ = made
+        assert all(there(batch.positions).shape[1] == 1 for batch in exam.batches)
+        found = []
+        for most in (micro.alone_up_to, 0):
+            lm = InterventionLM(replace(micro, alone_up_to=most))
+            lm.hook = shaken
+            found.append(exam.said(partial(lm.ask, read=exam.read)))
+        assert torch.equal(*found), form.name
+        right.append(found[0] == exam.answers)
+    assert 0.1 < torch.cat(right).float().mean() < 0.9, "the comparison would be empty"
