@@ -1,6 +1,6 @@
 """Speed and scale, against other SAE trainers and against what the machine's matrix products allow.
 
-    make bench            # or: python benchmarks/bench.py [--quick] [--only peers quality curves]
+    make bench            # or: python benchmarks/bench.py [--quick] [--only peers quality curves costs]
     make bench-quick
 
 Every system runs in a process of its own (worker.py), peers in the environment of `--peers_python`. All
@@ -48,6 +48,7 @@ PLAN_ARMS = [
     "adaptive",
     "frozen_decoder",
 ]
+PARTS = ("peers", "quality", "curves", "costs")
 STEADY = {
     "target_l0": 32.0,
     "l1": 0.1,
@@ -406,6 +407,22 @@ def memory(session: Session, d_sae: int) -> dict:
     )
 
 
+def costs(session: Session, d_sae: int) -> dict[str, float]:
+    """Of our time end to end, the shares of torch's operations that take the most: `lm` and `step` in all,
+    and of each its own."""
+    worker = session.start("ours", d_sae=d_sae, settings=STEADY)
+    worker.ask("settle", **SETTLE)
+    rates = {what: worker.ask(what, n=n)["tokens_per_second"] for what, n in (("lm", 16_384), ("step", 16))}
+    of_all = {what: (1 / rate) / sum(1 / r for r in rates.values()) for what, rate in rates.items()}
+    out = dict(of_all)
+    for what, n in (("lm", 16_384), ("step", 16)):
+        took = worker.ask("profile", n=n, what=what)
+        total = took.pop("all")
+        out |= {f"{what}: {name}": of_all[what] * ms / total for name, ms in list(took.items())[:6]}
+    worker.stop()
+    return dict(sorted(out.items(), key=lambda cost: -cost[1]))
+
+
 def curves(session: Session) -> dict:
     """How our cost grows: with d_sae (each arm), with the number of SAEs on one pass of the LM, with the
     context, with the tokens; and what nnsight adds."""
@@ -534,6 +551,9 @@ def table(results: dict) -> str:
                     else f"| {name} | {r['explained_variance']:.4f} | {r['l0']:.1f} | {r['seconds']:.0f} |"
                 )
         lines.append("")
+    for d_sae, shares in results.get("costs", {}).items():
+        lines += [f"| of our time end to end, d_sae {int(d_sae):,} | share |", "| --- | --- |"]
+        lines += [f"| {name} | {share:.0%} |" for name, share in shares.items() if share >= 0.01] + [""]
     if "curves" in results:
         lines += curves_table(results["curves"])
     return "\n".join(lines)
@@ -677,7 +697,7 @@ def main():
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=("peers", "quality", "curves"),
+        choices=PARTS,
         default=None,
         help="default: all; with --quick peers and curves",
     )
@@ -688,19 +708,17 @@ def main():
     )
     parser.add_argument("--out", type=Path, default=None, help="where results go, without a suffix")
     args = parser.parse_args()
-    args.only = args.only or (["peers", "curves"] if args.quick else ["peers", "quality", "curves"])
-    if set(args.only) != {"curves"} and not Path(args.peers_python).exists():
+    args.only = args.only or (["peers", "curves"] if args.quick else list(PARTS))
+    if set(args.only) - {"curves", "costs"} and not Path(args.peers_python).exists():
         parser.error(
             f"--peers_python {args.peers_python} is not there: make benchmarks/.venv/ready makes it, and"
-            " --only curves needs none"
+            " --only curves costs needs none"
         )
     out, quick = args.out or HERE / ("results_quick" if args.quick else "results"), args.quick
     file = out.with_suffix(".json")
     if not out.parent.is_dir():
         parser.error(f"--out {out}: there is no folder {out.parent}")
-    if file.exists() and (
-        lost := {"peers", "quality", "curves"} & json.loads(file.read_text()).keys() - set(args.only)
-    ):
+    if file.exists() and (lost := set(PARTS) & json.loads(file.read_text()).keys() - set(args.only)):
         parser.error(f"{file} holds {', '.join(sorted(lost))}, which would be lost: give another --out")
     import torch
 
@@ -747,6 +765,7 @@ def main():
                 ),
             ),
             ("quality", "4096", lambda: quality(session, 4096, 48 if quick else 488, lens)),
+            ("costs", "4096", lambda: costs(session, 4096)),
         ]
         if not quick:
             parts.insert(2, ("peers", "16384", lambda: peers(session, 16_384, few, 2)))

@@ -251,16 +251,19 @@ class Ours(System):
         self.l0 = measured["l0"].item()
         return n * BATCH
 
-    def profile(self, n: int) -> dict[str, float]:
-        """Milliseconds a step of all kernels on a GPU, and by name of those that take the most."""
+    def profile(self, n: int, what: str = "step") -> dict[str, float]:
+        """Milliseconds of n steps (`step`), a step, or of n tokens through the LM (`lm`): of all kernels on
+        the device, and by name of those that take the most."""
         from torch.profiler import ProfilerActivity, profile
 
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            self.step(n)
+        on_cpu = self.device == "cpu"
+        with profile(activities=[ProfilerActivity.CPU if on_cpu else ProfilerActivity.CUDA]) as seen:
+            getattr(self, what)(n)
             self.wait()
         took: dict[str, float] = {}
         for event in seen.key_averages():
-            took[event.key] = event.self_device_time_total / 1000 / n
+            total = event.self_cpu_time_total if on_cpu else event.self_device_time_total
+            took[event.key] = total / 1000 / (n if what == "step" else 1)
         longest = sorted(took, key=took.__getitem__, reverse=True)[:12]
         return {"all": sum(took.values())} | {name: took[name] for name in longest}
 

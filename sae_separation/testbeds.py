@@ -401,7 +401,9 @@ def reads_alone(testbed: Testbed, lm, tokens: Tensor, positions: Tensor, same: f
     split = SplitLM(replace(testbed, lm=lm, alone_up_to=math.inf))
     try:
         alone = split.logits_of(batch).softmax(-1)
-    except Exception:  # whatever an LM raises that has no such cache, mask or places
+    except Exception as error:  # whatever an LM raises that has no such cache, mask or places
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise
         return False
     return bool((alone - logits_at(lm, tokens, batch.positions).softmax(-1)).abs().max() <= same)
 

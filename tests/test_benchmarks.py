@@ -171,6 +171,20 @@ def test_our_worker_answers_every_command_and_a_worker_that_ends_is_an_error_wit
         session.start("ours")  # before it imports anything heavy
 
 
+@pytest.mark.slow
+def test_costs_are_shares_of_the_lms_and_the_steps_time(session):
+    shares = bench.costs(session, 64)
+    assert shares["lm"] + shares["step"] == pytest.approx(1)
+    for what in ("lm", "step"):
+        operations = {name: share for name, share in shares.items() if name.startswith(f"{what}: ")}
+        assert 0.3 * shares[what] < sum(operations.values()) <= shares[what]
+        assert any(name.endswith("mm") for name in operations)
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    about = dict.fromkeys(("date", "commit", "machine", "torch"), "x") | {"peak": {"fp32": 1.0}}
+    table = bench.table({"about": about, "costs": {"64": {"lm": 0.75, "step": 0.25, "lm: x": 0.001}}})
+    assert "| lm | 75% |" in table and "lm: x" not in table
+
+
 # ---- on a GPU
 
 
