@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -503,7 +504,7 @@ def table(results: dict) -> str:
             f"{about['date']}, code of commit {about['commit']}, {about['machine']}, torch {about['torch']};"
             f" matmul peak {' and '.join(f'{v:.0f} ({k})' for k, v in about['peak'].items())}"
             f" GFLOP/s{'' if 'bf16' in about['peak'] else ': no bfloat16 instructions, so all in fp32'}"
-            f"{others}. Tokens/s, median [least, most]"
+            f"{others}{'. Tokens/s, median [least, most]' if 'peers' in results else ''}"
         ),
         "",
     ]
@@ -720,11 +721,16 @@ def main():
         parser.error(f"--out {out}: there is no folder {out.parent}")
     if file.exists() and (lost := set(PARTS) & json.loads(file.read_text()).keys() - set(args.only)):
         parser.error(f"{file} holds {', '.join(sorted(lost))}, which would be lost: give another --out")
+    try:
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        parser.error(f"--out {out}: {out.parent} cannot be written to: {error.strerror}")
     import torch
 
     sys.path.insert(0, str(HERE.parent))
     from sae_separation.run_folder import provenance
 
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # folders below are removed
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         session = Session(Path(folder), args.peers_python, quick)
         others, load = Others(), os.getloadavg()[0]

@@ -7,6 +7,7 @@ code, with what OpenMP does by itself, where its threads never spin, and with on
 process that stands by; all are measured in turns under each load.
 """
 
+import argparse
 import contextlib
 import os
 import statistics
@@ -149,4 +150,6 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["train"]:
         train()
     else:
+        about = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        argparse.ArgumentParser(**about).parse_args()
         main()

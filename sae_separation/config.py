@@ -52,13 +52,15 @@ class Bounds:
 
     def check(self, name: str, value: float):
         """Raises WrongRequest for a value out of bounds."""
-        most = self.most or (1e12 if isinstance(value, int) else 1e30)
+        most, said = self.most or 1e30, f"{value:.6g}"
+        if isinstance(value, int):
+            most, said = self.most or 1e12, str(value)
         if value > most or self.below is not None and value >= self.below:
             limit = f"of at most {most:.15g}" if self.below is None else f"below {self.below:g}"
-            raise WrongRequest(f"--{name} is {value:.6g}: give a smaller number, {limit}")
+            raise WrongRequest(f"--{name} is {said}: give a smaller number, {limit}")
         if not value >= self.least or self.above is not None and value <= self.above:
             limit = f"of at least {self.least:g}" if self.above is None else f"above {self.above:g}"
-            raise WrongRequest(f"--{name} is {value:.6g}: give a finite number {limit}")
+            raise WrongRequest(f"--{name} is {said}: give a finite number {limit}")
 
 
 def option(default, help: str | None = None, metavar: str | None = None, **bounds) -> Any:

@@ -87,6 +87,8 @@ def refuse_place(said: str | None, out_dirs: Sequence[str] = ()):
             raise WrongRequest(f"{option}: {above} is a file: name a folder")
         if place.is_dir() and not folders_in(place) and (names := sorted(map(repr, os.listdir(place)))):
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            if FOLDER.fullmatch(place.name) and (place / "about.json").is_file():
+                raise WrongRequest(f"{option} is a folder within a cache: name the one above, {place.parent}")
             why = f"holds {some} and no activations of this program"
             raise WrongRequest(f"{option} {why}: nothing is written there; name a new or an empty folder")
     except OSError as error:

@@ -243,7 +243,9 @@ def _say_lost(lost: Sequence[int], watch: Watch) -> int:
     if _is_first_to_tell(watch):
         names = ", ".join(map(watch.name_of, lost))
         why = "ended without a word: killed, as happens where memory is short"
-        errors.tell(RunFailed(f"{names} {why}; the same command goes on from the last checkpoint"))
+        errors.tell(
+            RunFailed(f"{names} {why}; the same command goes on from the last checkpoint, if there is one")
+        )
     return 1
 
 

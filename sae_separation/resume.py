@@ -77,7 +77,11 @@ def to_go_on(folder: Path, request: R, planned: R, evaluations: tuple[str, ...])
     print(f"{folder} is complete: {folder / 'final_info.json'} (--overwrite starts anew)")
     rows = [row for row in evals.rows_of(()) if row.fits(request)]
     lacking = [row.name for row in rows if row.section not in info]
-    if lacking and all(run_folder.has_sae(folder, seed) for seed in made["config"]["seeds"]):
+    if (
+        evaluations != ("none",)
+        and lacking
+        and all(run_folder.has_sae(folder, seed) for seed in made["config"]["seeds"])
+    ):
         print(f"{folder} lacks evaluations; the same command adds them with --evals {' '.join(lacking)}")
     return None
 
@@ -96,7 +100,8 @@ def refuse_differing(folder: Path, request: Request, made: dict, differs: list[s
     """Raises WrongRequest, naming the settings that differ, if there are any."""
     wanted = json.loads(json.dumps(asdict(request)))
     if differs:
-        said = ", ".join(f"{k} {made['config'].get(k)} there, {wanted[k]} wanted" for k in differs)
+        asked = {k: "the default" if wanted[k] in (None, "", []) else wanted[k] for k in differs}
+        said = ", ".join(f"{k} {made['config'].get(k)} there, {v} wanted" for k, v in asked.items())
         remedy = "name another folder, or --overwrite it"
         raise WrongRequest(f"--out_dir {folder} holds a run with other settings ({said}); {remedy}")
 

@@ -1,7 +1,12 @@
 """The benchmarks: limits by hand, tables, and our worker, run for real on a tiny LM and on made-up
 activations."""
 
+import os
+import subprocess
+import sys
+import time
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +137,23 @@ def test_results_are_not_overwritten_by_fewer_parts(tmp_path):
     ):
         done = run_script("benchmarks/bench.py", "--only", "curves", "--out", out)
         assert done.returncode == 2 and said in done.stderr.splitlines()[-1], done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder in which root can make no file")
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_measured():
+    done = run_script("benchmarks/bench.py", "--only", "costs", "--out", "/proc/costs")
+    assert done.returncode == 2 and "/proc cannot be written to" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_benchmark_that_is_ended_leaves_no_files_behind(tmp_path):
+    about = {"env": os.environ | {"TMPDIR": str(tmp_path)}, "stdout": subprocess.DEVNULL}
+    command = [sys.executable, "benchmarks/bench.py", "--quick", "--only", "costs", "--out", tmp_path / "x"]
+    process = subprocess.Popen(command, cwd=Path(bench.__file__).parent.parent, **about)
+    while process.poll() is None and not list(tmp_path.glob("bench-*/contexts.safetensors")):
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait() == 143 and not list(tmp_path.glob("bench-*"))
 
 
 @pytest.fixture

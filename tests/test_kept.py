@@ -195,6 +195,9 @@ def test_a_place_that_can_be_no_cache_is_refused(tmp_path):
         with pytest.raises(WrongRequest, match=why):
             kept.refuse_place(str(place), [str(tmp_path / "run")])
     opened(tmp_path / "other")
+    (inner,) = kept.folders_in(tmp_path / "other")
+    with pytest.raises(WrongRequest, match=f"a folder within a cache: name the one above, {tmp_path}/other"):
+        kept.refuse_place(str(inner))
     for place in (str(tmp_path / "other"), str(tmp_path / "new"), None):
         kept.refuse_place(place)
 

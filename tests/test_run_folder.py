@@ -637,6 +637,8 @@ def test_a_run_on_forget_text_about_some_entities_is_another_run(complete):
     assert resume.differing(some[1][0], made, without=()) == []
     whole = experiment.parse_command(asked)[1][0]
     assert resume.differing(whole, made, without=()) == ["forget_entities"]
+    with pytest.raises(WrongRequest, match="forget_entities 15 there, the default wanted"):
+        resume.refuse_differing(complete, whole, made, ["forget_entities"])
     assert resume.as_made(whole, made).forget_entities == 15
 
 
