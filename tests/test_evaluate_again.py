@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from test_resume import at_step, here, interrupt
+from test_resume import TINY, at_step, here, interrupt
 
 import experiment
 from sae_separation import evals, results, run_folder
@@ -215,6 +215,10 @@ def test_a_complete_run_names_the_evaluations_it_lacks(here, trained, measured, 
     assert here("run_1", evals=["geometry"]) == 0
     capsys.readouterr()
     assert here("run_1") == 0
+    out = capsys.readouterr().out
+    assert "run_1 is complete" in out and "lacks" not in out, "none were asked for"
+    asked = ["--out_dir", str(tmp_path / "run_1"), "--seeds", "0", "1", *map(str, TINY)]
+    assert experiment.unfinished(*experiment.parse_command(asked))[1] == []
     out = capsys.readouterr().out
     assert "run_1 is complete" in out
     assert "lacks evaluations; the same command adds them with --evals core unlearning corpus" in out
