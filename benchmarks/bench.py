@@ -730,7 +730,10 @@ def main():
     sys.path.insert(0, str(HERE.parent))
     from sae_separation.run_folder import provenance
 
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # folders below are removed
+    def leave(number, frame):  # the folder below is then removed
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         session = Session(Path(folder), args.peers_python, quick)
         others, load = Others(), os.getloadavg()[0]

@@ -294,17 +294,12 @@ def ends_read(batch: Batch, logits: Tensor, width: int) -> Tensor:
     """Mean log-likelihoods [row, width] of a batch's ends from logits [row, n, vocab], or [row, 1, vocab]
     where all are read at one place."""
     assert batch.targets is not None and batch.ends is not None and batch.weights is not None
-    logits, targets = logits.float(), batch.targets
-    there = logits[:, 0].gather(1, targets) if logits.shape[1] == 1 else gathered(logits, targets)
+    logits, n = logits.float(), batch.targets.shape[1]
+    there = logits.expand(-1, n, -1).gather(-1, batch.targets[..., None])[..., 0]
     log_probs = there - logits.logsumexp(-1)
     return torch.zeros(len(log_probs), width, device=log_probs.device).scatter_add_(
         1, batch.ends, log_probs * batch.weights
     )
-
-
-def gathered(logits: Tensor, targets: Tensor) -> Tensor:
-    """The logits [row, n] of targets [row, n], from logits [row, n, vocab]."""
-    return logits.gather(-1, targets[..., None])[..., 0]
 
 
 def prompt_batches(

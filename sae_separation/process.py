@@ -147,8 +147,8 @@ def tune_memory():
 def take_large_pages():
     """torch asks Linux for pages of 2 MB in place of 4 KB for tensors from 2 MB up, where the system gives
     them to who asks (/sys/kernel/mm/transparent_hugepage/enabled: madvise); before the first of them. A step
-    reads rows all over W_dec and its gradients, and an address is looked up in few places: at 4,096 features
-    a step took four fifths of the time, the LM six sevenths. THP_MEM_ALLOC_ENABLE=0 leaves it."""
+    reads rows all over W_dec and its gradients, and the processor holds the addresses of few pages. The same
+    bits come out (notes.txt has what it gained). THP_MEM_ALLOC_ENABLE=0 leaves it."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 

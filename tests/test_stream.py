@@ -275,7 +275,12 @@ def test_the_streams_of_a_gpu_wait_for_each_other_and_memory_is_kept_for_both(mi
         told.append(f"{used.name} uses {str(t.dtype).removeprefix('torch.')}")
 
     activations, training = lm.activations, Stream("training")
-    lm.activations = lambda tokens: (told.append(f"LM on {inside[0].name}"), activations(tokens))[1]  # pyright: ignore
+
+    def told_activations(tokens):
+        told.append(f"LM on {inside[0].name}")
+        return activations(tokens)
+
+    monkeypatch.setattr(lm, "activations", told_activations)
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream("side"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: training)
     monkeypatch.setattr(torch.cuda, "stream", stream)
