@@ -37,8 +37,19 @@ if __name__ == "__main__":  # from here on, whatever ends the command ends with 
 
 from sae_separation import checkpoint, dry_run, evals, process, ranks, results, resume, run_folder
 from sae_separation import config as settings
-from sae_separation.arms import BOTH, CHUNKS, DIRECTIONS, FORGET_GROUP, GROUPS, HINGES, NEAR_START, Arm
+from sae_separation.arms import (
+    BOTH,
+    CHUNKS,
+    DIRECTIONS,
+    FEATURES,
+    FORGET_GROUP,
+    GROUPS,
+    HINGES,
+    NEAR_START,
+    Arm,
+)
 from sae_separation.config import BY_LAMBDA, Command, check, one_pass, passes, to_train
+from sae_separation.saved_run import refuse_without_features
 
 STARTED = time.monotonic()
 
@@ -82,6 +93,11 @@ PLAN = {
     # told nothing: controls
     "run_26": {"arm": "soft_frozen_decoder"},
     "run_27": {"arm": "frozen_encoder"},
+    # told the labels, and reads the tokens before: in the stream, or in SAE features
+    "run_28": {"arm": "context_gate"},
+    "run_29": {"arm": "feature_gate", "features_of": "run_0"},
+    "run_30": {"arm": "feature_gate", "features_of": "run_9"},
+    "run_31": {"arm": "feature_gate", "features_of": "run_6"},
 }
 
 
@@ -116,9 +132,10 @@ ARMS = {
     "vanilla_selected": Arm(selected=True),
     "loaded": Arm(trains_sae=False, loads_sae=True),  # SAEs that were trained elsewhere (--evaluate)
 }
-GATES = ("linear_gate", "mlp_gate", "token_list", "mean_guard", "bayes_guard")
+GATES = ("linear_gate", "mlp_gate", "context_gate", "token_list", "mean_guard", "bayes_guard")
 METHODS = ("difference_of_means", "leace", *GATES, "rmu", "npo", "oracle")  # methods.FITTED
 ARMS |= {method: Arm(trains_sae=False) for method in METHODS}
+ARMS["feature_gate"] = Arm(trains_sae=False, options=FEATURES)
 
 
 @settings.with_arms(ARMS)
@@ -155,6 +172,7 @@ if __name__ == "__main__":  # answer --help and wrong requests before anything h
         if not CONFIGS:
             sys.exit(0)
         check(COMMAND, CONFIGS)
+        refuse_without_features(COMMAND.out_dir, CONFIGS)
     except Exception as error:
         sys.exit(ranks.tell(error, began=False))
 
@@ -865,6 +883,7 @@ def train(request: Request, out_dir: str | Path, evals: Sequence[str] = (), over
         left, requests = unfinished(command, [request])
         if requests:
             check(left, requests)
+            refuse_without_features(left.out_dir, requests)
             with process.signals, ranks.met(), Tracking(left.track) as tracking:
                 run_passes(left, requests, time.monotonic(), tracking)
     finally:

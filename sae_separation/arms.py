@@ -116,4 +116,11 @@ HINGES = {
         most=1,
     ),
 }
-OPTIONS = GROUPS | CHUNKS | FORGET_GROUP | DIRECTIONS | BOTH | NEAR_START | HINGES  # of all arms
+FEATURES = {
+    "features_of": option(
+        "",
+        "feature_gate: complete run whose SAEs' features are read, each seed its own's; a bare name stands "
+        "for a folder beside the new run's",
+    )
+}
+OPTIONS = GROUPS | CHUNKS | FORGET_GROUP | DIRECTIONS | BOTH | NEAR_START | HINGES | FEATURES  # of all

@@ -162,9 +162,10 @@ class Settings:
 
     def matters(self, f) -> bool:
         """Whether a setting, given as its dataclass field, does something in this run."""
-        if self.arm in self.untrained and f.name not in OF_METHODS:
+        own = f.metadata.get("arms", ())  # the arms that it is an option of; none: it is of all
+        if self.arm in self.untrained and f.name not in OF_METHODS and self.arm not in own:
             return False
-        return self.activation in bounds_of(f).activations and self.arm in f.metadata.get("arms", (self.arm,))
+        return self.activation in bounds_of(f).activations and (not own or self.arm in own)
 
 
 @dataclass(kw_only=True)

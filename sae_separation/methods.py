@@ -7,13 +7,16 @@
 difference_of_means, leace: the stream of every token is edited, linearly.
 linear_gate, mlp_gate, token_list: the stream of every token that a probe (or a list) takes for forget text is
 overwritten.
+context_gate, feature_gate: the same of a probe that reads the tokens before, too (reader.py): the stream, or
+the features of an SAE.
 mean_guard, bayes_guard: in every row that a classifier takes for forget text, all tokens are overwritten.
 rmu, npo: the weights of the hook layer and the one before it are trained. These change every token, special
 ones too; all others change only what SAEs are trained on (Residuals.trained).
 oracle: no method, but the LM that never read what is to be forgotten.
 
-All are fitted on the contexts that SAE features are selected on (training text), and no setting was chosen on
-questions. Sizes of the grids: 8, 5, 10, 10, 6, 8, 8, 6, 6, 1.
+All are fitted on training text: the contexts that SAE features are selected on, or pieces of more of it
+(context_gate, feature_gate). No setting was chosen on questions that report. Sizes of the grids: 8, 5, 10,
+10, 6, 10, 10, 8, 8, 6, 6, 1.
 """
 
 from __future__ import annotations
@@ -22,12 +25,13 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, mse_loss, normalize
 
+from sae_separation import reader
 from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.exam import Residuals, trained_on
 from sae_separation.files import as_json, content_of, write_whole
@@ -110,12 +114,15 @@ class MethodSwitch:
         return MethodSwitch(self.method, evaluator)
 
 
-def fit(kind: str, evaluator: Evaluator, seed: int) -> Method:
-    """A method of FITTED, fitted on training text; the seed plays a part in those of SEEDED.
+def fit(kind: str, evaluator: Evaluator, seed: int, sae: Any = None) -> Method:
+    """A method of FITTED, fitted on training text, feature_gate on an SAE; the seed plays a part in those of
+    SEEDED.
 
-    Raises WrongRequest for the oracle of a testbed without one, RunFailed for a loss that is not finite.
+    Raises WrongRequest for the oracle of a testbed without one and for an SAE that feature_gate cannot take,
+    RunFailed for a loss that is not finite.
     """
-    tensors, settings = FITTED[kind](evaluator, torch.Generator().manual_seed(seed))
+    generator, of = torch.Generator().manual_seed(seed), {} if sae is None else {"sae": sae}
+    tensors, settings = FITTED[kind](evaluator, generator, **of)
     return Method(kind, tensors, ({"seed": seed} if kind in SEEDED else {}) | settings)
 
 
@@ -282,6 +289,34 @@ def mlp_score(read: Residuals, tensors: dict[str, Tensor]) -> Tensor:
     return mlp(read.resid, tensors)
 
 
+READERS = {  # more steps and more hidden units bring feature_gate nothing on held-out text
+    "context_gate": {"hidden": 400, "steps": 6000},
+    "feature_gate": {"hidden": 40, "steps": 1000},
+}
+
+
+def fit_context_gate(evaluator: Evaluator, generator: torch.Generator) -> Fitted:
+    """A probe with one hidden layer on the stream of a token and of those before it."""
+    return read_in_context(evaluator, "context_gate", generator, None)
+
+
+def fit_feature_gate(evaluator: Evaluator, generator: torch.Generator, sae: Any) -> Fitted:
+    """The same on an SAE's features, with a tenth of the units."""
+    return read_in_context(evaluator, "feature_gate", generator, reader.of_features(sae))
+
+
+def read_in_context(
+    evaluator: Evaluator, kind: str, generator: torch.Generator, features: dict[str, Tensor] | None
+) -> Fitted:
+    marked, how = evaluator.once(reader.marked_text), READERS[kind]
+    tensors = reader.fitted(marked, **how, generator=generator, features=features)
+    cells = written(reader.thresholds(marked, tensors))
+    settings = how | reader.FITTING | {"decays": list(reader.DECAYS), "cells": cells}
+    device = evaluator.retain_mean.device
+    tensors = {name: t.to(device) for name, t in tensors.items()}
+    return tensors | {"retain_mean": evaluator.retain_mean}, settings
+
+
 def token_counts(evaluator: Evaluator) -> tuple[Tensor, Tensor]:
     """How often every token [vocabulary] stands in forget text, and in retain text."""
     n = evaluator.lm.lm.get_input_embeddings().num_embeddings
@@ -350,11 +385,13 @@ def bayes_score(read: Residuals, tensors: dict[str, Tensor]) -> Tensor:
 SCORES = {
     "linear_gate": linear_score,
     "mlp_gate": mlp_score,
+    "context_gate": reader.score,
+    "feature_gate": reader.score,
     "token_list": token_score,
     "mean_guard": mean_score,
     "bayes_guard": bayes_score,
 }
-OF_ROWS = ("mean_guard", "bayes_guard")  # score whole rows
+OF_ROWS = ("context_gate", "feature_gate", "mean_guard", "bayes_guard")  # need whole rows
 
 
 # Training of the LM's own weights
@@ -511,11 +548,13 @@ def fit_oracle(evaluator: Evaluator, generator: torch.Generator) -> Fitted:
     return {}, {"cells": [{}]}
 
 
-FITTED: dict[str, Callable[[Evaluator, torch.Generator], Fitted]] = {
+FITTED: dict[str, Callable[..., Fitted]] = {
     "difference_of_means": fit_difference_of_means,
     "leace": fit_leace,
     "linear_gate": fit_linear_gate,
     "mlp_gate": fit_mlp_gate,
+    "context_gate": fit_context_gate,
+    "feature_gate": fit_feature_gate,
     "token_list": fit_token_list,
     "mean_guard": fit_mean_guard,
     "bayes_guard": fit_bayes_guard,
@@ -523,4 +562,4 @@ FITTED: dict[str, Callable[[Evaluator, torch.Generator], Fitted]] = {
     "npo": fit_npo,
     "oracle": fit_oracle,
 }
-SEEDED = ("mlp_gate", "rmu", "npo")
+SEEDED = ("mlp_gate", "context_gate", "feature_gate", "rmu", "npo")

@@ -37,6 +37,7 @@ from sae_separation.export import export, save
 from sae_separation.files import CannotWrite, Unusable, seal, sync, write_json, write_whole, writing
 from sae_separation.lm import Testbed
 from sae_separation.losses import omega_between_domains, sharing
+from sae_separation.saved_run import features_run
 from sae_separation.shards import WHOLE
 from sae_separation.tracking import Tracking, Untracked
 
@@ -475,12 +476,40 @@ class MethodRun(UntrainedRun):
 
     def _write_sae(self, trainer: Fit, folder: Path):
         began, testbed = time.monotonic(), self.testbed
-        method = methods.fit(self.config.arm, self.evaluator, trainer.seed)
+        method = self._fit(trainer.seed)
         n_tokens = sum(contexts.tokens.numel() for contexts in self.evaluator.select.values())
         method.settings |= {"model_name": testbed.name, "hook_name": testbed.hook_name}
         method.settings |= {"tokens_trained": n_tokens, "train_seconds": time.monotonic() - began}
         with exported_to(folder):
             method.save(folder)
+
+    def _fit(self, seed: int) -> methods.Method:
+        return methods.fit(self.config.arm, self.evaluator, seed)
+
+
+class FeatureGateRun(MethodRun):
+    """Of a gate that reads the features of another run's SAEs, each seed those of its own."""
+
+    def __init__(self, out_dir: str, requested: Request, config: Config, testbed: Testbed, *more):
+        """Raises WrongRequest for a run on another LM or layer, or without SAEs of these seeds."""
+        super().__init__(out_dir, requested, config, testbed, *more)
+        self.source = features_run(out_dir, vars(config)["features_of"])
+        there, here = self.source.testbed, self.about["testbed"]
+        if any(there[name] != here[name] for name in ("hook_name", "d_in")) or lm_of(there) != lm_of(here):
+            why = f"its SAEs are of {there['hook_name']} of {there['lm']}, this run of {here['hook_name']}"
+            remedy = "give the same --lm and --layer"
+            raise WrongRequest(f"--features_of {self.source.folder}: {why} of {here['lm']}: {remedy}")
+        files = {str(seed): run_folder.files_of(self.source.sae_folder(seed)) for seed in config.seeds}
+        self.about["features_of"] = {"config": self.source.config, "files": files}
+
+    def _fit(self, seed: int) -> methods.Method:
+        sae = self.source.sae(seed, self.evaluator.special.device)
+        return methods.fit(self.config.arm, self.evaluator, seed, sae)
+
+
+def lm_of(testbed: dict) -> dict | None:
+    """Checksums of the LM's weights, as config.json has them."""
+    return testbed.get("sources", {}).get("lm", {}).get("sha256")
 
 
 class LoadedRun(UntrainedRun):
@@ -529,6 +558,8 @@ def runs_of(
         made_of = name, request, config, testbed, n_steps, tracking
         if config.arm == loaded.ARM:
             runs.append(LoadedRun(*made_of, sources=saes))
+        elif config.arm == "feature_gate":
+            runs.append(FeatureGateRun(*made_of))
         else:
             runs.append((MethodRun if config.arm in config.without_sae else Run)(*made_of))
     for untrained in (False, True):  # each kind in turn to all ranks

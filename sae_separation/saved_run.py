@@ -10,6 +10,7 @@ Imports no torch.
 
 import difflib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,30 @@ def load_run(folder: str | os.PathLike) -> SavedRun:
         raise WrongRequest(f"{folder} is not complete: give the command that made it again, and it goes on")
     results = run_folder.read_run_json(folder / "final_info.json", {"training"})
     return SavedRun(folder, made["config"], made.get("testbed", {}), results)
+
+
+def features_run(out_dir: str | os.PathLike, features_of: str) -> SavedRun:
+    """The run whose SAEs' features the run in out_dir reads: a bare name is a folder beside out_dir. Raises
+    WrongRequest."""
+    named = Path(features_of).expanduser()
+    return load_run(Path(out_dir).parent / named if named.name == features_of else named)
+
+
+def refuse_without_features(names: Iterable[str], requests: Iterable[Any]):
+    """Raises WrongRequest where a gate is to read the features of SAEs that are not there."""
+    for out_dir, request in zip(names, requests):
+        if request.arm != "feature_gate":
+            continue
+        if not request.features_of:
+            raise WrongRequest(
+                "--arm feature_gate reads features of a run's SAEs: name it with --features_of"
+            )
+        source = features_run(out_dir, request.features_of)
+        if source.config["arm"] in request.without_sae:
+            why = f"is a run of {source.config['arm']}, which has no SAE"
+            raise WrongRequest(f"--features_of {source.folder} {why}: name a run that has")
+        for seed in request.seeds:
+            source.sae_folder(seed)
 
 
 def allowed(unlearning: dict) -> list[Cell]:

@@ -28,13 +28,12 @@ a world that is not reported.
 
 import argparse
 import json
-import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import cycle, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,13 +51,12 @@ from sae_separation.evals.evaluator import Evaluator
 from sae_separation.exam import Residuals
 from sae_separation.interventions import written_where
 from sae_separation.methods import Method, mlp
+from sae_separation.pieces import log_bigram, mixed_contexts, with_others
+from sae_separation.reader import DECAYS, LEAST, LEFT_OUT, REPLACED, mean_before
 from sae_separation.results import maker
 
 CONTEXT, BATCH = 128, 64
-HEADER = "The following are multiple choice questions"  # SAEBench's
-DECAYS = (0.75, 0.9)  # of the two means of what came before
-LEAST = 0.5  # nats over a bigram from which on a token counts
-REPLACED, LEFT_OUT, WEIGHT_DECAY = 0.2, 0.5, 0.1  # of regularised gates
+WEIGHT_DECAY = 0.1  # of regularised gates
 N_CONTEXTS, STEPS = 12_000, 6_000  # to learn from, and of Adam
 RETAIN_SHARES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
@@ -95,54 +93,6 @@ IDEAL = {f"ideal, layer {layer}, {which}": (layer, which) for layer in (1, 2) fo
 # ---- what gates learn from
 
 
-def pieces(document: str) -> tuple[str, list[str]]:
-    """The header of a document ("": none), and its questions or sentences."""
-    header, rest = "", document
-    if document.startswith(HEADER):
-        header, _, rest = document.partition("\n")
-    found: list[str] = []
-    for block in rest.split("\n\n"):
-        found += [block] if "\n" in block else re.split(r"(?<=\.) ", block)
-    return header, [piece for piece in found if piece]
-
-
-def mixed_pieces(documents: dict[bool, list[str]], rng: random.Random) -> Iterator[tuple[str, bool]]:
-    """The pieces of documents of both domains (True: forget text) in random order, each domain as often; a
-    question under its own header (in half of the cases), none, or one of the other domain."""
-    taken = {domain: [pieces(document) for document in some] for domain, some in documents.items()}
-    headers = {domain: sorted({head for head, _ in some} - {""}) for domain, some in taken.items()}
-    drawn = {}
-    for domain, some in taken.items():
-        parts = [(head, part) for head, parts in some for part in parts]
-        rng.shuffle(parts)
-        drawn[domain] = cycle(parts)
-    while True:
-        domain = rng.random() < 0.5
-        head, part = next(drawn[domain])
-        head = head and rng.choice([head, head, "", *rng.sample(headers[not domain], 1)])
-        yield f"{head}\n{part}" if head else part, domain
-
-
-def mixed_contexts(testbed: Any, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Contexts [n, pos] of mixed pieces, and which tokens are of forget text [n, pos] (-1: special ones)."""
-    rng, tokenizer = random.Random(seed), testbed.tokenizer
-    documents = {
-        d: text.train["text"][:20_000] for d, text in ((True, testbed.forget), (False, testbed.retain))
-    }
-    every, size = mixed_pieces(documents, rng), CONTEXT - 1
-    ids: list[int] = []
-    labels: list[int] = []
-    while len(ids) < n * size:
-        some = [next(every) for _ in range(4096)]
-        joined = [(" " if "\n" not in text and rng.random() < 0.5 else "\n\n") + text for text, _ in some]
-        for found, (_, forget) in zip(tokenizer(joined, add_special_tokens=False)["input_ids"], some):
-            ids += found
-            labels += [int(forget)] * len(found)
-    start = torch.full((n, 1), tokenizer.eos_token_id)
-    rows, of_rows = (torch.tensor(some[: n * size]).view(n, size) for some in (ids, labels))
-    return torch.cat([start, rows], 1), torch.cat([torch.full((n, 1), -1), of_rows], 1)
-
-
 def contexts_of_documents(testbed: Any, n: int, seed: int) -> tuple[Tensor, Tensor]:
     """The same of contexts of one domain each."""
     rows = []
@@ -154,26 +104,9 @@ def contexts_of_documents(testbed: Any, n: int, seed: int) -> tuple[Tensor, Tens
     return tokens, labels.masked_fill(tokens == testbed.tokenizer.eos_token_id, -1)
 
 
-def log_bigram(tokens: Tensor, n_vocabulary: int, added: float = 0.0125) -> Tensor:
-    """log p(next | token) [V, V] of contexts, smoothed towards the frequencies of tokens."""
-    pairs = tokens[:, :-1].flatten() * n_vocabulary + tokens[:, 1:].flatten()
-    counts = pairs.bincount(minlength=n_vocabulary**2).view(n_vocabulary, n_vocabulary).float()
-    frequency = counts.sum(0) / counts.sum()
-    added *= n_vocabulary
-    return ((counts + added * frequency) / (counts.sum(1, keepdim=True) + added)).log()
-
-
 def seen(x: Tensor, reads: str) -> Tensor:
     """What a gate reads [row, pos, D or 3 D] of the stream x [row, pos, D]."""
-    return x if reads == "token" else torch.cat([x, *(mean_before(x, decay) for decay in DECAYS)], -1)
-
-
-def mean_before(x: Tensor, decay: float) -> Tensor:
-    """(1 - decay) Σ_k decay^k x[t - 1 - k] over what came before [row, pos, D]."""
-    at = torch.arange(x.shape[1], device=x.device)
-    back = (at[:, None] - at[None] - 1).float()
-    weight = torch.where(back >= 0, (1 - decay) * decay ** back.clamp(min=0), 0.0)
-    return torch.einsum("ts,nsd->ntd", weight, x)
+    return x if reads == "token" else torch.cat([x, *(mean_before(x, decay, {}) for decay in DECAYS)], -1)
 
 
 class Examples(NamedTuple):
@@ -184,39 +117,28 @@ class Examples(NamedTuple):
     weight: Tensor
 
 
-def with_others(tokens: Tensor, testbed: Any, generator: torch.Generator) -> Tensor:
-    """Contexts [n, pos] with REPLACED of their words replaced by others of their words; never what makes a
-    question one: lines, letters, SAEBench's header."""
-    tokenizer = testbed.tokenizer
-    fixed = set(tokenizer(f"{HEADER} (with answers) about\nQuestion:\nAnswer:")["input_ids"])
-    texts = [tokenizer.decode([i]).strip() for i in range(len(tokenizer))]
-    word = torch.tensor([i not in fixed and len(t) > 2 and t.isalpha() for i, t in enumerate(texts)])
-    chosen = word[tokens] & (torch.rand(tokens.shape, generator=generator) < REPLACED)
-    words = tokens[word[tokens]]
-    drawn = torch.randint(len(words), (int(chosen.sum()),), generator=generator)
-    return tokens.masked_scatter(chosen, words[drawn])
-
-
 @torch.no_grad()
 def examples(evaluator: Evaluator, gate: Gate, n_contexts: int, seed: int) -> Examples:
     """The tokens that a gate learns from, as its `text` and `counts` say. Of those that are not known two in
     a hundred stay in, or it would never have read any."""
-    make = mixed_contexts if gate.text == "mixed" else contexts_of_documents
-    tokens, labels = make(evaluator.testbed, n_contexts, seed)
-    lm, generator = evaluator.lm.lm, torch.Generator().manual_seed(seed)
-    bigram = log_bigram(tokens, lm.get_input_embeddings().num_embeddings)
-    read = tokens
+    testbed, generator = evaluator.testbed, torch.Generator().manual_seed(seed)
+    if gate.text == "mixed":
+        tokens, labels = mixed_contexts(testbed, n_contexts, CONTEXT, seed)
+    else:
+        tokens, labels = contexts_of_documents(testbed, n_contexts, seed)
+    lm, bigram, read = evaluator.lm.lm, log_bigram(tokens), tokens
     if gate.regularised:
         half = torch.randperm(len(tokens), generator=generator)[: len(tokens) // 2]
-        read = torch.cat([tokens, with_others(tokens[half], evaluator.testbed, generator)])
-        tokens, labels = torch.cat([tokens, tokens[half]]), torch.cat([labels, labels[half]])
+        read = torch.cat([tokens, with_others(tokens[half], testbed.tokenizer, REPLACED, generator)])
+        tokens, labels, bigram = (torch.cat([part, part[half]]) for part in (tokens, labels, bigram))
     parts = []
-    for of_lm, some, of in zip(read.split(BATCH), tokens.split(BATCH), labels.split(BATCH)):
+    batches = (part.split(BATCH) for part in (read, tokens, labels, bigram))
+    for of_lm, some, of, of_bigram in zip(*batches):
         gain = torch.ones(some.shape)
         counts = of >= 0
         if gate.counts == "known":
             log_p = lm(of_lm).logits.float().log_softmax(-1)[:, :-1].gather(2, some[:, 1:, None])[..., 0]
-            gain[:, :-1] = (log_p - bigram[some[:, :-1], some[:, 1:]]).clamp(min=0)
+            gain[:, :-1] = (log_p - of_bigram).clamp(min=0)
             counts[:, :-1] &= of[:, 1:] == of[:, :-1]  # the next token says nothing where a piece ends
             counts[:, -1] = False
             counts &= (gain > LEAST) | (torch.rand(some.shape, generator=generator) < 0.02)

@@ -12,7 +12,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from tiny import numpy_state, there
 
-from sae_separation import methods
+from sae_separation import export, methods, reader
 from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.evals.cells import answers, intervening
 from sae_separation.evals.evaluator import Evaluator
@@ -38,12 +38,28 @@ def shorter():
         patch.setattr(methods, "CHECKPOINTS", (1, 10))
         patch.setitem(methods.TRAINING, "batch", 4)
         patch.setitem(methods.MLP, "steps", 200)
+        patch.setattr(reader, "N_CONTEXTS", 96)
+        patch.setattr(methods, "READERS", {k: v | {"steps": 60} for k, v in methods.READERS.items()})
         yield
 
 
 @pytest.fixture(scope="module")
-def fitted(evaluator, shorter) -> dict[str, methods.Method]:
-    return {kind: methods.fit(kind, evaluator, seed=0) for kind in KINDS}
+def sae(micro):
+    draw, d_in = torch.Generator().manual_seed(0), micro.d_in
+    W_dec = torch.nn.functional.normalize(torch.randn(64, d_in, generator=draw), dim=1)
+    biases = {"b_enc": torch.zeros(64), "b_dec": torch.zeros(d_in)}
+    return export.build("standard", {"W_dec": W_dec, "W_enc": W_dec.T} | biases)
+
+
+@pytest.fixture(scope="module")
+def fit(evaluator, sae):
+    """A method by its kind, with its SAE if it takes one."""
+    return lambda kind, seed: methods.fit(kind, evaluator, seed, sae if kind == "feature_gate" else None)
+
+
+@pytest.fixture(scope="module")
+def fitted(fit, shorter) -> dict[str, methods.Method]:
+    return {kind: fit(kind, 0) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +98,12 @@ def test_what_was_saved_does_the_same_bit_for_bit(kind, fitted, evaluator, texts
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_seed_decides_all_and_nothing_else_is_changed(kind, fitted, evaluator):
+def test_the_seed_decides_all_and_nothing_else_is_changed(kind, fit, fitted, evaluator):
     lm, weights = evaluator.lm.lm, {n: p.detach().clone() for n, p in evaluator.lm.lm.named_parameters()}
     torch.manual_seed(1)
     before = torch.get_rng_state(), numpy_state(), torch.is_grad_enabled()
     with torch.no_grad():
-        same, other = methods.fit(kind, evaluator, seed=0), methods.fit(kind, evaluator, seed=1)
+        same, other = fit(kind, 0), fit(kind, 1)
     assert torch.equal(torch.get_rng_state(), before[0]) and numpy_state() == before[1]
     assert torch.is_grad_enabled() == before[2] and not lm.training
     for name, p in lm.named_parameters():

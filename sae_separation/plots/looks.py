@@ -28,6 +28,8 @@ METHODS = {
     "leace": ("#44AA99", "p"),
     "linear_gate": ("#B39DDB", "h"),
     "mlp_gate": ("#6A3D9A", "P"),
+    "context_gate": ("#3F007D", "s"),
+    "feature_gate": ("#DD1C77", "D"),
     "token_list": ("#A65628", "<"),
     "mean_guard": ("#F781BF", ">"),
     "bayes_guard": ("#882255", "8"),
