@@ -14,11 +14,17 @@ SEEDED = 0 1 2 3 4 5 6 7 8 9 10 11 15 19 20 22 23 24 25 26 27
 SEEDLESS = 12 13 14 16 17 18 21
 RULER = --evals core unlearning corpus geometry robustness depth relearning
 UNSEEN = --forget_entities 15 --evals robustness --seeds 0
+# gates that read the tokens before: SAEs of layer 2, their features' gates and the stream's, the LM's oracle
+LAYER_2 = --testbed=micro --layer 2 --seeds 0 1 2
+GATES = --evals robustness depth relearning
 
 study: $(VENV)/ready  # all runs of the plan on every evaluation, and again from text about half of the organisms
 	$(BIN)/python experiment.py --testbed=micro --out_dir $(addprefix reproduced/run_,$(SEEDED)) --seeds 0 1 2 $(RULER)
 	$(BIN)/python experiment.py --testbed=micro --out_dir $(addprefix reproduced/run_,$(SEEDLESS)) --seeds 0 $(RULER)
 	$(BIN)/python experiment.py --testbed=micro --out_dir $(addprefix reproduced/unseen/run_,$(SEEDED) $(SEEDLESS)) $(UNSEEN)
+	$(BIN)/python experiment.py $(LAYER_2) --out_dir $(addprefix reproduced/in_context/run_,0 9 6 27) --evals core geometry
+	$(BIN)/python experiment.py $(LAYER_2) --out_dir $(addprefix reproduced/in_context/run_,15 28 29 30 31 32) $(GATES)
+	$(BIN)/python experiment.py $(LAYER_2) --seeds 0 --out_dir reproduced/in_context/run_21 $(GATES)
 	cd reproduced && $(abspath $(BIN))/python ../plot.py $(addprefix run_,$(SEEDED) $(SEEDLESS))
 
 check: $(VENV)/ready-dev  # form, lint, types

@@ -98,6 +98,7 @@ PLAN = {
     "run_29": {"arm": "feature_gate", "features_of": "run_0"},
     "run_30": {"arm": "feature_gate", "features_of": "run_9"},
     "run_31": {"arm": "feature_gate", "features_of": "run_6"},
+    "run_32": {"arm": "feature_gate", "features_of": "run_27"},  # the control: encoders were never trained
 }
 
 

@@ -20,6 +20,18 @@ from sae_separation.plots import folders, tables  # noqa: E402  (the checkout's)
 SMOLLM2 = ("run_0", "run_6", "run_9")
 SHORT = ("standard", "worst case", "left at most", "kept at least")  # the columns of README's table
 OF_README = [f"run_{i}" for i in (0, 1, 6, 9, 15, 16, 17, 19, 21)]  # its rows
+# of gates in context, which other columns say less of
+OF_GATES = (
+    "standard",
+    "worst case",
+    "left at most",
+    "kept at least",
+    "mean",
+    "4 bits: left",
+    "depth",
+    "relearned",
+)
+OF_GATES += ("same entity", "human aging", "seconds")
 REFERENCE, BASELINE = "run_6", "run_0"
 # column -> metric of known_truth.json, digits, whether with its difference to the baseline
 KNOWN_TRUTH: dict[str, tuple[str, str, bool]] = {
@@ -235,7 +247,9 @@ def documents() -> dict[Path, str]:
     short = tables.ruler_table([run for run in runs if run.name in OF_README], SHORT)
     filled_in |= {"results-from": provenance(runs), "smollm2-from": provenance(smollm2)}
     filled_in |= {"unseen-from": provenance(unseen)}
-    filled_in |= {"known-truth": known_truth(), "gates": gates_table()}
+    in_context = runs_in([path.parent for path in ROOT.glob("in_context/*/final_info.json")])
+    gates_in_context = f"{tables.ruler_table(in_context, OF_GATES)}\n\n{provenance(in_context)}"
+    filled_in |= {"known-truth": known_truth(), "gates": gates_table(), "in-context": gates_in_context}
     return {
         readme: filled(readme, {"results": f"{short}\n\n{provenance(runs)}"}),
         results: filled(results, filled_in),

@@ -87,7 +87,7 @@ def with_others(tokens: Tensor, tokenizer: Any, share: float, generator: torch.G
     word = torch.tensor([i not in fixed and len(t) > 2 and t.isalpha() for i, t in enumerate(texts)])
     chosen = word[tokens] & (torch.rand(tokens.shape, generator=generator) < share)
     words = tokens[word[tokens]]
-    drawn = torch.randint(len(words), (int(chosen.sum()),), generator=generator)
+    drawn = torch.randint(max(len(words), 1), (int(chosen.sum()),), generator=generator)
     return tokens.masked_scatter(chosen, words[drawn])
 
 

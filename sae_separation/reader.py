@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from sae_separation.errors import WrongRequest
+from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.exam import Residuals
 from sae_separation.lm import massive
 from sae_separation.pieces import log_bigram, mixed_contexts, with_others
@@ -59,7 +59,8 @@ class Marked(NamedTuple):
 
 @torch.no_grad()
 def marked_text(evaluator: Evaluator) -> Marked:
-    """Of the training text of an evaluator's testbed. No question is seen."""
+    """Of the training text of an evaluator's testbed. No question is seen. Raises RunFailed where an LM knows
+    nothing of a domain."""
     testbed, size = evaluator.testbed, evaluator.context_size
     n = 2 * min(N_CONTEXTS, MOST_BYTES // (2 * size * testbed.d_in)) // 3
     generator = torch.Generator().manual_seed(0)
@@ -85,6 +86,10 @@ def marked_text(evaluator: Evaluator) -> Marked:
         weight[at, :-1] = (log_p - bigram[at]).clamp(min=0)
     counts = trained & ((weight > LEAST) | (torch.rand(weight.shape, generator=generator) < OTHERS))
     counts[:, :-1] &= labels[:, 1:] == labels[:, :-1]  # the next token says nothing where a piece ends
+    for label, domain in enumerate(("retain", "forget")):
+        if not (weight * counts)[labels == label].any():
+            why = f"the LM foresees no token of the {domain} text better than a bigram does"
+            raise RunFailed(f"{why}, and gates in context learn from those: leave this arm out")
     return Marked(x, trained, labels == 1, weight * counts)
 
 

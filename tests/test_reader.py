@@ -72,6 +72,11 @@ def test_other_words_stand_for_words_and_never_for_what_makes_a_question(micro, 
     assert not kept & {"A.", "B", "C", "Answer", "Question", "", "."}
 
 
+def test_text_without_words_stays_as_it_is(micro, generator):
+    tokens = torch.full((2, 8), micro.tokenizer.eos_token_id)
+    assert torch.equal(pieces.with_others(tokens, micro.tokenizer, 0.2, generator), tokens)
+
+
 def test_bigrams_are_counted_and_smoothed_towards_frequencies():
     tokens = torch.tensor([[1, 2, 1, 2], [1, 3, 3, 1]])
     found = pieces.log_bigram(tokens).exp()
@@ -107,6 +112,13 @@ def test_what_counts_is_what_the_lm_knows_and_a_bigram_does_not(micro, marked):
     at = marked.trained[:64] & counts.new_ones(64, 128)
     assert torch.allclose(marked.x[:64][at].float(), micro_resid(micro, tokens)[at], rtol=1e-2, atol=1e-2)
     assert not marked.x[~marked.trained].any()
+
+
+def test_an_lm_that_knows_nothing_of_the_text_is_refused(micro, monkeypatch):
+    monkeypatch.setattr(reader, "N_CONTEXTS", 6)
+    monkeypatch.setattr(reader, "log_bigram", lambda tokens: torch.zeros(len(tokens), tokens.shape[1] - 1))
+    with pytest.raises(reader.RunFailed, match="the retain text better than a bigram .* leave this arm out"):
+        reader.marked_text(Evaluator(micro, context_size=128, n_contexts=16))
 
 
 def micro_resid(micro, tokens):

@@ -9,14 +9,16 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, SMALL_SWEEP, run_here, run_script, seconds_of_children, small_command
 
 import experiment
-from sae_separation import evals, results, run_folder, testbeds
+from sae_separation import evals, methods, results, run_folder, testbeds
 from sae_separation.evals.core import core
 from sae_separation.evals.evaluator import Evaluator
 from sae_separation.export import load_exported
 from sae_separation.plots import folders
+from sae_separation.run_folder import files_of
 from sae_separation.specs import SPECS, DataConfig
 
 NEEDED = {
@@ -209,6 +211,30 @@ def test_a_run_that_blows_up_ends_with_one_line_exit_code_1_and_no_result(loaded
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ") and "of arm fixed, seed 0" in last and "lower --lr" in last
     assert not (tmp_path / "run_1" / "final_info.json").exists()
+
+
+def test_a_gate_reads_the_features_of_another_run(short_runs, loaded, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sae_separation.reader.N_CONTEXTS", 96)
+    monkeypatch.setitem(methods.READERS, "feature_gate", {"hidden": 4, "steps": 30})
+    source, asked = short_runs / "run_0", ("--arm=feature_gate", "--testbed=micro", "--seeds=0")
+    to = ("--out_dir", tmp_path / "it", "--evals", "depth", *asked)
+    assert run_here(*to, f"--features_of={source}") == 0
+    made = strict(tmp_path / "it" / "config.json")["features_of"]
+    assert made["config"]["arm"] == "vanilla" and made["files"]["0"] == files_of(source / "sae_seed0")
+    method, sae = methods.load(tmp_path / "it" / "sae_seed0"), load_exported(source / "sae_seed0")
+    assert torch.equal(method.tensors["W_enc"], sae.W_enc)
+    info = strict(tmp_path / "it" / "final_info.json")
+    assert 0 <= info["depth"]["means"]["depth_score"] <= 1.5
+    assert run_here("--out_dir", tmp_path / "other", *asked, "--features_of=run_0") == 2
+    assert f"{tmp_path / 'run_0'} is no run folder" in capsys.readouterr().err.splitlines()[-1]
+    for given, why in (
+        ((), "name it with --features_of"),
+        ((f"--features_of={tmp_path / 'it'}",), "is a run of feature_gate, which has no SAE: name a run"),
+        ((f"--features_of={source}", "--seeds=7"), "has no seed 7"),
+    ):
+        done = run_script("experiment.py", "--out_dir", tmp_path / "new", *asked, *given)
+        assert done.returncode == 2 and why in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
 
 
 def test_one_hook_everywhere(short_runs):

@@ -16,7 +16,7 @@ import transformers
 from conftest import ROOT
 from test_robustness import tiny_sae
 
-from sae_separation import generate, load_run, methods, run_folder, switched_off, testbeds
+from sae_separation import generate, load_run, methods, reader, run_folder, switched_off, testbeds
 from sae_separation.errors import WrongRequest
 from sae_separation.evals.cells import Chosen, FeatureSwitch, intervening, under_cell
 from sae_separation.evals.unlearning import repeatable
@@ -128,13 +128,23 @@ def test_logits_are_those_of_the_evaluation_for_every_cell(facts_evaluator, swit
     assert sum(changed.values()) > len(changed) / 2 and changed["robustness"] and changed["unlearning"]
 
 
-KINDS = ("difference_of_means", "token_list", "mean_guard", "rmu")
+KINDS = ("difference_of_means", "context_gate", "token_list", "mean_guard", "rmu")
+
+
+def drawn_gate(evaluator, kind, generator, features):
+    """A gate in context of random weights: this LM knows too little of its text to fit one."""
+    d_in, n = evaluator.testbed.d_in, 1 + len(reader.DECAYS)
+    shapes = {"W_in": (n, d_in, 8), "b_in": (8,), "w_out": (8,), "b_out": (1,)}
+    tensors = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+    tensors |= {"shift": torch.zeros(d_in), "size": torch.ones(d_in), "retain_mean": evaluator.retain_mean}
+    return tensors, {"cells": [{"retain_share": 0.001, "threshold": 0.0, "write": "zero"}]}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_so_they_are_for_methods_without_an_sae(kind, facts_evaluator, batch, tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "CHECKPOINTS", (2,))
     monkeypatch.setitem(methods.TRAINING, "batch", 4)
+    monkeypatch.setattr(methods, "read_in_context", drawn_gate)
     method = methods.fit(kind, facts_evaluator, seed=0)
     method.save(tmp_path / "sae_seed0")
     switch, testbed = method.switch(facts_evaluator), facts_evaluator.testbed

@@ -49,6 +49,11 @@ labels = {
     "run_25": "gradient routing",
     "run_26": "soft-frozen decoder",
     "run_27": "frozen encoder",
+    "run_28": "context gate",
+    "run_29": "context gate on features of vanilla",
+    "run_30": "context gate on features of ortsae",
+    "run_31": "context gate on features of adaptive",
+    "run_32": "context gate on features of a frozen encoder",
 }
 VARIANTS = {
     "run_3": 1,
@@ -56,6 +61,9 @@ VARIANTS = {
     "run_5": 3,
     "run_7": 1,
     "run_8": 2,
+    "run_30": 1,
+    "run_31": 2,
+    "run_32": 3,
 }  # of their arms; the others are the first
 KINDS = ("means", "stderrs", "final_info_dict")
 # where a sweep stands, and its cells' cost and gain
