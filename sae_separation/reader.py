@@ -58,25 +58,20 @@ class Marked(NamedTuple):
 
 
 @torch.no_grad()
-def marked_text(evaluator: Evaluator) -> Marked:
-    """Of the training text of an evaluator's testbed. No question is seen. Raises RunFailed where an LM knows
-    nothing of a domain."""
+def marked_text(evaluator: Evaluator, held_out: bool = False) -> Marked:
+    """Of the training text of an evaluator's testbed; of what is `held_out` of it a tenth as much, as it is.
+    No question is seen. Raises RunFailed where an LM knows nothing of a domain."""
     testbed, size = evaluator.testbed, evaluator.context_size
     n = 2 * min(N_CONTEXTS, MOST_BYTES // (2 * size * testbed.d_in)) // 3
+    n = n // 10 if held_out else n
     generator = torch.Generator().manual_seed(0)
-    tokens, labels = mixed_contexts(testbed, n, size, seed=0)
-    some = torch.randperm(n, generator=generator)[: n // 2]
-    others = with_others(tokens[some], testbed.tokenizer, REPLACED, generator)
-    bigram = log_bigram(tokens)
-    read, told, labels, bigram = (
-        torch.cat([whole, part])
-        for whole, part in (
-            (tokens, others),
-            (tokens, tokens[some]),
-            (labels, labels[some]),
-            (bigram, bigram[some]),
-        )
-    )
+    tokens, labels = mixed_contexts(testbed, n, size, seed=0, held_out=held_out)
+    read, told, bigram = tokens, tokens, log_bigram(tokens)
+    if not held_out:
+        some = torch.randperm(n, generator=generator)[: n // 2]
+        others = with_others(tokens[some], testbed.tokenizer, REPLACED, generator)
+        read = torch.cat([tokens, others])
+        told, labels, bigram = (torch.cat([part, part[some]]) for part in (tokens, labels, bigram))
     x = torch.zeros(*read.shape, testbed.d_in, dtype=torch.half)
     trained, weight = labels >= 0, torch.zeros(read.shape)
     for at in torch.arange(len(read)).split(64):
@@ -86,11 +81,12 @@ def marked_text(evaluator: Evaluator) -> Marked:
         weight[at, :-1] = (log_p - bigram[at]).clamp(min=0)
     counts = trained & ((weight > LEAST) | (torch.rand(weight.shape, generator=generator) < OTHERS))
     counts[:, :-1] &= labels[:, 1:] == labels[:, :-1]  # the next token says nothing where a piece ends
+    weight *= counts
     for label, domain in enumerate(("retain", "forget")):
-        if not (weight * counts)[labels == label].any():
+        if not weight[labels == label].any():
             why = f"the LM foresees no token of the {domain} text better than a bigram does"
             raise RunFailed(f"{why}, and gates in context learn from those: leave this arm out")
-    return Marked(x, trained, labels == 1, weight * counts)
+    return Marked(x, trained, labels == 1, weight)
 
 
 def foreseen(evaluator: Evaluator, read: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,10 +209,15 @@ def fitted(
 
 
 @torch.no_grad()
+def scores_of(marked: Marked, tensors: Tensors) -> Tensor:
+    """Of all its tokens [context, pos]."""
+    parts = zip(marked.x.split(64), marked.trained.split(64))
+    return torch.cat([score_of(units(x.float(), trained, tensors), tensors, {}) for x, trained in parts])
+
+
 def thresholds(marked: Marked, tensors: Tensors) -> list[dict]:
     """Cells that fire on RETAIN_SHARES of what counts in retain text."""
-    parts = zip(marked.x.split(64), marked.trained.split(64))
-    scores = torch.cat([score_of(units(x.float(), trained, tensors), tensors, {}) for x, trained in parts])
+    scores = scores_of(marked, tensors)
     counts = ~marked.forget & (marked.weight > 0)
     found, order = scores[counts].sort(descending=True)
     share = (weight := marked.weight[counts][order]).cumsum(0) / weight.sum()

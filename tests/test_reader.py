@@ -11,6 +11,7 @@ from sae_separation import export, pieces, reader, saebench
 from sae_separation.evals.evaluator import Evaluator
 from sae_separation.exam import Residuals, special_ids
 from sae_separation.forms import FORMS, Asker
+from studies import readers
 
 HEAD = "The following are multiple choice questions (with answers) about biology."
 QUIZ = f"{HEAD}\nWho?\nA. x\nB. y\n\nWhat?\nA. x"
@@ -242,3 +243,15 @@ def test_thresholds_are_shares_of_what_counts(in_context, generator):
     for cell in cells:
         share = in_context.weight[retain & (scores > cell["threshold"])].sum() / whole
         assert share <= cell["retain_share"] + 1e-6 <= share + 2 / whole
+
+
+def test_what_is_caught_is_a_share_of_forget_text_at_a_share_of_retain_text():
+    """Retain text scores 0 to 9 and counts alike; of forget text half scores above its highest tenth."""
+    scores = torch.tensor([[*range(10), 8.5, 9.5, 3.0, 20.0]])
+    forget = torch.tensor([[False] * 10 + [True] * 4])
+    weight = torch.ones(1, 14)
+    weight[0, -1] = 0
+    weight[0, 11] = 2
+    marked = reader.Marked(torch.zeros(1, 14, 1), torch.ones_like(forget), forget, weight)
+    assert readers.caught(scores, marked, 0.1) == pytest.approx(2 / 4)
+    assert readers.caught(scores, marked, 0.2) == pytest.approx(3 / 4)
