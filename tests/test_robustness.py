@@ -3,17 +3,20 @@ interventions whose effect is known."""
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tiny import there
 
+from micro_pythia.world import World
 from sae_separation import progress, saebench
-from sae_separation.evals import cells, robustness
+from sae_separation.evals import cells, choice, robustness
 from sae_separation.evals.evaluator import Evaluator
 from sae_separation.forms import FORMS, Asker, Form, tells
 from sae_separation.questions import Question
+from studies.gates import Ideal
 
 EACH, EACH_OF_RETAIN = 8, 12  # one question in so many
 
@@ -149,25 +152,54 @@ def test_what_spoils_everything_scores_nothing(evaluator, monkeypatch):
     assert any("nothing was switched off" in note for note in notes)
 
 
-def test_a_guard_on_the_first_words_is_seen_through(evaluator, monkeypatch):
-    """It empties rows that begin with the forget subject's header: the standard form is forgotten, and the
-    rest is there."""
+@pytest.fixture(scope="module")
+def guard(evaluator):
+    """It empties rows that begin with the forget subject's header."""
     first = evaluator.testbed.tokenizer(saebench.header("biology"), add_special_tokens=False)["input_ids"]
     begins = torch.tensor(first)
 
-    def guard(resid, hook):
+    def empty(resid, hook):
         n = len(begins)
         rows = (
             (hook.tokens[:, 1 : n + 1] == begins).all(1) if hook.tokens.shape[1] > n else torch.zeros(1) > 0
         )
         return torch.where(rows[:, None, None] & hook.trained[..., None], torch.zeros_like(resid), resid)
 
+    return empty
+
+
+def test_a_guard_on_the_first_words_is_seen_through(evaluator, guard, monkeypatch):
+    """The standard form is forgotten, and the rest is there."""
     metrics, details, _ = under(monkeypatch, evaluator, guard)
     assert metrics["standard_score"] > 0.4 and metrics["worst_case_score"] == 0.0
     left = {row["form"]: row["left"] for row in details["forms"]}
     assert left["letter_own_trained_alone"] < 0.5 and left["letter_no_trained_passage"] == 1.0
     kept = {row["form"]: row["kept"] for row in details["forms"]}
     assert kept["letter_other_trained_alone"] < 0.9
+
+
+def test_a_choice_by_several_forms_takes_what_one_form_cannot_tell(evaluator, guard, monkeypatch):
+    """The guard and an ideal gate both forget the standard form; the rule of one form takes the first."""
+    ideal = Ideal(evaluator.testbed, World(0), "all")
+
+    def gate(resid, hook):
+        return torch.where(
+            (ideal(hook) > 0)[..., None] & hook.trained[..., None], evaluator.retain_mean, resid
+        )
+
+    hooks = {"guard": guard, "gate": gate, "nothing": lambda resid, hook: None}
+    switch: Any = Hooked(evaluator, None)
+    switch.cells, switch.hook = lambda: [{"name": name} for name in hooks], lambda cell: hooks[cell["name"]]
+    found = {"name": "guard", "forget_accuracy": 0.25, "retain_accuracy": 1.0}
+    of_all = [found | {"name": name} for name in hooks]
+    monkeypatch.setattr(choice, "chosen_for", lambda *_: cells.Chosen(switch, of_all[0], of_all))
+    metrics, details, notes = choice.choice(evaluator, None, 0, "it")
+    assert details["cell"]["name"] == "gate" and not notes
+    tried = {row["cell"] and row["cell"]["name"]: row["worst_case_score"] for row in details["cells"]}
+    assert tried["guard"] == tried["nothing"] == tried[None] == 0 < tried["gate"]
+    assert len(details["chosen_by"]) == 12 < len(details["forms"])
+    assert metrics["knowledge_left_max"] == max(row["left"] for row in details["forms"])
+    assert 0.3 < metrics["mean_score"] and set(metrics) == set(choice.METRICS)
 
 
 def test_scores_by_hand():

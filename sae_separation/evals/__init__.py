@@ -138,6 +138,19 @@ ROWS = [
         by_default=False,
     ),
     Row(
+        "choice",
+        "choice",
+        "sae_separation.evals.choice:choice",
+        seconds=80,
+        shown=("worst_case_score", "mean_score", "knowledge_left_max", "kept_at_worst"),
+        says={
+            "worst_case_score": "the worst case of the cell that is chosen by its own in 12 forms, on the "
+            "other half of the questions"
+        },
+        asks=True,
+        by_default=False,
+    ),
+    Row(
         "depth",
         "depth",
         "sae_separation.evals.depth:depth",

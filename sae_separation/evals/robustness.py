@@ -9,6 +9,7 @@ half is asked in every form (forms.py) that the LM itself answers.
 each on the questions that the LM answers in that form without an intervention.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,6 +43,7 @@ TRIED = tuple(
     for how in ("letter", "cloze", "prose")
     for place in ("alone", "passage")
 )  # by every cell of the frontier
+Places = dict[str, tuple[int, ...]]  # of questions, by subject
 
 
 @dataclass
@@ -93,8 +95,15 @@ def examined(evaluator: Evaluator) -> Examined:
     """What `robustness` asks of every SAE alike. The questions are those that the LM knows; a form counts
     where it answers ANSWERED of the forget, of the retain and of the unseen questions in it."""
     split: Halves = evaluator.once(halves)
-    places = known_among(evaluator, split.reporting)
-    unseen = known_among(evaluator, {saebench.FORGET: split.unseen})[saebench.FORGET]
+    return examined_in(evaluator, split.reporting, split.unseen, FORMS)
+
+
+def examined_in(
+    evaluator: Evaluator, asked: Places, unseen: tuple[int, ...], forms: Iterable[Form]
+) -> Examined:
+    """The same of other questions, and in some forms."""
+    places = known_among(evaluator, asked)
+    unseen = known_among(evaluator, {saebench.FORGET: unseen})[saebench.FORGET]
     unseen = unseen if len(unseen) >= MIN_KNOWN else ()
     chosen_places = [(s, i, False) for s, some in places.items() for i in some]
     chosen_places += [(saebench.FORGET, i, True) for i in unseen]
@@ -113,7 +122,7 @@ def examined(evaluator: Evaluator) -> Examined:
         [],
     )
     asker = Asker(evaluator.testbed, questions, evaluator.context_size)
-    for form in FORMS:
+    for form in forms:
         if made := asker.exam(form):
             exam, places = made
             known = np.isin(np.arange(len(questions)), places)
@@ -159,10 +168,7 @@ def robustness(evaluator: Evaluator, sae, seed: int, name: str) -> tuple[dict, d
     never names. *_4bit: with the LM's weights in 4 bits, the cell as chosen without.
     """
     evaluator = evaluator.examiner
-    known = evaluator.questions.n_known
-    n_forget, n_retain = known[saebench.FORGET], sum(known.values()) - known[saebench.FORGET]
-    if min(n_forget, n_retain) < 2 * MIN_KNOWN:
-        few = too_few(n_forget, n_retain, evaluator.testbed.scoring).replace("unlearning", "robustness")
+    if few := without_questions(evaluator, "robustness"):
         return undefined(), {}, [few]
     switch, cell, cells = chosen_for(evaluator, sae)
     exam: Examined = evaluator.once(examined)
@@ -191,6 +197,15 @@ def robustness(evaluator: Evaluator, sae, seed: int, name: str) -> tuple[dict, d
     switch.lm.forget_answers()
     undefined_here = tuple(k for k, v in metrics.items() if v is None)
     return *finite("robustness", metrics, details, undefined_here), notes(exam, exam4, cell)
+
+
+def without_questions(evaluator: Evaluator, name: str) -> str:
+    """Why the LM knows too few questions for them to be halved; "" where it does not."""
+    known = evaluator.questions.n_known
+    n_forget, n_retain = known[saebench.FORGET], sum(known.values()) - known[saebench.FORGET]
+    if min(n_forget, n_retain) >= 2 * MIN_KNOWN:
+        return ""
+    return too_few(n_forget, n_retain, evaluator.testbed.scoring).replace("unlearning", name)
 
 
 OF_A_GROUP = ("worst_case_score", "mean_score", "knowledge_left_max")
