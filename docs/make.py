@@ -20,18 +20,17 @@ from sae_separation.plots import folders, tables  # noqa: E402  (the checkout's)
 SMOLLM2 = ("run_0", "run_6", "run_9")
 SHORT = ("standard", "worst case", "left at most", "kept at least")  # the columns of README's table
 OF_README = [f"run_{i}" for i in (0, 1, 6, 9, 15, 16, 17, 19, 21)]  # its rows
-# of gates in context, which other columns say less of
-OF_GATES = (
-    "standard",
-    "worst case",
-    "left at most",
-    "kept at least",
-    "mean",
+# columns that say something of gates in context
+OF_GATES = ("standard", "worst case", "left at most", "kept at least", "mean", "12 forms: worst case")
+OF_GATES += (
+    "12 forms: left",
+    "12 forms: kept",
     "4 bits: left",
     "depth",
     "relearned",
+    "same entity",
+    "seconds",
 )
-OF_GATES += ("same entity", "human aging", "seconds")
 REFERENCE, BASELINE = "run_6", "run_0"
 # column -> metric of known_truth.json, digits, whether with its difference to the baseline
 KNOWN_TRUTH: dict[str, tuple[str, str, bool]] = {
@@ -50,11 +49,11 @@ KNOWN_TRUTH: dict[str, tuple[str, str, bool]] = {
 INTERVALS = "95 % bootstrap intervals of the unlearning score over questions, seed by seed: "
 
 
-def runs_in(where: list[Path]) -> list[folders.Run]:
-    """Complete runs, all trained at one commit and all evaluated at one. Raises SystemExit for others:
-    documents quote no mixture."""
+def runs_in(where: list[Path], by_section: bool = False) -> list[folders.Run]:
+    """Complete runs, all trained at one commit and all evaluated at one, or each section at one. Raises
+    SystemExit for others: documents quote no mixture."""
     runs, skipped = folders.find_runs(where)
-    commits = commits_of(runs)
+    commits = (commits_of(runs)[0], *sections_at(runs).values()) if by_section else commits_of(runs)
     if skipped or any(len(some) != 1 for some in commits):
         several = ", ".join(sorted(map(str, set().union(*commits))))
         reason = "; ".join(skipped) or f"runs of several commits: {several}"
@@ -67,6 +66,27 @@ def commits_of(runs: list[folders.Run]) -> tuple[set, set]:
     trained = {run.config.get("git") for run in runs}
     made = {part["made_by"]["git"] for run in runs for part in run.info.values() if "made_by" in part}
     return trained, made or trained
+
+
+def sections_at(runs: list[folders.Run]) -> dict[str, set[str]]:
+    """The commits at which each section was measured."""
+    out: dict[str, set[str]] = {}
+    for run in runs:
+        for section, part in run.info.items():
+            if "made_by" in part:
+                out.setdefault(section, set()).add(part["made_by"]["git"])
+    return out
+
+
+def provenance_by_section(runs: list[folders.Run]) -> str:
+    seeds = sorted({len(run.seeds) for run in runs})
+    (trained,) = commits_of(runs)[0]
+    named: dict[str, list[str]] = {}
+    for section, (commit,) in sections_at(runs).items():
+        named.setdefault(commit, []).append(section)
+    parts = (f"{', '.join(sections)} at `{commit}`" for commit, sections in sorted(named.items()))
+    several = f"Mean ± standard error over {' or '.join(map(str, seeds))} seeds."
+    return f"{several} Trained at commit `{trained}`; {'; '.join(parts)}."
 
 
 def provenance(runs: list[folders.Run]) -> str:
@@ -247,8 +267,8 @@ def documents() -> dict[Path, str]:
     short = tables.ruler_table([run for run in runs if run.name in OF_README], SHORT)
     filled_in |= {"results-from": provenance(runs), "smollm2-from": provenance(smollm2)}
     filled_in |= {"unseen-from": provenance(unseen)}
-    in_context = runs_in([path.parent for path in ROOT.glob("in_context/*/final_info.json")])
-    gates_in_context = f"{tables.ruler_table(in_context, OF_GATES)}\n\n{provenance(in_context)}"
+    in_context = runs_in([path.parent for path in ROOT.glob("in_context/*/final_info.json")], by_section=True)
+    gates_in_context = f"{tables.ruler_table(in_context, OF_GATES)}\n\n{provenance_by_section(in_context)}"
     filled_in |= {"known-truth": known_truth(), "gates": gates_table(), "in-context": gates_in_context}
     return {
         readme: filled(readme, {"results": f"{short}\n\n{provenance(runs)}"}),

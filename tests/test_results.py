@@ -23,6 +23,7 @@ FOLDERS = [
     *(ROOT / name for name in COMMITTED),
     *(ROOT / "smollm2" / name for name in ("run_0", "run_6", "run_9")),
     *(ROOT / "unseen" / name for name in COMMITTED),
+    *(path.parent for path in sorted(ROOT.glob("in_context/**/config.json"))),
 ]
 
 
@@ -69,7 +70,7 @@ def test_they_are_small():
     assert (
         sum(
             p.stat().st_size
-            for name in (*COMMITTED, "unseen")
+            for name in (*COMMITTED, "unseen", "in_context")
             for p in (ROOT / name).rglob("*")
             if p.is_file() and "sae_seed" not in str(p)
         )
@@ -128,7 +129,7 @@ def test_a_number_changed_by_hand_is_named_and_mended(tmp_path, monkeypatch, cap
     for name in (*read, "tests/faults.json", "studies/gates.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())
-    for name in (*COMMITTED, "smollm2", "unseen"):
+    for name in (*COMMITTED, "smollm2", "unseen", "in_context"):
         (tmp_path / name).symlink_to(ROOT / name)
     readme, notes = tmp_path / "README.md", tmp_path / "notes.txt"
     whole = readme.read_text(), notes.read_text()
