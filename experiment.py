@@ -159,6 +159,7 @@ def unfinished(command: Command, requests: Sequence[Request]) -> tuple[Command, 
     """What of the command is left to do (resume.unfinished): nothing in a dry run, which says what it would
     be. Raises WrongRequest."""
     command, left = resume.unfinished(command, requests, PLAN)
+    refuse_without_features(*to_train(command, left))
     if command.dry_run:
         dry_run.tell(command, left, Config)
         return replace(command, out_dir=()), []
@@ -173,7 +174,6 @@ if __name__ == "__main__":  # answer --help and wrong requests before anything h
         if not CONFIGS:
             sys.exit(0)
         check(COMMAND, CONFIGS)
-        refuse_without_features(COMMAND.out_dir, CONFIGS)
     except Exception as error:
         sys.exit(ranks.tell(error, began=False))
 
@@ -884,7 +884,6 @@ def train(request: Request, out_dir: str | Path, evals: Sequence[str] = (), over
         left, requests = unfinished(command, [request])
         if requests:
             check(left, requests)
-            refuse_without_features(left.out_dir, requests)
             with process.signals, ranks.met(), Tracking(left.track) as tracking:
                 run_passes(left, requests, time.monotonic(), tracking)
     finally:

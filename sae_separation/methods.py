@@ -312,6 +312,7 @@ def read_in_context(
     tensors = reader.fitted(marked, **how, generator=generator, features=features)
     cells = written(reader.thresholds(marked, tensors))
     settings = how | reader.FITTING | {"decays": list(reader.DECAYS), "cells": cells}
+    settings["tokens_trained"] = int(marked.trained.sum())
     device = evaluator.retain_mean.device
     tensors = {name: t.to(device) for name, t in tensors.items()}
     return tensors | {"retain_mean": evaluator.retain_mean}, settings

@@ -479,7 +479,8 @@ class MethodRun(UntrainedRun):
         method = self._fit(trainer.seed)
         n_tokens = sum(contexts.tokens.numel() for contexts in self.evaluator.select.values())
         method.settings |= {"model_name": testbed.name, "hook_name": testbed.hook_name}
-        method.settings |= {"tokens_trained": n_tokens, "train_seconds": time.monotonic() - began}
+        method.settings = {"tokens_trained": n_tokens} | method.settings
+        method.settings["train_seconds"] = time.monotonic() - began
         with exported_to(folder):
             method.save(folder)
 

@@ -201,6 +201,9 @@ def refuse_without_features(names: Iterable[str], requests: Iterable[Any]):
         if source.config["arm"] in request.without_sae:
             why = f"is a run of {source.config['arm']}, which has no SAE"
             raise WrongRequest(f"--features_of {source.folder} {why}: name a run that has")
+        if source.config.get("activation") == "softk" or source.config.get("layer_norm"):
+            why = "features that compete (softk) or whose input is layer-normalised"
+            raise WrongRequest(f"--features_of {source.folder} has {why}: name a run with others")
         for seed in request.seeds:
             source.sae_folder(seed)
 

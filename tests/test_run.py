@@ -232,8 +232,9 @@ def test_a_gate_reads_the_features_of_another_run(short_runs, loaded, tmp_path, 
         ((f"--features_of={tmp_path / 'it'}",), "is a run of feature_gate, which has no SAE: name a run"),
         ((f"--features_of={source}", "--seeds=7"), "has no seed 7"),
     ):
-        done = run_script("experiment.py", "--out_dir", tmp_path / "new", *asked, *given)
-        assert done.returncode == 2 and why in done.stderr.splitlines()[-1]
+        for also in ((), ("--dry_run",)):
+            done = run_script("experiment.py", "--out_dir", tmp_path / "new", *asked, *given, *also)
+            assert done.returncode == 2 and why in done.stderr.splitlines()[-1]
     assert not (tmp_path / "new").exists()
 
 
