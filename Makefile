@@ -16,7 +16,7 @@ RULER = --evals core unlearning corpus geometry robustness depth relearning
 UNSEEN = --forget_entities 15 --evals robustness --seeds 0
 # gates that read the tokens before: SAEs of layer 2, their features' gates and the stream's, the LM's oracle
 LAYER_2 = --testbed=micro --layer 2 --seeds 0 1 2
-GATES = --evals robustness depth relearning
+GATES = --evals robustness choice depth relearning
 
 study: $(VENV)/ready  # all runs of the plan on every evaluation, and again from text about half of the organisms
 	$(BIN)/python experiment.py --testbed=micro --out_dir $(addprefix reproduced/run_,$(SEEDED)) --seeds 0 1 2 $(RULER)
