@@ -362,7 +362,7 @@ def test_evaluations_keep_the_order_given_and_unknown_ones_are_refused():
             "--out_dir run_0 --evals robustnes",
             "--evals: invalid choice: 'robustnes'; did you mean robustness? (",
         ),
-        ("--out_dir m --arm xyz", "'npo', 'oracle') ("),
+        ("--out_dir m --arm xyz", "'oracle', 'feature_gate') ("),
         (
             "--out_dir m --arm vanilla --alpha o.3",
             "o.3 is not a number (0.3, 3e-3); did you mean --alpha 0.3? (",

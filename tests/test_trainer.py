@@ -275,10 +275,12 @@ CHANGES = {
     "grad_accumulation": ("vanilla", 2),
 }
 for arm, row in ARMS.items():  # an arm's own option that is not above
-    CHANGES = {name: (arm, another_value(made)) for name, made in row.options.items()} | CHANGES
+    if row.trains_sae:
+        CHANGES = {name: (arm, another_value(made)) for name, made in row.options.items()} | CHANGES
 ELSEWHERE = {
     "testbed",
     *GIVEN,
+    "features_of",
     "seeds",
     "tokens",
     "context_size",

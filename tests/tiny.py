@@ -21,6 +21,8 @@ def there(value: T | None) -> T:
 def another_value(option):
     """Of an arm's option (config.option): an eighth of its default, or what its bounds allow."""
     least = bounds_of(option).least
+    if isinstance(option.default, str):
+        return f"{option.default}another"
     value = type(option.default)(option.default / 8)
     return value if least is None or value >= least else max(least, 2 * option.default)
 
