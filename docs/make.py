@@ -78,22 +78,25 @@ def sections_at(runs: list[folders.Run]) -> dict[str, set[str]]:
     return out
 
 
-def provenance_by_section(runs: list[folders.Run]) -> str:
+def over_seeds(runs: list[folders.Run]) -> str:
     seeds = sorted({len(run.seeds) for run in runs})
+    if seeds == [1]:
+        return "One seed."
+    return f"Mean ± standard error over {' or '.join(map(str, seeds))} seeds."
+
+
+def provenance_by_section(runs: list[folders.Run]) -> str:
     (trained,) = commits_of(runs)[0]
     named: dict[str, list[str]] = {}
     for section, (commit,) in sections_at(runs).items():
         named.setdefault(commit, []).append(section)
     parts = (f"{', '.join(sections)} at `{commit}`" for commit, sections in sorted(named.items()))
-    several = f"Mean ± standard error over {' or '.join(map(str, seeds))} seeds."
-    return f"{several} Trained at commit `{trained}`; {'; '.join(parts)}."
+    return f"{over_seeds(runs)} Trained at commit `{trained}`; {'; '.join(parts)}."
 
 
 def provenance(runs: list[folders.Run]) -> str:
-    seeds = sorted({len(run.seeds) for run in runs})
     (trained,), (evaluated,) = commits_of(runs)
-    several = f"Mean ± standard error over {' or '.join(map(str, seeds))} seeds."
-    text = f"{several if seeds != [1] else 'One seed.'} Commit `{trained}`"
+    text = f"{over_seeds(runs)} Commit `{trained}`"
     return text + ("." if evaluated == trained else f", evaluated at `{evaluated}`.")
 
 

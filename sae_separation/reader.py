@@ -18,6 +18,7 @@ chosen on world 1 (studies/gates.py), the number of steps by held-out text.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -217,9 +218,13 @@ def scores_of(marked: Marked, tensors: Tensors) -> Tensor:
 
 def thresholds(marked: Marked, tensors: Tensors) -> list[dict]:
     """Cells that fire on RETAIN_SHARES of what counts in retain text."""
-    scores = scores_of(marked, tensors)
-    counts = ~marked.forget & (marked.weight > 0)
-    found, order = scores[counts].sort(descending=True)
-    share = (weight := marked.weight[counts][order]).cumsum(0) / weight.sum()
-    at = [int((share < wanted).sum().clamp(max=len(found) - 1)) for wanted in RETAIN_SHARES]
-    return [{"retain_share": wanted, "threshold": found[i].item()} for wanted, i in zip(RETAIN_SHARES, at)]
+    scores, counts = scores_of(marked, tensors), ~marked.forget & (marked.weight > 0)
+    found = at_shares(scores[counts], marked.weight[counts], RETAIN_SHARES)
+    return [{"retain_share": share, "threshold": score} for share, score in zip(RETAIN_SHARES, found)]
+
+
+def at_shares(scores: Tensor, weight: Tensor, shares: Sequence[float]) -> list[float]:
+    """The scores [n] above which at most these shares of the weight [n] lie."""
+    found, order = scores.sort(descending=True)
+    so_far = weight[order].cumsum(0) / weight.sum()
+    return [found[(so_far < share).sum().clamp(max=len(found) - 1)].item() for share in shares]

@@ -52,7 +52,7 @@ from sae_separation.exam import Residuals
 from sae_separation.interventions import written_where
 from sae_separation.methods import Method, mlp
 from sae_separation.pieces import log_bigram, mixed_contexts, with_others
-from sae_separation.reader import DECAYS, LEAST, LEFT_OUT, REPLACED, mean_before
+from sae_separation.reader import DECAYS, LEAST, LEFT_OUT, REPLACED, at_shares, mean_before
 from sae_separation.results import maker
 
 CONTEXT, BATCH = 128, 64
@@ -191,10 +191,8 @@ def fit(data: Examples, gate: Gate, d_in: int, steps: int, seed: int, batch: int
 def thresholds(data: Examples, probe: dict) -> list[dict]:
     """Cells that fire on RETAIN_SHARES of what counts in retain text."""
     x, weight = data.x[data.forget < 0.5], data.weight[data.forget < 0.5]
-    score, order = torch.cat([mlp(part, probe) for part in x.split(2**16)]).sort(descending=True)
-    share = weight[order].cumsum(0) / weight.sum()
-    at = [int((share < wanted).sum().clamp(max=len(score) - 1)) for wanted in RETAIN_SHARES]
-    return [{"retain_share": wanted, "threshold": score[i].item()} for wanted, i in zip(RETAIN_SHARES, at)]
+    found = at_shares(torch.cat([mlp(part, probe) for part in x.split(2**16)]), weight, RETAIN_SHARES)
+    return [{"retain_share": share, "threshold": score} for share, score in zip(RETAIN_SHARES, found)]
 
 
 class Gated(Method):

@@ -39,9 +39,7 @@ def caught(scores: Tensor, marked: reader.Marked, share: float) -> float:
     """Of what counts in forget text, the share that scores above all but `share` of what counts in retain
     text."""
     retain = ~marked.forget & (marked.weight > 0)
-    found, order = scores[retain].sort(descending=True)
-    weight = marked.weight[retain][order]
-    threshold = found[int((weight.cumsum(0) < share * weight.sum()).sum())]
+    (threshold,) = reader.at_shares(scores[retain], marked.weight[retain], [share])
     of_forget = marked.weight * marked.forget
     return (of_forget[scores > threshold].sum() / of_forget.sum()).item()
 
