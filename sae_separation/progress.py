@@ -27,7 +27,7 @@ SET_UP = {  # its parts, in order
     "computing the first activations": 9,
 }
 CONTEXTS = 5  # computing the residual stream of the contexts that evaluations share
-FITTING = 20  # a method that needs no SAE
+FITTING, READING = 20, 150  # a method that needs no SAE, and one that reads the tokens before
 
 
 def bar(what: str, seconds: float) -> Any:

@@ -29,6 +29,7 @@ from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.exam import Residuals
 from sae_separation.lm import massive
 from sae_separation.pieces import log_bigram, mixed_contexts, with_others
+from sae_separation.progress import section
 
 if TYPE_CHECKING:
     from sae_separation.evals.evaluator import Evaluator
@@ -75,7 +76,7 @@ def marked_text(evaluator: Evaluator, held_out: bool = False) -> Marked:
         told, labels, bigram = (torch.cat([part, part[some]]) for part in (tokens, labels, bigram))
     x = torch.zeros(*read.shape, testbed.d_in, dtype=torch.half)
     trained, weight = labels >= 0, torch.zeros(read.shape)
-    for at in torch.arange(len(read)).split(64):
+    for at in section.steps(torch.arange(len(read)).split(64), 0.6):
         resid, log_p = foreseen(evaluator, read[at], told[at])
         trained[at] &= ~massive(resid, trained[at])
         x[at] = resid.masked_fill(~trained[at][..., None], 0).half()
@@ -142,13 +143,26 @@ def mean_before(z: Tensor, decay: float, seen: dict) -> Tensor:
     return weight.to(z) @ z
 
 
-def score_of(f: Tensor, tensors: Tensors, seen: dict, heeded: Tensor | float = 1.0) -> Tensor:
-    """The score [row, pos] of units f [row, pos, units]; `heeded` [row, pos, 1]: 0 where a token is read
-    without what came before."""
-    own, *before = (f @ W for W in tensors["W_in"])
-    for decay, part in zip(DECAYS, before):
-        own = own + heeded * mean_before(part, decay, seen)
-    return torch.relu(own + tensors["b_in"]) @ tensors["w_out"] + tensors["b_out"]
+def score_of(
+    f: Tensor, tensors: Tensors, seen: dict, heeded: Tensor | float = 1.0, at: Tensor | None = None
+) -> Tensor:
+    """The score [row, pos] of units f [row, pos, units]; of the tokens `at` [row, pos] (bool) alone: [n].
+    `heeded` [n, 1]: 0 where one is read without what came before."""
+    own, *before = tensors["W_in"]
+    n_units, hidden = own.shape
+    total = of(f, at) @ own
+    for decay, W in zip(DECAYS, before):
+        if hidden < n_units:  # a mean of what is projected is the mean, projected: the fewer numbers
+            part = of(mean_before(f @ W, decay, seen), at)
+        else:
+            part = of(mean_before(f, decay, seen), at) @ W
+        total = total + heeded * part
+    return torch.relu(total + tensors["b_in"]) @ tensors["w_out"] + tensors["b_out"]
+
+
+def of(z: Tensor, at: Tensor | None) -> Tensor:
+    """All of z [row, pos, n], or what it is of the tokens `at`."""
+    return z if at is None else z[at]
 
 
 def score(read: Residuals, tensors: Tensors) -> Tensor:
@@ -195,12 +209,14 @@ def fitted(
     fixed, trained = begun(marked, hidden, generator, features or {})
     adam = torch.optim.AdamW(trained.values(), FITTING["lr"], weight_decay=FITTING["weight_decay"])
     falling = torch.optim.lr_scheduler.LambdaLR(adam, lambda i: min(1.0, 2 * (steps - i) / steps))
-    for _ in range(steps):
+    for _ in section.steps(range(steps), 0.9):
         some = torch.randint(len(marked.x), (FITTING["contexts"],), generator=generator)
-        weight, forget = marked.weight[some], marked.forget[some].float()
-        heeded = (torch.rand(*weight.shape, 1, generator=generator) >= LEFT_OUT).float()
+        weight, forget = marked.weight[some], marked.forget[some]
+        counts = weight > 0
+        weight, forget = weight[counts], forget[counts].float()
+        heeded = (torch.rand(len(weight), 1, generator=generator) >= LEFT_OUT).float()
         f = units(marked.x[some].float(), marked.trained[some], fixed)
-        log_odds = score_of(f, trained, {}, heeded)
+        log_odds = score_of(f, trained, {}, heeded, counts)
         loss = binary_cross_entropy_with_logits(log_odds, forget, weight, reduction="sum") / weight.sum()
         adam.zero_grad()
         loss.backward()

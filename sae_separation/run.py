@@ -448,8 +448,8 @@ class UntrainedRun(Run):
             came = {}
             with self._left_behind(fit):
                 bar.set_postfix_str(f"{self.folder.name} seed {fit.seed}: making it")
-                record = self._exported(fit)
-                bar.update(self.making)
+                with progress.section.of(bar, self.making):
+                    record = self._exported(fit)
                 results.measure(self.folder, "eval", fit.seed, record, rows, evaluator, made_by, bar)
                 came = {"training": self._made(fit), "record": record, "warnings": []}
             done.append([i, came | {"failed": fit.failed}])
@@ -463,12 +463,11 @@ class MethodRun(UntrainedRun):
     """A run of a method that is told the labels and needs no SAE: fitted on the text that features are
     selected on."""
 
-    making = progress.FITTING
-
     def __init__(self, out_dir: str, requested: Request, config: Config, testbed: Testbed, *more):
         """Raises WrongRequest for a method that the testbed does not allow."""
         super().__init__(out_dir, requested, config, testbed, *more)
         methods.check(config.arm, testbed)
+        self.making = progress.READING if config.arm in methods.READERS else progress.FITTING
 
     def _made(self, fit: Fit) -> dict:
         settings = methods.load(run_folder.sae_folder(self.folder, fit.seed)).settings

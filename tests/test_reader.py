@@ -189,13 +189,17 @@ def some_tensors(generator, n_units=4, hidden=5) -> dict[str, Any]:
     return drawn | {"shift": torch.randn(n_units, generator=generator), "size": torch.ones(n_units) * 2}
 
 
-def test_the_score_is_the_formula_and_looks_at_no_token_that_is_not_trained_on(generator):
-    x, tensors = torch.randn(3, 6, 4, generator=generator), some_tensors(generator)
+@pytest.mark.parametrize("hidden", [3, 5])  # less and more than units: averaged in another order
+def test_the_score_is_the_formula_and_looks_at_no_token_that_is_not_trained_on(hidden, generator):
+    x, tensors = torch.randn(3, 6, 4, generator=generator), some_tensors(generator, hidden=hidden)
     trained = torch.ones(3, 6, dtype=torch.bool)
     trained[:, 0] = False
     found = reader.score(Residuals(x, trained, trained.long()), tensors)
     wanted = torch.stack([score_by_hand(row, on, tensors) for row, on in zip(x, trained)])
     assert torch.allclose(found, wanted, atol=1e-5)
+    at = torch.rand(3, 6, generator=generator) < 0.5
+    some = reader.score_of(reader.units(x, trained, tensors), tensors, {}, at=at)
+    assert torch.allclose(some, wanted[at], atol=1e-5)
     x[:, 0] = torch.inf
     assert torch.allclose(reader.score(Residuals(x, trained, trained.long()), tensors), wanted, atol=1e-5)
 
