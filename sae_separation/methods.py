@@ -16,7 +16,7 @@ oracle: no method, but the LM that never read what is to be forgotten.
 
 All are fitted on training text: the contexts that SAE features are selected on, or pieces of more of it
 (context_gate, feature_gate). No setting was chosen on questions that report. Sizes of the grids: 8, 5, 10,
-10, 6, 10, 10, 8, 8, 6, 6, 1.
+10, 6, 12, 12, 8, 8, 6, 6, 1.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ class Method:
 
     def __init__(self, kind: str, tensors: dict[str, Tensor], settings: dict):
         self.kind, self.tensors, self.settings = kind, tensors, settings
+        self.scores: WeakKeyDictionary[Residuals, Tensor] = WeakKeyDictionary()
 
     def switch(self, evaluator: Evaluator) -> MethodSwitch:
         """Its interventions on an evaluator's LM."""
@@ -65,7 +67,13 @@ class Method:
         kind, tensors = self.kind, self.tensors
         if kind in EDITS:
             return partial(edited, edit=EDITS[kind], tensors=tensors, strength=cell["strength"])
-        return partial(gated, score=SCORES[kind], tensors=tensors, cell=cell) if kind in SCORES else None
+        return partial(gated, method=self, cell=cell) if kind in SCORES else None
+
+    def score(self, read: Residuals) -> Tensor:
+        """A gate's or a guard's, which all its cells compare with their thresholds: computed once."""
+        if read not in self.scores:
+            self.scores[read] = SCORES[self.kind](read, self.tensors)
+        return self.scores[read]
 
     def weights(self, cell: dict) -> dict[str, Tensor]:
         """The weights that a cell puts in the place of the LM's own, by its names; most have none."""
@@ -205,10 +213,10 @@ EDITS = {"difference_of_means": along_the_difference, "leace": erased}
 # Gates, which overwrite tokens, and guards, which overwrite rows
 
 
-def gated(resid: Tensor, hook: Residuals, score: Callable, tensors: dict[str, Tensor], cell: dict) -> Tensor:
+def gated(resid: Tensor, hook: Residuals, method: Method, cell: dict) -> Tensor:
     """resid [row, pos, D], overwritten on the tokens that may be touched and score the threshold."""
-    fires = hook.trained & (score(hook, tensors) >= cell["threshold"])
-    return written_where(fires, resid, cell["write"], tensors["retain_mean"])
+    fires = hook.trained & (method.score(hook) >= cell["threshold"])
+    return written_where(fires, resid, cell["write"], method.tensors["retain_mean"])
 
 
 def written(cells: list[dict]) -> list[dict]:

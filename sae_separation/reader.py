@@ -40,8 +40,9 @@ REPLACED = 0.2  # of the words of a third of them
 LEAST, OTHERS = 0.5, 0.02  # nats from which on a token counts, and of the others such a share
 FITTING = {"contexts": 32, "lr": 3e-3, "weight_decay": 0.1}  # of AdamW
 LEFT_OUT = 0.5  # of the tokens are read without what came before
+MEMBERS = 3  # readers whose scores are averaged
 # of what counts in retain text, on which a reader fires; beyond, gates spoil too much (studies/gates.json)
-RETAIN_SHARES = (1e-4, 2e-4, 3e-4, 5e-4, 1e-3)
+RETAIN_SHARES = (5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 5e-4)
 
 Tensors = dict[str, Tensor]
 
@@ -143,11 +144,11 @@ def mean_before(z: Tensor, decay: float, seen: dict) -> Tensor:
     return weight.to(z) @ z
 
 
-def score_of(
+def hidden_of(
     f: Tensor, tensors: Tensors, seen: dict, heeded: Tensor | float = 1.0, at: Tensor | None = None
 ) -> Tensor:
-    """The score [row, pos] of units f [row, pos, units]; of the tokens `at` [row, pos] (bool) alone: [n].
-    `heeded` [n, 1]: 0 where one is read without what came before."""
+    """The hidden units [row, pos, hidden] on units f [row, pos, units]; of the tokens `at` [row, pos] (bool)
+    alone: [n, hidden]. `heeded` [n, 1]: 0 where one is read without what came before."""
     own, *before = tensors["W_in"]
     n_units, hidden = own.shape
     total = of(f, at) @ own
@@ -157,12 +158,17 @@ def score_of(
         else:
             part = of(mean_before(f, decay, seen), at) @ W
         total = total + heeded * part
-    return torch.relu(total + tensors["b_in"]) @ tensors["w_out"] + tensors["b_out"]
+    return torch.relu(total + tensors["b_in"])
 
 
 def of(z: Tensor, at: Tensor | None) -> Tensor:
     """All of z [row, pos, n], or what it is of the tokens `at`."""
     return z if at is None else z[at]
+
+
+def score_of(f: Tensor, tensors: Tensors, seen: dict) -> Tensor:
+    """The score [row, pos] of units f [row, pos, units]."""
+    return hidden_of(f, tensors, seen) @ tensors["w_out"] + tensors["b_out"]
 
 
 def score(read: Residuals, tensors: Tensors) -> Tensor:
@@ -186,16 +192,16 @@ def begun(
         shift, size = torch.zeros(1), f.pow(2).mean(0).sqrt()  # a feature that is off stays 0
     else:
         f, shift, size = x, x.mean(0), x.std(0)
-    n_means, n_units = 1 + len(DECAYS), f.shape[1]
+    n_means, n_units, n_hidden = 1 + len(DECAYS), f.shape[1], MEMBERS * hidden
 
     def uniform(fan_in: int, *shape: int) -> Tensor:  # as torch.nn.Linear starts
         return ((2 * torch.rand(*shape, generator=generator) - 1) / fan_in**0.5).requires_grad_()
 
     trained = {
-        "W_in": uniform(n_means * n_units, n_means, n_units, hidden),
-        "b_in": torch.zeros(hidden, requires_grad=True),
-        "w_out": uniform(hidden, hidden),
-        "b_out": torch.zeros(1, requires_grad=True),
+        "W_in": uniform(n_means * n_units, n_means, n_units, n_hidden),
+        "b_in": torch.zeros(n_hidden, requires_grad=True),
+        "w_out": uniform(hidden, MEMBERS, hidden),
+        "b_out": torch.zeros(MEMBERS, requires_grad=True),
     }
     return features | {"shift": shift, "size": size.clamp(min=1e-3)}, trained
 
@@ -204,8 +210,9 @@ def begun(
 def fitted(
     marked: Marked, hidden: int, steps: int, generator: torch.Generator, features: Tensors | None = None
 ) -> Tensors:
-    """The tensors of a reader of the stream, or of an SAE's features (of_features), trained with AdamW on
-    contexts drawn at random."""
+    """The tensors of a reader of the stream, or of an SAE's features (of_features): MEMBERS readers, each
+    trained with AdamW on contexts drawn at random, whose scores are averaged. As their hidden units stand
+    side by side, it is one reader again."""
     fixed, trained = begun(marked, hidden, generator, features or {})
     adam = torch.optim.AdamW(trained.values(), FITTING["lr"], weight_decay=FITTING["weight_decay"])
     falling = torch.optim.lr_scheduler.LambdaLR(adam, lambda i: min(1.0, 2 * (steps - i) / steps))
@@ -213,16 +220,20 @@ def fitted(
         some = torch.randint(len(marked.x), (FITTING["contexts"],), generator=generator)
         weight, forget = marked.weight[some], marked.forget[some]
         counts = weight > 0
-        weight, forget = weight[counts], forget[counts].float()
+        weight, forget = (part[counts][:, None].expand(-1, MEMBERS) for part in (weight, forget.float()))
         heeded = (torch.rand(len(weight), 1, generator=generator) >= LEFT_OUT).float()
         f = units(marked.x[some].float(), marked.trained[some], fixed)
-        log_odds = score_of(f, trained, {}, heeded, counts)
+        h = hidden_of(f, trained, {}, heeded, counts).unflatten(1, (MEMBERS, hidden))
+        log_odds = (h * trained["w_out"]).sum(-1) + trained["b_out"]  # [n, member]
         loss = binary_cross_entropy_with_logits(log_odds, forget, weight, reduction="sum") / weight.sum()
         adam.zero_grad()
         loss.backward()
         adam.step()
         falling.step()
-    return fixed | {name: t.detach() for name, t in trained.items()}
+    trained = {name: t.detach() for name, t in trained.items()}
+    trained["w_out"] = trained["w_out"].flatten() / MEMBERS
+    trained["b_out"] = trained["b_out"].mean(0, keepdim=True)
+    return fixed | trained
 
 
 @torch.no_grad()

@@ -200,11 +200,11 @@ class Gated(Method):
 
     def __init__(self, score: Callable[[Residuals], Tensor], grid: list[dict], retain_mean: Tensor):
         super().__init__("gate", {"retain_mean": retain_mean}, {"cells": grid})
-        self.score = score
+        self.says = score
 
     def hook(self, cell: dict) -> cells.Hook:
         def written(resid: Tensor, hook: Residuals) -> Tensor:
-            fires = hook.trained & (self.score(hook) >= cell["threshold"])
+            fires = hook.trained & (self.says(hook) >= cell["threshold"])
             return written_where(fires, resid, "retain_mean", self.tensors["retain_mean"])
 
         return written

@@ -198,8 +198,8 @@ def test_the_score_is_the_formula_and_looks_at_no_token_that_is_not_trained_on(h
     wanted = torch.stack([score_by_hand(row, on, tensors) for row, on in zip(x, trained)])
     assert torch.allclose(found, wanted, atol=1e-5)
     at = torch.rand(3, 6, generator=generator) < 0.5
-    some = reader.score_of(reader.units(x, trained, tensors), tensors, {}, at=at)
-    assert torch.allclose(some, wanted[at], atol=1e-5)
+    some = reader.hidden_of(reader.units(x, trained, tensors), tensors, {}, at=at)
+    assert torch.allclose(some @ tensors["w_out"] + tensors["b_out"], wanted[at], atol=1e-5)
     x[:, 0] = torch.inf
     assert torch.allclose(reader.score(Residuals(x, trained, trained.long()), tensors), wanted, atol=1e-5)
 
@@ -233,7 +233,8 @@ def test_a_reader_learns_what_came_before_tells(featured, in_context, generator)
     read = Residuals(in_context.x.float(), in_context.trained, in_context.trained.long())
     right = ((reader.score(read, tensors) > 0) == in_context.forget)[:, 1:]
     assert right.float().mean() > 0.7  # means hold older tokens, too
-    alone = reader.score_of(reader.units(read.resid, read.trained, tensors), tensors, {}, heeded=0.0)
+    f = reader.units(read.resid, read.trained, tensors)
+    alone = reader.hidden_of(f, tensors, {}, heeded=0.0) @ tensors["w_out"] + tensors["b_out"]
     assert ((alone > 0) == in_context.forget)[:, 1:].float().mean() < 0.6
 
 
