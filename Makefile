@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run study check test test-fast docs micro faults bench bench-gpu bench-quick
+.PHONY: run study worlds check test test-fast docs micro faults bench bench-gpu bench-quick
 
 run: $(VENV)/ready
 	$(BIN)/python experiment.py --out_dir reproduced/run_0 reproduced/run_1 --testbed=micro
@@ -26,6 +26,18 @@ study: $(VENV)/ready  # all runs of the plan on every evaluation, and again from
 	$(BIN)/python experiment.py $(LAYER_2) --out_dir $(addprefix reproduced/in_context/run_,15 28 29 30 31 32) $(GATES)
 	$(BIN)/python experiment.py $(LAYER_2) --seeds 0 --out_dir reproduced/in_context/run_21 $(GATES)
 	cd reproduced && $(abspath $(BIN))/python ../plot.py $(addprefix run_,$(SEEDED) $(SEEDLESS))
+
+WORLDS = 1 3
+# the same gates in other worlds than the embedded LM's, whose LMs are made first (an hour each)
+worlds: $(VENV)/ready
+	for world in 0 $(WORLDS); do \
+		if [ $$world = 0 ]; then lm=; else lm="--lm reproduced/micro_pythia_world_$$world"; fi; \
+		if [ $$world != 0 ]; then $(BIN)/python -m micro_pythia.make --world_seed $$world --out $${lm#--lm } || exit; fi; \
+		run="$(BIN)/python experiment.py $(LAYER_2) $$lm --out_dir"; folder=reproduced/worlds/$$world; \
+		$$run $$folder/run_0 --evals core && $$run $$folder/run_28 $$folder/run_29 --evals choice depth && \
+		$$run $$folder/run_21 --seeds 0 --evals choice depth || exit; \
+	done
+	$(BIN)/python -m studies.worlds reproduced/worlds/*
 
 check: $(VENV)/ready-dev  # form, lint, types
 	$(BIN)/ruff format --check .

@@ -298,7 +298,7 @@ def mlp_score(read: Residuals, tensors: dict[str, Tensor]) -> Tensor:
 
 
 READERS = {  # more steps and more hidden units bring feature_gate nothing on held-out text
-    "context_gate": {"hidden": 400, "steps": 6000},
+    "context_gate": {"hidden": 400, "steps": 2000},
     "feature_gate": {"hidden": 40, "steps": 1000},
 }
 
@@ -319,7 +319,9 @@ def read_in_context(
     marked, how = evaluator.once(reader.marked_text), READERS[kind]
     tensors = reader.fitted(marked, **how, generator=generator, features=features)
     cells = written(reader.thresholds(marked, tensors))
-    settings = how | reader.FITTING | {"decays": list(reader.DECAYS), "cells": cells}
+    settings = (
+        how | reader.FITTING | {"members": reader.MEMBERS, "decays": list(reader.DECAYS), "cells": cells}
+    )
     settings["tokens_trained"] = int(marked.trained.sum())
     device = evaluator.retain_mean.device
     tensors = {name: t.to(device) for name, t in tensors.items()}
