@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sae_separation.plots import folders, tables  # noqa: E402  (the checkout's)
+from studies import worlds as of_worlds  # noqa: E402
 
 SMOLLM2 = ("run_0", "run_6", "run_9")
 SHORT = ("standard", "worst case", "left at most", "kept at least")  # the columns of README's table
@@ -220,6 +221,21 @@ def gates_table() -> str:
     return f"{tables.markdown(head, table)}\n\nCommit `{'`, `'.join(sorted(commits))}`, one seed."
 
 
+def worlds() -> str:
+    """The tables of studies/worlds.json, and at which commits its runs were made. Where it is yet to be made,
+    how."""
+    path = ROOT / "studies/worlds.json"
+    if not path.exists():
+        return "Not measured yet: `make worlds`."
+    found = json.loads(path.read_text())
+    runs = [run for rows in found["worlds"].values() for run in rows.values()]
+    trained = sorted({run["trained_at"] for run in runs})
+    measured = sorted({commit for run in runs for commit in run["evaluated_at"].values()})
+    about = f"Trained at `{'`, `'.join(trained)}`, measured at `{'`, `'.join(measured)}`."
+    tables_of = (of_worlds.table(found["worlds"]), of_worlds.differences(found["comparisons"]))
+    return "\n\n".join([*tables_of, about])
+
+
 def filled(path: Path, blocks: dict[str, str]) -> str:
     """The document with each block between its markers. Raises SystemExit for markers that are not there."""
     text = path.read_text()
@@ -273,6 +289,7 @@ def documents() -> dict[Path, str]:
     in_context = runs_in([path.parent for path in ROOT.glob("in_context/*/final_info.json")], by_section=True)
     gates_in_context = f"{tables.ruler_table(in_context, OF_GATES)}\n\n{provenance_by_section(in_context)}"
     filled_in |= {"known-truth": known_truth(), "gates": gates_table(), "in-context": gates_in_context}
+    filled_in["worlds"] = worlds()
     return {
         readme: filled(readme, {"results": f"{short}\n\n{provenance(runs)}"}),
         results: filled(results, filled_in),

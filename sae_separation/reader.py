@@ -42,7 +42,7 @@ FITTING = {"contexts": 32, "lr": 3e-3, "weight_decay": 0.1}  # of AdamW
 LEFT_OUT = 0.5  # of the tokens are read without what came before
 MEMBERS = 3  # readers whose scores are averaged
 # of what counts in retain text, on which a reader fires; beyond, gates spoil too much (studies/gates.json)
-RETAIN_SHARES = (5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 5e-4)
+RETAIN_SHARES = (1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)
 
 Tensors = dict[str, Tensor]
 

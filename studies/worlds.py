@@ -109,6 +109,20 @@ def table(worlds: dict[str, dict]) -> str:
     return tables.markdown(["world", "method", *(name.replace("_", " ") for name in METRICS)], rows)
 
 
+def differences(comparisons: list[dict]) -> str:
+    """Markdown: the reference less each baseline."""
+    rows = []
+    for row in comparisons:
+        low, high = row.get("interval_95", (np.nan, np.nan))
+        by_world = ", ".join(f"{d:+.2f}" for d in row["by_world"])
+        of_mean = tables.shown(row["difference"], (high - low) / 2, "+.2f").replace("± +", "± ")
+        p = "-" if row["stouffer_p"] is None else f"{row['stouffer_p']:.2g}"
+        names = [folders.labels[row[key]] for key in ("of", "less")]
+        rows.append([*names, row["metric"].replace("_", " "), by_world, of_mean, p])
+    head = ["of", "less", "metric", "by world", "mean ± 95 % over worlds", "Stouffer p, one-sided"]
+    return tables.markdown(head, rows)
+
+
 def shown(values: list[float]) -> str:
     if not values:
         return "-"
@@ -126,7 +140,7 @@ def main():
     worlds = dict(sorted(collected(folder) for folder in args.folders))
     found = {"worlds": worlds, "comparisons": comparisons(worlds)}
     args.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(worlds))
+    print(table(worlds), differences(found["comparisons"]), sep="\n\n")
 
 
 if __name__ == "__main__":
