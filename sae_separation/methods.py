@@ -298,7 +298,7 @@ def mlp_score(read: Residuals, tensors: dict[str, Tensor]) -> Tensor:
 
 
 READERS = {  # more steps and more hidden units bring feature_gate nothing on held-out text
-    "context_gate": {"hidden": 400, "steps": 2000},
+    "context_gate": {"hidden": 400, "steps": 3000},
     "feature_gate": {"hidden": 40, "steps": 1000},
 }
 
