@@ -232,8 +232,10 @@ def worlds() -> str:
     trained = sorted({run["trained_at"] for run in runs})
     measured = sorted({commit for run in runs for commit in run["evaluated_at"].values()})
     about = f"Trained at `{'`, `'.join(trained)}`, measured at `{'`, `'.join(measured)}`."
-    tables_of = (of_worlds.table(found["worlds"]), of_worlds.differences(found["comparisons"]))
-    return "\n\n".join([*tables_of, about])
+    blocks = [of_worlds.table(found["worlds"])]
+    if found["comparisons"]:
+        blocks.append(of_worlds.differences(found["comparisons"]))
+    return "\n\n".join([*blocks, about])
 
 
 def filled(path: Path, blocks: dict[str, str]) -> str:

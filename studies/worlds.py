@@ -100,13 +100,14 @@ def comparisons(worlds: dict[str, dict]) -> list[dict]:
 
 
 def table(worlds: dict[str, dict]) -> str:
-    """Markdown: a row a world and a run, mean ± standard error over seeds."""
-    rows = []
+    """Markdown: a row a world and a run, mean ± standard error over seeds; the metrics that some run has."""
+    measured = {name for runs in worlds.values() for run in runs.values() for name in run["by_seed"]}
+    columns, rows = [name for name in METRICS if name in measured], []
     for world, runs in worlds.items():
         for run in runs.values():
-            by_seed = [list(run["by_seed"].get(name, {}).values()) for name in METRICS]
+            by_seed = [list(run["by_seed"].get(name, {}).values()) for name in columns]
             rows.append([world, run["label"], *(shown(values) for values in by_seed)])
-    return tables.markdown(["world", "method", *(name.replace("_", " ") for name in METRICS)], rows)
+    return tables.markdown(["world", "method", *(name.replace("_", " ") for name in columns)], rows)
 
 
 def differences(comparisons: list[dict]) -> str:
