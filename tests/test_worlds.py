@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +20,12 @@ def test_worlds_are_the_sample_and_stouffer_puts_tests_together():
     by_world = [rng.normal(0.1, 0.1, 3).tolist() for _ in range(4)]
     found = worlds.compared(by_world)
     means = [np.mean(d) for d in by_world]
-    over_worlds = stats.ttest_1samp(means, 0).confidence_interval(0.95)
-    assert np.allclose(found["interval_95"], [over_worlds.low, over_worlds.high])
+    over_worlds: Any = stats.ttest_1samp(means, 0)
+    assert np.allclose(found["interval_95"], list(over_worlds.confidence_interval(0.95)))
     assert np.isclose(found["difference"], np.mean(means)) and np.allclose(found["by_world"], means)
-    p = [stats.ttest_1samp(d, 0, alternative="greater").pvalue for d in by_world]
-    assert np.isclose(found["stouffer_p"], stats.combine_pvalues(p, method="stouffer").pvalue)
+    tests: Any = [stats.ttest_1samp(d, 0, alternative="greater") for d in by_world]
+    together: Any = stats.combine_pvalues([t.pvalue for t in tests], method="stouffer")
+    assert np.isclose(found["stouffer_p"], together.pvalue)
 
 
 def test_seeds_that_do_not_vary_have_no_test():
