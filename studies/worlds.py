@@ -73,7 +73,8 @@ def compared(by_world: list[list[float]]) -> dict:
         stderr = means.std(ddof=1) / n**0.5
         out["interval_95"] = (means.mean() + np.array([-1, 1]) * stdtrit(n - 1, 0.975) * stderr).tolist()
     z = [one_sided_z(np.array(d)) for d in by_world]
-    out["stouffer_p"] = None if None in z else float(ndtr(-np.sum(z) / n**0.5))
+    defined = [score for score in z if score is not None]
+    out["stouffer_p"] = float(ndtr(-np.sum(defined) / n**0.5)) if len(defined) == n else None
     return out
 
 
