@@ -70,7 +70,8 @@ class Method:
         return partial(gated, method=self, cell=cell) if kind in SCORES else None
 
     def score(self, read: Residuals) -> Tensor:
-        """A gate's or a guard's, which all its cells compare with their thresholds: computed once."""
+        """A gate's [row, pos] or a guard's [row, 1] log-odds (token_list: share), which all its cells compare
+        with their thresholds: computed once."""
         if read not in self.scores:
             self.scores[read] = SCORES[self.kind](read, self.tensors)
         return self.scores[read]
@@ -297,7 +298,9 @@ def mlp_score(read: Residuals, tensors: dict[str, Tensor]) -> Tensor:
     return mlp(read.resid, tensors)
 
 
-READERS = {  # more steps and more hidden units bring feature_gate nothing on held-out text
+# more steps and more hidden units bring feature_gate nothing on held-out text; context_gate, which gains a
+# little by more steps, is fitted for as long as feature_gate
+READERS = {
     "context_gate": {"hidden": 400, "steps": 3000},
     "feature_gate": {"hidden": 40, "steps": 1000},
 }

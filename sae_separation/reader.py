@@ -13,7 +13,8 @@ means: a few numbers a token are averaged, and not all units. Of tokens that no 
 It learns the label of the document that a token is of, from pieces of both domains (pieces.py); in a third of
 the contexts a fifth of the words is replaced by others. A token counts as many nats as the LM foresees its
 successor better than a bigram does: most where the LM says what it learnt by heart. Form and settings were
-chosen on world 1 (studies/gates.py), the number of steps by held-out text.
+chosen on world 1 (studies/gates.py), the number of steps by held-out text (context_gate's by time). Of
+MEMBERS readers that start apart the scores are averaged.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     python experiment.py --out_dir=mine/it --arm vanilla --testbed=micro --layer 2 --seeds 0 --evals core
     python -m studies.readers mine/it      # into studies/readers.json
 
-Rows that the file holds are not made again. Each is a reader of the stream or of the features of the run's
+Rows that the file holds are not made again; those of commit 5e6cb95 are of one reader, later ones of three
+(reader.MEMBERS). Each is a reader of the stream or of the features of the run's
 first SAE, with so many hidden units, after so many steps. `caught`: the share of what counts in forget text
 that scores above all but so much of what counts in retain text.
 """

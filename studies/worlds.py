@@ -51,17 +51,18 @@ def world_of(runs: list[folders.Run], folder: Path) -> str:
 
 
 def collected(folder: Path) -> tuple[str, dict]:
-    """The world of a folder of runs, and of every run its metrics by seed."""
+    """The world of a folder of runs, and of every run the metrics by seed that all its seeds have. Raises
+    SystemExit for a folder without complete runs."""
     runs, skipped = folders.find_runs(sorted(path.parent for path in folder.glob("run_*/final_info.json")))
     if skipped or not runs:
         raise SystemExit(f"error: {folder}: {'; '.join(skipped) or 'no complete run'}")
     rows = {}
     for run in runs:
         by_seed = {name: run.by_seed(*where) for name, where in METRICS.items()}
-        by_seed = {name: {str(s): v for s, v in of.items()} for name, of in by_seed.items() if of}
+        by_seed = {name: of for name, of in by_seed.items() if of and np.isfinite([*of.values()]).all()}
         commits = {s: part["made_by"]["git"] for s, part in run.info.items() if "made_by" in part}
         rows[run.name] = {"label": run.label, "trained_at": run.config["git"], "evaluated_at": commits}
-        rows[run.name]["by_seed"] = by_seed
+        rows[run.name]["by_seed"] = {name: {str(s): v for s, v in of.items()} for name, of in by_seed.items()}
     return world_of(runs, folder), rows
 
 
@@ -82,7 +83,7 @@ def one_sided_z(differences: np.ndarray) -> float | None:
     """The normal score of a paired t-test that the mean is above 0."""
     n = len(differences)
     stderr = differences.std(ddof=1) / n**0.5 if n > 1 else 0.0
-    return float(ndtri(stdtr(n - 1, differences.mean() / stderr))) if stderr else None
+    return float(ndtri(stdtr(n - 1, differences.mean() / stderr))) if stderr > 1e-12 else None
 
 
 def comparisons(worlds: dict[str, dict]) -> list[dict]:

@@ -38,6 +38,7 @@ def test_committed_runs_are_collected_and_compared(tmp_path, monkeypatch, capsys
     out = tmp_path / "worlds.json"
     monkeypatch.setattr(sys, "argv", ["worlds", str(ROOT / "in_context"), "--out", str(out)])
     worlds.main()
+    assert "NaN" not in out.read_text()  # runs without facts never shown have no such metric
     found = json.loads(out.read_text())
     ours = found["worlds"]["world 0"]["run_29"]
     info = json.loads((ROOT / "in_context/run_29/final_info.json").read_text())
