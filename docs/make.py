@@ -22,10 +22,10 @@ SMOLLM2 = ("run_0", "run_6", "run_9")
 SHORT = ("standard", "worst case", "left at most", "kept at least")  # the columns of README's table
 OF_README = [f"run_{i}" for i in (0, 1, 6, 9, 15, 16, 17, 19, 21)]  # its rows
 # columns that say something of gates in context
-OF_GATES = ("standard", "worst case", "left at most", "kept at least", "mean", "12 forms: worst case")
+OF_GATES = ("standard", "worst case", "left at most", "kept at least", "mean", "choice: worst case")
 OF_GATES += (
-    "12 forms: left",
-    "12 forms: kept",
+    "choice: left",
+    "choice: kept",
     "4 bits: left",
     "depth",
     "relearned",

@@ -1,6 +1,7 @@
 """Forms of asking, and what is left and kept in them: on the embedded LM with some of its questions, under
 interventions whose effect is known."""
 
+import math
 import random
 from dataclasses import replace
 from typing import Any
@@ -197,9 +198,25 @@ def test_a_choice_by_several_forms_takes_what_one_form_cannot_tell(evaluator, gu
     assert details["cell"]["name"] == "gate" and not notes
     tried = {row["cell"] and row["cell"]["name"]: row["worst_case_score"] for row in details["cells"]}
     assert tried["guard"] == tried["nothing"] == tried[None] == 0 < tried["gate"]
-    assert len(details["chosen_by"]) == 12 < len(details["forms"])
+    assert len(details["chosen_by"]) == 24 < len(details["forms"])
     assert metrics["knowledge_left_max"] == max(row["left"] for row in details["forms"])
     assert 0.3 < metrics["mean_score"] and set(metrics) == set(choice.METRICS)
+
+
+def test_a_cell_at_the_edge_of_what_must_be_kept_is_expected_to_fall_over_it():
+    """Of 200 retain questions 2 may be lost. With 2 lost the edge holds in P(X <= 2) of the draws, X binomial;
+    the cell that loses none scores less by its plain value, and is expected to score more."""
+    n, subject = 200, np.array(["forget"] * 100 + ["kept"] * 200)
+    forget = subject == "forget"
+    asked = robustness.Asked(Form("cloze", "no", "trained", "alone"), None, [], 0.25, np.ones(300, bool))
+    exam = robustness.Examined(subject, forget, ~np.ones(300, bool), forget & False, [asked], {}, [])
+    bold, careful = np.r_[np.zeros(100), np.ones(200)] > 0, np.r_[np.zeros(100), np.ones(200)] > 0
+    bold[-2:], careful[:40] = False, True  # of 100 forget answers 40 are left: (0.4 - 0.25) / 0.75 = 0.2
+    expected = [robustness.resampled(exam, right[None], 0, 20_000) for right in (bold, careful)]
+    lost = [math.comb(n, k) * 0.01**k * 0.99 ** (n - k) for k in range(3)]
+    assert expected[0]["worst_case_score"].mean() == pytest.approx(sum(lost), abs=0.02)
+    assert expected[1]["worst_case_score"].mean() == pytest.approx(0.8, abs=0.01)
+    assert expected[0]["knowledge_left_max"].max() == 0 and expected[1]["kept_at_worst"].min() == 1
 
 
 def test_scores_by_hand():

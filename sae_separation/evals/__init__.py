@@ -141,10 +141,10 @@ ROWS = [
         "choice",
         "choice",
         "sae_separation.evals.choice:choice",
-        seconds=80,
+        seconds=120,
         shown=("worst_case_score", "mean_score", "knowledge_left_max", "kept_at_worst"),
         says={
-            "worst_case_score": "the worst case of the cell that is chosen by its own in 12 forms, on the "
+            "worst_case_score": "the worst case of the cell that is chosen by its own in 24 forms, on the "
             "other half of the questions"
         },
         asks=True,

@@ -1,8 +1,12 @@
 """A cell chosen by how it does however it is asked, and not in one form alone.
 
 SAEBench's rule takes the cell that leaves the least in one form. Where several leave nothing there, it
-chooses by the luck of guesses. Here the cell with the best worst case in a few forms (CHOOSING) is taken, on
-the half of the questions that chooses, and measured on the other half in all forms, as robustness does.
+chooses by the luck of guesses. Here a cell is judged by its worst case in CHOOSING forms, on the half of the
+questions that chooses, and measured on the other half in all forms, as robustness does.
+
+A worst case is 0 where a hundredth of the retain answers is lost: by its plain value the boldest cell at the
+very edge is taken, and falls over it on other questions. So it is the mean over resampled questions that
+decides (of equals the first), as a cell at the edge falls over it in many of the draws.
 """
 
 from sae_separation.evals.cells import Halves, chosen_for, halves
@@ -12,6 +16,7 @@ from sae_separation.evals.robustness import (
     examined,
     examined_in,
     in_all_forms,
+    resampled,
     undominated,
     without_questions,
 )
@@ -19,8 +24,9 @@ from sae_separation.forms import Form
 from sae_separation.progress import section
 
 CHOOSING = [
-    Form(how, "own" if how == "letter" else "no", wording, place)
+    Form(how, header, wording, place)
     for how in ("letter", "cloze", "prose")
+    for header in ("own" if how == "letter" else "no", "other")
     for wording in ("trained", "anew")
     for place in ("alone", "passage")
 ]
@@ -47,15 +53,12 @@ def choice(evaluator: Evaluator, sae, seed: int, name: str) -> tuple[dict, dict,
         return dict.fromkeys(METRICS), {}, ["choice: the LM answers in too few forms"]
     found = []
     for cell in section.steps([None, *tried], 0.7):
-        metrics, _, _ = in_all_forms(evaluator, by, switch, cell)
-        found.append({"cell": cell} | {m: metrics[m] for m in METRICS})
-    best = max(found, key=best_first)
+        metrics, _, right = in_all_forms(evaluator, by, switch, cell)
+        expected = resampled(by, right, seed=0)["worst_case_score"].mean()
+        found.append({"cell": cell} | {m: metrics[m] for m in METRICS} | {"expected": float(expected)})
+    best = max(found, key=lambda cell: cell["expected"])
     metrics, table, _ = in_all_forms(evaluator, exam, switch, best["cell"])
     switch.lm.forget_answers()
     details = {"cell": best["cell"], "needed": switch.needed if best["cell"] else {}, "cells": found}
     details |= {"forms": table, "chosen_by": [asked.form.name for asked in by.forms]}
     return *finite("choice", {m: metrics[m] for m in METRICS}, details), []
-
-
-def best_first(cell: dict) -> tuple[float, float]:
-    return cell["worst_case_score"], cell["mean_score"]

@@ -341,31 +341,37 @@ def most_kept_first(cell: dict) -> tuple[float, float]:
     return -cell["retain_accuracy"], cell["forget_accuracy"]
 
 
-def intervals(exam: Examined, right: np.ndarray, seed: int, draws: int = 1000) -> dict[str, list[float]]:
-    """95 % percentile intervals over resampled questions, forget and retain apart."""
+def intervals(exam: Examined, right: np.ndarray, seed: int) -> dict[str, list[float]]:
+    """95 % percentile intervals over resampled questions."""
+    values = resampled(exam, right, seed)
+    return {k: np.quantile(v, [0.025, 0.975]).tolist() for k, v in values.items()}
+
+
+def resampled(exam: Examined, right: np.ndarray, seed: int, draws: int = 1000) -> dict[str, np.ndarray]:
+    """Metrics [draw] of right or wrong [form, question] over resampled questions, forget and retain apart;
+    every form is asked the same questions."""
     rng = np.random.default_rng(seed)
     known = np.stack([asked.known for asked in exam.forms])
     chance = np.array([asked.chance for asked in exam.forms])
 
-    def resampled(group: np.ndarray) -> np.ndarray:
-        """Accuracies [draw, form] on the known questions of a group."""
+    def accuracy(group: np.ndarray) -> np.ndarray:
+        """[draw, form], on the known questions of a group."""
         n = int(group.sum())
         counts = rng.multinomial(n, np.full(n, 1 / n), size=draws)
         among, hit = known[:, group], (right & known)[:, group]
         return (counts @ hit.T) / np.maximum(counts @ among.T, 1)
 
-    most = np.clip((resampled(exam.forget) - chance) / (1 - chance), 0, None)
-    kept, ok = resampled(exam.retain), np.ones((draws, len(chance)), bool)
+    most = np.clip((accuracy(exam.forget) - chance) / (1 - chance), 0, None)
+    kept, ok = accuracy(exam.retain), np.ones((draws, len(chance)), bool)
     for subject in dict.fromkeys(exam.subject[exam.retain]):
-        ok &= resampled(exam.retain & (exam.subject == subject)) >= KEPT_OF_A_SUBJECT
+        ok &= accuracy(exam.retain & (exam.subject == subject)) >= KEPT_OF_A_SUBJECT
     ok &= kept >= KEPT
-    values = {
+    return {
         "worst_case_score": np.where(ok.all(1), 1 - most.max(1), 0.0),
         "mean_score": ((1 - most) * ok).mean(1),
         "knowledge_left_max": most.max(1),
         "kept_at_worst": kept.min(1),
     }
-    return {k: np.quantile(v, [0.025, 0.975]).tolist() for k, v in values.items()}
 
 
 def notes(exam: Examined, exam4: Examined, cell: dict | None) -> list[str]:
