@@ -204,7 +204,7 @@ def test_a_choice_by_several_forms_takes_what_one_form_cannot_tell(evaluator, gu
 
 
 def test_a_cell_at_the_edge_of_what_must_be_kept_is_expected_to_fall_over_it():
-    """Of 200 retain questions 2 may be lost. With 2 lost the edge holds in P(X <= 2) of the draws, X binomial;
+    """Of 200 retain questions 2 may be lost. With 2 lost that holds in P(X <= 2) of the draws, X binomial;
     the cell that loses none scores less by its plain value, and is expected to score more."""
     n, subject = 200, np.array(["forget"] * 100 + ["kept"] * 200)
     forget = subject == "forget"
