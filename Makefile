@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run study worlds check test test-fast docs micro faults bench bench-gpu bench-quick
+.PHONY: run study in-context worlds check test test-fast docs micro faults bench bench-gpu bench-quick
 
 run: $(VENV)/ready
 	$(BIN)/python experiment.py --out_dir reproduced/run_0 reproduced/run_1 --testbed=micro
@@ -18,26 +18,28 @@ UNSEEN = --forget_entities 15 --evals robustness --seeds 0
 LAYER_2 = --testbed=micro --layer 2 --seeds 0 1 2
 GATES = --evals robustness choice depth relearning
 
-study: $(VENV)/ready  # all runs of the plan on every evaluation, and again from text about half of the organisms
+study: in-context  # all runs of the plan on every evaluation, and again from text about half of the organisms
 	$(BIN)/python experiment.py --testbed=micro --out_dir $(addprefix reproduced/run_,$(SEEDED)) --seeds 0 1 2 $(RULER)
 	$(BIN)/python experiment.py --testbed=micro --out_dir $(addprefix reproduced/run_,$(SEEDLESS)) --seeds 0 $(RULER)
 	$(BIN)/python experiment.py --testbed=micro --out_dir $(addprefix reproduced/unseen/run_,$(SEEDED) $(SEEDLESS)) $(UNSEEN)
+	cd reproduced && $(abspath $(BIN))/python ../plot.py $(addprefix run_,$(SEEDED) $(SEEDLESS))
+
+in-context: $(VENV)/ready
 	$(BIN)/python experiment.py $(LAYER_2) --out_dir $(addprefix reproduced/in_context/run_,0 9 6 27) --evals core geometry
 	$(BIN)/python experiment.py $(LAYER_2) --out_dir $(addprefix reproduced/in_context/run_,15 28 29 30 31 32) $(GATES)
 	$(BIN)/python experiment.py $(LAYER_2) --seeds 0 --out_dir reproduced/in_context/run_21 $(GATES)
-	cd reproduced && $(abspath $(BIN))/python ../plot.py $(addprefix run_,$(SEEDED) $(SEEDLESS))
 
 WORLDS = 1 3
 # the same gates in other worlds than the embedded LM's, whose LMs are made first (an hour each)
-worlds: $(VENV)/ready
-	for world in 0 $(WORLDS); do \
-		if [ $$world = 0 ]; then lm=; else lm="--lm reproduced/micro_pythia_world_$$world"; fi; \
-		if [ $$world != 0 ]; then $(BIN)/python -m micro_pythia.make --world_seed $$world --out $${lm#--lm } || exit; fi; \
-		run="$(BIN)/python experiment.py $(LAYER_2) $$lm --out_dir"; folder=reproduced/worlds/$$world; \
-		$$run $$folder/run_0 --evals core && $$run $$folder/run_28 $$folder/run_29 --evals choice depth && \
+worlds: in-context
+	for world in $(WORLDS); do \
+		lm=reproduced/micro_pythia_world_$$world; folder=reproduced/worlds/$$world; \
+		run="$(BIN)/python experiment.py $(LAYER_2) --lm $$lm --out_dir"; \
+		$(BIN)/python -m micro_pythia.make --world_seed $$world --out $$lm && $$run $$folder/run_0 --evals core && \
+		$$run $(foreach i,15 28 29,$$folder/run_$(i)) --evals choice depth && \
 		$$run $$folder/run_21 --seeds 0 --evals choice depth || exit; \
 	done
-	$(BIN)/python -m studies.worlds reproduced/worlds/*
+	$(BIN)/python -m studies.worlds reproduced/in_context reproduced/worlds/*
 
 check: $(VENV)/ready-dev  # form, lint, types
 	$(BIN)/ruff format --check .

@@ -51,10 +51,10 @@ INTERVALS = "95 % bootstrap intervals of the unlearning score over questions, se
 
 
 def runs_in(where: list[Path], by_section: bool = False) -> list[folders.Run]:
-    """Complete runs, all trained at one commit and all evaluated at one, or each section at one. Raises
-    SystemExit for others: documents quote no mixture."""
+    """Complete runs, all trained at one commit and all evaluated at one, or each arm and each section at one.
+    Raises SystemExit for others: documents quote no mixture."""
     runs, skipped = folders.find_runs(where)
-    commits = (commits_of(runs)[0], *sections_at(runs).values()) if by_section else commits_of(runs)
+    commits = (*trained_at(runs).values(), *sections_at(runs).values()) if by_section else commits_of(runs)
     if skipped or any(len(some) != 1 for some in commits):
         several = ", ".join(sorted(map(str, set().union(*commits))))
         reason = "; ".join(skipped) or f"runs of several commits: {several}"
@@ -67,6 +67,14 @@ def commits_of(runs: list[folders.Run]) -> tuple[set, set]:
     trained = {run.config.get("git") for run in runs}
     made = {part["made_by"]["git"] for run in runs for part in run.info.values() if "made_by" in part}
     return trained, made or trained
+
+
+def trained_at(runs: list[folders.Run]) -> dict[str, set[str]]:
+    """The commits at which each arm was trained."""
+    out: dict[str, set[str]] = {}
+    for run in runs:
+        out.setdefault(run.config["config"]["arm"], set()).add(run.config["git"])
+    return out
 
 
 def sections_at(runs: list[folders.Run]) -> dict[str, set[str]]:
@@ -87,12 +95,16 @@ def over_seeds(runs: list[folders.Run]) -> str:
 
 
 def provenance_by_section(runs: list[folders.Run]) -> str:
-    (trained,) = commits_of(runs)[0]
+    trained, measured = by_commit(trained_at(runs)), by_commit(sections_at(runs))
+    return f"{over_seeds(runs)} Trained: {trained}. Measured: {measured}."
+
+
+def by_commit(at: dict[str, set[str]]) -> str:
+    """What was made at each commit: a, b at `c`; d at `e`."""
     named: dict[str, list[str]] = {}
-    for section, (commit,) in sections_at(runs).items():
-        named.setdefault(commit, []).append(section)
-    parts = (f"{', '.join(sections)} at `{commit}`" for commit, sections in sorted(named.items()))
-    return f"{over_seeds(runs)} Trained at commit `{trained}`; {'; '.join(parts)}."
+    for what, (commit,) in at.items():
+        named.setdefault(commit, []).append(what)
+    return "; ".join(f"{', '.join(some)} at `{commit}`" for commit, some in sorted(named.items()))
 
 
 def provenance(runs: list[folders.Run]) -> str:

@@ -1,7 +1,7 @@
 """What holds in other worlds: other facts, other names, another LM that learnt them.
 
     make worlds                                                     # the LMs, the runs, and then
-    python -m studies.worlds reproduced/worlds/* --out studies/worlds.json
+    python -m studies.worlds reproduced/in_context reproduced/worlds/*    # into studies/worlds.json
 
 Each folder named here holds the runs of one world. Of every run the file keeps a few metrics by seed.
 Compared is a gate on an SAE's features with each method that is told the same labels, on seeds they share:
