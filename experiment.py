@@ -555,6 +555,8 @@ class Trainer:
         if look and self._takes_up("resample"):
             dead = sae.idle >= config.dead_tokens
             allowed = self.start_FD, self.options.get("least_cosine", -1.0)
+            if self.firing_loss:  # it reaches what does not fire: the forget group revives by itself
+                dead[: self.shard.within([self.options["forget_features"]], len(dead))[0]] = False
             self.resampled += resample(sae, dead, x, self.adam, self.generator, *allowed)
         return measured
 
@@ -587,6 +589,8 @@ class Trainer:
         if with_omega:
             measured["omega"] = self.omega
             loss = loss + alpha_directions * self.omega
+        if "sharing" in self.arm.steers:
+            measured["group_sharing"] = self._group_sharing()
         if "overlap" in self.arm.steers:
             measured |= {"overlap": self._overlap(), "alpha_directions": alpha_directions}
         return measured | {"loss": loss}

@@ -19,10 +19,13 @@ def resample(
     least_cosine: float = -1.0,
 ) -> int:
     """Point the dead features [F] (bool) of an OrthogonalSAE at rows of x [B, D] drawn by squared error, with
-    the living's mean encoder norm and bias and fresh Adam moments (after Bricken et al., Towards
-    Monosemanticity, 2023, appendix on resampling). At most one a row; returns how many. A decoder that is not
-    trained keeps its directions, an encoder its weights; with `start` [F, D] the directions keep a
-    `least_cosine` with it. Of features that are split over ranks, each rank revives its
+    the living's mean encoder norm and fresh Adam moments (after Bricken et al., Towards Monosemanticity,
+    2023, appendix on resampling). At most one a row; returns how many. A feature fires where the stream lies
+    more than half as far along it as at its row, and no more freely than the living do on average: with their
+    mean bias alone it would fire far from its row, on what is reconstructed already.
+
+    A decoder that is not trained keeps its directions, an encoder its weights; with `start` [F, D] the
+    directions keep a `least_cosine` with it. Of features that are split over ranks, each rank revives its
     own."""
     shard, all_dead = sae.shard, sae.shard.gather(dead_F)
     dead = all_dead.nonzero()[:, 0]
@@ -33,7 +36,8 @@ def resample(
     weight, n = error.pow(2).sum(1).cpu(), min(len(dead), len(x))
     chosen = torch.multinomial(weight, n, generator=generator).to(x.device)
     mine, dead = shard.here(dead[:n], len(dead_F))
-    direction = torch.nn.functional.normalize(error[chosen[mine]], dim=1)
+    chosen = chosen[mine]
+    direction = torch.nn.functional.normalize(error[chosen], dim=1)
     size, bias = torch.ones(()), torch.zeros(())
     if not all_dead.all():
         size, bias = shard.mean(sae.W_enc_FD[~dead_F].norm(dim=1)), shard.mean(sae.b_enc[~dead_F])
@@ -46,7 +50,8 @@ def resample(
     sae.W_dec[dead] = direction
     if sae.W_enc_FD.requires_grad:
         sae.W_enc_FD[dead] = size * direction
-    sae.b_enc[dead] = bias
+    u = sae.normalise(x[chosen])[0] - sae.b_dec
+    sae.b_enc[dead] = torch.minimum(bias, -0.5 * (u * sae.W_enc_FD[dead]).sum(1))
     sae.idle[dead] = 0
     of_features = [sae.W_dec, sae.W_enc_FD, sae.b_enc]
     if sae.activation == "jumprelu":

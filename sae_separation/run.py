@@ -402,7 +402,7 @@ class Run:
             "l1_coefficient": tail[-1]["l1_coefficient"],
             "alpha": tail[-1]["alpha"],
             "frac_dead": tail[-1]["frac_dead"],
-            **{name: tail[-1][name] for name in ("overlap", "alpha_directions") if name in tail[-1]},
+            **{k: v for k, v in tail[-1].items() if k in ("group_sharing", "overlap", "alpha_directions")},
             "resampled": trainer.resampled,
             "train_seconds": seconds,
             "tokens_per_second": tokens / seconds,
