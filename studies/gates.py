@@ -5,9 +5,9 @@
 
 Rows that the file holds are not made again.
 
-A gate writes the mean of retain text over the stream of every token that it takes for forget text. Each is a
-probe with one hidden layer, told the domain of documents and nothing else. They differ in the hook layer, in
-what they read and in what they learn from (GATES):
+A gate writes the mean of retain text over the stream of every token that it takes for forget text (`ideal`
+also zero). Each is a probe with one hidden layer, told the domain of documents and nothing else. They differ
+in the hook layer, in what they read and in what they learn from (GATES):
 
 reads     `token`: x_t. `context`: also two means of x over the tokens before, the nearest counting most.
 text      `documents`: contexts of one domain, as SAEs are trained on. `mixed`: sentences and questions of
@@ -49,7 +49,7 @@ from sae_separation import testbeds
 from sae_separation.evals import cells, robustness
 from sae_separation.evals.evaluator import Evaluator
 from sae_separation.exam import Residuals
-from sae_separation.interventions import written_where
+from sae_separation.interventions import WRITES, written_where
 from sae_separation.methods import Method, mlp
 from sae_separation.pieces import log_bigram, mixed_contexts, with_others
 from sae_separation.reader import DECAYS, LEAST, LEFT_OUT, REPLACED, at_shares, mean_before
@@ -205,7 +205,8 @@ class Gated(Method):
     def hook(self, cell: dict) -> cells.Hook:
         def written(resid: Tensor, hook: Residuals) -> Tensor:
             fires = hook.trained & (self.says(hook) >= cell["threshold"])
-            return written_where(fires, resid, "retain_mean", self.tensors["retain_mean"])
+            write = cell.get("write", "retain_mean")
+            return written_where(fires, resid, write, self.tensors["retain_mean"])
 
         return written
 
@@ -301,7 +302,7 @@ class Study:
             layer, which = IDEAL[name]
             evaluator = self.evaluator(layer)
             score = Ideal(evaluator.testbed, self.world, which)
-            about, grid = {"layer": layer}, [{"threshold": 0.5}]
+            about, grid = {"layer": layer}, [{"threshold": 0.5, "write": write} for write in WRITES]
         else:
             gate = GATES[name]
             evaluator, about = self.evaluator(gate.layer), asdict(gate)
