@@ -233,10 +233,10 @@ def gates_table() -> str:
     return f"{tables.markdown(head, table)}\n\nCommit `{'`, `'.join(sorted(commits))}`, one seed."
 
 
-def worlds() -> str:
-    """The tables of studies/worlds.json, and at which commits its runs were made. Where it is yet to be made,
-    how."""
-    path = ROOT / "studies/worlds.json"
+def worlds(name: str) -> str:
+    """The tables of a file of studies/worlds.py, and at which commits its runs were made. Where it is yet to
+    be made, how."""
+    path = ROOT / f"studies/{name}.json"
     if not path.exists():
         return "Not measured yet: `make worlds`."
     found = json.loads(path.read_text())
@@ -303,7 +303,7 @@ def documents() -> dict[Path, str]:
     in_context = runs_in([path.parent for path in ROOT.glob("in_context/*/final_info.json")], by_section=True)
     gates_in_context = f"{tables.ruler_table(in_context, OF_GATES)}\n\n{provenance_by_section(in_context)}"
     filled_in |= {"known-truth": known_truth(), "gates": gates_table(), "in-context": gates_in_context}
-    filled_in["worlds"] = worlds()
+    filled_in |= {"worlds": worlds("worlds"), "worlds-two-writes": worlds("worlds_two_writes")}
     return {
         readme: filled(readme, {"results": f"{short}\n\n{provenance(runs)}"}),
         results: filled(results, filled_in),
