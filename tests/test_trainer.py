@@ -258,9 +258,9 @@ def test_a_non_finite_term_stops_the_run_and_is_named(where, block, monkeypatch)
     assert torch.equal(trainer.sae.W_dec, before), "no step was taken on it"
 
 
+LIVING = {"arm": "adaptive", "forget_features": 60}  # 20 of them are not killed
 # field -> (what else is set: an arm, or settings; changed value); what a field must change is the trained
 # weights
-LIVING = {"arm": "adaptive", "forget_features": 60}  # 20 of them are not killed
 CHANGES = {
     "alpha": ("fixed", 0.7),
     "l1": ("vanilla", 0.1),
