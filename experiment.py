@@ -554,10 +554,11 @@ class Trainer:
             self._put_off("resample")
         if look and self._takes_up("resample"):
             dead = sae.idle >= config.dead_tokens
-            allowed = self.start_FD, self.options.get("least_cosine", -1.0)
-            if self.firing_loss:  # it reaches what does not fire: the forget group revives by itself
-                dead[: self.shard.within([self.options["forget_features"]], len(dead))[0]] = False
-            self.resampled += resample(sae, dead, x, self.adam, self.generator, *allowed)
+            # pointed at a row, a feature of the forget group would fire on retain text under a risen alpha;
+            # what forget text needs of the group its own hinge brings back
+            kept = self.options["forget_features"] if self.firing_loss and self.arm.steers else 0
+            how = self.start_FD, self.options.get("least_cosine", -1.0), kept
+            self.resampled += resample(sae, dead, x, self.adam, self.generator, *how)
         return measured
 
     def _put_off(self, what: str):

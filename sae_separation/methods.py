@@ -299,8 +299,8 @@ def mlp_score(read: Residuals, tensors: dict[str, Tensor]) -> Tensor:
 
 
 # more steps and more hidden units bring feature_gate nothing on held-out text; context_gate, which gains a
-# little by more steps, is fitted for as long as feature_gate. Where they fire they write zero: under the mean
-# of retain text even an ideal gate spoils answers behind a passage (studies/gates.json)
+# little by more steps, is fitted for as long as feature_gate. Where they fire they write zero: with the mean
+# of retain text even an ideal gate does worse, in three worlds, and in one it fails (studies/gates.json)
 READERS = {
     "context_gate": {"hidden": 400, "steps": 3000},
     "feature_gate": {"hidden": 40, "steps": 1000},

@@ -17,18 +17,20 @@ def resample(
     generator: torch.Generator,
     start_FD: Tensor | None = None,
     least_cosine: float = -1.0,
+    kept: int = 0,
 ) -> int:
     """Point the dead features [F] (bool) of an OrthogonalSAE at rows of x [B, D] drawn by squared error, with
     the living's mean encoder norm and fresh Adam moments (after Bricken et al., Towards Monosemanticity,
-    2023, appendix on resampling). At most one a row; returns how many. A feature fires where the stream lies
-    more than half as far along it as at its row, and no more freely than the living do on average: with their
-    mean bias alone it would fire far from its row, on what is reconstructed already.
+    2023, appendix on resampling). At most one a row; returns how many. A feature's pre-activation is above 0
+    where the stream lies more than half as far along it as at its row, and no more freely than the living's
+    on average: with their mean bias alone it would fire far from its row, on what is reconstructed already.
 
     A decoder that is not trained keeps its directions, an encoder its weights; with `start` [F, D] the
-    directions keep a `least_cosine` with it. Of features that are split over ranks, each rank revives its
-    own."""
+    directions keep a `least_cosine` with it. The first `kept` features stay as they are. Of features that are
+    split over ranks, each rank revives its own."""
     shard, all_dead = sae.shard, sae.shard.gather(dead_F)
     dead = all_dead.nonzero()[:, 0]
+    dead = dead[dead >= kept]
     if not len(dead):
         return 0
     # in parts: [B, F] of a large dictionary is larger than its weights
@@ -38,7 +40,7 @@ def resample(
     mine, dead = shard.here(dead[:n], len(dead_F))
     chosen = chosen[mine]
     direction = torch.nn.functional.normalize(error[chosen], dim=1)
-    size, bias = torch.ones(()), torch.zeros(())
+    size, bias = sae.b_enc.new_ones(()), sae.b_enc.new_zeros(())
     if not all_dead.all():
         size, bias = shard.mean(sae.W_enc_FD[~dead_F].norm(dim=1)), shard.mean(sae.b_enc[~dead_F])
     if start_FD is not None:

@@ -206,7 +206,7 @@ def test_a_choice_by_several_forms_takes_what_one_form_cannot_tell(evaluator, gu
 def test_a_cell_at_the_edge_of_what_must_be_kept_is_expected_to_fall_over_it():
     """Of 200 retain questions 2 may be lost. With 2 lost that holds in P(X <= 2) of the draws, X binomial;
     the cell that loses none scores less by its plain value, and is expected to score more."""
-    n, subject = 200, np.array(["forget"] * 100 + ["kept"] * 200)
+    n, subject = 200, np.array(["forget"] * 100 + ["one"] * 100 + ["two"] * 100)
     forget = subject == "forget"
     asked = robustness.Asked(Form("cloze", "no", "trained", "alone"), None, [], 0.25, np.ones(300, bool))
     exam = robustness.Examined(subject, forget, ~np.ones(300, bool), forget & False, [asked], {}, [])
@@ -217,6 +217,36 @@ def test_a_cell_at_the_edge_of_what_must_be_kept_is_expected_to_fall_over_it():
     assert expected[0]["worst_case_score"].mean() == pytest.approx(sum(lost), abs=0.02)
     assert expected[1]["worst_case_score"].mean() == pytest.approx(0.8, abs=0.01)
     assert expected[0]["knowledge_left_max"].max() == 0 and expected[1]["kept_at_worst"].min() == 1
+
+
+def test_resampled_questions_are_the_same_for_all_that_is_asked_of_them():
+    """Against plain draws: a subject of 20 that has lost one answer, and one that no form asks."""
+    subject = np.array(["forget"] * 50 + ["large"] * 180 + ["small"] * 20 + ["unknown"] * 2)
+    forget, right = subject == "forget", subject != "forget"
+    right[-3] = False
+    asked = robustness.Asked(Form("cloze", "no", "trained", "alone"), None, [], 0.25, subject != "unknown")
+    exam = robustness.Examined(subject, forget, forget & False, forget & False, [asked], {}, [])
+    rng, passed = np.random.default_rng(1), []
+    for _ in range(4000):
+        drawn = np.flatnonzero(~forget)[rng.integers(0, 202, 202)]
+        kept = {s: right[drawn[subject[drawn] == s]] for s in ("large", "small")}
+        every = np.concatenate([*kept.values()])
+        passed.append(every.mean() >= 0.99 and kept["small"].mean() >= 0.95)
+    found = robustness.resampled(exam, right[None], 0, 4000)["worst_case_score"]
+    assert found.mean() == pytest.approx(np.mean(passed), abs=0.04)
+
+
+@pytest.mark.parametrize("means, best", [((0.0, 0.2, 0.4), 1), ((0.0, 0.0, 0.0), None)])
+def test_where_no_cell_keeps_enough_the_best_mean_decides_and_none_is_said(
+    means, best, evaluator, monkeypatch
+):
+    switch: Any = Hooked(evaluator, lambda resid, hook: None)
+    of_all = [{"number": i} for i in range(2)]
+    monkeypatch.setattr(choice, "chosen_for", lambda *_: cells.Chosen(switch, of_all[0], of_all))
+    found = ({"worst_case_score": np.zeros(3), "mean_score": np.full(3, mean)} for mean in means)
+    monkeypatch.setattr(choice, "resampled", lambda *_, **__: next(found))
+    _, details, notes = choice.choice(evaluator, None, 0, "it")
+    assert details["cell"] == (best and of_all[best]) and bool(notes) == (best is None)
 
 
 def test_scores_by_hand():

@@ -4,9 +4,10 @@ SAEBench's rule takes the cell that leaves the least in one form. Where several 
 chooses by the luck of guesses. Here a cell is judged by its worst case in CHOOSING forms, on the half of the
 questions that chooses, and measured on the other half in all forms, as robustness does.
 
-A worst case is 0 where a hundredth of the retain answers is lost: by its plain value the boldest cell at the
-very edge is taken, and falls over it on other questions. So it is the mean over resampled questions that
-decides (of equals the first), as a cell at the edge falls over it in many of the draws.
+A worst case is 0 where more than a hundredth of the retain answers is lost: by its plain value the boldest
+cell at the very edge is taken, and falls over it on other questions. So it is the mean over resampled
+questions that decides, as a cell at the edge falls over it in many of the draws; then the same mean of the
+mean score; of equals the first.
 """
 
 from sae_separation.evals.cells import Halves, chosen_for, halves
@@ -54,11 +55,13 @@ def choice(evaluator: Evaluator, sae, seed: int, name: str) -> tuple[dict, dict,
     found = []
     for cell in section.steps([None, *tried], 0.7):
         metrics, _, right = in_all_forms(evaluator, by, switch, cell)
-        expected = resampled(by, right, seed=0)["worst_case_score"].mean()
-        found.append({"cell": cell} | {m: metrics[m] for m in METRICS} | {"expected": float(expected)})
-    best = max(found, key=lambda cell: cell["expected"])
+        draws = resampled(by, right, seed=0)
+        expected = {f"expected_{m}": float(draws[m].mean()) for m in ("worst_case_score", "mean_score")}
+        found.append({"cell": cell} | {m: metrics[m] for m in METRICS} | expected)
+    best = max(found, key=lambda row: (row["expected_worst_case_score"], row["expected_mean_score"]))
     metrics, table, _ = in_all_forms(evaluator, exam, switch, best["cell"])
     switch.lm.forget_answers()
     details = {"cell": best["cell"], "needed": switch.needed if best["cell"] else {}, "cells": found}
     details |= {"forms": table, "chosen_by": [asked.form.name for asked in by.forms]}
-    return *finite("choice", {m: metrics[m] for m in METRICS}, details), []
+    notes = [] if best["cell"] else ["choice: no cell does better than none: nothing was switched off"]
+    return *finite("choice", {m: metrics[m] for m in METRICS}, details), notes

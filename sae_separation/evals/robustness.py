@@ -349,23 +349,29 @@ def intervals(exam: Examined, right: np.ndarray, seed: int) -> dict[str, list[fl
 
 def resampled(exam: Examined, right: np.ndarray, seed: int, draws: int = 1000) -> dict[str, np.ndarray]:
     """Metrics [draw] of right or wrong [form, question] over resampled questions, forget and retain apart;
-    every form is asked the same questions."""
+    every form is asked the same questions. What no drawn question is known of counts as kept."""
     rng = np.random.default_rng(seed)
     known = np.stack([asked.known for asked in exam.forms])
     chance = np.array([asked.chance for asked in exam.forms])
 
-    def accuracy(group: np.ndarray) -> np.ndarray:
-        """[draw, form], on the known questions of a group."""
-        n = int(group.sum())
-        counts = rng.multinomial(n, np.full(n, 1 / n), size=draws)
-        among, hit = known[:, group], (right & known)[:, group]
-        return (counts @ hit.T) / np.maximum(counts @ among.T, 1)
+    def drawn(group: np.ndarray) -> np.ndarray:
+        """How often each question is drawn [draw, question]; those of a group as many times as it has."""
+        n, counts = int(group.sum()), np.zeros((draws, len(group)), int)
+        counts[:, group] = rng.multinomial(n, np.full(n, 1 / n), size=draws)
+        return counts
 
-    most = np.clip((accuracy(exam.forget) - chance) / (1 - chance), 0, None)
-    kept, ok = accuracy(exam.retain), np.ones((draws, len(chance)), bool)
+    def accuracy(counts: np.ndarray, group: np.ndarray) -> np.ndarray:
+        """[draw, form], on the known questions of a group."""
+        asked = counts[:, group] @ known[:, group].T
+        hit = counts[:, group] @ (right & known)[:, group].T
+        return np.where(asked > 0, hit / np.maximum(asked, 1), 1.0)
+
+    most = np.clip((accuracy(drawn(exam.forget), exam.forget) - chance) / (1 - chance), 0, None)
+    counts = drawn(exam.retain)
+    kept = accuracy(counts, exam.retain)
+    ok = kept >= KEPT
     for subject in dict.fromkeys(exam.subject[exam.retain]):
-        ok &= accuracy(exam.retain & (exam.subject == subject)) >= KEPT_OF_A_SUBJECT
-    ok &= kept >= KEPT
+        ok &= accuracy(counts, exam.retain & (exam.subject == subject)) >= KEPT_OF_A_SUBJECT
     return {
         "worst_case_score": np.where(ok.all(1), 1 - most.max(1), 0.0),
         "mean_score": ((1 - most) * ok).mean(1),
