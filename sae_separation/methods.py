@@ -16,7 +16,7 @@ oracle: no method, but the LM that never read what is to be forgotten.
 
 All are fitted on training text: the contexts that SAE features are selected on, or pieces of more of it
 (context_gate, feature_gate). No setting was chosen on questions that report. Sizes of the grids: 8, 5, 10,
-10, 6, 12, 12, 8, 8, 6, 6, 1.
+10, 6, 6, 6, 8, 8, 6, 6, 1.
 """
 
 from __future__ import annotations

@@ -144,8 +144,8 @@ ROWS = [
         seconds=120,
         shown=("worst_case_score", "mean_score", "knowledge_left_max", "kept_at_worst"),
         says={
-            "worst_case_score": "the worst case of the cell whose worst case in 24 forms is best on average over "
-            "resampled questions, on the other half"
+            "worst_case_score": "the worst case of the cell whose worst case in 24 forms is best on average "
+            "over resampled questions, on the other half"
         },
         asks=True,
         by_default=False,
