@@ -51,7 +51,7 @@ INTERVALS = "95 % bootstrap intervals of the unlearning score over questions, se
 
 
 def runs_in(where: list[Path], by_section: bool = False) -> list[folders.Run]:
-    """Complete runs, all trained at one commit and all evaluated at one, or each arm and each section at one.
+    """Complete runs, all trained at one commit and all evaluated at one, or each method and each section at one.
     Raises SystemExit for others: documents quote no mixture."""
     runs, skipped = folders.find_runs(where)
     commits = (*trained_at(runs).values(), *sections_at(runs).values()) if by_section else commits_of(runs)
@@ -70,10 +70,10 @@ def commits_of(runs: list[folders.Run]) -> tuple[set, set]:
 
 
 def trained_at(runs: list[folders.Run]) -> dict[str, set[str]]:
-    """The commits at which each arm was trained."""
+    """The commits at which each method was trained."""
     out: dict[str, set[str]] = {}
     for run in runs:
-        out.setdefault(run.config["config"]["arm"], set()).add(run.config["git"])
+        out.setdefault(run.label, set()).add(run.config["git"])
     return out
 
 

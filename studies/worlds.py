@@ -140,7 +140,11 @@ def main():
     parser.add_argument("folders", nargs="+", type=Path, help="of the runs of one world each")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("worlds.json"))
     args = parser.parse_args()
-    worlds = dict(sorted(collected(folder) for folder in args.folders))
+    rows = sorted((collected(folder) for folder in args.folders), key=lambda row: row[0])
+    if len(worlds := dict(rows)) < len(rows):
+        raise SystemExit(
+            f"error: a world is given twice, and one folder each is wanted: {[w for w, _ in rows]}"
+        )
     found = {"worlds": worlds, "comparisons": comparisons(worlds)}
     args.out.write_text(json.dumps(found, indent=1) + "\n")
     print(table(worlds), differences(found["comparisons"]), sep="\n\n")
