@@ -142,9 +142,7 @@ def main():
     args = parser.parse_args()
     rows = sorted((collected(folder) for folder in args.folders), key=lambda row: row[0])
     if len(worlds := dict(rows)) < len(rows):
-        raise SystemExit(
-            f"error: a world is given twice, and one folder each is wanted: {[w for w, _ in rows]}"
-        )
+        raise SystemExit(f"error: a world in two folders, and one is wanted: {[w for w, _ in rows]}")
     found = {"worlds": worlds, "comparisons": comparisons(worlds)}
     args.out.write_text(json.dumps(found, indent=1) + "\n")
     print(table(worlds), differences(found["comparisons"]), sep="\n\n")

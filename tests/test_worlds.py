@@ -52,6 +52,13 @@ def test_committed_runs_are_collected_and_compared(tmp_path, monkeypatch, capsys
     assert f"{means[0]:.2f}" in capsys.readouterr().out
 
 
+def test_a_world_in_two_folders_is_refused(tmp_path, monkeypatch):
+    folder, out = str(ROOT / "in_context"), str(tmp_path / "worlds.json")
+    monkeypatch.setattr(sys, "argv", ["worlds", folder, folder, "--out", out])
+    with pytest.raises(SystemExit, match="in two folders"):
+        worlds.main()
+
+
 def test_folders_without_runs_and_of_several_worlds_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="no complete run"):
         worlds.collected(tmp_path)
