@@ -51,7 +51,7 @@ INTERVALS = "95 % bootstrap intervals of the unlearning score over questions, se
 
 
 def runs_in(where: list[Path], by_section: bool = False) -> list[folders.Run]:
-    """Complete runs, all trained at one commit and all evaluated at one, or each method and each section at one.
+    """Complete runs, all trained at one commit and all evaluated at one, or each method and each section.
     Raises SystemExit for others: documents quote no mixture."""
     runs, skipped = folders.find_runs(where)
     commits = (*trained_at(runs).values(), *sections_at(runs).values()) if by_section else commits_of(runs)
