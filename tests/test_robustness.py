@@ -19,6 +19,7 @@ from sae_separation.forms import FORMS, Asker, Form, tells
 from sae_separation.questions import Question
 from studies.gates import Ideal
 
+UNASKED: Any = None  # the exam of a form whose answers are given
 EACH, EACH_OF_RETAIN = 8, 12  # one question in so many
 
 
@@ -208,7 +209,7 @@ def test_a_cell_at_the_edge_of_what_must_be_kept_is_expected_to_fall_over_it():
     the cell that loses none scores less by its plain value, and is expected to score more."""
     n, subject = 200, np.array(["forget"] * 100 + ["one"] * 100 + ["two"] * 100)
     forget = subject == "forget"
-    asked = robustness.Asked(Form("cloze", "no", "trained", "alone"), None, [], 0.25, np.ones(300, bool))
+    asked = robustness.Asked(Form("cloze", "no", "trained", "alone"), UNASKED, [], 0.25, np.ones(300, bool))
     exam = robustness.Examined(subject, forget, ~np.ones(300, bool), forget & False, [asked], {}, [])
     bold, careful = np.r_[np.zeros(100), np.ones(200)] > 0, np.r_[np.zeros(100), np.ones(200)] > 0
     bold[-2:], careful[:40] = False, True  # of 100 forget answers 40 are left: (0.4 - 0.25) / 0.75 = 0.2
@@ -224,7 +225,7 @@ def test_resampled_questions_are_the_same_for_all_that_is_asked_of_them():
     subject = np.array(["forget"] * 50 + ["large"] * 180 + ["small"] * 20 + ["unknown"] * 2)
     forget, right = subject == "forget", subject != "forget"
     right[-3] = False
-    asked = robustness.Asked(Form("cloze", "no", "trained", "alone"), None, [], 0.25, subject != "unknown")
+    asked = robustness.Asked(Form("cloze", "no", "trained", "alone"), UNASKED, [], 0.25, subject != "unknown")
     exam = robustness.Examined(subject, forget, forget & False, forget & False, [asked], {}, [])
     rng, passed = np.random.default_rng(1), []
     for _ in range(4000):
