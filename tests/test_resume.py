@@ -151,7 +151,7 @@ def test_a_trainer_goes_on_from_its_checkpoint_to_the_same_bits(form, activation
 
     def make():
         trainer = experiment.Trainer(config, 3, activations.x.shape[1], 200, activations)
-        trainer.sae.b_enc.data[:40] = -100.0  # dead, to be resampled
+        trainer.sae.b_enc.data[:80] = -100.0  # dead, to be resampled, but for a forget group
         return trainer
 
     whole, begun, other = make(), make(), make()
