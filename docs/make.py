@@ -12,6 +12,9 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
+from scipy.special import stdtrit
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -47,19 +50,31 @@ KNOWN_TRUTH: dict[str, tuple[str, str, bool]] = {
     "dead": ("dead_latents", ".0f", False),
     "Ω": ("omega", ".2f", False),
 }
+# runs that are told the labels less the best of those that need no SAE, and the two halves less one of them;
+# runs that are told nothing less the one without a loss on directions
+TOLD = [(f"run_{i}", "run_15") for i in (6, 7, 8, 11, 22, 23, 24, 25, 19, 20)] + [("run_23", "run_6")]
+UNTOLD = [(f"run_{i}", "run_0") for i in (1, 2, 3, 4, 5, 9, 10, 26, 27)]
+OF_DIFFERENCES = ("mean", "standard", "left at most", "depth")
 INTERVALS = "95 % bootstrap intervals of the unlearning score over questions, seed by seed: "
 
 
 def runs_in(where: list[Path], by_section: bool = False) -> list[folders.Run]:
-    """Complete runs, all trained at one commit and all evaluated at one, or each method and each section.
-    Raises SystemExit for others: documents quote no mixture."""
+    """Complete runs: all SAEs trained at one commit and evaluated at one, and all methods that need none; or
+    each method and each section. Raises SystemExit for others: documents quote no mixture."""
     runs, skipped = folders.find_runs(where)
-    commits = (*trained_at(runs).values(), *sections_at(runs).values()) if by_section else commits_of(runs)
+    of_kinds = [commits for some in by_kind(runs).values() for commits in commits_of(some)]
+    commits = [*trained_at(runs).values(), *sections_at(runs).values()] if by_section else of_kinds
     if skipped or any(len(some) != 1 for some in commits):
         several = ", ".join(sorted(map(str, set().union(*commits))))
         reason = "; ".join(skipped) or f"runs of several commits: {several}"
         raise SystemExit(f"error: {reason}; make them anew by one command (CONTRIBUTING.md, Results)")
     return runs
+
+
+def by_kind(runs: list[folders.Run]) -> dict[str, list[folders.Run]]:
+    """SAEs, and the methods that need none: a change of training leaves those as they are."""
+    kinds = {"SAEs": with_saes(runs), "without an SAE": [run for run in runs if "core" not in run.info]}
+    return {kind: some for kind, some in kinds.items() if some}
 
 
 def commits_of(runs: list[folders.Run]) -> tuple[set, set]:
@@ -108,9 +123,16 @@ def by_commit(at: dict[str, set[str]]) -> str:
 
 
 def provenance(runs: list[folders.Run]) -> str:
-    (trained,), (evaluated,) = commits_of(runs)
-    text = f"{over_seeds(runs)} Commit `{trained}`"
-    return text + ("." if evaluated == trained else f", evaluated at `{evaluated}`.")
+    """Over how many seeds, and the commits, of each kind if they differ."""
+    at: dict[str, str] = {}
+    for kind, some in by_kind(runs).items():
+        (trained,), (evaluated,) = commits_of(some)
+        at[kind] = f"commit `{trained}`" + ("" if evaluated == trained else f", evaluated at `{evaluated}`")
+    if len({*at.values()}) == 1:
+        said = next(iter(at.values())).capitalize()
+    else:
+        said = "; ".join(f"{kind}: {commits}" for kind, commits in at.items())
+    return f"{over_seeds(runs)} {said}."
 
 
 def lead(runs: list[folders.Run]) -> str:
@@ -250,6 +272,22 @@ def worlds(name: str) -> str:
     return "\n\n".join([*blocks, about])
 
 
+def differences(runs: list[folders.Run], pairs: list[tuple[str, str]]) -> str:
+    """Markdown: pairs of runs by OF_DIFFERENCES, seed by seed, with the 95 % interval of Student's t; p of
+    the paired t-test of the first, after Holm's correction over the rows."""
+    by_name = {run.name: run for run in runs}
+    asked = [(by_name[a], by_name[b]) for a, b in pairs if a in by_name and b in by_name]
+    found = [tables.paired_tests(asked, *tables.RULER[head]) for head in OF_DIFFERENCES]
+    rows = []
+    for tests in zip(*found, strict=True):
+        halves = [stdtrit(test["n"] - 1, 0.975) * test["stderr"] for test in tests]
+        cells = [tables.shown(test["difference"], half, "+.2f") for test, half in zip(tests, halves)]
+        p = f"{tests[0]['holm']:.2g}" if np.isfinite(tests[0]["holm"]) else "-"
+        rows.append([tests[0]["a"].label, tests[0]["b"].label, *(c.replace("± +", "± ") for c in cells), p])
+    heads = [head.replace("mean", "mean of forms") for head in OF_DIFFERENCES]
+    return tables.markdown(["of", "less", *heads, "p of the first (Holm)"], rows)
+
+
 def filled(path: Path, blocks: dict[str, str]) -> str:
     """The document with each block between its markers. Raises SystemExit for markers that are not there."""
     text = path.read_text()
@@ -299,6 +337,7 @@ def documents() -> dict[Path, str]:
     filled_in |= {"results": tables.summary_table(with_saes(runs)), "smollm2": tables.summary_table(smollm2)}
     short = tables.ruler_table([run for run in runs if run.name in OF_README], SHORT)
     filled_in |= {"results-from": provenance(runs), "smollm2-from": provenance(smollm2)}
+    filled_in |= {"told": differences(runs, TOLD), "untold": differences(runs, UNTOLD)}
     filled_in |= {"unseen-from": provenance(unseen)}
     in_context = runs_in([path.parent for path in ROOT.glob("in_context/*/final_info.json")], by_section=True)
     gates_in_context = f"{tables.ruler_table(in_context, OF_GATES)}\n\n{provenance_by_section(in_context)}"
