@@ -72,7 +72,7 @@ def runs_in(where: list[Path], by_section: bool = False) -> list[folders.Run]:
 
 
 def by_kind(runs: list[folders.Run]) -> dict[str, list[folders.Run]]:
-    """SAEs, and the methods that need none: a change of training leaves those as they are."""
+    """SAEs, and the methods that need none, which a change of training leaves as they are."""
     kinds = {"SAEs": with_saes(runs), "without an SAE": [run for run in runs if "core" not in run.info]}
     return {kind: some for kind, some in kinds.items() if some}
 

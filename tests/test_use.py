@@ -295,7 +295,7 @@ def test_every_committed_run_is_read_and_says_which_cell_is_its_best():
     assert best.name == "robustness" and best.settings.items() <= said["cell"].items()
     assert best.settings["features"] == said["cell"]["features"] and "forget_accuracy" not in best.settings
     assert run.cells(1)[best.described].settings == best.settings
-    assert len(run.cells(1)) == len(said["frontier"]) + 2, "guards had recorded nothing yet"
+    assert len(run.cells(1)) == len(said["frontier"]) + 4, "the ruler's, SAEBench's, two guards'"
     with pytest.raises(WrongRequest, match="the oracle is an LM of its own, and no intervention"):
         load_run(ROOT / "run_21").cell()
     with pytest.raises(WrongRequest, match="its SAEs are not there"):
