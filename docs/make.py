@@ -280,6 +280,7 @@ def differences(runs: list[folders.Run], pairs: list[tuple[str, str]]) -> str:
     found = [tables.paired_tests(asked, *tables.RULER[head]) for head in OF_DIFFERENCES]
     rows = []
     for tests in zip(*found, strict=True):
+        assert len({(test["a"].name, test["b"].name) for test in tests}) == 1, "every pair has every metric"
         halves = [stdtrit(test["n"] - 1, 0.975) * test["stderr"] for test in tests]
         cells = [tables.shown(test["difference"], half, "+.2f") for test, half in zip(tests, halves)]
         p = f"{tests[0]['holm']:.2g}" if np.isfinite(tests[0]["holm"]) else "-"

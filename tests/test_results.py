@@ -4,9 +4,12 @@ import importlib
 import json
 import re
 import sys
+from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT, run_script
+from scipy import stats
 from test_run import strict
 
 from experiment import PLAN
@@ -123,6 +126,19 @@ def test_every_number_in_the_notes_is_in_the_run_folders():
 def test_the_documents_quote_the_run_folders_as_they_are():
     checked = run_script("docs/make.py", "--check")
     assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_differences_of_runs_have_the_interval_of_a_paired_t_test(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    make = importlib.import_module("make")
+    runs = make.runs_in([ROOT / "run_15", ROOT / "run_6"])
+    row = make.differences(runs, [("run_6", "run_15"), ("run_6", "not_there")]).splitlines()[-1]
+    values = [INFOS[name]["robustness"]["final_info_dict"]["mean_score"] for name in ("run_6", "run_15")]
+    found: Any = stats.ttest_rel(*values)
+    low, high = found.confidence_interval(0.95)
+    cells = [cell.strip() for cell in row.strip("| ").split(" | ")]
+    assert cells[:2] == ["adaptive", "MLP probe gate"] and cells[-1] == f"{found.pvalue:.2g}"
+    assert cells[2] == f"{np.subtract(*values).mean():+.2f} ± {(high - low) / 2:.2f}"
 
 
 def test_a_number_changed_by_hand_is_named_and_mended(tmp_path, monkeypatch, capsys):
