@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run study in-context worlds check test test-fast docs micro faults bench bench-gpu bench-quick
+.PHONY: run study in-context worlds controls check test test-fast docs micro faults bench bench-gpu bench-quick
 
 run: $(VENV)/ready
 	$(BIN)/python experiment.py --out_dir reproduced/run_0 reproduced/run_1 --testbed=micro
@@ -40,6 +40,18 @@ worlds: in-context
 		$$run $$folder/run_21 --seeds 0 --evals choice depth || exit; \
 	done
 	$(BIN)/python -m studies.worlds reproduced/in_context reproduced/worlds/*
+
+CONTROL = $(BIN)/python experiment.py --testbed=micro --seeds 0 1 2 --evals core robustness depth --out_dir
+# `adaptive` with other sizes of its group, wrong labels, and other activations (with these vanilla, too)
+controls: $(VENV)/ready
+	$(CONTROL) reproduced/run_0 reproduced/run_6
+	$(CONTROL) reproduced/controls/1_feature/run_6 --forget_features 1
+	$(CONTROL) reproduced/controls/5_features/run_6 --forget_features 5
+	$(CONTROL) reproduced/controls/5_%_of_labels_wrong/run_6 --label_noise 0.05
+	$(CONTROL) reproduced/controls/20_%_of_labels_wrong/run_6 --label_noise 0.2
+	$(CONTROL) $(addprefix reproduced/controls/JumpReLU/,run_0 run_6) --activation jumprelu
+	$(CONTROL) $(addprefix reproduced/controls/Matryoshka/,run_0 run_6) --activation matryoshka
+	$(BIN)/python -m studies.controls reproduced reproduced/controls/*
 
 check: $(VENV)/ready-dev  # form, lint, types
 	$(BIN)/ruff format --check .
