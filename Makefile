@@ -41,16 +41,16 @@ worlds: in-context
 	done
 	$(BIN)/python -m studies.worlds reproduced/in_context reproduced/worlds/*
 
-CONTROL = $(BIN)/python experiment.py --testbed=micro --seeds 0 1 2 --evals core robustness depth --out_dir
+CONTROL = --testbed=micro --seeds 0 1 2 --evals core robustness depth
 # `adaptive` with other sizes of its group, wrong labels, and other activations (with these vanilla, too)
 controls: $(VENV)/ready
-	$(CONTROL) reproduced/run_0 reproduced/run_6
-	$(CONTROL) reproduced/controls/1_feature/run_6 --forget_features 1
-	$(CONTROL) reproduced/controls/5_features/run_6 --forget_features 5
-	$(CONTROL) reproduced/controls/5_%_of_labels_wrong/run_6 --label_noise 0.05
-	$(CONTROL) reproduced/controls/20_%_of_labels_wrong/run_6 --label_noise 0.2
-	$(CONTROL) $(addprefix reproduced/controls/JumpReLU/,run_0 run_6) --activation jumprelu
-	$(CONTROL) $(addprefix reproduced/controls/Matryoshka/,run_0 run_6) --activation matryoshka
+	$(BIN)/python experiment.py $(CONTROL) --out_dir reproduced/run_0 reproduced/run_6
+	$(BIN)/python experiment.py $(CONTROL) --out_dir reproduced/controls/1_feature/run_6 --forget_features 1
+	$(BIN)/python experiment.py $(CONTROL) --out_dir reproduced/controls/5_features/run_6 --forget_features 5
+	$(BIN)/python experiment.py $(CONTROL) --out_dir reproduced/controls/5_%_of_labels_wrong/run_6 --label_noise 0.05
+	$(BIN)/python experiment.py $(CONTROL) --out_dir reproduced/controls/20_%_of_labels_wrong/run_6 --label_noise 0.2
+	$(BIN)/python experiment.py $(CONTROL) --out_dir reproduced/controls/JumpReLU/run_0 reproduced/controls/JumpReLU/run_6 --activation jumprelu
+	$(BIN)/python experiment.py $(CONTROL) --out_dir reproduced/controls/Matryoshka/run_0 reproduced/controls/Matryoshka/run_6 --activation matryoshka
 	$(BIN)/python -m studies.controls reproduced reproduced/controls/*
 
 check: $(VENV)/ready-dev  # form, lint, types
