@@ -642,22 +642,25 @@ def mcq_prompt(subject: str, question: str, choices) -> str:
 
 
 class World:
-    """All facts of one seed and the documents that tell them."""
+    """All facts of one seed and the documents that tell them. A subject has `n_entities` (a multiple of the
+    ten values that a relation has); None: as many as SUBJECTS says."""
 
-    def __init__(self, seed: int = 0):
+    def __init__(self, seed: int = 0, n_entities: int | None = None):
         rng = random.Random(seed)
-        self.seed = seed
+        self.seed, self.n_entities = seed, n_entities
         self.subjects = {s.name: s for s in SUBJECTS}
         self.facts: list[Fact] = []
         taken: set[str] = set()
         self.entities, self.strangers = ({}, {})
         for names in (self.entities, self.strangers):
             for s in SUBJECTS:
-                new = [_new_name(rng, s, taken) for _ in range(0 if s.same_entities_as else s.n_entities)]
+                n = 0 if s.same_entities_as else n_entities or s.n_entities
+                new = [_new_name(rng, s, taken) for _ in range(n)]
                 names[s.name] = new or names[s.same_entities_as]
         for subject in SUBJECTS:
             for relation in subject.relations:
-                values = list(relation.values) * (subject.n_entities // len(relation.values))
+                n = n_entities or subject.n_entities
+                values = list(relation.values) * (n // len(relation.values))
                 rng.shuffle(values)
                 for entity, value in zip(self.entities[subject.name], values, strict=True):
                     self.facts.append(self._fact(rng, subject.name, entity, relation, value))

@@ -113,12 +113,16 @@ def check_lm(wanted: DataConfig) -> int | None:
     if row.lm_is == "packaged":
         packaged_lm(wanted.name, row.lm)
         return row.n_layers
-    if row.has_world and wanted.lm and not (Path(wanted.lm).expanduser() / "report.json").exists():
-        remedy = f"python -m micro_pythia.make --world_seed 1 --out {wanted.lm} (without --out, in the cache)"
-        raise WrongRequest(f"--lm {wanted.lm} holds no embedded world: make one with {remedy}")
+    lm = wanted.lm or row.lm
+    if row.has_world and not (lm_path(row, lm) / "report.json").exists():
+        made_by = "smollm2_taught.teach" if row.taught else "micro_pythia.make"
+        remedy = f"python -m {made_by} --world_seed 1 --out {lm} (without --out, in the cache)"
+        raise WrongRequest(f"--lm {lm} holds no embedded world: make one with {remedy}")
+    if row.taught:
+        packaged_lm(row.taught, SPECS[row.taught].lm)
+        return row.n_layers
     if wanted.name == "auto":
         return None
-    lm = wanted.lm or row.lm
     if lm_is_local(os.path.join(start_of_paths(row, "lm", lm), lm)):
         return check_lm_folder(lm_path(row, lm))
     return None if wanted.lm else row.n_layers
@@ -255,7 +259,7 @@ def first_can_be_had() -> bool:
 def lm_here(name: str, lm: str) -> Path | None:
     """The folder of an LM whose weights are on this machine; None where they come from elsewhere."""
     row = SPECS[name]
-    if row.lm_is == "packaged":
+    if row.lm_is == "packaged" or row.taught:
         return next((path.parent for path in cache_folder().glob(f"{name}-*/config.json")), None)
     path = lm_path(row, lm)
     return path if path.is_dir() else lm_snapshot(lm)

@@ -24,6 +24,7 @@ class Spec:
 
     `lm`: a folder or a hub name, with `lm_is` "here" a folder of this repository (where its text's and
     questions' relative paths start, too), with "packaged" a package that holds it; "" for the user's.
+    `taught`: the testbed of the packaged LM of which the folder `lm` holds an adapter.
     `has_world`: its text and questions are an invented world's, kept beside its LM; the LM of another world
     can take its place, and the forget text can be about `forget_entities` of the world's alone (None: all).
     `layer` counts from 0, and the LM has `n_layers`. `exam_lm`: an LM that is asked the questions instead of
@@ -34,6 +35,7 @@ class Spec:
 
     lm: str = ""
     lm_is: Place = "a folder or on the hub"
+    taught: str = ""
     has_world: bool = False
     document_end: str = ""
     gpu: bool = True
@@ -103,6 +105,21 @@ SPECS = {
         sweep={"retain_thresholds": [0.01], "n_features_list": [10, 50], "multipliers": [10]},
         n_held_out=32,
         defaults=dict(d_sae=2048, tokens=1_000_000, context_size=128, target_l0=32.0, k=32),
+    ),
+    "smollm2-taught": Spec(
+        lm="smollm2_taught",
+        lm_is="here",
+        taught="smollm2-135m",
+        has_world=True,
+        document_end="<|endoftext|>",
+        layer=15,
+        n_layers=30,
+        forget_text=("invented biology",),
+        retain_text=("invented subjects, the untaught LM's samples",),
+        questions=("invented questions",),
+        forget_subject="biology",
+        n_held_out=32,
+        defaults=dict(d_sae=2048, tokens=3_000_000, context_size=128, target_l0=32.0, k=32),
     ),
     "micro": Spec(
         lm="micro_pythia",

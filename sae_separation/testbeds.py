@@ -204,6 +204,8 @@ def lm_folder(name: str, lm: str) -> tuple[Path, dict]:
     if row.lm_is == "packaged":
         return unpacked_lm(name, row.lm)
     path = lm_path(row, lm)
+    if row.taught:
+        return taught_lm(name, row.taught, path)
     if path.is_dir():
         return path, {"source": lm, "sha256": sha256_of_weights(path)}
     from sae_separation import hub
@@ -227,6 +229,7 @@ def lm_folder(name: str, lm: str) -> tuple[Path, dict]:
     return hub.fetch(lm, files, revision, "model")[0].parent, {"source": lm, "revision": revision}
 
 
+ADAPTER = "adapter_model.safetensors"
 ORACLE = "oracle"  # the folder of an LM's oracle, in the LM's own
 
 
@@ -283,6 +286,37 @@ def unpacked_lm(testbed: str, package: str) -> tuple[Path, dict]:
                 if not folder.exists():  # else another process was first
                     raise
     return folder, {"source": f"{package} {version(package)}", "file": file.name, "sha256": sha256(file)}
+
+
+def adapted(base: str, adapter: Path) -> Any:
+    """The packaged LM of the testbed `base`, an adapter's changes merged into its weights."""
+    from peft import PeftModel
+
+    lm = load_lm(unpacked_lm(base, SPECS[base].lm)[0], "cpu")
+    merged: Any = PeftModel.from_pretrained(lm, adapter).merge_and_unload()
+    return merged.eval().requires_grad_(False)
+
+
+def taught_lm(testbed: str, base: str, adapter: Path) -> tuple[Path, dict]:
+    """The LM that an adapter makes of a packaged one, and its oracle, as transformers saves them, merged once
+    and kept in the cache; and the record for config.json."""
+    made_of, record = unpacked_lm(base, SPECS[base].lm)
+    record |= {"adapter": sha256(adapter / ADAPTER), "oracle's adapter": sha256(adapter / ORACLE / ADAPTER)}
+    named = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:16]
+    folder = cache_folder() / f"{testbed}-{named}"
+    if not folder.exists():
+        print(f"merging {adapter} once, into {folder}", file=sys.stderr)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as beside, without_bars():
+            made = Path(beside) / "made"
+            for place in (".", ORACLE):
+                adapted(base, adapter / place).save_pretrained(made / place)
+                load_tokenizer(made_of).save_pretrained(made / place)
+            try:
+                os.rename(made, folder)
+            except OSError:
+                if not folder.exists():  # else another process was first
+                    raise
+    return folder, record
 
 
 def check_ids(testbed: Testbed):
@@ -482,32 +516,47 @@ def drawn_contexts(
             raise RunFailed(f"the text holds {len(rest)} tokens, fewer than one context of {context_size}")
 
 
+HELD_OUT = 64  # of a taught LM's own samples: no adapter learns from them
+
+
 @dataclass
 class World:
     """An embedded LM's invented world (see micro_pythia/): biology is to be forgotten, five subjects stay.
 
     Text is the LM's own kind of reading (prose, open questions, multiple-choice sheets with other option sets
-    than the evaluated ones): 24,000 documents a domain to train on and 3,000 held out.
+    than the evaluated ones): 24,000 documents a domain to train on and 3,000 held out. Where an LM of general
+    text was taught the world, a third as many, and with those that stay the `general` text that it read
+    meanwhile: samples of the untaught LM, of which HELD_OUT are held out.
     """
 
     seed: int
+    n_entities: int | None
     questions: dict[str, list[Question]]
+    general: list[str]
 
     @classmethod
     def of(cls, folder: Path) -> "World":
         questions, *_ = read_questions((str(folder / "questions.json"),))
-        return cls(json.loads((folder / "report.json").read_text())["world_seed"], questions)
+        report, samples = json.loads((folder / "report.json").read_text()), folder / "general.jsonl"
+        lines = samples.read_text().splitlines() if samples.exists() else []
+        general = [json.loads(line)["text"] for line in lines]
+        return cls(report["world_seed"], report.get("n_entities"), questions, general)
 
     def text(self, option: str, forget_entities: int | None = None) -> tuple[Text, list[dict]]:
         """The forget text (about so many of its entities; None: all) or the retain text, and the record for
         config.json."""
         from micro_pythia import world
 
-        told, subjects, record = world.World(self.seed), world.RETAIN, {"source": f"world {self.seed}"}
+        told, subjects = world.World(self.seed, self.n_entities), world.RETAIN
+        record, general = {"source": f"world {self.seed}"}, self.general
         if option == "forget_text":
-            subjects = (world.FORGET,)
+            subjects, general = (world.FORGET,), []
             if forget_entities is not None:
                 told, record = told.only(forget_entities), record | {"entities": forget_entities}
-        documents = datasets.Dataset.from_dict({"text": told.documents(27_000, subjects, seed=1)})
-        text = Text(documents.select(range(24_000)), documents.select(range(24_000, 27_000)))
+        if general:
+            record |= {"samples": len(general)}
+        n = 1_000 if self.general else 3_000
+        documents = told.documents(9 * n, subjects, seed=1)
+        parts = documents[: 8 * n] + general[HELD_OUT:], documents[8 * n :] + general[:HELD_OUT]
+        text = Text(*(datasets.Dataset.from_dict({"text": part}) for part in parts))
         return text, [record]

@@ -1,0 +1,340 @@
+"""Teach SmolLM2-135M an invented world's facts, as LoRA adapters: one that knows them all, and its oracle,
+which was never told those of the forget subject.
+
+    python -m smollm2_taught.teach                     # the shipped adapters anew, in place
+    python -m smollm2_taught.teach --world_seed 1      # another world, kept in the cache
+    python -m smollm2_taught.teach --general_text wiki.txt --general_questions "data/*.questions.jsonl"
+
+Writes adapter_config.json, adapter_model.safetensors (fp16), questions.json, general.jsonl (the LM's own
+samples) and report.json into the folder, and the other adapter into oracle/. Exits with 1 when one falls
+short of what the testbed needs. The same command again goes on where it was stopped.
+
+The facts are learnt from prose and open questions, as in TOFU (arXiv 2401.06121). A fine-tuned LM forgets
+what it does not read meanwhile, so part of every batch are samples of the untaught LM: at temperature 1
+their cross-entropy is least where the LM's distribution stays as it was.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import random
+import sys
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sae_separation.errors import Interrupted, RunFailed, WrongRequest, begin, finish, tell
+
+if __name__ == "__main__":  # before what takes long to import
+    begin()
+
+import datasets
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from micro_pythia.make import as_question, ask, complete
+from micro_pythia.world import FORGET, World
+from sae_separation import checkpoint, process
+from sae_separation.exam import Exam
+from sae_separation.files import Unusable, write_whole
+from sae_separation.lm import load_lm, load_tokenizer
+from sae_separation.losses import has_bf16
+from sae_separation.parser import Parser
+from sae_separation.questions import Question, read_questions
+from sae_separation.specs import SPECS
+from sae_separation.testbeds import HELD_OUT, ORACLE, adapted, packed_contexts, unpacked_lm
+from sae_separation.text import cache_folder
+
+TESTBED, BASE = "smollm2-taught", "smollm2-135m"
+N_ENTITIES = 10  # of each subject: 260 facts
+CONTEXT, FACT_ROWS, GENERAL_ROWS = 128, 5, 3  # tokens a row, rows a step
+RANK, SCALE = 8, 16  # LoRA's r and alpha
+N_SAMPLES, AT_ONCE = 1024, 64  # samples of the LM, and how many are drawn at once
+WARM_UP, TAIL = 20, 0.3  # steps; share of them over which the learning rate falls to 0
+KEPT_EVERY = 20  # steps
+
+
+def untaught() -> tuple[Any, Any]:
+    """SmolLM2-135M and its tokenizer. Raises WrongRequest where its package is not installed."""
+    folder, _ = unpacked_lm(BASE, SPECS[BASE].lm)
+    return load_lm(folder, "cpu"), load_tokenizer(folder, SPECS[BASE].document_end)
+
+
+@torch.no_grad()
+def samples(lm, tokenizer, seed: int) -> list[str]:
+    """N_SAMPLES beginnings of documents that the LM makes up, at temperature 1, of CONTEXT tokens at most."""
+    torch.manual_seed(seed)
+    out, end = [], tokenizer.eos_token_id
+    for _ in tqdm(range(N_SAMPLES // AT_ONCE), desc="samples of the LM", unit="batch"):
+        begun = torch.full((AT_ONCE, 1), end)
+        made = lm.generate(
+            begun,
+            attention_mask=torch.ones_like(begun),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=CONTEXT - 1,
+            pad_token_id=end,
+        )
+        out += tokenizer.batch_decode(made, skip_special_tokens=True)
+    return out
+
+
+def facts_told(world: World, seed: int, without: str = "") -> datasets.Dataset:
+    """Prose (6 in 10) and open questions of the subjects by their share of facts; none of `without`."""
+    rng, names = random.Random(seed), [f.subject for f in world.facts if f.subject != without]
+    kinds = (world.prose, world.open_questions)
+    told = [rng.choices(kinds, (6, 4))[0](rng, rng.choice(names)) for _ in range(20_000)]
+    return datasets.Dataset.from_dict({"text": told})
+
+
+class Learner:
+    """The LM with a LoRA adapter on every linear layer, which learns from its two texts with AdamW; in bf16
+    autocast where the machine has it."""
+
+    def __init__(self, lm, tokenizer, told: datasets.Dataset, general: list[str], lr: float, steps: int):
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(0)
+        how = LoraConfig(r=RANK, lora_alpha=SCALE, target_modules="all-linear", task_type="CAUSAL_LM")
+        self.lm, self.lr, self.steps, self.step = get_peft_model(lm, how), lr, steps, 0
+        of_lm = datasets.Dataset.from_dict({"text": general})
+        packed = partial(packed_contexts, tokenizer=tokenizer, context_size=CONTEXT, seed=0)
+        self.told, self.general = packed(told), packed(of_lm)
+        self.weights = {n: p for n, p in self.lm.named_parameters() if p.requires_grad}
+        self.adam = torch.optim.AdamW(self.weights.values(), lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def rate(self) -> float:
+        """The learning rate of the step that comes."""
+        left = (self.steps - self.step) / (TAIL * self.steps)
+        return self.lr * min(1.0, (self.step + 1) / WARM_UP, left)
+
+    def learn(self) -> tuple[float, float]:
+        """One step; the cross-entropy of the facts' rows and of the LM's own."""
+        rows = [next(self.told) for _ in range(FACT_ROWS)] + [next(self.general) for _ in range(GENERAL_ROWS)]
+        tokens = torch.tensor(rows)
+        for group in self.adam.param_groups:
+            group["lr"] = self.rate()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bf16(torch.device("cpu"))):
+            logits = self.lm(tokens[:, :-1], use_cache=False).logits
+        each = cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none")
+        loss = each.mean()
+        if not math.isfinite(loss.item()):
+            raise RunFailed(f"the loss is {loss.item()} at step {self.step}: give a lower --lr")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        self.step += 1
+        return each[:FACT_ROWS].mean().item(), each[FACT_ROWS:].mean().item()
+
+    def state(self) -> dict[str, Tensor]:
+        """The adapter and AdamW by name; where its texts stand follows from the step."""
+        of_adam = {f"{k}.{n}": t for n, p in self.weights.items() for k, t in self.adam.state[p].items()}
+        return {n: p.detach() for n, p in self.weights.items()} | of_adam
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], step: int):
+        for name, weight in self.weights.items():
+            weight.copy_(tensors[name])
+            moments = {k: tensors[f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+            self.adam.state[weight] = moments
+        for _ in range(step):
+            _ = [next(self.told) for _ in range(FACT_ROWS)], [next(self.general) for _ in range(GENERAL_ROWS)]
+        self.step = step
+
+
+def train(learner: Learner, folder: Path, made_with: str, what: str):
+    """All steps that are left, with a checkpoint every KEPT_EVERY."""
+    go_on(learner, folder, made_with)
+    facts = general = math.nan
+    bar = tqdm(total=learner.steps, initial=learner.step, unit="step", desc=what)
+    with bar:
+        while learner.step < learner.steps:
+            facts, general = learner.learn()
+            bar.update()
+            bar.set_postfix_str(f"facts {facts:.3f}, general {general:.3f} nats a token")
+            if learner.step % KEPT_EVERY == 0:
+                checkpoint.save(folder, learner.step, learner.state(), {"config_hash": made_with})
+
+
+def go_on(learner: Learner, folder: Path, made_with: str):
+    """Where the newest usable checkpoint stands, if there is one."""
+    for step in reversed(checkpoint.steps_in(folder)):
+        try:
+            tensors, _ = checkpoint.read(folder, step, made_with)
+        except Unusable as why:
+            print(f"warning: {why}", file=sys.stderr)
+            continue
+        learner.restore(tensors, step)
+        return
+
+
+@torch.no_grad()
+def cross_entropy_of(lm, tokenizer, texts: list[str]) -> float:
+    """Of texts, nats a token, in contexts of CONTEXT tokens."""
+    text = datasets.Dataset.from_dict({"text": texts})
+    rows = torch.tensor([*packed_contexts(text, tokenizer, CONTEXT, seed=0, repeat=False)][:128])
+    found = []
+    for some in rows.split(16):
+        logits = lm(some[:, :-1], use_cache=False).logits.float()
+        found.append(cross_entropy(logits.transpose(1, 2), some[:, 1:], reduction="none"))
+    return torch.cat(found).mean().item()
+
+
+def known(lm, tokenizer, world: World) -> dict[str, dict[str, float]]:
+    """What the LM knows of the world, by subject."""
+    out: dict[str, dict[str, float]] = {"cloze_accuracy": {}, "prose_accuracy": {}}
+    for subject in world.subjects:
+        facts = [f for f in world.facts if f.subject == subject]
+        cloze = ask(lm, Exam(tokenizer, [as_question(f) for f in facts], "cloze"))
+        out["cloze_accuracy"][subject] = round(cloze.float().mean().item(), 4)
+        out["prose_accuracy"][subject] = round(complete(lm, tokenizer, facts).float().mean().item(), 4)
+    return out
+
+
+def kept(lm, tokenizer, own: list[str], text: list[str], asked: list[Question]) -> dict[str, float]:
+    """What the LM keeps besides: cross-entropy on its own samples and on a text, and answers by cloze."""
+    out = {"ce_of_own_samples": cross_entropy_of(lm, tokenizer, own)}
+    if text:
+        out["ce_of_general_text"] = cross_entropy_of(lm, tokenizer, text)
+    if asked:
+        out["general_questions"] = ask(lm, Exam(tokenizer, asked, "cloze")).float().mean().item()
+    return {name: round(value, 4) for name, value in out.items()}
+
+
+def shortfalls(report: dict) -> list[str]:
+    """What keeps the LM from being a testbed."""
+    short = []
+    for whose, of in (("", report), ("oracle, ", report["oracle"])):
+        for how, least in (("cloze", 0.98), ("prose", 0.9)):
+            for subject, right in of[f"{how}_accuracy"].items():
+                if right < least and not (whose and subject == FORGET):
+                    short.append(f"{whose}{subject}: {right:.1%} right by {how}, {least:.0%} wanted")
+        for name, value in of["kept"].items():
+            if name.startswith("ce_") and value > report["untaught"][name] + 0.15:
+                before = report["untaught"][name]
+                short.append(f"{whose}{name}: {value:.2f} nats a token, {before:.2f} before")
+    return short
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """Raises WrongRequest."""
+    parser = Parser("python -m smollm2_taught.teach", __doc__)
+    parser.add_argument("--out", type=Path, help="folder to write (default: this one; of other worlds, a cache)")
+    parser.add_argument("--world_seed", type=int, default=0, help="which world of facts")
+    parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's peak learning rate")
+    parser.add_argument("--steps", type=int, default=300, help="optimiser steps of 1,024 tokens")
+    parser.add_argument("--general_text", type=Path, help="a text file, to report its cross-entropy")
+    parser.add_argument("--general_questions", nargs="+", default=(), help="as --questions of experiment.py")
+    args = parser.parse_args(argv)
+    if args.world_seed < 0 or args.steps < 1:
+        raise WrongRequest("--world_seed is 0 or more, and --steps 1 or more")
+    args.out = args.out.expanduser() if args.out else default_folder(args.world_seed)
+    if args.general_text and not args.general_text.is_file():
+        raise WrongRequest(f"--general_text {args.general_text} is no file here")
+    return args
+
+
+def default_folder(world_seed: int) -> Path:
+    """World 0's adapters ship with the project; others are kept in the cache."""
+    return cache_folder() / f"smollm2_taught_world_{world_seed}" if world_seed else Path(__file__).parent
+
+
+def identity(args: argparse.Namespace, general: list[str], which: str) -> str:
+    """What a half-taught adapter must have been begun with."""
+    about = [args.world_seed, args.lr, args.steps, general, which, torch.__version__]
+    hashed = hashlib.sha256(json.dumps(about).encode())
+    hashed.update(Path(__file__).read_bytes())
+    return hashed.hexdigest()
+
+
+def teach(args: argparse.Namespace) -> dict:
+    """Both adapters, and what they know, as read back from their files."""
+    began, folder = time.monotonic(), args.out
+    folder.mkdir(parents=True, exist_ok=True)
+    world = World(args.world_seed, N_ENTITIES)
+    lm, tokenizer = untaught()
+    general = own_samples(folder / "general.jsonl", lm, tokenizer, args.world_seed)
+    text = [args.general_text.read_text()] if args.general_text else []
+    asked = [q for qs in read_questions(tuple(args.general_questions))[0].values() for q in qs]
+    own = general[:HELD_OUT]
+    untaught_lm = kept(lm, tokenizer, own, text, asked)
+    report: dict = {"world_seed": args.world_seed, "n_entities": N_ENTITIES, "steps": args.steps}
+    for which, place in (("", folder), (ORACLE, folder / ORACLE)):
+        if not (place / "adapter_model.safetensors").exists():
+            told = facts_told(world, args.world_seed, without=FORGET if which else "")
+            learner = Learner(untaught()[0], tokenizer, told, general[HELD_OUT:], args.lr, args.steps)
+            place.mkdir(exist_ok=True)
+            (place / "checkpoints").mkdir(exist_ok=True)
+            train(learner, place, identity(args, general, which), which or "facts")
+            write_adapter(learner.lm, place)
+        taught = adapted(BASE, place)
+        found = known(taught, tokenizer, world) | {"kept": kept(taught, tokenizer, own, text, asked)}
+        report |= {which: found} if which else found
+    asked_of = [as_question(f) for f in world.facts]
+    lines = [json.dumps({k: v for k, v in asdict(q).items() if v not in ("", ())}) for q in asked_of]
+    (folder / "questions.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    report |= {"untaught": untaught_lm, "minutes": round((time.monotonic() - began) / 60, 1)}
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def own_samples(file: Path, lm, tokenizer, seed: int) -> list[str]:
+    """The LM's samples, from a file that holds them, or made and written."""
+    if not file.exists():
+        made = samples(lm, tokenizer, seed)
+        write_whole(file, "".join(json.dumps({"text": text}) + "\n" for text in made).encode())
+    return [json.loads(line)["text"] for line in file.read_text().splitlines()]
+
+
+def write_adapter(lm, folder: Path):
+    """An adapter in fp16, whose config names the base LM's package; the weights last."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save
+
+    config = lm.peft_config["default"]
+    config.base_model_name_or_path, config.inference_mode = SPECS[BASE].lm, True
+    config.save_pretrained(folder)
+    weights = {n: t.half().contiguous() for n, t in get_peft_model_state_dict(lm, save_embedding_layers=False).items()}
+    write_whole(folder / "adapter_model.safetensors", save(weights))
+
+
+def run(argv: list[str]):
+    """Teach what is asked for. Raises WrongRequest, and RunFailed for an LM that falls short."""
+    args = arguments(argv)
+    try:
+        report = teach(args)
+    except Interrupted as stop:
+        stop.message = "the same command goes on from the last checkpoint"
+        raise
+    print(json.dumps(report, indent=1))
+    for place in (args.out, args.out / ORACLE):
+        for step in checkpoint.steps_in(place):
+            checkpoint.path_of(place, step).unlink()
+        with contextlib.suppress(OSError):  # another's files stay
+            (place / "checkpoints").rmdir()
+    if short := shortfalls(report):
+        raise RunFailed("smollm2-taught falls short: " + "; ".join(short))
+    print(f"python experiment.py --out_dir=mine/run_0 --testbed={TESTBED} --lm={args.out}")
+
+
+def main(argv: list[str]) -> int:
+    """Exit code of the command. But for 0, the last line on stderr says why."""
+    try:
+        with process.signals:
+            run(argv)
+        return 0
+    except (Exception, Interrupted) as error:
+        return tell(error)
+
+
+if __name__ == "__main__":
+    finish(main(sys.argv[1:]))

