@@ -114,9 +114,10 @@ def check_lm(wanted: DataConfig) -> int | None:
         packaged_lm(wanted.name, row.lm)
         return row.n_layers
     lm = wanted.lm or row.lm
-    if row.has_world and not (lm_path(row, lm) / "report.json").exists():
-        made_by = "smollm2_taught.teach" if row.taught else "micro_pythia.make"
-        remedy = f"python -m {made_by} --world_seed 1 --out {lm} (without --out, in the cache)"
+    if row.has_world and (wanted.lm or row.taught) and not (lm_path(row, lm) / "report.json").exists():
+        remedy = f"python -m {'smollm2_taught.teach' if row.taught else 'micro_pythia.make'}"
+        if wanted.lm:
+            remedy += f" --world_seed 1 --out {lm} (without --out, in the cache)"
         raise WrongRequest(f"--lm {lm} holds no embedded world: make one with {remedy}")
     if row.taught:
         packaged_lm(row.taught, SPECS[row.taught].lm)

@@ -228,7 +228,9 @@ def shortfalls(report: dict) -> list[str]:
 def arguments(argv: list[str]) -> argparse.Namespace:
     """Raises WrongRequest."""
     parser = Parser("python -m smollm2_taught.teach", __doc__)
-    parser.add_argument("--out", type=Path, help="folder to write (default: this one; of other worlds, a cache)")
+    parser.add_argument(
+        "--out", type=Path, help="folder to write (default: this one; of other worlds, a cache)"
+    )
     parser.add_argument("--world_seed", type=int, default=0, help="which world of facts")
     parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's peak learning rate")
     parser.add_argument("--steps", type=int, default=300, help="optimiser steps of 1,024 tokens")
@@ -303,7 +305,10 @@ def write_adapter(lm, folder: Path):
     config = lm.peft_config["default"]
     config.base_model_name_or_path, config.inference_mode = SPECS[BASE].lm, True
     config.save_pretrained(folder)
-    weights = {n: t.half().contiguous() for n, t in get_peft_model_state_dict(lm, save_embedding_layers=False).items()}
+    weights = {
+        n: t.half().contiguous()
+        for n, t in get_peft_model_state_dict(lm, save_embedding_layers=False).items()
+    }
     write_whole(folder / "adapter_model.safetensors", save(weights))
 
 
@@ -322,7 +327,8 @@ def run(argv: list[str]):
         with contextlib.suppress(OSError):  # another's files stay
             (place / "checkpoints").rmdir()
     if short := shortfalls(report):
-        raise RunFailed("smollm2-taught falls short: " + "; ".join(short))
+        more = f"; and {len(short) - 3} more in report.json" if len(short) > 3 else ""
+        raise RunFailed(f"{TESTBED} falls short: {'; '.join(short[:3])}{more}")
     print(f"python experiment.py --out_dir=mine/run_0 --testbed={TESTBED} --lm={args.out}")
 
 

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, GUIDE = ROOT / "docs/layout.md", ROOT / "CONTRIBUTING.md"
 CODE = ["python_version.py", "experiment.py", "plot.py", "sae_separation/**/*.py", "micro_pythia/*.py"]
+CODE += ["smollm2_taught/*.py"]
 START, END = "<!-- layout -->\n", "\n<!-- /layout -->"
 TITLE = """# Layout
 

