@@ -111,8 +111,12 @@ def lm_text(made: dict) -> str:
     if revision:
         return f"[{source}](https://huggingface.co/{source}) (commit `{revision[:12]}`)"
     testbed = SPECS.get(made["config"]["testbed"])
-    invented = " (a small LM that comes with the code and knows invented facts alone)"
-    return f"`{without_folders(source)}`" + (invented if testbed and testbed.has_world else "")
+    invented = ""
+    if testbed and testbed.has_world:
+        invented = " (a small LM that comes with the code and knows invented facts alone)"
+    if testbed and testbed.taught:
+        invented = f" (the LM of the testbed {testbed.taught}, taught invented facts)"
+    return f"`{without_folders(source)}`" + invented
 
 
 def how_to_load(repo: str, made: dict, seeds: list[int]) -> str:

@@ -99,6 +99,9 @@ def refuse_missing(lacking: dict[str, tuple[str, str]], argv: Iterable[str] = ()
     raise WrongRequest(f"{names} {are} missing: {what}; for example: {command}")
 
 
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # what peft makes of one
+
+
 def check_lm(wanted: DataConfig) -> int | None:
     """How many layers the LM has, if known without the hub. Raises WrongRequest for what can be no LM, and
     for a mistake in the testbed's row."""
@@ -120,6 +123,11 @@ def check_lm(wanted: DataConfig) -> int | None:
             remedy += f" --world_seed 1 --out {lm} (without --out, in the cache)"
         raise WrongRequest(f"--lm {lm} holds no embedded world: make one with {remedy}")
     if row.taught:
+        for file in (place + name for place in ("", "oracle/") for name in ADAPTER):
+            if not (lm_path(row, lm) / file).exists():
+                raise WrongRequest(
+                    f"--lm {lm} holds no {file}: python -m smollm2_taught.teach makes adapters"
+                )
         packaged_lm(row.taught, SPECS[row.taught].lm)
         return row.n_layers
     if wanted.name == "auto":
@@ -221,10 +229,11 @@ def check_entities(wanted: DataConfig, spec: Spec):
     from micro_pythia.world import FORGET, SUBJECTS
 
     if not row.has_world or spec.forget_text != row.forget_text:
-        why = "is for the forget text of an invented world (--testbed micro) alone"
+        why = "is for the forget text of an invented world (--testbed micro, smollm2-taught) alone"
         remedy = "leave it out and give --forget_text about some of them"
         raise WrongRequest(f"--forget_entities {n} {why}: {remedy}")
-    most = next(subject.n_entities for subject in SUBJECTS if subject.name == FORGET)
+    report = json.loads((lm_path(row, spec.lm) / "report.json").read_text())
+    most = report.get("n_entities") or next(s.n_entities for s in SUBJECTS if s.name == FORGET)
     if not 1 <= n <= most:
         raise WrongRequest(f"--forget_entities {n}: the world has {most} of them; give 1 to {most}")
 

@@ -325,7 +325,9 @@ def commit_of_code() -> str:
         if git("ls-files", "--error-unmatch", "experiment.py").returncode == 1:
             return "unknown: the repository around the code does not track it"
         described = git("describe", "--always")
-        changed = git("diff", "--quiet", "HEAD", "--", "*.py", "requirements.txt", "micro_pythia")
+        changed = git(
+            "diff", "--quiet", "HEAD", "--", "*.py", "requirements.txt", "micro_pythia", "smollm2_taught"
+        )
     except FileNotFoundError:
         return "unknown: git is not installed"
     except OSError as error:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from sae_separation import checks
-from sae_separation.checks import first_can_be_had
+from sae_separation.checks import ADAPTER, first_can_be_had
 from sae_separation.config import Config, Request, complete
 from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.exam import Batch, Exam, logits_at, most_positions, pad_alone
@@ -117,6 +117,8 @@ def load(
     set_up.begin("loading the LM")
     folder, described["lm"] = lm_folder(name, spec.lm)
     oracle = oracle_in(folder, described)
+    if row.taught:  # as the adapter says, whose merged weights are computed
+        described.pop(ORACLE, None)
     assert spec.layer is not None, "checks.missing refuses that"
     checks.check_layer(spec.layer, checks.check_lm_folder(folder))
     tokenizer = load_tokenizer(folder, spec.document_end)
@@ -229,7 +231,6 @@ def lm_folder(name: str, lm: str) -> tuple[Path, dict]:
     return hub.fetch(lm, files, revision, "model")[0].parent, {"source": lm, "revision": revision}
 
 
-ADAPTER = "adapter_model.safetensors"
 ORACLE = "oracle"  # the folder of an LM's oracle, in the LM's own
 
 
@@ -301,7 +302,9 @@ def taught_lm(testbed: str, base: str, adapter: Path) -> tuple[Path, dict]:
     """The LM that an adapter makes of a packaged one, and its oracle, as transformers saves them, merged once
     and kept in the cache; and the record for config.json."""
     made_of, record = unpacked_lm(base, SPECS[base].lm)
-    record |= {"adapter": sha256(adapter / ADAPTER), "oracle's adapter": sha256(adapter / ORACLE / ADAPTER)}
+    files = [place + name for place in ("", f"{ORACLE}/") for name in ADAPTER]
+    digests = {record["file"]: record["sha256"]} | {file: sha256(adapter / file) for file in files}
+    record |= {"sha256": digests}
     named = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:16]
     folder = cache_folder() / f"{testbed}-{named}"
     if not folder.exists():

@@ -1,16 +1,17 @@
 """Teach SmolLM2-135M an invented world's facts, as LoRA adapters: one that knows them all, and its oracle,
 which was never told those of the forget subject.
 
-    python -m smollm2_taught.teach                     # the shipped adapters anew, in place
+    python -m smollm2_taught.teach                     # world 0, into smollm2_taught/adapters
     python -m smollm2_taught.teach --world_seed 1      # another world, kept in the cache
     python -m smollm2_taught.teach --general_text wiki.txt --general_questions "data/*.questions.jsonl"
 
-Writes adapter_config.json, adapter_model.safetensors (fp16), questions.json, general.jsonl (the LM's own
-samples) and report.json into the folder, and the other adapter into oracle/. Exits with 1 when one falls
-short of what the testbed needs. The same command again goes on where it was stopped.
+Writes taught.json (with what it was begun), adapter_config.json, adapter_model.safetensors (fp16),
+questions.json, general.jsonl (the LM's own samples) and report.json into the folder, and the other adapter
+into oracle/. Exits with 1 when one falls short of what the testbed needs. The same command again goes on
+where it was stopped; other settings need another folder.
 
-The facts are learnt from prose and open questions, as in TOFU (arXiv 2401.06121). A fine-tuned LM forgets
-what it does not read meanwhile, so part of every batch are samples of the untaught LM: at temperature 1
+Facts that no one knew, learnt by fine-tuning, and an LM that was never told some: as in TOFU (arXiv
+2401.06121); here from prose and open questions. A fine-tuned LM forgets what it does not read meanwhile, so part of every batch are samples of the untaught LM: at temperature 1
 their cross-entropy is least where the LM's distribution stays as it was.
 """
 
@@ -24,6 +25,7 @@ import sys
 import time
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from micro_pythia import world
 from micro_pythia.make import as_question, ask, complete
 from micro_pythia.world import FORGET, World
 from sae_separation import checkpoint, process
 from sae_separation.exam import Exam
-from sae_separation.files import Unusable, write_whole
+from sae_separation.files import Unusable, write_json, write_whole
 from sae_separation.lm import load_lm, load_tokenizer
 from sae_separation.losses import has_bf16
 from sae_separation.parser import Parser
@@ -58,6 +61,7 @@ RANK, SCALE = 8, 16  # LoRA's r and alpha
 N_SAMPLES, AT_ONCE = 1024, 64  # samples of the LM, and how many are drawn at once
 WARM_UP, TAIL = 20, 0.3  # steps; share of them over which the learning rate falls to 0
 KEPT_EVERY = 20  # steps
+ADAPTERS = Path(__file__).parent / "adapters"
 
 
 def untaught() -> tuple[Any, Any]:
@@ -68,7 +72,7 @@ def untaught() -> tuple[Any, Any]:
 
 @torch.no_grad()
 def samples(lm, tokenizer, seed: int) -> list[str]:
-    """N_SAMPLES beginnings of documents that the LM makes up, at temperature 1, of CONTEXT tokens at most."""
+    """N_SAMPLES documents that the LM makes up, at temperature 1, cut after CONTEXT tokens."""
     torch.manual_seed(seed)
     out, end = [], tokenizer.eos_token_id
     for _ in tqdm(range(N_SAMPLES // AT_ONCE), desc="samples of the LM", unit="batch"):
@@ -81,6 +85,7 @@ def samples(lm, tokenizer, seed: int) -> list[str]:
             top_k=0,
             top_p=1.0,
             max_new_tokens=CONTEXT - 1,
+            eos_token_id=end,
             pad_token_id=end,
         )
         out += tokenizer.batch_decode(made, skip_special_tokens=True)
@@ -152,7 +157,7 @@ class Learner:
 
 
 def train(learner: Learner, folder: Path, made_with: str, what: str):
-    """All steps that are left, with a checkpoint every KEPT_EVERY."""
+    """All steps that are left, with a checkpoint every KEPT_EVERY; those go when training is over."""
     go_on(learner, folder, made_with)
     facts = general = math.nan
     bar = tqdm(total=learner.steps, initial=learner.step, unit="step", desc=what)
@@ -165,13 +170,22 @@ def train(learner: Learner, folder: Path, made_with: str, what: str):
                 checkpoint.save(folder, learner.step, learner.state(), {"config_hash": made_with})
 
 
+def remove_checkpoints(folder: Path):
+    """Of an adapter that is written."""
+    for step in checkpoint.steps_in(folder):
+        checkpoint.path_of(folder, step).unlink()
+    with contextlib.suppress(OSError):  # not there, or not empty: another's files stay
+        (folder / "checkpoints").rmdir()
+
+
 def go_on(learner: Learner, folder: Path, made_with: str):
-    """Where the newest usable checkpoint stands, if there is one."""
+    """Where the newest usable checkpoint stands, if there is one; unusable ones are removed."""
     for step in reversed(checkpoint.steps_in(folder)):
         try:
             tensors, _ = checkpoint.read(folder, step, made_with)
         except Unusable as why:
-            print(f"warning: {why}", file=sys.stderr)
+            print(f"warning: {why}: it is removed", file=sys.stderr)
+            checkpoint.path_of(folder, step).unlink()
             continue
         learner.restore(tensors, step)
         return
@@ -212,7 +226,10 @@ def kept(lm, tokenizer, own: list[str], text: list[str], asked: list[Question]) 
 
 def shortfalls(report: dict) -> list[str]:
     """What keeps the LM from being a testbed."""
-    short = []
+    forget = report["oracle"]["cloze_accuracy"][FORGET]
+    short = [f"oracle, {FORGET}: {forget:.1%} right by cloze, 25 % and no more than 40 wanted"] * (
+        forget > 0.4
+    )
     for whose, of in (("", report), ("oracle, ", report["oracle"])):
         for how, least in (("cloze", 0.98), ("prose", 0.9)):
             for subject, right in of[f"{how}_accuracy"].items():
@@ -237,51 +254,78 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--general_text", type=Path, help="a text file, to report its cross-entropy")
     parser.add_argument("--general_questions", nargs="+", default=(), help="as --questions of experiment.py")
     args = parser.parse_args(argv)
-    if args.world_seed < 0 or args.steps < 1:
-        raise WrongRequest("--world_seed is 0 or more, and --steps 1 or more")
+    if args.world_seed < 0 or args.steps < 1 or not 0 < args.lr <= 1:
+        raise WrongRequest("--world_seed is 0 or more, --steps 1 or more, and --lr above 0 and at most 1")
     args.out = args.out.expanduser() if args.out else default_folder(args.world_seed)
+    if args.out.exists() and not args.out.is_dir():
+        raise WrongRequest(f"--out {args.out} is a file: name a folder")
     if args.general_text and not args.general_text.is_file():
         raise WrongRequest(f"--general_text {args.general_text} is no file here")
+    if args.general_text and len(args.general_text.read_bytes()) < 100 * CONTEXT:
+        raise WrongRequest(
+            f"--general_text {args.general_text} is too short: give {100 * CONTEXT:,} bytes or more"
+        )
+    args.asked = [q for qs in read_questions(tuple(args.general_questions))[0].values() for q in qs]
+    refuse_others(args)
     return args
 
 
+def settings_of(args: argparse.Namespace) -> dict:
+    """What both adapters and the samples in a folder are made with."""
+    return {"world_seed": args.world_seed, "lr": args.lr, "steps": args.steps, "base": SPECS[BASE].lm}
+
+
+def refuse_others(args: argparse.Namespace):
+    """Raises WrongRequest for a folder that holds anything but adapters of these settings, whole or begun."""
+    there = {path.name for path in args.out.iterdir()} if args.out.is_dir() else set()
+    if there and "taught.json" not in there:
+        raise WrongRequest(f"{args.out} holds other files: name a new or an empty folder with --out")
+    if there and (begun := json.loads((args.out / "taught.json").read_text())) != settings_of(args):
+        with_what = ", ".join(f"--{k} {v}" for k, v in begun.items() if k != "base")
+        raise WrongRequest(
+            f"{args.out} was begun with {with_what}: give the same, or another folder with --out"
+        )
+
+
 def default_folder(world_seed: int) -> Path:
-    """World 0's adapters ship with the project; others are kept in the cache."""
-    return cache_folder() / f"smollm2_taught_world_{world_seed}" if world_seed else Path(__file__).parent
+    """World 0's adapters are kept where the testbed looks for them; others in the cache."""
+    return cache_folder() / f"smollm2_taught_world_{world_seed}" if world_seed else ADAPTERS
 
 
 def identity(args: argparse.Namespace, general: list[str], which: str) -> str:
     """What a half-taught adapter must have been begun with."""
-    about = [args.world_seed, args.lr, args.steps, general, which, torch.__version__]
+    about = [settings_of(args), version(SPECS[BASE].lm), general, which, torch.__version__]
     hashed = hashlib.sha256(json.dumps(about).encode())
-    hashed.update(Path(__file__).read_bytes())
+    for file in (__file__, world.__file__):
+        hashed.update(Path(file).read_bytes())
     return hashed.hexdigest()
 
 
 def teach(args: argparse.Namespace) -> dict:
     """Both adapters, and what they know, as read back from their files."""
     began, folder = time.monotonic(), args.out
-    folder.mkdir(parents=True, exist_ok=True)
-    world = World(args.world_seed, N_ENTITIES)
+    told_of = World(args.world_seed, N_ENTITIES)
     lm, tokenizer = untaught()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "taught.json", settings_of(args))
     general = own_samples(folder / "general.jsonl", lm, tokenizer, args.world_seed)
     text = [args.general_text.read_text()] if args.general_text else []
-    asked = [q for qs in read_questions(tuple(args.general_questions))[0].values() for q in qs]
-    own = general[:HELD_OUT]
+    asked, own = args.asked, general[:HELD_OUT]
     untaught_lm = kept(lm, tokenizer, own, text, asked)
     report: dict = {"world_seed": args.world_seed, "n_entities": N_ENTITIES, "steps": args.steps}
     for which, place in (("", folder), (ORACLE, folder / ORACLE)):
         if not (place / "adapter_model.safetensors").exists():
-            told = facts_told(world, args.world_seed, without=FORGET if which else "")
+            told = facts_told(told_of, args.world_seed, without=FORGET if which else "")
             learner = Learner(untaught()[0], tokenizer, told, general[HELD_OUT:], args.lr, args.steps)
             place.mkdir(exist_ok=True)
             (place / "checkpoints").mkdir(exist_ok=True)
             train(learner, place, identity(args, general, which), which or "facts")
             write_adapter(learner.lm, place)
+        remove_checkpoints(place)
         taught = adapted(BASE, place)
-        found = known(taught, tokenizer, world) | {"kept": kept(taught, tokenizer, own, text, asked)}
+        found = known(taught, tokenizer, told_of) | {"kept": kept(taught, tokenizer, own, text, asked)}
         report |= {which: found} if which else found
-    asked_of = [as_question(f) for f in world.facts]
+    asked_of = [as_question(f) for f in told_of.facts]
     lines = [json.dumps({k: v for k, v in asdict(q).items() if v not in ("", ())}) for q in asked_of]
     (folder / "questions.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
     report |= {"untaught": untaught_lm, "minutes": round((time.monotonic() - began) / 60, 1)}
@@ -318,14 +362,10 @@ def run(argv: list[str]):
     try:
         report = teach(args)
     except Interrupted as stop:
-        stop.message = "the same command goes on from the last checkpoint"
+        begun = any(checkpoint.steps_in(place) for place in (args.out, args.out / ORACLE))
+        stop.message = "the same command goes on" + (" from the last checkpoint" if begun else "")
         raise
     print(json.dumps(report, indent=1))
-    for place in (args.out, args.out / ORACLE):
-        for step in checkpoint.steps_in(place):
-            checkpoint.path_of(place, step).unlink()
-        with contextlib.suppress(OSError):  # another's files stay
-            (place / "checkpoints").rmdir()
     if short := shortfalls(report):
         more = f"; and {len(short) - 3} more in report.json" if len(short) > 3 else ""
         raise RunFailed(f"{TESTBED} falls short: {'; '.join(short[:3])}{more}")

@@ -19,9 +19,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 FOLDERS = (".", "sae_separation", "sae_separation/evals", "micro_pythia", "studies", "benchmarks", "docs")
+FOLDERS += ("smollm2_taught",)
 RUN = [file for folder in FOLDERS for file in (ROOT / folder).glob("*.py")]
 TESTS = [*(ROOT / "tests").glob("*.py")]
 OWN = {file.stem for file in RUN + TESTS} | {"sae_separation", "micro_pythia", "studies", "benchmarks"}
+OWN |= {"smollm2_taught"}
 REQUIREMENTS = ["requirements.txt", "requirements-no-deps.txt"]  # of a run
 PEERS = {"dictionary_learning", "sparsify"}  # of benchmarks/requirements.txt, in an environment of their own
 # an option asks for them, and says so where they are not

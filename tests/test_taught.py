@@ -2,7 +2,6 @@
 that holds a small LM."""
 
 import json
-from typing import Any
 
 import pytest
 import torch
@@ -10,10 +9,11 @@ from safetensors.torch import load_file
 from test_testbeds import make_smollm2
 
 from micro_pythia.world import FORGET, World
-from sae_separation import checkpoint, testbeds
+from sae_separation import checkpoint, checks, testbeds
+from sae_separation.errors import WrongRequest
 from sae_separation.specs import DataConfig
+from smollm2_taught import teach
 
-teach: Any = pytest.importorskip("smollm2_taught.teach")
 ADAPTER = "adapter_model.safetensors"
 
 
@@ -107,3 +107,50 @@ def test_the_testbed_is_the_adapted_lm_with_its_world_and_oracle(tmp_path):
     assert set(samples[2:]) <= set(train) and set(samples[:2]) <= set(held_out)
     assert not set(samples) & {dict(row)["text"] for row in testbed.forget.train}
     assert {q.entity for q in testbed.questions[FORGET]} == set(World(0, 10).entities[FORGET])
+
+
+def test_a_folder_of_others_or_of_other_settings_is_refused_and_left_alone(tmp_path, capsys):
+    mine = tmp_path / "mine"
+    (mine / "checkpoints").mkdir(parents=True)
+    for name in ("questions.json", "checkpoints/step_00000100.safetensors"):
+        (mine / name).write_text("mine")
+    assert teach.main(["--out", str(mine)]) == 2
+    assert "mine holds other files: name a new or an empty folder" in capsys.readouterr().err.splitlines()[-1]
+    assert {path.read_text() for path in mine.rglob("*") if path.is_file()} == {"mine"}
+    taught(tmp_path / "w")
+    files = {path: path.read_bytes() for path in (tmp_path / "w").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    for other in (["--steps", "8"], ["--steps", "4", "--lr", "0.1"], ["--steps", "4", "--world_seed", "3"]):
+        assert teach.main(["--out", str(tmp_path / "w"), *other]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert "was begun with --world_seed 0, --lr 0.001, --steps 4: give the same, or another" in said
+    assert files == {path: path.read_bytes() for path in (tmp_path / "w").rglob("*") if path.is_file()}
+
+
+def test_wrong_requests_write_nothing(tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("too short")
+    out = ["--out", str(tmp_path / "new")]
+    for options in (
+        ["--lr", "-1"],
+        ["--lr", "nan"],
+        ["--steps", "0"],
+        ["--general_text", str(tmp_path / "short.txt")],
+        ["--general_text", str(tmp_path / "gone.txt")],
+        ["--general_questions", str(tmp_path / "gone.jsonl")],
+        ["--out", str(tmp_path / "short.txt")],
+    ):
+        assert teach.main([*out, *options]) == 2, options
+        assert not (tmp_path / "new").exists() and capsys.readouterr().err.startswith("error: ")
+
+
+def test_records_tell_adapters_apart_and_a_folder_without_them_is_refused(tmp_path):
+    taught(tmp_path / "one")
+    teach.main(["--out", str(tmp_path / "other"), "--steps", "5"])
+    one, other = (testbeds.lm_folder("smollm2-taught", str(tmp_path / name)) for name in ("one", "other"))
+    assert one[0] != other[0] and one[1]["sha256"] != other[1]["sha256"]
+    (tmp_path / "one/oracle" / ADAPTER).unlink()
+    with pytest.raises(WrongRequest, match=f"holds no oracle/{ADAPTER}: python -m smollm2_taught.teach"):
+        checks.check_lm(DataConfig(testbed="smollm2-taught", lm=str(tmp_path / "one")))
+    wanted = DataConfig(testbed="smollm2-taught", lm=str(tmp_path / "other"), forget_entities=20)
+    with pytest.raises(WrongRequest, match="--forget_entities 20: the world has 10 of them"):
+        checks.check_entities(wanted, testbeds.spec_of(wanted, wanted.row))
