@@ -123,11 +123,7 @@ def check_lm(wanted: DataConfig) -> int | None:
             remedy += f" --world_seed 1 --out {lm} (without --out, in the cache)"
         raise WrongRequest(f"--lm {lm} holds no embedded world: make one with {remedy}")
     if row.taught:
-        for file in (place + name for place in ("", "oracle/") for name in ADAPTER):
-            if not (lm_path(row, lm) / file).exists():
-                raise WrongRequest(
-                    f"--lm {lm} holds no {file}: python -m smollm2_taught.teach makes adapters"
-                )
+        check_adapters(lm_path(row, lm))
         packaged_lm(row.taught, SPECS[row.taught].lm)
         return row.n_layers
     if wanted.name == "auto":
@@ -135,6 +131,15 @@ def check_lm(wanted: DataConfig) -> int | None:
     if lm_is_local(os.path.join(start_of_paths(row, "lm", lm), lm)):
         return check_lm_folder(lm_path(row, lm))
     return None if wanted.lm else row.n_layers
+
+
+def check_adapters(folder: Path):
+    """Raises WrongRequest for a folder that lacks a file of an LM's adapter, or of its oracle's."""
+    for file in (place + name for place in ("", "oracle/") for name in ADAPTER):
+        if not (folder / file).exists():
+            raise WrongRequest(
+                f"--lm {folder} holds no {file}: python -m smollm2_taught.teach makes adapters"
+            )
 
 
 def check_split_lm():

@@ -165,16 +165,16 @@ class DataConfig:
     testbed: str = simple_parsing.choice(*TESTBEDS, default="auto")
     """which LM, text and questions; auto is pythia-70m where it is cached or the hub answers, else micro"""
     lm: str = ""
-    """instead of auto: any decoder-only LM, a folder or a hub name; for micro and smollm2-taught the folder of
-    another world (python -m micro_pythia.make --world_seed 1 makes one and says where)"""
+    """instead of auto: any decoder-only LM, a folder or a hub name; for micro and smollm2-taught the folder
+    of another world (python -m micro_pythia.make --world_seed 1 makes one and says where)"""
     layer: int | None = None
     """the SAE is trained on what this layer puts out, counted from 0"""
     forget_text: tuple[str, ...] = ()
     """text to forget: .txt, .md (blank lines part documents), .jsonl, .ndjson, .csv, .tsv (or .gz, .zst),
     .parquet, folders, globs, or hub data sets owner/name:config@split; #column if it is not text"""
     forget_entities: int | None = None
-    """micro, smollm2-taught: forget text that names only so many of the organisms, by which facts never shown are measured;
-    without it all"""
+    """micro, smollm2-taught: forget text that names only so many of the organisms, by which facts never shown
+    are measured; without it all"""
     retain_text: tuple[str, ...] = ()
     """text to keep, given in the same way"""
     questions: tuple[str, ...] = ()

@@ -116,9 +116,7 @@ def load(
     read_local.cache_clear()
     set_up.begin("loading the LM")
     folder, described["lm"] = lm_folder(name, spec.lm)
-    oracle = oracle_in(folder, described)
-    if row.taught:  # as the adapter says, whose merged weights are computed
-        described.pop(ORACLE, None)
+    oracle = oracle_in(folder, {} if row.taught else described)  # of adapters `lm` tells
     assert spec.layer is not None, "checks.missing refuses that"
     checks.check_layer(spec.layer, checks.check_lm_folder(folder))
     tokenizer = load_tokenizer(folder, spec.document_end)

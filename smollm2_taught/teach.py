@@ -11,8 +11,9 @@ into oracle/. Exits with 1 when one falls short of what the testbed needs. The s
 where it was stopped; other settings need another folder.
 
 Facts that no one knew, learnt by fine-tuning, and an LM that was never told some: as in TOFU (arXiv
-2401.06121); here from prose and open questions. A fine-tuned LM forgets what it does not read meanwhile, so part of every batch are samples of the untaught LM: at temperature 1
-their cross-entropy is least where the LM's distribution stays as it was.
+2401.06121); here from prose and open questions. A fine-tuned LM forgets what it does not read meanwhile, so
+part of every batch are samples of the untaught LM: at temperature 1 their cross-entropy is least where the
+LM's distribution stays as it was.
 """
 
 import argparse
