@@ -226,6 +226,7 @@ def test_what_is_installed_is_all_that_a_run_needs_with_the_embedded_lm(wheel):
         "ls-files",
         "sae_separation",
         "micro_pythia",
+        "smollm2_taught",
         "experiment.py",
         "plot.py",
         "python_version.py",
