@@ -101,6 +101,13 @@ def facts_told(world: World, seed: int, without: str = "") -> datasets.Dataset:
     return datasets.Dataset.from_dict({"text": told})
 
 
+def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy of every token, nats. logits: [row, position, vocabulary]; tokens, and what comes: [row,
+    position]."""
+    each = cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none")
+    return each.view_as(tokens)
+
+
 class Learner:
     """The LM with a LoRA adapter on every linear layer, which learns from its two texts with AdamW; in bf16
     autocast where the machine has it."""
@@ -130,7 +137,7 @@ class Learner:
             group["lr"] = self.rate()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bf16(torch.device("cpu"))):
             logits = self.lm(tokens[:, :-1], use_cache=False).logits
-        each = cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none")
+        each = token_losses(logits, tokens[:, 1:])
         loss = each.mean()
         if not math.isfinite(loss.item()):
             raise RunFailed(f"the loss is {loss.item()} at step {self.step}: give a lower --lr")
@@ -199,8 +206,7 @@ def cross_entropy_of(lm, tokenizer, texts: list[str]) -> float:
     rows = torch.tensor([*packed_contexts(text, tokenizer, CONTEXT, seed=0, repeat=False)][:128])
     found = []
     for some in rows.split(16):
-        logits = lm(some[:, :-1], use_cache=False).logits.float()
-        found.append(cross_entropy(logits.transpose(1, 2), some[:, 1:], reduction="none"))
+        found.append(token_losses(lm(some[:, :-1], use_cache=False).logits, some[:, 1:]))
     return torch.cat(found).mean().item()
 
 
@@ -251,7 +257,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--world_seed", type=int, default=0, help="which world of facts")
     parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's peak learning rate")
-    parser.add_argument("--steps", type=int, default=300, help="optimiser steps of 1,024 tokens")
+    parser.add_argument("--steps", type=int, default=400, help="optimiser steps of 1,024 tokens")
     parser.add_argument("--general_text", type=Path, help="a text file, to report its cross-entropy")
     parser.add_argument("--general_questions", nargs="+", default=(), help="as --questions of experiment.py")
     args = parser.parse_args(argv)
