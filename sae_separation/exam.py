@@ -219,7 +219,8 @@ class Completions:
     which end is the likeliest: the one with the highest mean log-likelihood of its tokens.
 
     asked: (beginning, ends, the right one). Ends of one token are all read behind one row; else each has a
-    row of its own, so that no row holds what another end says. With `letters` [spelling, 4] (letter_tokens)
+    row of its own, so that no row holds what another end says, or with `shared_stems` a row holds the
+    beginning once and all its ends, none of which sees another. With `letters` [spelling, 4] (letter_tokens)
     the ends are those, and `spelled_out` says that the beginning spells its own BOS out. Raises WrongRequest
     for an end without a token.
     """
@@ -231,6 +232,7 @@ class Completions:
         letters: Tensor | None = None,
         spelled_out=False,
         device="cpu",
+        shared_stems=False,
         mixed_lengths=True,
         tokens_per_batch=8192,
     ):
@@ -251,13 +253,18 @@ class Completions:
                 if [] in ends[i]:
                     raise WrongRequest(f"--questions: an end of {text[-LONGEST:]!r} is no token: take it out")
         self.width = 1
-        if all(len(end) == 1 for some in ends for end in some):
+        if shared_stems or all(len(end) == 1 for some in ends for end in some):
             self.width = max(map(len, ends), default=4) or 4
             rows = [(bos + stem, some) for stem, some in zip(stems, ends)]
         else:
             rows = [(bos + stem, [end]) for stem, some in zip(stems, ends) for end in some]
         self.n_rows = len(rows)
         self.batches = list(_batches(rows, tokens_per_batch, device, special_ids(tokenizer), mixed_lengths))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest row."""
+        return max(batch.tokens.shape[1] for batch in self.batches)
 
     def read(self, batch: Batch, logits: Tensor) -> Tensor:
         """Of logits [row, n, vocab]: the letters' probabilities [row, 4], or the ends' mean log-likelihoods

@@ -80,10 +80,12 @@ class Asker:
             return None
         how = {"device": testbed.lm.device, "mixed_lengths": testbed.mixed_lengths}
         how |= {"spelled_out": by_letter and testbed.prompt_format is not None}
-        asked = [self.ask(form, i) for i in places]
-        exam = Completions(testbed.tokenizer, asked, self.letters if by_letter else None, **how)
-        longest = max(batch.tokens.shape[1] for batch in exam.batches)
-        return (exam, places) if longest <= most_positions(testbed.lm.config.to_dict()) else None
+        how |= {"asked": [self.ask(form, i) for i in places], "letters": self.letters if by_letter else None}
+        most = most_positions(testbed.lm.config.to_dict())
+        exam = Completions(testbed.tokenizer, shared_stems=testbed.shared_stems, **how)
+        if testbed.shared_stems and exam.longest > min(most, testbed.alone_up_to):  # a mask is no window
+            exam = Completions(testbed.tokenizer, **how)
+        return (exam, places) if exam.longest <= most else None
 
     @cached_property
     def letters(self) -> Tensor | None:

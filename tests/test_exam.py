@@ -102,6 +102,19 @@ def test_completions_are_those_of_one_plain_pass_an_end(asked, lm_of_a_kind):
         assert all(batch.trained[:, 1:].all() for batch in exam.batches), "no row is padded"
 
 
+def test_ends_that_share_a_row_do_not_see_each_other(lm_of_a_kind):
+    lm, tokenizer, _ = lm_of_a_kind
+    if lm.config.model_type not in ("gpt_neox", "gpt2", "llama", "gemma"):
+        pytest.skip("takes no such mask, has a window, or places by length: testbeds.lay_out finds that out")
+    asked = SEVERAL + SINGLE
+    wanted = plain(lm, tokenizer, asked)
+    asked, right = answers_that_are_half_right(asked, wanted)
+    exam = Completions(tokenizer, asked, shared_stems=True)
+    assert (exam.width, exam.n_rows) == (5, len(asked))
+    same_ends(exam, values(lm, exam), wanted)
+    assert exam.right(partial(answered, lm, exam)).tolist() == right
+
+
 def test_completions_by_letter_are_the_likelier_spelling_of_one_plain_pass(lm_of_a_kind):
     lm, tokenizer, mixed = lm_of_a_kind
     letters = letter_tokens(tokenizer, "GEMMA_INST_FORMAT")
