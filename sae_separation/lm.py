@@ -40,6 +40,7 @@ class Testbed:
     can be laid out (Exam), and in rows of at most `alone_up_to` tokens the last layer can be run where it is
     read alone (SplitLM.logits_of). `defaults` are config fields that depend on the LM, `published` core
     metrics of others to print beside ours; `describe` goes into config.json and `notes` into warnings.json.
+    `general` are held-out documents that are no knowledge of either domain, if there are any.
     `oracle` is the folder of an LM that is like `lm` but never read what is to be forgotten, if there is one.
     With `load_weights`, `lm` is a structure without weights until that is called; it will run on `device`.
     """
@@ -64,6 +65,7 @@ class Testbed:
     alone_up_to: float = 0
     n_held_out: int = 128
     published: dict = field(default_factory=dict)
+    general: list[str] = field(default_factory=list)
     oracle: Path | None = None
     notes: list[str] = field(default_factory=list)
     load_weights: Callable[[], None] | None = None

@@ -141,6 +141,7 @@ def load(
         sweep=spec.sweep,
         n_held_out=spec.n_held_out,
         published=spec.published,
+        general=world.general[:HELD_OUT] if world else [],
         oracle=oracle,
         notes=notes,
         runs_on=device,

@@ -4,6 +4,7 @@ that holds a small LM."""
 import json
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from test_testbeds import make_smollm2
@@ -11,6 +12,9 @@ from test_testbeds import make_smollm2
 from micro_pythia.world import FORGET, World
 from sae_separation import checkpoint, checks, testbeds
 from sae_separation.errors import WrongRequest
+from sae_separation.evals import corpus
+from sae_separation.evals.cells import intervening
+from sae_separation.evals.evaluator import Evaluator
 from sae_separation.specs import DataConfig
 from smollm2_taught import teach
 
@@ -106,6 +110,15 @@ def test_the_testbed_is_the_adapted_lm_with_its_world_and_oracle(tmp_path):
     )
     assert set(samples[2:]) <= set(train) and set(samples[:2]) <= set(held_out)
     assert not set(samples) & {dict(row)["text"] for row in testbed.forget.train}
+    assert testbed.general == samples[:2]
+    evaluator = Evaluator(testbed, context_size=16, n_contexts=16)
+    plain = corpus.plain_cross_entropy(evaluator)
+    ids = [i for text in samples[:2] for i in (*testbed.tokenizer(text)["input_ids"], 0)]
+    assert len(tiny.there(evaluator.general).tokens) == len(ids) // 15, "behind a BOS each"
+    with intervening(evaluator.lm, lambda resid, hook: torch.zeros_like(resid)):
+        now = corpus.cross_entropy(evaluator)
+    costs = corpus.changes(plain, now)
+    assert costs["general_ce_cost"] == now["general"] - plain["general"] != costs["retain_ce_cost"]
     assert {q.entity for q in testbed.questions[FORGET]} == set(World(0, 10).entities[FORGET])
 
 

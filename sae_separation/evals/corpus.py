@@ -18,14 +18,16 @@ COSTS = (0.01, 0.05, 0.1)  # nats a token of retain text
 
 
 def batches(evaluator: Evaluator) -> dict[str, list[Batch]]:
-    """Held-out contexts of each domain: three eighths as many as core's."""
+    """Held-out contexts of each domain, and of general text where there is some: three eighths as many as
+    core's."""
     n = max(1, evaluator.testbed.n_held_out * 3 // 8)
+    texts = evaluator.held_out | ({"general": evaluator.general} if evaluator.general else {})
     return {
         domain: [
             whole_contexts(tokens, resid, evaluator.special)
             for tokens, resid in zip(contexts.tokens[:n].split(16), contexts.resid[:n].split(16))
         ]
-        for domain, contexts in evaluator.held_out.items()
+        for domain, contexts in texts.items()
     }
 
 
@@ -68,6 +70,12 @@ def cells(evaluator: Evaluator, sae) -> Iterator[tuple[dict, Hook | None]]:
                     yield cell, partial(intervene, sae=features, **clamp)
 
 
+def changes(plain: dict[str, float], now: dict[str, float]) -> dict[str, float]:
+    """What an intervention gains on forget text, and costs on any other."""
+    names = {domain: f"{domain}_ce_{'gain' if domain == 'forget' else 'cost'}" for domain in plain}
+    return {name: now[domain] - plain[domain] for domain, name in names.items()}
+
+
 def corpus(evaluator: Evaluator, sae, seed: int, name: str) -> tuple[dict, dict]:
     """Cross-entropy gained on held-out forget text against cross-entropy paid on held-out retain text, in
     nats a token, under the sweeps of `unlearning`: the most gained at each of COSTS, for each
@@ -78,8 +86,7 @@ def corpus(evaluator: Evaluator, sae, seed: int, name: str) -> tuple[dict, dict]
     for cell, hook in cells(evaluator, sae):
         with intervening(lm, hook):
             ce = cross_entropy(evaluator, lm)
-        change = {"forget_ce_gain": ce["forget"] - plain["forget"]}
-        table.append(cell | change | {"retain_ce_cost": ce["retain"] - plain["retain"]})
+        table.append(cell | changes(plain, ce))
     metrics = {f"lm_{domain}_ce": ce for domain, ce in plain.items()}
     for how in ("clamp",) if isinstance(sae, Method) else INTERVENTIONS:
         rows = [row for row in table if row["intervention"] == how]

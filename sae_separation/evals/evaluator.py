@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
+import datasets
 import numpy as np
 import torch
 from torch import Tensor
@@ -215,6 +216,14 @@ class Evaluator:
                 " choose another --layer"
             )
         return Contexts(tokens[within_norm], resid[within_norm])
+
+    @cached_property
+    def general(self) -> Contexts | None:
+        """Of the testbed's general text, if it has any."""
+        text = datasets.Dataset.from_dict({"text": self.testbed.general})
+        packed = packed_contexts(text, self.testbed.tokenizer, self.context_size, seed=0, repeat=False)
+        contexts = list(islice(packed, self.testbed.n_held_out))
+        return self._with_resid(torch.tensor(contexts, device=self.testbed.lm.device)) if contexts else None
 
     def once(self, make: Callable[["Evaluator"], T]) -> T:
         """make(self), made the first time and then the same for every SAE."""

@@ -302,14 +302,10 @@ def standard(evaluator: Evaluator, switch: Switch, cell: dict | None) -> dict:
 
 
 def cost(evaluator: Evaluator, switch: Switch, cell: dict | None) -> dict:
-    """Cross-entropy that the cell gains on held-out forget text and costs on retain text, nats a token."""
+    """Cross-entropy that the cell gains on held-out forget text and costs on other text, nats a token."""
     plain = evaluator.once(corpus.plain_cross_entropy)
     with under_cell(switch, cell):
-        ce = corpus.cross_entropy(evaluator, switch.lm)
-    return {
-        "forget_ce_gain": ce["forget"] - plain["forget"],
-        "retain_ce_cost": ce["retain"] - plain["retain"],
-    }
+        return corpus.changes(plain, corpus.cross_entropy(evaluator, switch.lm))
 
 
 def frontier(evaluator: Evaluator, exam: Examined, switch: Switch, cells: list[dict]) -> list[dict]:
