@@ -24,9 +24,10 @@ import math
 import random
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,19 @@ def facts_told(world: World, seed: int, without: str = "") -> datasets.Dataset:
     return datasets.Dataset.from_dict({"text": told})
 
 
+def sample_rows(tokenizer, texts: list[str]) -> list[list[int]]:
+    """The samples that fill a context, behind a BOS each. They were cut there, so no EOS ends them."""
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [[tokenizer.bos_token_id, *some[: CONTEXT - 1]] for some in ids if len(some) >= CONTEXT - 1]
+
+
+def in_random_order(rows: list[list[int]]) -> Iterator[list[int]]:
+    """All of them, and again in another order, without end."""
+    rng = random.Random(0)
+    while rows:
+        yield from rng.sample(rows, len(rows))
+
+
 def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
     """Cross-entropy of every token, nats. logits: [row, position, vocabulary]; tokens, and what comes: [row,
     position]."""
@@ -118,9 +132,8 @@ class Learner:
         torch.manual_seed(0)
         how = LoraConfig(r=RANK, lora_alpha=SCALE, target_modules="all-linear", task_type="CAUSAL_LM")
         self.lm, self.lr, self.steps, self.step = get_peft_model(lm, how), lr, steps, 0
-        of_lm = datasets.Dataset.from_dict({"text": general})
-        packed = partial(packed_contexts, tokenizer=tokenizer, context_size=CONTEXT, seed=0)
-        self.told, self.general = packed(told), packed(of_lm)
+        self.told = packed_contexts(told, tokenizer, CONTEXT, seed=0)
+        self.general = in_random_order(sample_rows(tokenizer, general))
         self.weights = {n: p for n, p in self.lm.named_parameters() if p.requires_grad}
         self.adam = torch.optim.AdamW(self.weights.values(), lr, betas=(0.9, 0.95), weight_decay=0.0)
 
@@ -200,12 +213,10 @@ def go_on(learner: Learner, folder: Path, made_with: str):
 
 
 @torch.no_grad()
-def cross_entropy_of(lm, tokenizer, texts: list[str]) -> float:
-    """Of texts, nats a token, in contexts of CONTEXT tokens."""
-    text = datasets.Dataset.from_dict({"text": texts})
-    rows = torch.tensor([*packed_contexts(text, tokenizer, CONTEXT, seed=0, repeat=False)][:128])
+def cross_entropy_of(lm, rows: list[list[int]]) -> float:
+    """Of contexts, nats a token."""
     found = []
-    for some in rows.split(16):
+    for some in torch.tensor(rows).split(16):
         found.append(token_losses(lm(some[:, :-1], use_cache=False).logits, some[:, 1:]))
     return torch.cat(found).mean().item()
 
@@ -223,9 +234,12 @@ def known(lm, tokenizer, world: World) -> dict[str, dict[str, float]]:
 
 def kept(lm, tokenizer, own: list[str], text: list[str], asked: list[Question]) -> dict[str, float]:
     """What the LM keeps besides: cross-entropy on its own samples and on a text, and answers by cloze."""
-    out = {"ce_of_own_samples": cross_entropy_of(lm, tokenizer, own)}
+    out = {"ce_of_own_samples": cross_entropy_of(lm, sample_rows(tokenizer, own))}
     if text:
-        out["ce_of_general_text"] = cross_entropy_of(lm, tokenizer, text)
+        packed = packed_contexts(
+            datasets.Dataset.from_dict({"text": text}), tokenizer, CONTEXT, seed=0, repeat=False
+        )
+        out["ce_of_general_text"] = cross_entropy_of(lm, list(islice(packed, 128)))
     if asked:
         out["general_questions"] = ask(lm, Exam(tokenizer, asked, "cloze")).float().mean().item()
     return {name: round(value, 4) for name, value in out.items()}
@@ -355,6 +369,7 @@ def write_adapter(lm, folder: Path):
 
     config = lm.peft_config["default"]
     config.base_model_name_or_path, config.inference_mode = SPECS[BASE].lm, True
+    config.target_modules = sorted(config.target_modules)  # a set: its order is another in every process
     config.save_pretrained(folder)
     weights = {
         n: t.half().contiguous()
