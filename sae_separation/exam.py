@@ -59,6 +59,16 @@ class Residuals:
     tokens: Tensor
     seen: dict = field(default_factory=dict)
 
+    @property
+    def judged(self) -> Tensor:
+        """The tokens [row, pos] (bool) by which a row is judged as a whole: those that may be touched; where
+        a row holds several ends of one beginning, those of the beginning, which alone stand in a place that
+        no other token has."""
+        if not self.seen:
+            return self.trained
+        places = self.seen["position_ids"]
+        return self.trained & ((places[:, :, None] == places[:, None, :]).sum(-1) == 1)
+
 
 @dataclass(eq=False)  # it is itself: caches hold it weakly
 class Batch:

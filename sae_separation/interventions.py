@@ -87,7 +87,7 @@ class ChosenFeatures:
 def firing_share(fires: Tensor, trained: Tensor) -> Tensor:
     """Share [row] of the tokens `trained` [row, pos] that fire at least one feature, fires [row, pos,
     feature] (bool)."""
-    return fires.any(-1).sum(1) / trained.sum(1).clamp(min=1)
+    return (fires.any(-1) & trained).sum(1) / trained.sum(1).clamp(min=1)
 
 
 def intervene(
@@ -119,7 +119,7 @@ def intervene(
     value = f[..., chosen]
     fires = value > (sae.limit[chosen] if how == "conditional" else 0)
     if how == "guardrail":
-        fires &= (firing_share(fires, hook.trained) > sae.guard(chosen))[:, None, None]
+        fires &= (firing_share(fires, hook.judged) > sae.guard(chosen))[:, None, None]
     at = fires.any(-1)
     change = torch.zeros(
         int(at.sum()), f.shape[-1], device=f.device

@@ -372,9 +372,9 @@ def guard(evaluator: Evaluator, tensors: dict[str, Tensor]) -> Fitted:
 
 
 def mean_activation(read: Residuals) -> Tensor:
-    """Of each row's trained tokens [row, D]."""
-    trained = read.trained[..., None]
-    return (read.resid * trained).sum(1) / trained.sum(1).clamp(min=1)
+    """Of the tokens by which each row is judged [row, D]."""
+    judged = read.judged[..., None]
+    return (read.resid * judged).sum(1) / judged.sum(1).clamp(min=1)
 
 
 def mean_score(read: Residuals, tensors: dict[str, Tensor]) -> Tensor:
@@ -394,7 +394,7 @@ def fit_bayes_guard(evaluator: Evaluator, generator: torch.Generator) -> Fitted:
 
 def bayes_score(read: Residuals, tensors: dict[str, Tensor]) -> Tensor:
     """Log-odds of forget text, of whole rows [row, 1]."""
-    return (tensors["log_odds"][read.tokens] * read.trained).sum(1, keepdim=True)
+    return (tensors["log_odds"][read.tokens] * read.judged).sum(1, keepdim=True)
 
 
 SCORES = {

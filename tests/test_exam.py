@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from sae_separation.errors import WrongRequest
-from sae_separation.exam import Batch, Completions, letter_tokens, logits_at
+from sae_separation.exam import Batch, Completions, Residuals, letter_tokens, logits_at
 from sae_separation.lm import load_lm, load_tokenizer
 
 LONG = "For a long time nobody knew of it, and then "  # rows of unequal lengths, past windows of 16 tokens
@@ -113,6 +113,19 @@ def test_ends_that_share_a_row_do_not_see_each_other(lm_of_a_kind):
     assert (exam.width, exam.n_rows) == (5, len(asked))
     same_ends(exam, values(lm, exam), wanted)
     assert exam.right(partial(answered, lm, exam)).tolist() == right
+
+
+def test_a_row_is_judged_by_its_beginning_whatever_its_ends_say(tmp_path):
+    folder = tiny.save_lm(tmp_path / "lm")
+    lm, tokenizer = load_lm(folder, "cpu"), load_tokenizer(folder)
+    (batch,) = Completions(tokenizer, SEVERAL[:2], shared_stems=True).batches
+    read = Residuals(torch.zeros(0), batch.trained, batch.tokens, batch.seen(lm))
+    for row, nth in enumerate(tiny.there(batch.rows)):
+        beginning = encode(tokenizer, SEVERAL[nth][0])
+        assert batch.tokens[row][read.judged[row]].tolist() == beginning
+        assert batch.trained[row].sum() > len(beginning), "ends may be touched"
+    alone = Residuals(torch.zeros(0), batch.trained, batch.tokens)
+    assert torch.equal(alone.judged, batch.trained)
 
 
 def test_completions_by_letter_are_the_likelier_spelling_of_one_plain_pass(lm_of_a_kind):
