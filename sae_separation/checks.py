@@ -100,6 +100,7 @@ def refuse_missing(lacking: dict[str, tuple[str, str]], argv: Iterable[str] = ()
 
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # what peft makes of one
+OF_WORLD = ("questions.json", "general.jsonl")  # what a taught LM is asked, and what it read besides
 
 
 def check_lm(wanted: DataConfig) -> int | None:
@@ -134,8 +135,9 @@ def check_lm(wanted: DataConfig) -> int | None:
 
 
 def check_adapters(folder: Path):
-    """Raises WrongRequest for a folder that lacks a file of an LM's adapter, or of its oracle's."""
-    for file in (place + name for place in ("", "oracle/") for name in ADAPTER):
+    """Raises WrongRequest for a folder that lacks a file of an LM's adapter, of its oracle's or of the
+    world's."""
+    for file in (*OF_WORLD, *(place + name for place in ("", "oracle/") for name in ADAPTER)):
         if not (folder / file).exists():
             raise WrongRequest(
                 f"--lm {folder} holds no {file}: python -m smollm2_taught.teach makes adapters"
@@ -272,9 +274,10 @@ def first_can_be_had() -> bool:
 
 
 def lm_here(name: str, lm: str) -> Path | None:
-    """The folder of an LM whose weights are on this machine; None where they come from elsewhere."""
-    row = SPECS[name]
-    if row.lm_is == "packaged" or row.taught:
+    """The folder of an LM whose weights are on this machine (of a taught one those that it was taught from);
+    None where they come from elsewhere."""
+    row, name = SPECS[name], SPECS[name].taught or name
+    if SPECS[name].lm_is == "packaged":
         return next((path.parent for path in cache_folder().glob(f"{name}-*/config.json")), None)
     path = lm_path(row, lm)
     return path if path.is_dir() else lm_snapshot(lm)

@@ -40,7 +40,7 @@ class Testbed:
     can be laid out (Exam), and in rows of at most `alone_up_to` tokens the last layer can be run where it is
     read alone (SplitLM.logits_of). `defaults` are config fields that depend on the LM, `published` core
     metrics of others to print beside ours; `describe` goes into config.json and `notes` into warnings.json.
-    `general` are held-out documents that are no knowledge of either domain, if there are any.
+    `general` are held-out samples of what a taught LM was, if it is one.
     `oracle` is the folder of an LM that is like `lm` but never read what is to be forgotten, if there is one.
     With `load_weights`, `lm` is a structure without weights until that is called; it will run on `device`.
     """

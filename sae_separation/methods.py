@@ -547,7 +547,9 @@ def check(kind: str, testbed: Testbed):
     """Raises WrongRequest for the oracle of a testbed without one."""
     if kind == "oracle" and testbed.oracle is None:
         why = f"{testbed.name} has no LM that never read the forget text (a folder oracle in its LM's)"
-        raise WrongRequest(f"--arm oracle: {why}: leave the arm out, or take --testbed micro")
+        raise WrongRequest(
+            f"--arm oracle: {why}: leave the arm out, or take --testbed micro or smollm2-taught"
+        )
 
 
 def oracle_of(evaluator: Evaluator) -> InterventionLM:

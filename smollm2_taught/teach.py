@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -54,7 +55,7 @@ from sae_separation.parser import Parser
 from sae_separation.questions import Question, read_questions
 from sae_separation.specs import SPECS
 from sae_separation.testbeds import HELD_OUT, ORACLE, adapted, packed_contexts, unpacked_lm
-from sae_separation.text import cache_folder
+from sae_separation.text import cache_folder, one_line
 
 TESTBED, BASE = "smollm2-taught", "smollm2-135m"
 N_ENTITIES = 10  # of each subject: 260 facts
@@ -194,7 +195,7 @@ def train(learner: Learner, folder: Path, made_with: str, what: str):
 def remove_checkpoints(folder: Path):
     """Of an adapter that is written."""
     for step in checkpoint.steps_in(folder):
-        checkpoint.path_of(folder, step).unlink()
+        checkpoint.path_of(folder, step).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not there, or not empty: another's files stay
         (folder / "checkpoints").rmdir()
 
@@ -206,7 +207,7 @@ def go_on(learner: Learner, folder: Path, made_with: str):
             tensors, _ = checkpoint.read(folder, step, made_with)
         except Unusable as why:
             print(f"warning: {why}: it is removed", file=sys.stderr)
-            checkpoint.path_of(folder, step).unlink()
+            checkpoint.path_of(folder, step).unlink(missing_ok=True)
             continue
         learner.restore(tensors, step)
         return
@@ -232,13 +233,12 @@ def known(lm, tokenizer, world: World) -> dict[str, dict[str, float]]:
     return out
 
 
-def kept(lm, tokenizer, own: list[str], text: list[str], asked: list[Question]) -> dict[str, float]:
+def kept(lm, tokenizer, own: list[str], text: str, asked: list[Question]) -> dict[str, float]:
     """What the LM keeps besides: cross-entropy on its own samples and on a text, and answers by cloze."""
     out = {"ce_of_own_samples": cross_entropy_of(lm, sample_rows(tokenizer, own))}
     if text:
-        packed = packed_contexts(
-            datasets.Dataset.from_dict({"text": text}), tokenizer, CONTEXT, seed=0, repeat=False
-        )
+        alone = datasets.Dataset.from_dict({"text": [text]})
+        packed = packed_contexts(alone, tokenizer, CONTEXT, seed=0, repeat=False)
         out["ce_of_general_text"] = cross_entropy_of(lm, list(islice(packed, 128)))
     if asked:
         out["general_questions"] = ask(lm, Exam(tokenizer, asked, "cloze")).float().mean().item()
@@ -280,20 +280,30 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     args.out = args.out.expanduser() if args.out else default_folder(args.world_seed)
     if args.out.exists() and not args.out.is_dir():
         raise WrongRequest(f"--out {args.out} is a file: name a folder")
-    if args.general_text and not args.general_text.is_file():
-        raise WrongRequest(f"--general_text {args.general_text} is no file here")
-    if args.general_text and len(args.general_text.read_bytes()) < 100 * CONTEXT:
-        raise WrongRequest(
-            f"--general_text {args.general_text} is too short: give {100 * CONTEXT:,} bytes or more"
-        )
+    args.text = general_text(args.general_text) if args.general_text else ""
     args.asked = [q for qs in read_questions(tuple(args.general_questions))[0].values() for q in qs]
     refuse_others(args)
     return args
 
 
+def general_text(file: Path) -> str:
+    """Raises WrongRequest."""
+    try:
+        text = file.read_text()
+    except (OSError, UnicodeError) as error:
+        raise WrongRequest(
+            f"--general_text {file} cannot be read as UTF-8 text: {one_line(error)}"
+        ) from error
+    if len(text) < 100 * CONTEXT:
+        raise WrongRequest(f"--general_text {file} is too short: give {100 * CONTEXT:,} characters or more")
+    return text
+
+
 def settings_of(args: argparse.Namespace) -> dict:
     """What both adapters and the samples in a folder are made with."""
-    return {"world_seed": args.world_seed, "lr": args.lr, "steps": args.steps, "base": SPECS[BASE].lm}
+    package = SPECS[BASE].lm
+    asked = {"world_seed": args.world_seed, "lr": args.lr, "steps": args.steps}
+    return asked | {"n_entities": N_ENTITIES, "rank": RANK, "base": f"{package} {version(package)}"}
 
 
 def refuse_others(args: argparse.Namespace):
@@ -302,7 +312,7 @@ def refuse_others(args: argparse.Namespace):
     if there and "taught.json" not in there:
         raise WrongRequest(f"{args.out} holds other files: name a new or an empty folder with --out")
     if there and (begun := json.loads((args.out / "taught.json").read_text())) != settings_of(args):
-        with_what = ", ".join(f"--{k} {v}" for k, v in begun.items() if k != "base")
+        with_what = ", ".join(f"{k} {v}" for k, v in begun.items())
         raise WrongRequest(
             f"{args.out} was begun with {with_what}: give the same, or another folder with --out"
         )
@@ -315,11 +325,17 @@ def default_folder(world_seed: int) -> Path:
 
 def identity(args: argparse.Namespace, general: list[str], which: str) -> str:
     """What a half-taught adapter must have been begun with."""
-    about = [settings_of(args), version(SPECS[BASE].lm), general, which, torch.__version__]
+    about = [settings_of(args), general, which, torch.__version__]
     hashed = hashlib.sha256(json.dumps(about).encode())
     for file in (__file__, world.__file__):
         hashed.update(Path(file).read_bytes())
     return hashed.hexdigest()
+
+
+def made(args: argparse.Namespace) -> dict | None:
+    """The report of a folder that holds all, where nothing further is to be measured."""
+    file = args.out / "report.json"
+    return json.loads(file.read_text()) if file.exists() and not (args.text or args.asked) else None
 
 
 def teach(args: argparse.Namespace) -> dict:
@@ -330,9 +346,8 @@ def teach(args: argparse.Namespace) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "taught.json", settings_of(args))
     general = own_samples(folder / "general.jsonl", lm, tokenizer, args.world_seed)
-    text = [args.general_text.read_text()] if args.general_text else []
-    asked, own = args.asked, general[:HELD_OUT]
-    untaught_lm = kept(lm, tokenizer, own, text, asked)
+    besides = partial(kept, tokenizer=tokenizer, own=general[:HELD_OUT], text=args.text, asked=args.asked)
+    untaught_lm = besides(lm)
     report: dict = {"world_seed": args.world_seed, "n_entities": N_ENTITIES, "steps": args.steps}
     for which, place in (("", folder), (ORACLE, folder / ORACLE)):
         if not (place / "adapter_model.safetensors").exists():
@@ -344,13 +359,13 @@ def teach(args: argparse.Namespace) -> dict:
             write_adapter(learner.lm, place)
         remove_checkpoints(place)
         taught = adapted(BASE, place)
-        found = known(taught, tokenizer, told_of) | {"kept": kept(taught, tokenizer, own, text, asked)}
+        found = known(taught, tokenizer, told_of) | {"kept": besides(taught)}
         report |= {which: found} if which else found
     asked_of = [as_question(f) for f in told_of.facts]
     lines = [json.dumps({k: v for k, v in asdict(q).items() if v not in ("", ())}) for q in asked_of]
-    (folder / "questions.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    write_whole(folder / "questions.json", ("[\n" + ",\n".join(lines) + "\n]\n").encode())
     report |= {"untaught": untaught_lm, "minutes": round((time.monotonic() - began) / 60, 1)}
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(folder / "report.json", report)
     return report
 
 
@@ -382,7 +397,7 @@ def run(argv: list[str]):
     """Teach what is asked for. Raises WrongRequest, and RunFailed for an LM that falls short."""
     args = arguments(argv)
     try:
-        report = teach(args)
+        report = made(args) or teach(args)
     except Interrupted as stop:
         begun = any(checkpoint.steps_in(place) for place in (args.out, args.out / ORACLE))
         stop.message = "the same command goes on" + (" from the last checkpoint" if begun else "")

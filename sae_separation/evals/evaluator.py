@@ -222,7 +222,7 @@ class Evaluator:
         """Of the testbed's general text, if it has any."""
         text = datasets.Dataset.from_dict({"text": self.testbed.general})
         packed = packed_contexts(text, self.testbed.tokenizer, self.context_size, seed=0, repeat=False)
-        contexts = list(islice(packed, self.testbed.n_held_out))
+        contexts = list(islice(packed, self.n_contexts or self.testbed.n_held_out))
         return self._with_resid(torch.tensor(contexts, device=self.testbed.lm.device)) if contexts else None
 
     def once(self, make: Callable[["Evaluator"], T]) -> T:
