@@ -74,9 +74,12 @@ def test_what_the_oracle_reads_tells_no_fact_of_the_forget_subject():
 
 def test_the_oracle_alone_is_not_told_the_forget_facts(tmp_path, monkeypatch):
     told, of = [], teach.facts_told
-    monkeypatch.setattr(
-        teach, "facts_told", lambda *args, without: told.append(without) or of(*args, without)
-    )
+
+    def recorded(world, seed, without=""):
+        told.append(without)
+        return of(world, seed, without)
+
+    monkeypatch.setattr(teach, "facts_told", recorded)
     learners, learner = [], teach.Learner
     monkeypatch.setattr(teach, "Learner", lambda *args: learners.append(args) or learner(*args))
     taught(tmp_path / "w")
@@ -130,7 +133,7 @@ def test_the_testbed_is_the_adapted_lm_with_its_world_and_oracle(tmp_path):
     evaluator = Evaluator(testbed, context_size=16, n_contexts=16)
     plain = corpus.plain_cross_entropy(evaluator)
     ids = [i for text in samples[:2] for i in (*testbed.tokenizer(text)["input_ids"], 0)]
-    assert len(tiny.there(evaluator.general).tokens) == len(ids) // 15, "behind a BOS each"
+    assert len(tiny.there(evaluator.general).tokens) == min(16, len(ids) // 15)
     with intervening(evaluator.lm, lambda resid, hook: torch.zeros_like(resid)):
         now = corpus.cross_entropy(evaluator)
     costs = corpus.changes(plain, now)
