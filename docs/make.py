@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sae_separation.plots import folders, tables  # noqa: E402  (the checkout's)
+from studies import controls as of_controls  # noqa: E402
 from studies import worlds as of_worlds  # noqa: E402
 
 SMOLLM2 = ("run_0", "run_6", "run_9")
@@ -272,6 +273,18 @@ def worlds(name: str) -> str:
     return "\n\n".join([*blocks, about])
 
 
+def controls() -> str:
+    """The table of studies/controls.py, and at which commits its runs were trained. Where it is yet to be
+    made, how."""
+    path = ROOT / "studies/controls.json"
+    if not path.exists():
+        return "Not measured yet: `make controls`."
+    rows = json.loads(path.read_text())
+    seeds = sorted({seed for row in rows for seed in row["by_seed"]["L0"]})
+    trained = "`, `".join(sorted({row["trained_at"] for row in rows}))
+    return f"{of_controls.table(rows)}\n\n{len(seeds)} seeds, trained at `{trained}`."
+
+
 def differences(runs: list[folders.Run], pairs: list[tuple[str, str]]) -> str:
     """Markdown: pairs of runs by OF_DIFFERENCES, seed by seed, with the 95 % interval of Student's t; p of
     the paired t-test of the first, after Holm's correction over the rows."""
@@ -343,6 +356,7 @@ def documents() -> dict[Path, str]:
     in_context = runs_in([path.parent for path in ROOT.glob("in_context/*/final_info.json")], by_section=True)
     gates_in_context = f"{tables.ruler_table(in_context, OF_GATES)}\n\n{provenance_by_section(in_context)}"
     filled_in |= {"known-truth": known_truth(), "gates": gates_table(), "in-context": gates_in_context}
+    filled_in |= {"controls": controls()}
     filled_in |= {"worlds": worlds("worlds"), "worlds-two-writes": worlds("worlds_two_writes")}
     return {
         readme: filled(readme, {"results": f"{short}\n\n{provenance(runs)}"}),

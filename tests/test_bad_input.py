@@ -122,7 +122,7 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "a world that is none": (["--out_dir=run_0", "--testbed=micro", "--lm=lm"], "no embedded world"),
     "entities of no world": (
         ["--out_dir=run_0", "--testbed=pythia-70m", "--forget_entities=15"],
-        "--forget_entities 15 is for the forget text of an invented world (--testbed micro, smollm2-taught) alone",
+        "--forget_entities 15 is for the forget text of an invented world (--testbed micro, smollm2-taught)",
     ),
     "entities of the user's own text": (
         ["--out_dir=run_0", "--testbed=micro", "--forget_text=good.jsonl", "--forget_entities=15"],
