@@ -24,7 +24,7 @@ from studies.worlds import shown
 METRICS = {  # name -> section and metric of a run
     "mean of forms": ("robustness", "mean_score"),
     "left at most": ("robustness", "knowledge_left_max"),
-    "kept at least": ("robustness", "retain_kept_min"),
+    "kept at least": ("robustness", "kept_at_worst"),
     "standard": ("robustness", "standard_score"),
     "depth": ("depth", "depth_score"),
     "explained variance": ("core", "explained_variance"),
