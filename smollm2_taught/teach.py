@@ -47,6 +47,7 @@ from micro_pythia import world
 from micro_pythia.make import as_question, ask, complete
 from micro_pythia.world import FORGET, World
 from sae_separation import checkpoint, process
+from sae_separation.checks import packaged_lm
 from sae_separation.exam import Exam
 from sae_separation.files import Unusable, write_json, write_whole
 from sae_separation.lm import load_lm, load_tokenizer
@@ -282,6 +283,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         raise WrongRequest(f"--out {args.out} is a file: name a folder")
     args.text = general_text(args.general_text) if args.general_text else ""
     args.asked = [q for qs in read_questions(tuple(args.general_questions))[0].values() for q in qs]
+    packaged_lm(BASE, SPECS[BASE].lm)
     refuse_others(args)
     return args
 
@@ -311,11 +313,20 @@ def refuse_others(args: argparse.Namespace):
     there = {path.name for path in args.out.iterdir()} if args.out.is_dir() else set()
     if there and "taught.json" not in there:
         raise WrongRequest(f"{args.out} holds other files: name a new or an empty folder with --out")
-    if there and (begun := json.loads((args.out / "taught.json").read_text())) != settings_of(args):
+    if there and (begun := read_back(args.out / "taught.json")) != settings_of(args):
         with_what = ", ".join(f"{k} {v}" for k, v in begun.items())
         raise WrongRequest(
             f"{args.out} was begun with {with_what}: give the same, or another folder with --out"
         )
+
+
+def read_back(file: Path) -> dict:
+    """What was written. Raises WrongRequest for a file that is damaged."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        why = f"{file} is damaged ({one_line(error)})"
+        raise WrongRequest(f"{why}: put it back, or name another folder with --out") from error
 
 
 def default_folder(world_seed: int) -> Path:
@@ -335,7 +346,7 @@ def identity(args: argparse.Namespace, general: list[str], which: str) -> str:
 def made(args: argparse.Namespace) -> dict | None:
     """The report of a folder that holds all, where nothing further is to be measured."""
     file = args.out / "report.json"
-    return json.loads(file.read_text()) if file.exists() and not (args.text or args.asked) else None
+    return read_back(file) if file.exists() and not (args.text or args.asked) else None
 
 
 def teach(args: argparse.Namespace) -> dict:

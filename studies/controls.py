@@ -4,8 +4,9 @@
     python -m studies.controls reproduced reproduced/controls/*         # into studies/controls.json
 
 The first folder holds run_0 and run_6 as they are planned; each of the others holds one of them or both, made
-with one option changed, and is named for it. Of every run the file keeps a few metrics by seed, and what they
-differ by from the planned run's on the same seeds: the mean, and its 95 % interval (Student's t over seeds).
+with one option changed, and is named for it. A run with another number of options changed is refused. Of every
+run the file keeps a few metrics by seed, and what they differ by from the planned run's on the same seeds: the
+mean, and its 95 % interval (Student's t over seeds).
 """
 
 import argparse
@@ -38,7 +39,7 @@ def row_of(run: folders.Run, control: str) -> dict[str, Any]:
     """Raises SystemExit for a run that lacks a metric."""
     by_seed = {name: run.by_seed(*where) for name, where in METRICS.items()}
     if lacking := [name for name, of in by_seed.items() if not of or not np.isfinite([*of.values()]).all()]:
-        raise SystemExit(f"error: {run.folder} has no {', '.join(lacking)}: give it the evaluations it lacks")
+        raise SystemExit(f"error: {run.folder} lacks {', '.join(lacking)}: --evals core robustness depth")
     return {
         "run": run.name,
         "control": control,
@@ -52,8 +53,19 @@ def runs_in(folder: Path) -> list[folders.Run]:
     there = [folder / name for name in PLANNED if (folder / name).exists()]
     runs, skipped = folders.find_runs(there)
     if skipped or not runs:
-        raise SystemExit(f"error: {folder}: {'; '.join(skipped) or 'neither run_0 nor run_6'}")
+        why = "; ".join(skipped) or "neither run_0 nor run_6 is in it: give the folder that holds them"
+        raise SystemExit(f"error: {folder}: {why}")
     return runs
+
+
+def changed(run: folders.Run, planned: folders.Run) -> dict[str, Any]:
+    """The option that a run has another value of than the planned one. Raises SystemExit for none or
+    several."""
+    of, as_planned = run.config["config"], planned.config["config"]
+    found = {k: v for k, v in of.items() if v != as_planned.get(k) and k != "seeds"}
+    if len(found) != 1:
+        raise SystemExit(f"error: {run.folder}: {sorted(found) or 'nothing'} differs, and one option may")
+    return found
 
 
 def less(of: dict[str, float], planned: dict[str, float]) -> dict:
@@ -67,14 +79,15 @@ def less(of: dict[str, float], planned: dict[str, float]) -> dict:
 
 def collected(planned: Path, others: list[Path]) -> list[dict]:
     """Rows of the table, the planned runs first."""
-    rows = [row_of(run, "as planned") for run in runs_in(planned)]
-    as_planned = {row["run"]: row["by_seed"] for row in rows}
+    of_plan = {run.name: run for run in runs_in(planned)}
+    rows = [row_of(run, "as planned") for run in of_plan.values()]
     for folder in others:
         for run in runs_in(folder):
-            row = row_of(run, folder.name.replace("_", " "))
-            reference = as_planned.get(run.name, {})
-            if not row["by_seed"]["L0"].keys() & reference.get("L0", {}).keys():
+            if run.name not in of_plan or not set(run.seeds) & set(of_plan[run.name].seeds):
                 raise SystemExit(f"error: {planned} holds no {run.name} with a seed of {run.folder}")
+            option = changed(run, of_plan[run.name])
+            row = row_of(run, folder.name.replace("_", " ")) | {"changed": option}
+            reference = next(of["by_seed"] for of in rows if of["run"] == run.name)
             row["less_planned"] = {name: less(of, reference[name]) for name, of in row["by_seed"].items()}
             rows.append(row)
     return rows

@@ -26,7 +26,15 @@ def changed(tmp_path) -> Path:
     scores = info["robustness"]["final_info_dict"]["mean_score"]
     info["robustness"]["final_info_dict"]["mean_score"] = [s + d for s, d in zip(scores, CHANGES)]
     file.write_text(json.dumps(info))
+    change_option(folder, "label_noise", 0.05)
     return folder
+
+
+def change_option(folder: Path, name: str, value):
+    file = folder / "run_6/config.json"
+    made = json.loads(file.read_text())
+    made["config"][name] = value
+    file.write_text(json.dumps(made))
 
 
 def collect(monkeypatch, tmp_path, *folders) -> list[dict]:
@@ -42,6 +50,7 @@ def test_a_control_is_compared_with_its_planned_run_seed_by_seed(changed, tmp_pa
         ("run_0", "as planned"),
         ("run_6", "as planned"),
     ]
+    assert row["changed"] == {"label_noise": 0.05}
     assert row["run"] == "run_6" and row["control"] == "label noise 5"
     less = row["less_planned"]["mean of forms"]
     test: Any = stats.ttest_1samp(CHANGES, 0)
@@ -55,9 +64,14 @@ def test_a_control_is_compared_with_its_planned_run_seed_by_seed(changed, tmp_pa
 def test_what_cannot_be_compared_is_refused(changed, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="neither run_0 nor run_6"):
         collect(monkeypatch, tmp_path, ROOT / "in_context/run_28")
+    with pytest.raises(SystemExit, match="run_0: nothing differs, and one option may"):
+        collect(monkeypatch, tmp_path, ROOT)
     file = changed / "run_6/final_info.json"
     info = json.loads(file.read_text())
     del info["depth"]
     file.write_text(json.dumps(info))
-    with pytest.raises(SystemExit, match="run_6 has no depth: give it"):
+    with pytest.raises(SystemExit, match="run_6 lacks depth: --evals core robustness depth"):
+        collect(monkeypatch, tmp_path, changed)
+    change_option(changed, "layer", 2)
+    with pytest.raises(SystemExit, match=r"\['label_noise', 'layer'\] differs, and one option may"):
         collect(monkeypatch, tmp_path, changed)

