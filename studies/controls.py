@@ -3,10 +3,10 @@
     make controls                                                       # the runs, and then
     python -m studies.controls reproduced reproduced/controls/*         # into studies/controls.json
 
-The first folder holds run_0 and run_6 as they are planned; each of the others holds one of them or both, made
-with one option changed, and is named for it. A run with another number of options changed is refused. Of every
-run the file keeps a few metrics by seed, and what they differ by from the planned run's on the same seeds: the
-mean, and its 95 % interval (Student's t over seeds).
+The first folder holds run_0 and run_6 as they are planned; each of the others holds one of them or both,
+made with one option changed, and is named for it. A run with another number of options changed is refused.
+Of every run the file keeps a few metrics by seed, and what they differ by from the planned run's on the same
+seeds: the mean, and its 95 % interval (Student's t over seeds).
 """
 
 import argparse
