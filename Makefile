@@ -29,7 +29,7 @@ in-context: $(VENV)/ready
 	$(BIN)/python experiment.py $(LAYER_2) --out_dir $(addprefix reproduced/in_context/run_,15 28 29 30 31 32) $(GATES)
 	$(BIN)/python experiment.py $(LAYER_2) --seeds 0 --out_dir reproduced/in_context/run_21 $(GATES)
 
-WORLDS = 1 3
+WORLDS = 1 3 4
 # the same gates in other worlds than the embedded LM's, whose LMs are made first (an hour each)
 worlds: in-context
 	for world in $(WORLDS); do \
