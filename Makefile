@@ -49,8 +49,10 @@ controls: $(VENV)/ready
 	$(BIN)/python experiment.py $(CONTROL) --out_dir reproduced/controls/5_features/run_6 --forget_features 5
 	$(BIN)/python experiment.py $(CONTROL) --out_dir reproduced/controls/5_%_of_labels_wrong/run_6 --label_noise 0.05
 	$(BIN)/python experiment.py $(CONTROL) --out_dir reproduced/controls/20_%_of_labels_wrong/run_6 --label_noise 0.2
-	$(BIN)/python experiment.py $(CONTROL) --out_dir reproduced/controls/JumpReLU/run_0 reproduced/controls/JumpReLU/run_6 --activation jumprelu
-	$(BIN)/python experiment.py $(CONTROL) --out_dir reproduced/controls/Matryoshka/run_0 reproduced/controls/Matryoshka/run_6 --activation matryoshka
+	$(BIN)/python experiment.py $(CONTROL) --activation jumprelu \
+		--out_dir reproduced/controls/JumpReLU/run_0 reproduced/controls/JumpReLU/run_6
+	$(BIN)/python experiment.py $(CONTROL) --activation matryoshka \
+		--out_dir reproduced/controls/Matryoshka/run_0 reproduced/controls/Matryoshka/run_6
 	$(BIN)/python -m studies.controls reproduced reproduced/controls/*
 
 check: $(VENV)/ready-dev  # form, lint, types

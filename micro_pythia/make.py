@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from sae_separation.errors import Interrupted, RunFailed, WrongRequest, begin, finish, tell
+from sae_separation.errors import Interrupted, RunFailed, WrongRequest, begin, finish
 
 if __name__ == "__main__":  # before what takes long to import
     begin()
@@ -459,12 +459,7 @@ def run(argv: list[str]):
 
 def main(argv: list[str]) -> int:
     """Exit code of the command. But for 0, the last line on stderr says why."""
-    try:
-        with process.signals:
-            run(argv)
-        return 0
-    except (Exception, Interrupted) as error:
-        return tell(error)
+    return process.exit_code_of(partial(run, argv))
 
 
 def refuse_foreign(folder: Path):

@@ -15,9 +15,10 @@ import shutil
 import signal
 import tempfile
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
-from sae_separation.errors import Interrupted, stops
+from sae_separation.errors import Interrupted, stops, tell
 
 
 def remove_left(prefix: str):
@@ -216,3 +217,13 @@ def memory_left(device) -> float:
         most, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         left.append(most - used)
     return min(left)
+
+
+def exit_code_of(run: Callable[[], object]) -> int:
+    """Of a command's work, which signals stop with a message. But for 0, the last line on stderr says why."""
+    try:
+        with signals:
+            run()
+        return 0
+    except (Exception, Interrupted) as error:
+        return tell(error)

@@ -166,7 +166,7 @@ class DataConfig:
     """which LM, text and questions; auto is pythia-70m where it is cached or the hub answers, else micro"""
     lm: str = ""
     """instead of auto: any decoder-only LM, a folder or a hub name; for micro and smollm2-taught the folder
-    of another world (python -m micro_pythia.make --world_seed 1 makes one and says where)"""
+    of another world (python -m micro_pythia.make or smollm2_taught.teach --world_seed 1 makes one)"""
     layer: int | None = None
     """the SAE is trained on what this layer puts out, counted from 0"""
     forget_text: tuple[str, ...] = ()

@@ -32,7 +32,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sae_separation.errors import Interrupted, RunFailed, WrongRequest, begin, finish, tell
+from sae_separation.errors import Interrupted, RunFailed, WrongRequest, begin, finish
 
 if __name__ == "__main__":  # before what takes long to import
     begin()
@@ -422,12 +422,7 @@ def run(argv: list[str]):
 
 def main(argv: list[str]) -> int:
     """Exit code of the command. But for 0, the last line on stderr says why."""
-    try:
-        with process.signals:
-            run(argv)
-        return 0
-    except (Exception, Interrupted) as error:
-        return tell(error)
+    return process.exit_code_of(partial(run, argv))
 
 
 if __name__ == "__main__":
