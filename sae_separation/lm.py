@@ -473,6 +473,16 @@ class Asked:
     answers: dict[tuple[int, bytes], Tensor] = field(default_factory=dict)
 
 
+SMALL_LM = 10_000_000  # parameters, below which matmuls are not what an evaluation waits for
+
+
+def low_precision(lm: Any) -> torch.autocast:
+    """Inside, matmuls of an fp32 LM that is not small are in bfloat16 where the machine has it. The residual
+    stream stays in fp32, and with it what interventions read and write."""
+    large = lm.dtype == torch.float32 and sum(p.numel() for p in lm.parameters()) >= SMALL_LM
+    return torch.autocast(lm.device.type, torch.bfloat16, enabled=large and has_bf16(lm.device))
+
+
 class InterventionLM(SplitLM):
     """What SAEBench's sweep needs of an LM (`cfg`, `add_hook`, `reset_hooks`), on any decoder-only LM.
 
@@ -503,7 +513,8 @@ class InterventionLM(SplitLM):
 
     def resid(self, tokens: Tensor, **seen) -> Tensor:
         """resid_post [row, pos, D] (fp32) of the hook layer, the LM stopped there."""
-        return super().resid(tokens, **seen).float()
+        with low_precision(self.lm):
+            return super().resid(tokens, **seen).float()
 
     def residuals(self, batch: Batch) -> Residuals:
         """The batch's own, else from the LM: massive ones are then not touched."""
@@ -514,7 +525,9 @@ class InterventionLM(SplitLM):
         return Residuals(resid, batch.trained & ~massive(resid, batch.trained), batch.tokens, seen)
 
     def _read(self, batch: Batch, read: Callable) -> Tensor:
-        return read(batch, self.logits_of(batch))
+        with low_precision(self.lm):
+            logits = self.logits_of(batch)
+        return read(batch, logits)
 
     def _resumed(self, batch: Batch, resid: Tensor, read: Callable) -> Tensor:
         with self.resumed_from(resid):

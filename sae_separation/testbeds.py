@@ -33,7 +33,6 @@ from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.exam import Batch, Exam, logits_at, most_positions, pad_alone
 from sae_separation.lm import (
     SPLIT,
-    InterventionLM,
     SplitLM,
     Testbed,
     load_lm,
@@ -342,9 +341,9 @@ def check_ids(testbed: Testbed):
 
 @torch.no_grad()
 def check_lm(testbed: Testbed):
-    """Raises WrongRequest for an LM that looks ahead, or whose layers cannot be resumed as InterventionLM
-    resumes them."""
-    lm, asked = testbed.lm, InterventionLM(testbed)
+    """Raises WrongRequest for an LM that looks ahead, or whose layers cannot be resumed as SplitLM resumes
+    them."""
+    lm, split = testbed.lm, SplitLM(testbed)
     said, kind = f"--lm {testbed.defaults['lm']}", type(lm).__name__
     n = min(len(testbed.tokenizer), lm.get_input_embeddings().num_embeddings)
     tokens = torch.randint(0, n, (2, 8), generator=torch.Generator().manual_seed(0)).to(lm.device)
@@ -353,7 +352,7 @@ def check_lm(testbed: Testbed):
     every = torch.arange(7, device=lm.device).expand(2, -1)
     try:
         plain, ahead = logits_at(lm, tokens, every), logits_at(lm, other, every)
-        with asked.resumed_from(asked.resid(tokens)):
+        with split.resumed_from(split.resid(tokens)):
             resumed = logits_at(lm, tokens, every)
     except Exception as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):

@@ -13,7 +13,7 @@ from sae_separation import saebench
 from sae_separation.evals.cells import Hook, Switch, changed, chosen_for, hook_of, never_named
 from sae_separation.evals.evaluator import Evaluator, finite
 from sae_separation.exam import Batch, logits_at, prompt_batches
-from sae_separation.lm import InterventionLM, hidden_of
+from sae_separation.lm import InterventionLM, hidden_of, low_precision
 
 FOLDS = 3
 LEAST_GAP = 0.1  # between the readouts of the LM and of the reference, of a layer that counts
@@ -134,7 +134,7 @@ def layers_above(lm: InterventionLM, batch: Batch, resid: Tensor) -> Tensor:
 
     handles = [layer.register_forward_hook(keep) for layer in lm.layers[lm.layer + 1 :]]
     try:
-        with lm.resumed_from(resid):
+        with lm.resumed_from(resid), low_precision(lm.lm):
             logits_at(lm.lm, batch.tokens, batch.positions, **batch.seen(lm.lm))
     finally:
         for handle in handles:
