@@ -2,6 +2,7 @@
 interventions read and write is fp32. Machines without the instructions can do it, too, slowly."""
 
 import pytest
+import tiny
 import tiny_facts
 import torch
 from tiny_facts import OneHook
@@ -69,7 +70,7 @@ def test_fine_tuning_has_fp32_weights_and_ends_near_those_of_fp32(facts_testbed,
         monkeypatch.setattr(of_lm, "SMALL_LM", 0)
         evaluator = tiny_facts.evaluator(facts_testbed)
         tuned = relearning.FineTuned(facts_testbed, evaluator.lm, halved(evaluator), whole_lm)
-        contexts = evaluator.once(relearning.material).both
+        contexts = tiny.there(evaluator.once(relearning.material)).both
         for step in range(3):
             tuned.step(contexts, [step, step + 1])
         curves.append(torch.cat([p.detach().flatten() for p in tuned.lm.parameters()]))
