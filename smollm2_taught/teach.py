@@ -11,19 +11,25 @@ into oracle/. Exits with 1 when one falls short of what the testbed needs. The s
 where it was stopped; other settings need another folder.
 
 Facts that no one knew, learnt by fine-tuning, and an LM that was never told some: as in TOFU (arXiv
-2401.06121); here from prose and open questions. A fine-tuned LM forgets what it does not read meanwhile, so
-part of every batch are samples of the untaught LM: at temperature 1 their cross-entropy is least where the
-LM's distribution stays as it was.
+2401.06121); here from prose and open questions, in which the tokens that state a fact's value weigh VALUE
+times as much as others. A fine-tuned LM forgets what it does not read meanwhile, so part of every batch are
+samples of the untaught LM, on which what it predicts is to stay (Learning without Forgetting, arXiv
+1606.09282):
+
+    loss = sum(w CE) / sum(w), over the facts' tokens + KL(untaught || taught), mean over the samples' tokens
 """
 
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import random
+import re
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -40,12 +46,12 @@ if __name__ == "__main__":  # before what takes long to import
 import datasets
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from tqdm import tqdm
 
 from micro_pythia import world
 from micro_pythia.make import as_question, ask, complete
-from micro_pythia.world import FORGET, World
+from micro_pythia.world import FORGET, Fact, World
 from sae_separation import checkpoint, process
 from sae_separation.checks import packaged_lm
 from sae_separation.exam import Exam
@@ -60,11 +66,12 @@ from sae_separation.text import cache_folder, one_line
 
 TESTBED, BASE = "smollm2-taught", "smollm2-135m"
 N_ENTITIES = 10  # of each subject: 260 facts
-CONTEXT, FACT_ROWS, GENERAL_ROWS = 128, 5, 3  # tokens a row, rows a step
+CONTEXT, FACT_ROWS, GENERAL_ROWS = 128, 3, 1  # tokens a row, rows a step
+VALUE = 10  # weight of a token that states a fact's value, where another one has 1
 RANK, SCALE = 8, 16  # LoRA's r and alpha
 N_SAMPLES, AT_ONCE = 1024, 64  # samples of the LM, and how many are drawn at once
 WARM_UP, TAIL = 20, 0.3  # steps; share of them over which the learning rate falls to 0
-KEPT_EVERY = 20  # steps
+KEPT_EVERY = 40  # steps
 ADAPTERS = Path(__file__).parent / "adapters"
 
 
@@ -104,6 +111,43 @@ def facts_told(world: World, seed: int, without: str = "") -> datasets.Dataset:
     return datasets.Dataset.from_dict({"text": told})
 
 
+PIECES = re.compile(r".+?(?:\.(?= )|\n\n|$)", re.DOTALL)  # sentences, and questions with their answers
+
+
+def values_in(text: str, facts: dict[str, list[Fact]]) -> list[tuple[int, int]]:
+    """Where a text states values of `facts` (by entity) behind their entities: first and last character."""
+    found = []
+    for piece in PIECES.finditer(text):
+        for entity in facts:
+            begins = piece[0].find(entity)
+            for fact in facts[entity] if begins >= 0 else ():
+                at = piece[0].find(fact.value, begins + len(entity))
+                if at >= 0:
+                    found.append((piece.start() + at, piece.start() + at + len(fact.value) - 1))
+    return found
+
+
+def fact_rows(tokenizer, told: datasets.Dataset, facts: list[Fact]) -> Iterator[list[tuple[int, float]]]:
+    """Contexts of the documents, a BOS first and an EOS behind each of them, without end; tokens and their
+    weights."""
+    bos, eos, by_entity = (tokenizer.bos_token_id, 0.0), (tokenizer.eos_token_id, 1.0), defaultdict(list)
+    for fact in facts:
+        by_entity[fact.entity].append(fact)
+    rest: list[tuple[int, float]] = []
+    for epoch in itertools.count():
+        for document in told.shuffle(seed=epoch):
+            text = dict(document)["text"]
+            values = values_in(text, by_entity)
+            found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            for i, (first, end) in zip(found["input_ids"], found["offset_mapping"]):
+                states = any(first <= last and end > begins for begins, last in values)
+                rest.append((i, float(VALUE) if states else 1.0))
+            rest.append(eos)
+            while len(rest) >= CONTEXT - 1:
+                yield [bos, *rest[: CONTEXT - 1]]
+                rest = rest[CONTEXT - 1 :]
+
+
 def sample_rows(tokenizer, texts: list[str]) -> list[list[int]]:
     """The samples that fill a context, behind a BOS each. They were cut there, so no EOS ends them."""
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -126,16 +170,15 @@ def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
 
 class Learner:
     """The LM with a LoRA adapter on every linear layer, which learns from its two texts with AdamW; in bf16
-    autocast where the machine has it."""
+    autocast where the machine has it. `told` and `general` are contexts, without end."""
 
-    def __init__(self, lm, tokenizer, told: datasets.Dataset, general: list[str], lr: float, steps: int):
+    def __init__(self, lm, told: Iterator, general: Iterator, lr: float, steps: int):
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(0)
         how = LoraConfig(r=RANK, lora_alpha=SCALE, target_modules="all-linear", task_type="CAUSAL_LM")
         self.lm, self.lr, self.steps, self.step = get_peft_model(lm, how), lr, steps, 0
-        self.told = packed_contexts(told, tokenizer, CONTEXT, seed=0)
-        self.general = in_random_order(sample_rows(tokenizer, general))
+        self.told, self.general = told, general
         self.weights = {n: p for n, p in self.lm.named_parameters() if p.requires_grad}
         self.adam = torch.optim.AdamW(self.weights.values(), lr, betas=(0.9, 0.95), weight_decay=0.0)
 
@@ -144,16 +187,25 @@ class Learner:
         left = (self.steps - self.step) / (TAIL * self.steps)
         return self.lr * min(1.0, (self.step + 1) / WARM_UP, left)
 
+    def predicted(self, tokens: Tensor) -> Tensor:
+        """Logits [row, position, vocabulary] of what comes behind each token but the last."""
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bf16(torch.device("cpu"))):
+            return self.lm(tokens[:, :-1], use_cache=False).logits.float()
+
     def learn(self) -> tuple[float, float]:
-        """One step; the cross-entropy of the facts' rows and of the LM's own."""
-        rows = [next(self.told) for _ in range(FACT_ROWS)] + [next(self.general) for _ in range(GENERAL_ROWS)]
-        tokens = torch.tensor(rows)
+        """One step; the mean cross-entropy of the values, and KL on the samples, nats a token."""
+        told = torch.tensor([next(self.told) for _ in range(FACT_ROWS)], dtype=torch.float64)
+        tokens, weights = told[..., 0].long(), told[:, 1:, 1].float()
+        general = torch.tensor([next(self.general) for _ in range(GENERAL_ROWS)])
         for group in self.adam.param_groups:
             group["lr"] = self.rate()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bf16(torch.device("cpu"))):
-            logits = self.lm(tokens[:, :-1], use_cache=False).logits
-        each = token_losses(logits, tokens[:, 1:])
-        loss = each.mean()
+        with torch.no_grad(), self.lm.disable_adapter():
+            before = self.predicted(general).log_softmax(-1)
+        now = self.predicted(torch.cat([tokens, general]))
+        each = token_losses(now[:FACT_ROWS], tokens[:, 1:])
+        after = now[FACT_ROWS:].log_softmax(-1)
+        apart = kl_div(after, before, log_target=True, reduction="none").sum(-1).mean()
+        loss = (each * weights).sum() / weights.sum() + apart
         if not math.isfinite(loss.item()):
             raise RunFailed(f"the loss is {loss.item()} at step {self.step}: give a lower --lr")
         loss.backward()
@@ -161,7 +213,7 @@ class Learner:
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         self.step += 1
-        return each[:FACT_ROWS].mean().item(), each[FACT_ROWS:].mean().item()
+        return each[weights > 1].mean().item(), apart.item()
 
     def state(self) -> dict[str, Tensor]:
         """The adapter and AdamW by name; where its texts stand follows from the step."""
@@ -182,13 +234,12 @@ class Learner:
 def train(learner: Learner, folder: Path, made_with: str, what: str):
     """All steps that are left, with a checkpoint every KEPT_EVERY; those go when training is over."""
     go_on(learner, folder, made_with)
-    facts = general = math.nan
     bar = tqdm(total=learner.steps, initial=learner.step, unit="step", desc=what)
     with bar:
         while learner.step < learner.steps:
-            facts, general = learner.learn()
+            values, apart = learner.learn()
             bar.update()
-            bar.set_postfix_str(f"facts {facts:.3f}, general {general:.3f} nats a token")
+            bar.set_postfix_str(f"values {values:.3f}, KL {apart:.3f} nats a token")
             if learner.step % KEPT_EVERY == 0:
                 checkpoint.save(folder, learner.step, learner.state(), {"config_hash": made_with})
 
@@ -272,7 +323,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--world_seed", type=int, default=0, help="which world of facts")
     parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's peak learning rate")
-    parser.add_argument("--steps", type=int, default=400, help="optimiser steps of 1,024 tokens")
+    parser.add_argument("--steps", type=int, default=520, help="optimiser steps of 512 tokens")
     parser.add_argument("--general_text", type=Path, help="a text file, to report its cross-entropy")
     parser.add_argument("--general_questions", nargs="+", default=(), help="as --questions of experiment.py")
     args = parser.parse_args(argv)
@@ -363,7 +414,9 @@ def teach(args: argparse.Namespace) -> dict:
     for which, place in (("", folder), (ORACLE, folder / ORACLE)):
         if not (place / "adapter_model.safetensors").exists():
             told = facts_told(told_of, args.world_seed, without=FORGET if which else "")
-            learner = Learner(untaught()[0], tokenizer, told, general[HELD_OUT:], args.lr, args.steps)
+            rows = fact_rows(tokenizer, told, told_of.facts)
+            own = in_random_order(sample_rows(tokenizer, general[HELD_OUT:]))
+            learner = Learner(untaught()[0], rows, own, args.lr, args.steps)
             place.mkdir(exist_ok=True)
             (place / "checkpoints").mkdir(exist_ok=True)
             train(learner, place, identity(args, general, which), which or "facts")
