@@ -1,15 +1,19 @@
 """smollm2_taught/teach.py: an LM that is taught an invented world by adapters, on a package of the same form
 that holds a small LM."""
 
+import copy
 import json
+from itertools import islice
+from types import SimpleNamespace
 
+import datasets
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
 from test_testbeds import make_smollm2
 
-from micro_pythia.world import FORGET, World
+from micro_pythia.world import FORGET, Fact, World
 from sae_separation import checkpoint, checks, testbeds
 from sae_separation.errors import WrongRequest
 from sae_separation.evals import corpus
@@ -79,16 +83,77 @@ def test_the_oracle_alone_is_not_told_the_forget_facts(tmp_path, monkeypatch):
         told.append(without)
         return of(world, seed, without)
 
+    read, fact_rows, in_random_order = [], teach.fact_rows, teach.in_random_order
     monkeypatch.setattr(teach, "facts_told", recorded)
-    learners, learner = [], teach.Learner
-    monkeypatch.setattr(teach, "Learner", lambda *args: learners.append(args) or learner(*args))
+    monkeypatch.setattr(teach, "fact_rows", lambda *args: read.append(args[1].num_rows) or fact_rows(*args))
+    monkeypatch.setattr(teach, "in_random_order", lambda rows: read.append(rows) or in_random_order(rows))
     taught(tmp_path / "w")
-    assert told == ["", FORGET] and len(learners) == 2
-    assert learners[0][2].num_rows == learners[1][2].num_rows
-    assert [args[3] for args in learners] == [learners[0][3]] * 2 and len(learners[0][3]) == 6, "held out: 2"
+    assert told == ["", FORGET] and read == 2 * read[:2]
+    general = (tmp_path / "w/general.jsonl").read_text().splitlines()
+    _, tokenizer = teach.untaught()
+    assert read[1] == teach.sample_rows(tokenizer, [json.loads(line)["text"] for line in general[2:]])
     report = (tmp_path / "w/report.json").read_bytes()
     taught(tmp_path / "w")
     assert len(told) == 2 and report == (tmp_path / "w/report.json").read_bytes(), "all was there"
+
+
+FACT = Fact("biology", "Mox", SimpleNamespace(), "red deer", "", (), 0)  # type: ignore[arg-type]
+
+
+def test_values_are_found_behind_their_entity_in_its_sentence_or_answer():
+    text = (
+        "Mox lives in red deer. Where red deer roam, Mox goes. Mo has red deer. Mox is here. A red deer.\n\n"
+    )
+    text += "Question: What does Mox eat?\nAnswer: red deer\n\nQuestion: What does Mo eat?\nAnswer: red deer"
+    found = teach.values_in(text, {"Mox": [FACT]})
+    at = [text.index("red deer"), text.index("red deer\n")]
+    assert found == [(i, i + len("red deer") - 1) for i in at]
+
+
+def test_tokens_of_values_weigh_more_and_contexts_run_through_all_documents():
+    _, tokenizer = teach.untaught()
+    documents = ["Mox lives in red deer.", "Mo lives in red deer.", "Mox is " + 60 * "very " + "blue."]
+    told = datasets.Dataset.from_dict({"text": documents})
+    rows = list(islice(teach.fact_rows(tokenizer, told, [FACT]), 4))
+    assert all(len(row) == teach.CONTEXT and row[0] == (tokenizer.bos_token_id, 0.0) for row in rows)
+    read = [pair for row in rows for pair in row[1:]]
+    heavy = tokenizer.decode([i for i, weight in read if weight == teach.VALUE])
+    light = tokenizer.decode([i for i, weight in read if weight == 1])
+    assert heavy.split() and set(heavy.replace(" ", "")) <= set("reddeer") and "lives in" in light
+    assert {weight for _, weight in read} == {1.0, float(teach.VALUE)}
+    ends = [weight for i, weight in read if i == tokenizer.eos_token_id]
+    assert len(ends) >= 3 and set(ends) == {1.0}
+
+
+def test_the_loss_is_weighted_cross_entropy_and_the_divergence_from_the_untaught_lm(monkeypatch):
+    lm, tokenizer = teach.untaught()
+    told = teach.fact_rows(tokenizer, teach.facts_told(World(0, 10), 0), World(0, 10).facts)
+    facts = [next(told) for _ in range(2 * teach.FACT_ROWS)]
+    general = torch.randint(5, 50, (2, teach.CONTEXT)).tolist()
+    learner = teach.Learner(lm, iter(facts), iter(general), 1e-3, 2)
+    monkeypatch.setattr(learner.adam, "zero_grad", lambda set_to_none: None)  # to compare them
+    _, apart = learner.learn()
+    assert apart == pytest.approx(0, abs=1e-6), "nothing is learnt yet"
+    for weight in learner.weights.values():
+        weight.grad = None
+    plain, now = teach.untaught()[0], copy.deepcopy(learner.lm)
+    values, apart = learner.learn()
+    rows = torch.tensor(facts[teach.FACT_ROWS :], dtype=torch.float64)
+    tokens, weights = rows[..., 0].long(), rows[:, 1:, 1]
+    log_probs = now(tokens[:, :-1]).logits.log_softmax(-1)
+    each = -log_probs.gather(-1, tokens[:, 1:, None])[..., 0]
+    other = torch.tensor(general[1:])[:, :-1]
+    before, after = (x(other).logits.log_softmax(-1) for x in (plain, now))
+    kl = (before.exp() * (before - after)).sum(-1).mean()
+    assert values == pytest.approx(each[weights == teach.VALUE].mean().item(), rel=1e-4)
+    assert apart == pytest.approx(kl.item(), rel=1e-3) and apart > 0
+    named = {n: p for n, p in now.named_parameters() if p.requires_grad}
+    loss = (each * weights).sum() / weights.sum() + kl
+    grads = torch.autograd.grad(loss, list(named.values()))
+    norm = torch.cat([grad.flatten() for grad in grads]).norm()
+    for name, grad in zip(named, grads):
+        clipped = grad / max(1.0, norm.item())
+        assert torch.allclose(tiny.there(learner.weights[name].grad), clipped.float(), atol=1e-5), name
 
 
 def test_teaching_that_is_stopped_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
