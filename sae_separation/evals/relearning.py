@@ -127,8 +127,9 @@ class FineTuned:
         self.split = SplitLM(replace(testbed, lm=self.lm))
         self.as_put_out = self.split.as_put_out  # found out by a pass of its own
         self.made: WeakKeyDictionary[Batch, Tensor] = WeakKeyDictionary()
-        # as muP scales Adam's: 1e-3 for a width of 128
-        self.adam = torch.optim.AdamW(self.lm.parameters(), 0.128 / testbed.d_in)
+        # as muP scales Adam's: 1e-3 for a width of 128. Fused, a core takes 0.12 s for 53 M
+        # weights, else 0.58
+        self.adam = torch.optim.AdamW(self.lm.parameters(), 0.128 / testbed.d_in, fused=True)
 
     def stream(self, batch: Batch) -> Tensor:
         """The stream [row, pos, D] that the untrained hook layer puts out, under the hook."""
