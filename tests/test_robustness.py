@@ -4,6 +4,7 @@ interventions whose effect is known."""
 import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,36 @@ def test_a_question_is_asked_in_the_forms_that_it_allows():
     names = [{f.name for f in FORMS if asker.allowed(f, q)} for q in (plain, full)]
     assert len(names[0]) == 2 * 3 * 4 and not any("anew" in n or "prose" in n for n in names[0])
     assert len(names[1]) == 2 * 3 * 2 * 4 + 3 * 4 and not any("prose" in n and "anew" in n for n in names[1])
+
+
+class Answered(robustness.Asked):
+    """A form in which so many of 20 forget and of 20 retain questions are right."""
+
+    def right(self, lm) -> np.ndarray:
+        ASKED.append(self.form.name)
+        n = {"letter": 9, "cloze": 10, "prose": 20}[self.form.how]
+        n = 18 if self.form.header == "other" else n
+        return np.tile(np.arange(20) < n, 2)
+
+
+ASKED = []  # forms, in their order
+
+
+def test_an_lm_that_fails_at_a_kinds_plainest_form_is_not_asked_the_others():
+    """Unless half is right: then any other form may count."""
+    every = range(40)
+    forms: list = [Answered(form, UNASKED, list(every), 0.25, np.ones(40, bool)) for form in FORMS]
+    forget = np.array([i < 20 for i in every])
+    exam = robustness.Examined(forget.astype(str), forget, ~forget & forget, ~forget, forms, {}, ["before"])
+    ASKED.clear()
+    found = robustness.answered(SimpleNamespace(hook=None, reset_hooks=lambda: None), exam)  # type: ignore
+    by_letter = [form.name for form in FORMS if form.how == "letter"]
+    assert found.not_asked == ["before", *by_letter[1:]] and exam.not_asked == ["before"]
+    assert ASKED == [form.name for form in FORMS if form.name not in by_letter[1:]]
+    counted = {form.form.name for form in found.forms}
+    assert counted == {f.name for f in FORMS if f.how == "prose" or f.how == "cloze" and f.header == "other"}
+    assert found.left_out[by_letter[0]] == {"forget": 0.45, "retain": 0.45}
+    assert len(found.left_out) + len(counted) + len(by_letter) - 1 == len(FORMS)
 
 
 def test_no_intervention_leaves_all_and_keeps_all(evaluator, monkeypatch):

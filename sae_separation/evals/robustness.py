@@ -37,6 +37,9 @@ from sae_separation.lm import InterventionLM
 from sae_separation.progress import section
 
 ANSWERED = 0.9  # of the questions that an LM must answer in a form for the form to count
+HOPELESS = (
+    0.5  # of them, in its plainest form, below which an LM is not asked by letter, cloze or prose at all
+)
 KEPT, KEPT_OF_A_SUBJECT = 0.99, 0.95  # of the retain questions, in every form, or the score is 0
 TRIED = tuple(
     Form(how, "own" if how == "letter" else "no", "trained", place).name
@@ -70,7 +73,7 @@ class Examined:
     `forget` questions, which `unseen` ones (about entities that the forget text never names), and which
     retain questions are about a `same_entity` as a forget question, each [n] (bool). And the forms that do
     not count: `left_out`, with the LM's accuracies, and `not_asked`, as the questions or the LM's positions
-    do not allow them."""
+    do not allow them, or the LM answers too few in the plainest of their kind."""
 
     subject: np.ndarray
     forget: np.ndarray
@@ -138,19 +141,30 @@ def unchanged(resid: Tensor, hook: Residuals) -> None:
 
 def answered(lm: InterventionLM, exam: Examined) -> Examined:
     """The same questions, in the forms that count for this LM."""
-    out = replace(exam, forms=[], left_out={})
+    out = replace(exam, forms=[], left_out={}, not_asked=[*exam.not_asked])
+    plainest: dict[str, float] = {}  # of its kind, which comes first: what the LM answers
     for form in section.steps(exam.forms, 0.25):
+        if plainest.get(form.form.how, 1.0) < HOPELESS:
+            out.not_asked.append(form.form.name)
+            continue
         with intervening(lm, unchanged):
             asked = replace(form, known=form.right(lm))
-        here, rates = np.isin(np.arange(len(exam.subject)), form.places), {}
-        for domain, group in exam.domains.items():
-            n = (group & here).sum()
-            rates[domain] = float((asked.known & group).sum() / n) if n >= MIN_KNOWN else 0.0
+        rates = answered_of(exam, asked)
+        plainest.setdefault(form.form.how, min(rates.values()))
         if min(rates.values()) >= ANSWERED:
             out.forms.append(asked)
         else:
             out.left_out[form.form.name] = rates
     return out
+
+
+def answered_of(exam: Examined, asked: Asked) -> dict[str, float]:
+    """The share of each domain's questions that the LM answers in a form; 0 of too few."""
+    here, rates = np.isin(np.arange(len(exam.subject)), asked.places), {}
+    for domain, group in exam.domains.items():
+        n = (group & here).sum()
+        rates[domain] = float((asked.known & group).sum() / n) if n >= MIN_KNOWN else 0.0
+    return rates
 
 
 def examined_in_4_bits(evaluator: Evaluator) -> Examined:
