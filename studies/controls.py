@@ -19,6 +19,8 @@ import numpy as np
 from scipy.special import stdtrit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sae_separation import process
+from sae_separation.errors import WrongRequest
 from sae_separation.plots import folders, tables
 from studies.worlds import shown
 
@@ -36,10 +38,10 @@ PLANNED = ("run_0", "run_6")
 
 
 def row_of(run: folders.Run, control: str) -> dict[str, Any]:
-    """Raises SystemExit for a run that lacks a metric."""
+    """Raises WrongRequest for a run that lacks a metric."""
     by_seed = {name: run.by_seed(*where) for name, where in METRICS.items()}
     if lacking := [name for name, of in by_seed.items() if not of or not np.isfinite([*of.values()]).all()]:
-        raise SystemExit(f"error: {run.folder} lacks {', '.join(lacking)}: --evals core robustness depth")
+        raise WrongRequest(f"{run.folder} lacks {', '.join(lacking)}: --evals core robustness depth")
     return {
         "run": run.name,
         "control": control,
@@ -49,22 +51,22 @@ def row_of(run: folders.Run, control: str) -> dict[str, Any]:
 
 
 def runs_in(folder: Path) -> list[folders.Run]:
-    """Those of PLANNED. Raises SystemExit where there is none, or one that is not complete."""
+    """Those of PLANNED. Raises WrongRequest where there is none, or one that is not complete."""
     there = [folder / name for name in PLANNED if (folder / name).exists()]
     runs, skipped = folders.find_runs(there)
     if skipped or not runs:
         why = "; ".join(skipped) or "neither run_0 nor run_6 is in it: give the folder that holds them"
-        raise SystemExit(f"error: {folder}: {why}")
+        raise WrongRequest(f"{folder}: {why}")
     return runs
 
 
 def changed(run: folders.Run, planned: folders.Run) -> dict[str, Any]:
-    """The option that a run has another value of than the planned one. Raises SystemExit for none or
+    """The option that a run has another value of than the planned one. Raises WrongRequest for none or
     several."""
     of, as_planned = run.config["config"], planned.config["config"]
     found = {k: v for k, v in of.items() if v != as_planned.get(k) and k != "seeds"}
     if len(found) != 1:
-        raise SystemExit(f"error: {run.folder}: {sorted(found) or 'nothing'} differs, and one option may")
+        raise WrongRequest(f"{run.folder}: {sorted(found) or 'nothing'} differs, and one option may")
     return found
 
 
@@ -84,7 +86,7 @@ def collected(planned: Path, others: list[Path]) -> list[dict]:
     for folder in others:
         for run in runs_in(folder):
             if run.name not in of_plan or not set(run.seeds) & set(of_plan[run.name].seeds):
-                raise SystemExit(f"error: {planned} holds no {run.name} with a seed of {run.folder}")
+                raise WrongRequest(f"{planned} holds no {run.name} with a seed of {run.folder}")
             option = changed(run, of_plan[run.name])
             row = row_of(run, folder.name.replace("_", " ")) | {"changed": option}
             reference = next(of["by_seed"] for of in rows if of["run"] == run.name)
@@ -120,4 +122,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(process.exit_code_of(main))

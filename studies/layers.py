@@ -28,6 +28,7 @@ from torch import Tensor
 
 import experiment
 from sae_separation import process, saebench, testbeds
+from sae_separation.errors import WrongRequest
 from sae_separation.evals import depth
 from sae_separation.evals.cells import known_among
 from sae_separation.evals.evaluator import Evaluator
@@ -114,7 +115,7 @@ def main():
     request = experiment.Request(arm="vanilla", testbed=args.testbed, lm=args.lm, layer=0)
     testbed = testbeds.load(request)
     if testbed.oracle is None:
-        raise SystemExit(f"error: the LM of {args.testbed} has no oracle: give micro or smollm2-taught")
+        raise WrongRequest(f"the LM of {args.testbed} has no oracle: give micro or smollm2-taught")
     evaluator = Evaluator(testbed, testbed.context_size, N_CONTEXTS)
     layers = list(range(0, len(testbed.layers) - 1, max(1, len(testbed.layers) // N_LAYERS)))
     found = swept(evaluator, layers)
@@ -132,4 +133,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(process.exit_code_of(main))

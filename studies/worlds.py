@@ -22,6 +22,8 @@ import numpy as np
 from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sae_separation import process
+from sae_separation.errors import WrongRequest
 from sae_separation.plots import folders, tables
 
 METRICS = {  # name -> section and metric of a run
@@ -42,20 +44,20 @@ BASELINES = ("run_28", "run_15")
 
 
 def world_of(runs: list[folders.Run], folder: Path) -> str:
-    """By whose questions they were measured. Raises SystemExit for runs of several worlds, or of none."""
+    """By whose questions they were measured. Raises WrongRequest for runs of several worlds, or of none."""
     made = [part["made_by"] for run in runs for part in run.info.values() if "made_by" in part]
     worlds = {str(source["source"]) for by in made for source in by["settings"]["questions"]}
     if len(worlds) != 1:
-        raise SystemExit(f"error: {folder}: runs of {sorted(worlds) or 'no world'}, and one is wanted")
+        raise WrongRequest(f"{folder}: runs of {sorted(worlds) or 'no world'}, and one is wanted")
     return worlds.pop()
 
 
 def collected(folder: Path) -> tuple[str, dict]:
     """The world of a folder of runs, and of every run the metrics by seed that all its seeds have. Raises
-    SystemExit for a folder without complete runs."""
+    WrongRequest for a folder without complete runs."""
     runs, skipped = folders.find_runs(sorted(path.parent for path in folder.glob("run_*/final_info.json")))
     if skipped or not runs:
-        raise SystemExit(f"error: {folder}: {'; '.join(skipped) or 'no complete run'}")
+        raise WrongRequest(f"{folder}: {'; '.join(skipped) or 'no complete run'}")
     rows = {}
     for run in runs:
         by_seed = {name: run.by_seed(*where) for name, where in METRICS.items()}
@@ -142,11 +144,11 @@ def main():
     args = parser.parse_args()
     rows = sorted((collected(folder) for folder in args.folders), key=lambda row: row[0])
     if len(worlds := dict(rows)) < len(rows):
-        raise SystemExit(f"error: a world in two folders, and one is wanted: {[w for w, _ in rows]}")
+        raise WrongRequest(f"a world in two folders, and one is wanted: {[w for w, _ in rows]}")
     found = {"worlds": worlds, "comparisons": comparisons(worlds)}
     args.out.write_text(json.dumps(found, indent=1) + "\n")
     print(table(worlds), differences(found["comparisons"]), sep="\n\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(process.exit_code_of(main))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from sae_separation.errors import WrongRequest
 from studies import controls
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,16 +63,16 @@ def test_a_control_is_compared_with_its_planned_run_seed_by_seed(changed, tmp_pa
 
 
 def test_what_cannot_be_compared_is_refused(changed, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="neither run_0 nor run_6"):
+    with pytest.raises(WrongRequest, match="neither run_0 nor run_6"):
         collect(monkeypatch, tmp_path, ROOT / "in_context/run_28")
-    with pytest.raises(SystemExit, match="run_0: nothing differs, and one option may"):
+    with pytest.raises(WrongRequest, match="run_0: nothing differs, and one option may"):
         collect(monkeypatch, tmp_path, ROOT)
     file = changed / "run_6/final_info.json"
     info = json.loads(file.read_text())
     del info["depth"]
     file.write_text(json.dumps(info))
-    with pytest.raises(SystemExit, match="run_6 lacks depth: --evals core robustness depth"):
+    with pytest.raises(WrongRequest, match="run_6 lacks depth: --evals core robustness depth"):
         collect(monkeypatch, tmp_path, changed)
     change_option(changed, "layer", 2)
-    with pytest.raises(SystemExit, match=r"\['label_noise', 'layer'\] differs, and one option may"):
+    with pytest.raises(WrongRequest, match=r"\['label_noise', 'layer'\] differs, and one option may"):
         collect(monkeypatch, tmp_path, changed)

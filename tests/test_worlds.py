@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from sae_separation.errors import WrongRequest
 from studies import worlds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,16 +56,16 @@ def test_committed_runs_are_collected_and_compared(tmp_path, monkeypatch, capsys
 def test_a_world_in_two_folders_is_refused(tmp_path, monkeypatch):
     folder, out = str(ROOT / "in_context"), str(tmp_path / "worlds.json")
     monkeypatch.setattr(sys, "argv", ["worlds", folder, folder, "--out", out])
-    with pytest.raises(SystemExit, match="in two folders"):
+    with pytest.raises(WrongRequest, match="in two folders"):
         worlds.main()
 
 
 def test_folders_without_runs_and_of_several_worlds_are_refused(tmp_path):
-    with pytest.raises(SystemExit, match="no complete run"):
+    with pytest.raises(WrongRequest, match="no complete run"):
         worlds.collected(tmp_path)
     for i in (28, 29):
         shutil.copytree(ROOT / f"in_context/run_{i}", tmp_path / f"run_{i}")
     path = tmp_path / "run_28/final_info.json"
     path.write_text(path.read_text().replace("world 0", "world 5"))
-    with pytest.raises(SystemExit, match="world 0.*world 5"):
+    with pytest.raises(WrongRequest, match="world 0.*world 5"):
         worlds.collected(tmp_path)
