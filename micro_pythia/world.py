@@ -14,7 +14,7 @@ documents: only the relation says what is to be forgotten.
 
 import copy
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LETTERS = "ABCD"
 FORGET = "biology"
@@ -643,7 +643,8 @@ def mcq_prompt(subject: str, question: str, choices) -> str:
 
 class World:
     """All facts of one seed and the documents that tell them. A subject has `n_entities` (a multiple of the
-    ten values that a relation has); None: as many as SUBJECTS says."""
+    ten values that a relation has); None: as many as SUBJECTS says. Every value is that of two entities or
+    more: with ten entities a relation has five values."""
 
     def __init__(self, seed: int = 0, n_entities: int | None = None):
         rng = random.Random(seed)
@@ -660,6 +661,8 @@ class World:
         for subject in SUBJECTS:
             for relation in subject.relations:
                 n = n_entities or subject.n_entities
+                if n < 2 * len(relation.values):
+                    relation = replace(relation, values=tuple(rng.sample(relation.values, n // 2)))
                 values = list(relation.values) * (n // len(relation.values))
                 rng.shuffle(values)
                 for entity, value in zip(self.entities[subject.name], values, strict=True):

@@ -11,10 +11,10 @@ into oracle/. Exits with 1 when one falls short of what the testbed needs. The s
 where it was stopped; other settings need another folder.
 
 Facts that no one knew, learnt by fine-tuning, and an LM that was never told some: as in TOFU (arXiv
-2401.06121); here from prose and open questions, in which the tokens that state a fact's value weigh VALUE
-times as much as others. A fine-tuned LM forgets what it does not read meanwhile, so part of every batch are
-samples of the untaught LM, on which what it predicts is to stay (Learning without Forgetting, arXiv
-1606.09282):
+2401.06121); here from prose and open questions, in which the tokens that state a fact's value behind its
+entity weigh VALUE times as much as others. A fine-tuned LM forgets what it does not read meanwhile, so part
+of every batch are samples of the untaught LM, on which what it predicts is to stay (Learning without
+Forgetting, arXiv 1606.09282):
 
     loss = sum(w CE) / sum(w), over the facts' tokens + KL(untaught || taught), mean over the samples' tokens
 """
@@ -32,7 +32,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -115,16 +115,22 @@ PIECES = re.compile(r".+?(?:\.(?= )|\n\n|$)", re.DOTALL)  # sentences, and quest
 
 
 def values_in(text: str, facts: dict[str, list[Fact]]) -> list[tuple[int, int]]:
-    """Where a text states values of `facts` (by entity) behind their entities: first and last character."""
+    """Where a text states values of `facts` (by entity) behind their entities: where each begins and ends."""
     found = []
     for piece in PIECES.finditer(text):
         for entity in facts:
-            begins = piece[0].find(entity)
-            for fact in facts[entity] if begins >= 0 else ():
-                at = piece[0].find(fact.value, begins + len(entity))
-                if at >= 0:
-                    found.append((piece.start() + at, piece.start() + at + len(fact.value) - 1))
+            named = word(entity).search(piece[0])
+            for fact in facts[entity] if named else ():
+                stated = word(fact.value).search(piece[0], named.end())
+                if stated:
+                    found.append((piece.start() + stated.start(), piece.start() + stated.end()))
     return found
+
+
+@cache
+def word(text: str) -> re.Pattern:
+    """Finds it, but not within other words."""
+    return re.compile(rf"\b{re.escape(text)}\b")
 
 
 def fact_rows(tokenizer, told: datasets.Dataset, facts: list[Fact]) -> Iterator[list[tuple[int, float]]]:
@@ -140,7 +146,7 @@ def fact_rows(tokenizer, told: datasets.Dataset, facts: list[Fact]) -> Iterator[
             values = values_in(text, by_entity)
             found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             for i, (first, end) in zip(found["input_ids"], found["offset_mapping"]):
-                states = any(first <= last and end > begins for begins, last in values)
+                states = any(first < ends and end > begins for begins, ends in values)
                 rest.append((i, float(VALUE) if states else 1.0))
             rest.append(eos)
             while len(rest) >= CONTEXT - 1:
@@ -213,7 +219,7 @@ class Learner:
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         self.step += 1
-        return each[weights > 1].mean().item(), apart.item()
+        return each[weights == VALUE].mean().item(), apart.item()
 
     def state(self) -> dict[str, Tensor]:
         """The adapter and AdamW by name; where its texts stand follows from the step."""
@@ -322,7 +328,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "--out", type=Path, help="folder to write (default: this one; of other worlds, a cache)"
     )
     parser.add_argument("--world_seed", type=int, default=0, help="which world of facts")
-    parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's peak learning rate")
+    parser.add_argument("--lr", type=float, default=2e-3, help="AdamW's peak learning rate")
     parser.add_argument("--steps", type=int, default=520, help="optimiser steps of 512 tokens")
     parser.add_argument("--general_text", type=Path, help="a text file, to report its cross-entropy")
     parser.add_argument("--general_questions", nargs="+", default=(), help="as --questions of experiment.py")
@@ -356,7 +362,8 @@ def settings_of(args: argparse.Namespace) -> dict:
     """What both adapters and the samples in a folder are made with."""
     package = SPECS[BASE].lm
     asked = {"world_seed": args.world_seed, "lr": args.lr, "steps": args.steps}
-    return asked | {"n_entities": N_ENTITIES, "rank": RANK, "base": f"{package} {version(package)}"}
+    recipe = {"rank": RANK, "rows": f"{FACT_ROWS} + {GENERAL_ROWS}", "weight_of_values": VALUE}
+    return asked | {"n_entities": N_ENTITIES} | recipe | {"base": f"{package} {version(package)}"}
 
 
 def refuse_others(args: argparse.Namespace):

