@@ -473,14 +473,38 @@ class Asked:
     answers: dict[tuple[int, bytes], Tensor] = field(default_factory=dict)
 
 
-SMALL_LM = 10_000_000  # parameters, below which matmuls are not what an evaluation waits for
+LEAST_IN_BF16 = 10_000_000  # parameters; smaller LMs are no faster in it
 
 
-def low_precision(lm: Any) -> torch.autocast:
-    """Inside, matmuls of an fp32 LM that is not small are in bfloat16 where the machine has it. The residual
-    stream stays in fp32, and with it what interventions read and write."""
-    large = lm.dtype == torch.float32 and sum(p.numel() for p in lm.parameters()) >= SMALL_LM
-    return torch.autocast(lm.device.type, torch.bfloat16, enabled=large and has_bf16(lm.device))
+def runs_in_bf16(lm: Any) -> bool:
+    """Whether an LM is asked in bfloat16, with weights in fp32: where it is not small and the machine can."""
+    large = lm.dtype == torch.float32 and sum(p.numel() for p in lm.parameters()) >= LEAST_IN_BF16
+    return large and has_bf16(lm.device)
+
+
+@contextlib.contextmanager
+def low_precision(lm: Any):
+    """Inside, an LM's matmuls are in bfloat16 if it `runs_in_bf16`. The residual stream stays in fp32, and
+    with it what interventions read and write; so does the unembedding: in bfloat16 logits of 20 are 0.125
+    apart."""
+    if not runs_in_bf16(lm):
+        yield
+        return
+    head, kind = lm.get_output_embeddings(), lm.device.type
+    before, unembed = vars(head).get("forward"), head.forward
+
+    def in_fp32(hidden: Tensor) -> Tensor:
+        with torch.autocast(kind, enabled=False):
+            return unembed(hidden.float())
+
+    head.forward = in_fp32
+    try:
+        with torch.autocast(kind, torch.bfloat16):
+            yield
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before
 
 
 class InterventionLM(SplitLM):
@@ -513,15 +537,15 @@ class InterventionLM(SplitLM):
 
     def resid(self, tokens: Tensor, **seen) -> Tensor:
         """resid_post [row, pos, D] (fp32) of the hook layer, the LM stopped there."""
-        with low_precision(self.lm):
-            return super().resid(tokens, **seen).float()
+        return super().resid(tokens, **seen).float()
 
     def residuals(self, batch: Batch) -> Residuals:
         """The batch's own, else from the LM: massive ones are then not touched."""
         if batch.residuals is not None:
             return batch.residuals
         seen = batch.seen(self.lm)
-        resid = self.resid(batch.tokens, **seen)
+        with low_precision(self.lm):
+            resid = self.resid(batch.tokens, **seen)
         return Residuals(resid, batch.trained & ~massive(resid, batch.trained), batch.tokens, seen)
 
     def _read(self, batch: Batch, read: Callable) -> Tensor:

@@ -72,8 +72,10 @@ def read_record(path: Path) -> dict | None:
 
 
 def maker(evaluator) -> dict:
-    """What makes a section: the commit, and the settings of the sweep and of the questions."""
-    return {"git": run_folder.commit_of_code(), "settings": evaluator.settings | evaluator.asked}
+    """What makes a section: the commit, the settings of the sweep and of the questions, and the precision in
+    which the LM is asked."""
+    settings = evaluator.settings | evaluator.asked
+    return {"git": run_folder.commit_of_code(), "settings": settings, "lm_runs_in": evaluator.runs_in}
 
 
 def measure(

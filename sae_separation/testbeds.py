@@ -37,6 +37,7 @@ from sae_separation.lm import (
     Testbed,
     load_lm,
     load_tokenizer,
+    low_precision,
     structure_of,
     without_bars,
 )
@@ -354,6 +355,8 @@ def check_lm(testbed: Testbed):
         plain, ahead = logits_at(lm, tokens, every), logits_at(lm, other, every)
         with split.resumed_from(split.resid(tokens)):
             resumed = logits_at(lm, tokens, every)
+        with low_precision(lm):
+            logits_at(lm, tokens, every)
     except Exception as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise

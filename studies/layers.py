@@ -33,7 +33,7 @@ from sae_separation.evals import depth
 from sae_separation.evals.cells import known_among
 from sae_separation.evals.evaluator import Evaluator
 from sae_separation.exam import Exam
-from sae_separation.lm import InterventionLM
+from sae_separation.lm import InterventionLM, Testbed
 from sae_separation.results import maker
 
 N_CONTEXTS = 16  # of text, which is not what is measured here
@@ -72,7 +72,7 @@ def swept(evaluator: Evaluator, layers: list[int]) -> dict[str, dict[str, list[f
     assert oracle is not None
     everywhere = {s: tuple(range(len(q))) for s, q in evaluator.questions.by_subject.items()}
     known, out = known_among(evaluator, everywhere), {}
-    readouts = {"lm": evaluator.once(depth.of_lm), "oracle": evaluator.once(depth.of_oracle)}
+    readouts = {"lm": evaluator.once(depth.of_lm), "oracle": evaluator.once(depth.of_oracle) or {}}
     for domain in ("forget", "retain"):
         subjects = [s for s in known if (s == saebench.FORGET) == (domain == "forget") and known[s]]
         exams = [evaluator.questions.exam(s, known[s]) for s in subjects]
@@ -103,6 +103,21 @@ def looked_up(
     return None
 
 
+def row_of(testbed: Testbed) -> dict:
+    """What the file holds of an LM. Raises WrongRequest for one of which it cannot be measured."""
+    if testbed.oracle is None:
+        raise WrongRequest(f"the LM of {testbed.name} has no oracle: give micro or smollm2-taught")
+    evaluator = Evaluator(testbed, testbed.context_size, N_CONTEXTS)
+    asked = evaluator.once(depth.material).readouts
+    if {r.subject == saebench.FORGET for r in asked} != {True, False}:
+        raise WrongRequest(f"{testbed.name}: {depth.NO_RELATIONS.removeprefix('depth: ')}")
+    layers = list(range(0, len(testbed.layers) - 1, max(1, len(testbed.layers) // N_LAYERS)))
+    found = swept(evaluator, layers)
+    known = {evaluator.questions.names[s]: n for s, n in evaluator.questions.n_known.items()}
+    row = {"layers": layers, "layer": looked_up(layers, **found), "known": known} | found
+    return row | {"lm": testbed.describe["sources"]["lm"], "made_by": maker(evaluator)}
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -111,24 +126,18 @@ def main():
     parser.add_argument("--lm", default="", help="the LM of another world")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("layers.json"))
     args = parser.parse_args()
+    if not args.out.parent.is_dir():
+        raise WrongRequest(f"--out {args.out}: {args.out.parent} is no folder")
     process.tune_memory()
-    request = experiment.Request(arm="vanilla", testbed=args.testbed, lm=args.lm, layer=0)
-    testbed = testbeds.load(request)
-    if testbed.oracle is None:
-        raise WrongRequest(f"the LM of {args.testbed} has no oracle: give micro or smollm2-taught")
-    evaluator = Evaluator(testbed, testbed.context_size, N_CONTEXTS)
-    layers = list(range(0, len(testbed.layers) - 1, max(1, len(testbed.layers) // N_LAYERS)))
-    found = swept(evaluator, layers)
-    known = {evaluator.questions.names[s]: n for s, n in evaluator.questions.n_known.items()}
-    row = {"layers": layers, "layer": looked_up(layers, **found), "known": known} | found
+    testbed = testbeds.load(experiment.Request(arm="vanilla", testbed=args.testbed, lm=args.lm, layer=0))
+    row = row_of(testbed)
     rows = json.loads(args.out.read_text()) if args.out.exists() else {}
-    rows[args.testbed] = row | {"made_by": maker(evaluator)}
+    rows[f"{args.testbed}, world {testbed.describe['world_seed']}"] = row
     args.out.write_text(json.dumps(rows, indent=1) + "\n")
-    for i, layer in enumerate(layers):
-        for domain, of in found.items():
-            print(
-                f"layer {layer}, {domain}:", ", ".join(f"{name} {rates[i]:.2f}" for name, rates in of.items())
-            )
+    for i, layer in enumerate(row["layers"]):
+        for domain in ("forget", "retain"):
+            rates = ", ".join(f"{name} {of[i]:.2f}" for name, of in row[domain].items())
+            print(f"layer {layer}, {domain}: {rates}")
     print("layer:", row["layer"])
 
 

@@ -175,11 +175,11 @@ def test_a_record_begins_empty_and_older_ones_hold_notes_of_unlearning(tmp_path)
         results.read_record(path)
 
 
-def test_what_made_a_section_is_the_commit_and_the_settings(monkeypatch):
+def test_what_made_a_section_is_the_commit_the_settings_and_the_precision(monkeypatch):
     monkeypatch.setattr("sae_separation.run_folder.commit_of_code", lambda: "0123abc")
-    evaluator = SimpleNamespace(settings={"multipliers": [1]}, asked={"scoring": "letter"})
-    known = {"multipliers": [1], "scoring": "letter"}
-    assert results.maker(evaluator) == {"git": "0123abc", "settings": known}
+    asked = {"settings": {"multipliers": [1]}, "asked": {"scoring": "letter"}, "runs_in": "float32"}
+    made_by = {"settings": {"multipliers": [1], "scoring": "letter"}, "lm_runs_in": "float32"}
+    assert results.maker(SimpleNamespace(**asked)) == made_by | {"git": "0123abc"}
 
 
 def record(value, seconds=1.0, date="2026-01-01", note=()):

@@ -26,7 +26,7 @@ from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.exam import Exam, Residuals, special_ids, trained_on
 from sae_separation.four_bits import rounded_to_4_bits
 from sae_separation.interventions import ChosenFeatures
-from sae_separation.lm import InterventionLM, Testbed, device_of, load_lm, massive
+from sae_separation.lm import InterventionLM, Testbed, device_of, load_lm, massive, runs_in_bf16
 from sae_separation.progress import section
 from sae_separation.testbeds import packed_contexts
 
@@ -235,6 +235,12 @@ class Evaluator:
     def settings(self) -> dict:
         """The sweep's."""
         return saebench.SWEEP | self.testbed.sweep
+
+    @property
+    def runs_in(self) -> str:
+        """The precision of the LM's matmuls when it is asked."""
+        lm = self.lm.lm
+        return "bfloat16" if runs_in_bf16(lm) else str(lm.dtype).removeprefix("torch.")
 
     @property
     def guarded_thresholds(self) -> list[float]:

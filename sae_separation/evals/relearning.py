@@ -19,7 +19,7 @@ from sae_separation import saebench
 from sae_separation.evals.cells import Chosen, Hook, changed, chosen_for, hook_of, never_named
 from sae_separation.evals.evaluator import Evaluator, finite
 from sae_separation.exam import Batch, Exam, Residuals, trained_on
-from sae_separation.lm import SMALL_LM, InterventionLM, SplitLM, Testbed, hidden_of, low_precision, massive
+from sae_separation.lm import InterventionLM, SplitLM, Testbed, hidden_of, low_precision, massive
 from sae_separation.methods import weights_of
 from sae_separation.testbeds import packed_contexts
 
@@ -29,6 +29,7 @@ LEAST = 10  # questions that are asked
 
 MOST_CONTEXTS = 128  # of each text that is trained on
 MOST_NUMBERS = 2**25  # of each text's stream that is kept
+SMALL_LM = 10_000_000  # parameters; larger ones are given a quarter of the contexts on a CPU
 
 
 class Setting(NamedTuple):
@@ -163,7 +164,7 @@ class FineTuned:
         some = batch.take(rows)
         inside = self.intervened(some) if self.whole_lm else self.split.resumed_from(self.stream(batch)[rows])
         with low_precision(self.lm):
-            return self.split.logits_of(some, inside).float()
+            return self.split.logits_of(some, inside)
 
     @torch.enable_grad()
     def step(self, contexts: Batch, rows: list[int]):
@@ -189,7 +190,6 @@ class FineTuned:
 def curve(evaluator: Evaluator, of: Material, lm: InterventionLM, hook: Hook | None, how: Setting) -> Curve:
     """Accuracy on the facts that are not trained on, after each of STEPS."""
     tuned, out = FineTuned(evaluator.testbed, lm, hook, how.whole_lm), []
-    # a small LM is given four contexts a step, another one on a CPU a quarter
     small = lm.lm.device.type != "cpu" or sum(p.numel() for p in lm.lm.parameters()) < SMALL_LM
     n, rng = 4 if small else 1, np.random.default_rng(0)
     texts = of.both if how.facts else of.retain
