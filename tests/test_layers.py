@@ -3,11 +3,14 @@
 import copy
 from dataclasses import replace
 
+import pytest
 import tiny
 import tiny_facts
 import torch
 
 from sae_separation import saebench
+from sae_separation.errors import WrongRequest
+from sae_separation.evals import depth
 from sae_separation.exam import logits_at
 from sae_separation.lm import InterventionLM, load_lm
 from studies import layers
@@ -32,6 +35,27 @@ def test_a_crossing_is_the_lm_made_of_the_layers_of_both(facts_testbed, tmp_path
     assert not torch.allclose(found[0], found[1], atol=1e-3)
     own, _ = evaluator.questions.ask(saebench.FORGET)
     assert torch.allclose(layers.crossed(lm, lm, exam, [0])[0], own, atol=1e-5)
+
+
+def test_a_sweep_is_of_questions_that_the_lm_knows_and_of_both_readouts(facts_testbed, tmp_path):
+    evaluator = tiny_facts.evaluator(replace(facts_testbed, layer=0))
+    random = load_lm(tiny.save_lm(tmp_path / "other", seed=5), "cpu")
+    evaluator.oracle = InterventionLM(replace(facts_testbed, lm=random, layer=0))
+    evaluator.questions.known[saebench.FORGET][20:] = False
+    found = layers.swept(evaluator, [0, 1])
+    exam = evaluator.questions.exam(saebench.FORGET, tuple(range(20)))
+    assert found["forget"]["lm_above"] == pytest.approx(
+        layers.right(evaluator.oracle, evaluator.lm, exam, [0, 1])
+    )
+    for whose, of in (("lm", depth.of_lm), ("oracle", depth.of_oracle)):
+        by_subject = tiny.there(of(evaluator))
+        (retain,) = by_subject.keys() - {saebench.FORGET}
+        assert found["retain"][f"readout_{whose}"] == pytest.approx(by_subject[retain][:2])
+
+
+def test_an_lm_without_an_oracle_is_refused(facts_testbed):
+    with pytest.raises(WrongRequest, match="tiny has no oracle"):
+        layers.row_of(facts_testbed)
 
 
 def test_the_layer_is_where_more_is_looked_up_before_than_above():

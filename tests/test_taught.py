@@ -119,15 +119,13 @@ def test_tokens_of_values_weigh_more_and_contexts_run_through_all_documents():
     rows = list(islice(teach.fact_rows(tokenizer, told, [FACT]), 12))
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert all(len(row) == teach.CONTEXT and row[0] == (bos, 0.0) for row in rows)
-    expected, light = (
-        [],
-        lambda text: [(i, 1.0) for i in tokenizer(text, add_special_tokens=False)["input_ids"]],
-    )
-    heavy = [(i, 10.0) for i in tokenizer(" red deer", add_special_tokens=False)["input_ids"]]
-    of_document = {
-        documents[0]: light("Mox lives in") + heavy + light("."),
-        **{text: light(text) for text in documents[1:]},
-    }
+
+    def of(text: str, weight: float = 1.0) -> list[tuple[int, float]]:
+        return [(i, weight) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    of_document = {text: of(text) for text in documents}  # this tokenizer's tokens are letters
+    of_document[documents[0]] = of("Mox lives in ") + of("red deer", 10.0) + of(".")
+    expected = []
     for epoch in (0, 1):
         for text in told.shuffle(seed=epoch)["text"]:
             expected += of_document[text] + [(eos, 1.0)]
