@@ -329,7 +329,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--world_seed", type=int, default=0, help="which world of facts")
     parser.add_argument("--lr", type=float, default=2e-3, help="AdamW's peak learning rate")
-    parser.add_argument("--steps", type=int, default=520, help="optimiser steps of 512 tokens")
+    parser.add_argument("--steps", type=int, default=400, help="optimiser steps of 512 tokens")
     parser.add_argument("--general_text", type=Path, help="a text file, to report its cross-entropy")
     parser.add_argument("--general_questions", nargs="+", default=(), help="as --questions of experiment.py")
     args = parser.parse_args(argv)
