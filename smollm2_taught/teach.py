@@ -28,7 +28,6 @@ import math
 import random
 import re
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -409,7 +408,7 @@ def made(args: argparse.Namespace) -> dict | None:
 
 def teach(args: argparse.Namespace) -> dict:
     """Both adapters, and what they know, as read back from their files."""
-    began, folder = time.monotonic(), args.out
+    folder = args.out
     told_of = World(args.world_seed, N_ENTITIES)
     lm, tokenizer = untaught()
     folder.mkdir(parents=True, exist_ok=True)
@@ -435,7 +434,7 @@ def teach(args: argparse.Namespace) -> dict:
     asked_of = [as_question(f) for f in told_of.facts]
     lines = [json.dumps({k: v for k, v in asdict(q).items() if v not in ("", ())}) for q in asked_of]
     write_whole(folder / "questions.json", ("[\n" + ",\n".join(lines) + "\n]\n").encode())
-    report |= {"untaught": untaught_lm, "minutes": round((time.monotonic() - began) / 60, 1)}
+    report["untaught"] = untaught_lm
     write_json(folder / "report.json", report)
     return report
 
