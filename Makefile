@@ -57,9 +57,11 @@ controls: $(VENV)/ready
 
 # a real LM that was taught the facts, without a hub: its package comes with pip
 TAUGHT = --testbed=smollm2-taught
+SHORT = --tokens 409600 --batch_size 512 --buffer_tokens 32768 --l1 0.15 --evals core unlearning corpus geometry depth
 
 real: $(VENV)/ready-real
-	$(BIN)/python experiment.py $(TAUGHT) --seeds 0 --tokens 409600 --out_dir reproduced/taught/run_0 reproduced/taught/run_6
+	$(BIN)/python experiment.py $(TAUGHT) --seeds 0 --out_dir reproduced/real/run_0 reproduced/real/run_6 $(SHORT)
+	cd reproduced/real && $(abspath $(BIN))/python ../../plot.py run_0 run_6
 
 taught: $(VENV)/ready-real  # the study on it: SAEs that share one pass of the LM, and what needs none
 	$(BIN)/python -m studies.layers $(TAUGHT)

@@ -302,6 +302,19 @@ def differences(runs: list[folders.Run], pairs: list[tuple[str, str]]) -> str:
     return tables.markdown(["of", "less", *heads, "p of the first (Holm)"], rows)
 
 
+def layers_table() -> str:
+    """Where the taught LM looks its facts up."""
+    (row,) = json.loads((ROOT / "studies/layers.json").read_text()).values()
+    forget, retain = row["forget"], row["retain"]
+    columns = {"layer": row["layers"], "LM above": forget["lm_above"], "oracle above": forget["oracle_above"]}
+    columns |= {"readout, LM": forget["readout_lm"], "readout, oracle": forget["readout_oracle"]}
+    columns |= {
+        f"{name}, retain": retain[name.replace(" ", "_").lower()] for name in ("LM above", "oracle above")
+    }
+    cells = [[str(layer), *(f"{value:.2f}" for value in of)] for layer, *of in zip(*columns.values())]
+    return f"{tables.markdown(list(columns), cells)}\n\nCommit `{row['made_by']['git']}`."
+
+
 def filled(path: Path, blocks: dict[str, str]) -> str:
     """The document with each block between its markers. Raises SystemExit for markers that are not there."""
     text = path.read_text()
@@ -356,7 +369,7 @@ def documents() -> dict[Path, str]:
     in_context = runs_in([path.parent for path in ROOT.glob("in_context/*/final_info.json")], by_section=True)
     gates_in_context = f"{tables.ruler_table(in_context, OF_GATES)}\n\n{provenance_by_section(in_context)}"
     filled_in |= {"known-truth": known_truth(), "gates": gates_table(), "in-context": gates_in_context}
-    filled_in |= {"controls": controls()}
+    filled_in |= {"controls": controls(), "layers": layers_table()}
     filled_in |= {"worlds": worlds("worlds"), "worlds-two-writes": worlds("worlds_two_writes")}
     return {
         readme: filled(readme, {"results": f"{short}\n\n{provenance(runs)}"}),

@@ -48,7 +48,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from tqdm import tqdm
 
-from micro_pythia import world
+from micro_pythia import world as of_world
 from micro_pythia.make import as_question, ask, complete
 from micro_pythia.world import FORGET, Fact, World
 from sae_separation import checkpoint, process
@@ -395,7 +395,7 @@ def identity(args: argparse.Namespace, general: list[str], which: str) -> str:
     """What a half-taught adapter must have been begun with."""
     about = [settings_of(args), general, which, torch.__version__]
     hashed = hashlib.sha256(json.dumps(about).encode())
-    for file in (__file__, world.__file__):
+    for file in (__file__, of_world.__file__):
         hashed.update(Path(file).read_bytes())
     return hashed.hexdigest()
 
@@ -419,14 +419,7 @@ def teach(args: argparse.Namespace) -> dict:
     report: dict = {"world_seed": args.world_seed, "n_entities": N_ENTITIES, "steps": args.steps}
     for which, place in (("", folder), (ORACLE, folder / ORACLE)):
         if not (place / "adapter_model.safetensors").exists():
-            told = facts_told(told_of, args.world_seed, without=FORGET if which else "")
-            rows = fact_rows(tokenizer, told, told_of.facts)
-            own = in_random_order(sample_rows(tokenizer, general[HELD_OUT:]))
-            learner = Learner(untaught()[0], rows, own, args.lr, args.steps)
-            place.mkdir(exist_ok=True)
-            (place / "checkpoints").mkdir(exist_ok=True)
-            train(learner, place, identity(args, general, which), which or "facts")
-            write_adapter(learner.lm, place)
+            teach_one(args, which, place, general)
         remove_checkpoints(place)
         taught = adapted(BASE, place)
         found = known(taught, tokenizer, told_of) | {"kept": besides(taught)}
@@ -437,6 +430,18 @@ def teach(args: argparse.Namespace) -> dict:
     report["untaught"] = untaught_lm
     write_json(folder / "report.json", report)
     return report
+
+
+def teach_one(args: argparse.Namespace, which: str, place: Path, general: list[str]):
+    """The adapter that knows all facts (""), or the oracle's, into its folder."""
+    world, (lm, tokenizer) = World(args.world_seed, N_ENTITIES), untaught()
+    told = facts_told(world, args.world_seed, without=FORGET if which else "")
+    rows = fact_rows(tokenizer, told, world.facts)
+    own = in_random_order(sample_rows(tokenizer, general[HELD_OUT:]))
+    learner = Learner(lm, rows, own, args.lr, args.steps)
+    (place / "checkpoints").mkdir(parents=True, exist_ok=True)
+    train(learner, place, identity(args, general, which), which or "facts")
+    write_adapter(learner.lm, place)
 
 
 def own_samples(file: Path, lm, tokenizer, seed: int) -> list[str]:

@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file
 from test_testbeds import make_smollm2
 
+from micro_pythia.make import as_question
 from micro_pythia.world import FORGET, Fact, World
 from sae_separation import checkpoint, checks, testbeds
 from sae_separation.errors import WrongRequest
 from sae_separation.evals import corpus
 from sae_separation.evals.cells import intervening
 from sae_separation.evals.evaluator import Evaluator
+from sae_separation.questions import read_questions
 from sae_separation.specs import DataConfig
 from smollm2_taught import teach
 
@@ -64,6 +66,19 @@ def test_two_adapters_of_which_one_was_never_told_the_facts(tmp_path, capsys):
         assert torch.allclose(change, teach.SCALE / teach.RANK * (b.float() @ a.float()), atol=1e-6)
     one, other = (load_file(place / ADAPTER) for place in (tmp_path / "w", tmp_path / "w/oracle"))
     assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_is_shipped_is_what_the_testbed_needs():
+    taught, report = (
+        json.loads((teach.ADAPTERS / f"{name}.json").read_text()) for name in ("taught", "report")
+    )
+    assert not teach.shortfalls(report) and report["kept"]["ce_of_general_text"] > 0
+    assert taught == teach.settings_of(teach.arguments([])) | {"base": taught["base"]}
+    questions, *_ = read_questions((str(teach.ADAPTERS / "questions.json"),))
+    facts = World(report["world_seed"], report["n_entities"]).facts
+    assert [q for some in questions.values() for q in some] == [as_question(fact) for fact in facts]
+    for place in (teach.ADAPTERS, teach.ADAPTERS / "oracle"):
+        assert (place / ADAPTER).stat().st_size < 5_000_000
 
 
 def test_what_the_oracle_reads_tells_no_fact_of_the_forget_subject():
