@@ -205,7 +205,8 @@ def test_make_refuses_a_python_that_does_not_work_before_it_makes_an_environment
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
     """What `pip install .` installs, built from what git tracks."""
     source, out = (tmp_path_factory.mktemp(name) for name in ("source", "wheel"))
-    wanted = ["*.toml", "*.txt", "*.md", "*.py", "LICENSE", "CITATION.cff", "sae_separation", "micro_pythia"]
+    wanted = ["*.toml", "*.txt", "*.md", "*.py", "LICENSE", "CITATION.cff"]
+    wanted += ["sae_separation", "micro_pythia", "smollm2_taught"]
     listed = subprocess.run(
         ["git", "ls-files", *wanted], cwd=ROOT, capture_output=True, text=True, check=True
     )

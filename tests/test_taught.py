@@ -68,12 +68,13 @@ def test_two_adapters_of_which_one_was_never_told_the_facts(tmp_path, capsys):
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-def test_what_is_shipped_is_what_the_testbed_needs():
+def test_what_is_shipped_is_what_the_testbed_needs(tmp_path):
     taught, report = (
         json.loads((teach.ADAPTERS / f"{name}.json").read_text()) for name in ("taught", "report")
     )
     assert not teach.shortfalls(report) and report["kept"]["ce_of_general_text"] > 0
-    assert taught == teach.settings_of(teach.arguments([])) | {"base": taught["base"]}
+    by_default = teach.settings_of(teach.arguments(["--out", str(tmp_path / "new")]))
+    assert taught == by_default | {"base": taught["base"]}
     questions, *_ = read_questions((str(teach.ADAPTERS / "questions.json"),))
     facts = World(report["world_seed"], report["n_entities"]).facts
     assert [q for some in questions.values() for q in some] == [as_question(fact) for fact in facts]
