@@ -101,7 +101,7 @@ def test_a_seed_that_fails_on_one_pass_does_not_stop_the_next(monkeypatch, capsy
 class Measured:
     """Stands for the evaluator, and the functions below for evaluations: one number a section."""
 
-    settings, asked = {}, {}
+    settings, asked, runs_in = {}, {}, "float32"
     testbed = SimpleNamespace(lm=SimpleNamespace(device="cpu"))
 
 
