@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run study in-context worlds controls real taught check test test-fast docs micro faults bench bench-gpu bench-quick
+.PHONY: run study in-context worlds controls real taught check test test-fast docs micro faults
+.PHONY: bench bench-gpu bench-quick
 
 run: $(VENV)/ready
 	$(BIN)/python experiment.py --out_dir reproduced/run_0 reproduced/run_1 --testbed=micro
@@ -65,7 +66,8 @@ real: $(VENV)/ready-real
 
 taught: $(VENV)/ready-real  # the study on it: SAEs that share one pass of the LM, and what needs none
 	$(BIN)/python -m studies.layers $(TAUGHT)
-	$(BIN)/python experiment.py $(TAUGHT) --seeds 0 1 2 --out_dir $(addprefix reproduced/taught/run_,0 9 6 23 15 28) $(RULER) questions
+	$(BIN)/python experiment.py $(TAUGHT) --seeds 0 1 2 $(RULER) questions \
+		--out_dir $(addprefix reproduced/taught/run_,0 9 6 23 15 28)
 	$(BIN)/python experiment.py $(TAUGHT) --seeds 0 --out_dir reproduced/taught/run_21 $(RULER)
 
 check: $(VENV)/ready-dev  # form, lint, types

@@ -304,7 +304,7 @@ def differences(runs: list[folders.Run], pairs: list[tuple[str, str]]) -> str:
 
 def layers_table() -> str:
     """Where the taught LM looks its facts up."""
-    (row,) = json.loads((ROOT / "studies/layers.json").read_text()).values()
+    row = json.loads((ROOT / "studies/layers.json").read_text())["smollm2-taught, world 0"]
     forget, retain = row["forget"], row["retain"]
     columns = {"layer": row["layers"], "LM above": forget["lm_above"], "oracle above": forget["oracle_above"]}
     columns |= {"readout, LM": forget["readout_lm"], "readout, oracle": forget["readout_oracle"]}

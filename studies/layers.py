@@ -130,8 +130,8 @@ def main():
         raise WrongRequest(f"--out {args.out}: {args.out.parent} is no folder")
     process.tune_memory()
     testbed = testbeds.load(experiment.Request(arm="vanilla", testbed=args.testbed, lm=args.lm, layer=0))
-    row = row_of(testbed)
     rows = json.loads(args.out.read_text()) if args.out.exists() else {}
+    row = row_of(testbed)
     rows[f"{args.testbed}, world {testbed.describe['world_seed']}"] = row
     args.out.write_text(json.dumps(rows, indent=1) + "\n")
     for i, layer in enumerate(row["layers"]):
