@@ -58,15 +58,16 @@ controls: $(VENV)/ready
 
 # a real LM that was taught the facts, without a hub: its package comes with pip
 TAUGHT = --testbed=smollm2-taught
-SHORT = --tokens 409600 --batch_size 512 --buffer_tokens 32768 --l1 0.15 --evals core unlearning corpus geometry depth
+STEPS = --batch_size 512 --buffer_tokens 32768 --l1 0.15
+SHORT = --tokens 409600 --evals core unlearning corpus geometry depth
 
 real: $(VENV)/ready-real
-	$(BIN)/python experiment.py $(TAUGHT) --seeds 0 --out_dir reproduced/real/run_0 reproduced/real/run_6 $(SHORT)
+	$(BIN)/python experiment.py $(TAUGHT) --seeds 0 --out_dir reproduced/real/run_0 reproduced/real/run_6 $(STEPS) $(SHORT)
 	cd reproduced/real && $(abspath $(BIN))/python ../../plot.py run_0 run_6
 
 taught: $(VENV)/ready-real  # the study on it: SAEs that share one pass of the LM, and what needs none
 	$(BIN)/python -m studies.layers $(TAUGHT)
-	$(BIN)/python experiment.py $(TAUGHT) --seeds 0 1 2 $(RULER) questions \
+	$(BIN)/python experiment.py $(TAUGHT) --seeds 0 1 2 $(STEPS) $(RULER) questions \
 		--out_dir $(addprefix reproduced/taught/run_,0 9 6 23 15 28)
 	$(BIN)/python experiment.py $(TAUGHT) --seeds 0 --out_dir reproduced/taught/run_21 $(RULER)
 

@@ -295,21 +295,25 @@ def shared_proxy(lm, tokenizer, most_bytes: int = 2**29):
             return passes.once("resid", tokens, partial(lm.resid, tokens))
 
         def run_with_hooks(self, tokens, fwd_hooks, **kwargs):
-            run = partial(super().run_with_hooks, tokens, fwd_hooks=fwd_hooks, **kwargs)
+            run = partial(self.resumed, tokens, partial(super().run_with_hooks, fwd_hooks=fwd_hooks, **kwargs))
             if getattr(fwd_hooks[0][1], "__name__", "") == "standard_zero_ablate_hook":
                 return passes.once("ablated", tokens, run)
-            with lm.resumed_from(self.resid(tokens)):
-                return run()
+            return run()
 
         def run_with_cache(self, tokens, **kwargs):
             """No logits: core stops the LM here, for the stream at the hook layer alone."""
             return None, {lm.hook_name: self.resid(tokens).to(lm.lm.dtype)}
 
         def forward(self, tokens, **kwargs):
-            run = partial(super().forward, tokens, **kwargs)
+            run = super().forward
             if any(point.fwd_hooks for point in self.hook_dict.values()):
-                return run()
-            return passes.once("clean", tokens, run)
+                return run(tokens, **kwargs)
+            return passes.once("clean", tokens, partial(self.resumed, tokens, partial(run, **kwargs)))
+
+        def resumed(self, tokens, run):
+            """run(tokens), above the hook layer alone."""
+            with lm.resumed_from(self.resid(tokens)):
+                return run(tokens)
 
     lm.layers[lm.layer].register_forward_hook(list_as_tuple)  # sae_lens' hook ignores lists
     return SharedProxy(lm.lm, tokenizer, hook_names=[lm.hook_name])
