@@ -120,7 +120,7 @@ SPECS = {
         forget_subject="biology",
         sweep={"retain_thresholds": [0.01], "n_features_list": [10, 50], "multipliers": [1, 3, 10]},
         n_held_out=32,
-        defaults=dict(d_sae=2048, tokens=1_474_560, context_size=128, target_l0=32.0, k=32),
+        defaults=dict(d_sae=2048, tokens=1_500_000, context_size=128, target_l0=32.0, k=32),
     ),
     "micro": Spec(
         lm="micro_pythia",

@@ -744,7 +744,7 @@ def test_help_has_groups_and_the_defaults_that_testbeds_bring(capsys):
     assert names["loss"] == [*settings.GROUPS["loss"], *own], "what an arm brings"
     said = " ".join(text.split())
     assert "activations to train on, per SAE (default: 10M with pythia-70m; 50M with gemma-2-2b;" in said
-    assert "1M with smollm2-135m; 3M with smollm2-taught, micro, --lm)" in said
+    assert "1M with smollm2-135m; 1.5M with smollm2-taught; 3M with micro, --lm)" in said
     assert "counted from 0 (default: 3 with pythia-70m;" in said
     assert "the leading BOS included (default: 128)" in said, "the same with all"
     assert "which layer" not in said and "None" not in said and "()" not in said and "%" not in said
