@@ -505,8 +505,8 @@ def as_text(value: Any) -> str:
     if isinstance(value, tuple):
         texts = list(map(str, value))
         return " ".join(texts) if len(texts) < 2 or len(" ".join(texts)) < 60 else f"{texts[0]} ..."
-    if isinstance(value, int) and value and value % 10**6 == 0:
-        return f"{value // 10**6}M"
+    if isinstance(value, int) and value and value % 10**5 == 0:
+        return f"{value / 10**6:g}M"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
