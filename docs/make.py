@@ -315,6 +315,16 @@ def layers_table() -> str:
     return f"{tables.markdown(list(columns), cells)}\n\nCommit `{row['made_by']['git']}`."
 
 
+def taught() -> str:
+    """The tables of the study on the LM that was taught its facts: the ruler, the SAEs by SAEBench's
+    measures, and at which commits they were made. Where it is yet to be made, how."""
+    runs = runs_in([path.parent for path in ROOT.glob("taught/*/final_info.json")], by_section=True)
+    if not runs:
+        return "Not made yet: `make taught`."
+    ruler, saes = tables.ruler_table(runs), tables.summary_table(with_saes(runs))
+    return f"{ruler}\n\n{saes}\n\n{provenance_by_section(runs)}"
+
+
 def filled(path: Path, blocks: dict[str, str]) -> str:
     """The document with each block between its markers. Raises SystemExit for markers that are not there."""
     text = path.read_text()
@@ -369,7 +379,7 @@ def documents() -> dict[Path, str]:
     in_context = runs_in([path.parent for path in ROOT.glob("in_context/*/final_info.json")], by_section=True)
     gates_in_context = f"{tables.ruler_table(in_context, OF_GATES)}\n\n{provenance_by_section(in_context)}"
     filled_in |= {"known-truth": known_truth(), "gates": gates_table(), "in-context": gates_in_context}
-    filled_in |= {"controls": controls(), "layers": layers_table()}
+    filled_in |= {"controls": controls(), "layers": layers_table(), "taught": taught()}
     filled_in |= {"worlds": worlds("worlds"), "worlds-two-writes": worlds("worlds_two_writes")}
     return {
         readme: filled(readme, {"results": f"{short}\n\n{provenance(runs)}"}),

@@ -25,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import experiment
 from sae_separation import process, saebench, testbeds
@@ -73,16 +74,19 @@ def swept(evaluator: Evaluator, layers: list[int]) -> dict[str, dict[str, list[f
     everywhere = {s: tuple(range(len(q))) for s, q in evaluator.questions.by_subject.items()}
     known, out = known_among(evaluator, everywhere), {}
     readouts = {"lm": evaluator.once(depth.of_lm), "oracle": evaluator.once(depth.of_oracle) or {}}
-    for domain in ("forget", "retain"):
-        subjects = [s for s in known if (s == saebench.FORGET) == (domain == "forget") and known[s]]
-        exams = [evaluator.questions.exam(s, known[s]) for s in subjects]
-        out[domain] = {
-            "lm_above": mean([right(oracle, lm, exam, layers) for exam in exams]),
-            "oracle_above": mean([right(lm, oracle, exam, layers) for exam in exams]),
-        }
-        for whose, found in readouts.items():
-            of_layers = mean([found[s] for s in subjects if s in found])
-            out[domain][f"readout_{whose}"] = [of_layers[layer - layers[0]] for layer in layers]
+    with tqdm(total=2 * sum(map(bool, known.values())), desc="asking across", unit="subject") as bar:
+        for domain in ("forget", "retain"):
+            subjects = [s for s in known if (s == saebench.FORGET) == (domain == "forget") and known[s]]
+            out[domain] = {"lm_above": [], "oracle_above": []}
+            for exam in (evaluator.questions.exam(s, known[s]) for s in subjects):
+                out[domain]["lm_above"].append(right(oracle, lm, exam, layers))
+                bar.update()
+                out[domain]["oracle_above"].append(right(lm, oracle, exam, layers))
+                bar.update()
+            out[domain] = {name: mean(of_subjects) for name, of_subjects in out[domain].items()}
+            for whose, found in readouts.items():
+                of_layers = mean([found[s] for s in subjects if s in found])
+                out[domain][f"readout_{whose}"] = [of_layers[layer - layers[0]] for layer in layers]
     return out
 
 
