@@ -295,7 +295,8 @@ def shared_proxy(lm, tokenizer, most_bytes: int = 2**29):
             return passes.once("resid", tokens, partial(lm.resid, tokens))
 
         def run_with_hooks(self, tokens, fwd_hooks, **kwargs):
-            run = partial(self.resumed, tokens, partial(super().run_with_hooks, fwd_hooks=fwd_hooks, **kwargs))
+            hooked = partial(super().run_with_hooks, fwd_hooks=fwd_hooks, **kwargs)
+            run = partial(self.resumed, tokens, hooked)
             if getattr(fwd_hooks[0][1], "__name__", "") == "standard_zero_ablate_hook":
                 return passes.once("ablated", tokens, run)
             return run()

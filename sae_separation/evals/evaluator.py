@@ -189,7 +189,14 @@ class Evaluator:
     and runs of the process: contexts and their residual stream here, the LM's own answers in `questions`, the
     rest by `once`."""
 
-    def __init__(self, testbed: Testbed, context_size: int, n_contexts: int | None = None):
+    def __init__(
+        self,
+        testbed: Testbed,
+        context_size: int,
+        n_contexts: int | None = None,
+        reads_text: bool = True,
+    ):
+        """Without `reads_text` the contexts' residual stream is left to whoever first asks for it."""
         self.testbed, self.context_size, self.n_contexts = testbed, context_size, n_contexts
         self.is_in_4_bits = False
         process.make_collections_short()  # the LM is stopped often, and each time there is one
@@ -197,13 +204,27 @@ class Evaluator:
         self.questions = Questions(testbed, self.lm)
         self.artifacts = process.private_folder(self, "saebench")  # SAEBench keeps its sweep as pickles
         self.special = special_ids(testbed.tokenizer).to(testbed.lm.device)
-        contexts = evaluation_contexts(testbed, context_size, n_contexts)
-        read = {key: self._with_resid(tokens) for key, tokens in contexts.items()}
-        self.select = {domain: read["train", domain] for domain in ("forget", "retain")}
-        self.held_out = {domain: read["held_out", domain] for domain in ("forget", "retain")}
         self._firing: WeakKeyDictionary[Any, Firing] = WeakKeyDictionary()
         self.chosen: WeakKeyDictionary[Any, tuple[dict | None, list[dict]]] = WeakKeyDictionary()
         self.made: dict[Callable, Any] = {}
+        if reads_text:
+            _ = self.contexts  # an LM that it refuses is refused here
+
+    @cached_property
+    def contexts(self) -> dict[tuple[str, str], Contexts]:
+        """By part and domain (evaluation_contexts), without those that hold a massive row."""
+        tokens = evaluation_contexts(self.testbed, self.context_size, self.n_contexts)
+        return {key: self._with_resid(some) for key, some in tokens.items()}
+
+    @cached_property
+    def select(self) -> dict[str, Contexts]:
+        """Those of each domain that features are selected on."""
+        return {domain: self.contexts["train", domain] for domain in ("forget", "retain")}
+
+    @cached_property
+    def held_out(self) -> dict[str, Contexts]:
+        """Those of each domain that are held out."""
+        return {domain: self.contexts["held_out", domain] for domain in ("forget", "retain")}
 
     def _with_resid(self, tokens: Tensor) -> Contexts:
         """Contexts [n, pos] without a massive row. Raises WrongRequest when fewer than half are left."""
@@ -272,7 +293,7 @@ class Evaluator:
         """The evaluator around the LM with its weights in 4 bits (rounded_to_4_bits); its oracle's are, too.
         What was fitted or chosen with the weights as they are is evaluated with it as it is."""
         testbed = replace(self.testbed, lm=rounded_to_4_bits(self.testbed.lm))
-        rounded = Evaluator(testbed, self.context_size, self.n_contexts)
+        rounded = Evaluator(testbed, self.context_size, self.n_contexts, reads_text=False)
         rounded.is_in_4_bits = True
         if self.oracle is not None:
             oracle = replace(testbed, lm=rounded_to_4_bits(self.oracle.lm))
