@@ -75,17 +75,19 @@ class Batch:
     """Right-padded token rows of similar length, and where to read the LM's answer.
 
     tokens [row, pos]; trained [row, pos] (bool): tokens of the kind that SAEs are trained on (`trained_on`),
-    which alone an intervention may touch; positions [row, n] are read (None: all), or [row, 1] for all n;
-    targets, weights and ends [row, n] say how (cloze only); places [row, pos] and mask [row, 1, pos, pos]
-    (added to attention scores) are the tokens' places and what they see, where a row holds several ends of
-    one stem (None: as they stand); `rows` are the rows' places in the exam; `residuals` are given where they
-    are known already.
+    which alone an intervention may touch; positions [row, n] are read (None: all). Of ends, targets [row, m]
+    are the tokens that are predicted, read_at [row, m] where among the n, ends [row, m] whose they are, and
+    weights [row, m] their share of its mean; places [row, pos] and mask [row, 1, pos, pos] (added to
+    attention scores) are the tokens' places and what they see, where a row holds several ends of one stem
+    (None: as they stand); `rows` are the rows' places in the exam; `residuals` are given where they are known
+    already.
     """
 
     tokens: Tensor
     trained: Tensor
     positions: Tensor | None = None
     targets: Tensor | None = None
+    read_at: Tensor | None = None
     weights: Tensor | None = None
     ends: Tensor | None = None
     places: Tensor | None = None
@@ -95,13 +97,8 @@ class Batch:
 
     def take(self, rows: list[int]) -> "Batch":
         """Some of the rows, to be run and read."""
-        some = {
-            name: getattr(self, name)
-            for name in ("tokens", "trained", "positions", "targets", "weights", "ends", "places", "mask")
-        }
-        return replace(
-            self, residuals=None, **{name: None if t is None else t[rows] for name, t in some.items()}
-        )
+        some = {name: t[rows] for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, residuals=None, **some)
 
     def to(self, device) -> "Batch":
         return replace(
@@ -308,12 +305,12 @@ def letters_read(logits: Tensor, letters: Tensor) -> Tensor:
 
 
 def ends_read(batch: Batch, logits: Tensor, width: int) -> Tensor:
-    """Mean log-likelihoods [row, width] of a batch's ends from logits [row, n, vocab], or [row, 1, vocab]
-    where all are read at one place."""
+    """Mean log-likelihoods [row, width] of a batch's ends from logits [row, n, vocab]."""
     assert batch.targets is not None and batch.ends is not None and batch.weights is not None
-    logits, n = logits.float(), batch.targets.shape[1]
-    there = logits.expand(-1, n, -1).gather(-1, batch.targets[..., None])[..., 0]
-    log_probs = there - logits.logsumexp(-1)
+    assert batch.read_at is not None
+    logits, at = logits.float(), batch.read_at
+    there = logits[torch.arange(len(at), device=at.device)[:, None], at, batch.targets]
+    log_probs = there - logits.logsumexp(-1).gather(1, at)
     return torch.zeros(len(log_probs), width, device=log_probs.device).scatter_add_(
         1, batch.ends, log_probs * batch.weights
     )
@@ -354,26 +351,24 @@ def _batches(
         while n < len(order) and length[order[n]] <= min(longest, tokens_per_batch // (n + 1)):
             n += 1
         some, order = order[:n], order[n:]
-        shape, reads = (
+        shape, targeted = (
             (n, max(length[i] for i in some)),
             (n, max(1, *(sum(map(len, rows[i][1])) for i in some))),
         )
+        n_read = [1 + length[i] - len(rows[i][0]) for i in some]  # the stem's last token, and the ends'
         tokens, places, part = (
             torch.zeros(shape, dtype=torch.long),
             torch.zeros(shape, dtype=torch.long),
             torch.full(shape, -1),
         )  # part: 0 stem, 1.. ends, -1 padding
-        positions, targets, owner = (torch.zeros(reads, dtype=torch.long) for _ in range(3))
-        weights = torch.zeros(reads)
+        positions = torch.zeros(n, max(n_read), dtype=torch.long)
+        targets, read_at, owner = (torch.zeros(targeted, dtype=torch.long) for _ in range(3))
+        weights = torch.zeros(targeted)
         for r, i in enumerate(some):
             stem, ends = rows[i]
             at, read = len(stem), 0
-            tokens[r, :at], places[r, :at], part[r, :at], positions[r, 0] = (
-                torch.tensor(stem),
-                torch.arange(at),
-                0,
-                at - 1,
-            )
+            tokens[r, :at], places[r, :at], part[r, :at] = torch.tensor(stem), torch.arange(at), 0
+            positions[r, : n_read[r]] = torch.arange(at - 1, at - 1 + n_read[r])
             for e, end in enumerate(ends):
                 here, now = slice(at, at + len(end) - 1), slice(read, read + len(end))
                 tokens[r, here], places[r, here], part[r, here] = (
@@ -381,12 +376,12 @@ def _batches(
                     len(stem) + torch.arange(len(end) - 1),
                     e + 1,
                 )
-                positions[r, now] = torch.tensor([len(stem) - 1, *range(at, at + len(end) - 1)])
+                own = at - len(stem) + 1  # the place of its first token among those that are read
+                read_at[r, now] = torch.tensor([0, *range(own, own + len(end) - 1)])
                 targets[r, now], owner[r, now], weights[r, now] = torch.tensor(end), e, 1 / len(end)
                 at, read = here.stop, now.stop
-        if ((positions == positions[:, :1]) | (weights == 0)).all():
-            positions = positions[:, :1]  # ends of one token each: one place is read for all
-        batch = Batch(tokens, trained_on(tokens, special) & (part >= 0), positions, targets, weights, owner)
+        trained = trained_on(tokens, special) & (part >= 0)
+        batch = Batch(tokens, trained, positions, targets, read_at, weights, owner)
         if part.max() > 1:
             seen = ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])).tril()
             batch.places, batch.mask = (
