@@ -315,14 +315,43 @@ def layers_table() -> str:
     return f"{tables.markdown(list(columns), cells)}\n\nCommit `{row['made_by']['git']}`."
 
 
+def right_in(details: dict, told: int, how: str, of_forget: bool) -> float:
+    """The share that is right in a format, without (0) or with (1) the cell, of the questions that did not
+    choose it (evals/answers.py)."""
+    place, right = details["columns"].index(how), []
+    for row in details["rows"]:
+        subject, _, _, half, answer = *row[:4], row[place]
+        if half == "reporting" and answer is not None and (subject == "biology") == of_forget:
+            right.append(answer is True or answer[told] is True)
+    return float(np.mean(right))
+
+
+def answers_table(runs: list[folders.Run]) -> str:
+    """Accuracy in the formats that the taught LM answers, on questions that did not choose the cell."""
+    asked = [(how, of_forget) for of_forget in (True, False) for how in ("cloze", "prose")]
+    rows = []
+    for told, some in ((0, runs[:1]), (1, runs)):
+        for run in some:
+            cells = []
+            for how, of_forget in asked:
+                values = [right_in(d, told, how, of_forget) for d in run.evals["questions"]]
+                error = np.std(values, ddof=1) / len(values) ** 0.5 if told and len(values) > 1 else np.nan
+                cells.append(tables.shown(float(np.mean(values)), float(error), ".2f"))
+            rows.append([run.label if told else "nothing switched off", *cells])
+    heads = [f"{'biology' if of_forget else 'the others'}, {how}" for how, of_forget in asked]
+    return tables.markdown(["method", *heads], rows)
+
+
 def taught() -> str:
-    """The tables of the study on the LM that was taught its facts: the ruler, the SAEs by SAEBench's
-    measures, and at which commits they were made. Where it is yet to be made, how."""
+    """The tables of the study on the LM that was taught its facts: the ruler, the answers, the SAEs by
+    SAEBench's measures, and at which commits they were made. Where it is yet to be made, how."""
     runs = runs_in([path.parent for path in ROOT.glob("taught/*/final_info.json")], by_section=True)
     if not runs:
         return "Not made yet: `make taught`."
-    ruler, saes = tables.ruler_table(runs), tables.summary_table(with_saes(runs))
-    return f"{ruler}\n\n{saes}\n\n{provenance_by_section(runs)}"
+    blocks = [answers_table(runs), tables.summary_table(runs), provenance_by_section(runs)]
+    if tables.by_worst_case(runs):
+        blocks.insert(0, tables.ruler_table(runs))
+    return "\n\n".join(blocks)
 
 
 def filled(path: Path, blocks: dict[str, str]) -> str:
