@@ -69,7 +69,7 @@ taught: $(VENV)/ready-real  # the study on it: SAEs that share one pass of the L
 	$(BIN)/python -m studies.layers $(TAUGHT)
 	$(BIN)/python experiment.py $(TAUGHT) --seeds 0 1 2 $(STEPS) $(RULER) questions \
 		--out_dir $(addprefix reproduced/taught/run_,0 9 6 23 15 28)
-	$(BIN)/python experiment.py $(TAUGHT) --seeds 0 --out_dir reproduced/taught/run_21 $(RULER)
+	$(BIN)/python experiment.py $(TAUGHT) --seeds 0 --out_dir reproduced/taught/run_21 $(RULER) questions
 
 check: $(VENV)/ready-dev  # form, lint, types
 	$(BIN)/ruff format --check .

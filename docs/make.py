@@ -315,29 +315,32 @@ def layers_table() -> str:
     return f"{tables.markdown(list(columns), cells)}\n\nCommit `{row['made_by']['git']}`."
 
 
-def right_in(details: dict, told: int, how: str, of_forget: bool) -> float:
-    """The share that is right in a format, without (0) or with (1) the cell, of the questions that did not
-    choose it (evals/answers.py)."""
+def right_in(details: dict, how: str, of_forget: bool, with_cell: bool) -> float:
+    """The share that is right in a format, with the cell or without, of the questions that did not choose it
+    (evals/answers.py)."""
     place, right = details["columns"].index(how), []
     for row in details["rows"]:
         subject, _, _, half, answer = *row[:4], row[place]
         if half == "reporting" and answer is not None and (subject == "biology") == of_forget:
-            right.append(answer is True or answer[told] is True)
+            right.append(answer is True or answer[with_cell] is True)
     return float(np.mean(right))
 
 
 def answers_table(runs: list[folders.Run]) -> str:
     """Accuracy in the formats that the taught LM answers, on questions that did not choose the cell."""
     asked = [(how, of_forget) for of_forget in (True, False) for how in ("cloze", "prose")]
+    runs = [run for run in runs if run.evals.get("questions")]
     rows = []
-    for told, some in ((0, runs[:1]), (1, runs)):
+    for with_cell, some in ((False, runs[:1]), (True, runs)):
         for run in some:
             cells = []
             for how, of_forget in asked:
-                values = [right_in(d, told, how, of_forget) for d in run.evals["questions"]]
-                error = np.std(values, ddof=1) / len(values) ** 0.5 if told and len(values) > 1 else np.nan
+                values = [right_in(d, how, of_forget, with_cell) for d in run.evals["questions"]]
+                error = (
+                    np.std(values, ddof=1) / len(values) ** 0.5 if with_cell and len(values) > 1 else np.nan
+                )
                 cells.append(tables.shown(float(np.mean(values)), float(error), ".2f"))
-            rows.append([run.label if told else "nothing switched off", *cells])
+            rows.append([run.label if with_cell else "nothing switched off", *cells])
     heads = [f"{'biology' if of_forget else 'the others'}, {how}" for how, of_forget in asked]
     return tables.markdown(["method", *heads], rows)
 

@@ -285,7 +285,8 @@ def list_as_tuple(module, args, output):
 
 def shared_proxy(lm, tokenizer, most_bytes: int = 2**29):
     """An lm.InterventionLM as a sae_lens HookedProxyLM, which core asks for. It does once a batch what core
-    asks of it for every SAE alike: the clean pass, the zero-ablated pass, and the layers up to the hook."""
+    asks of it for every SAE alike: the layers up to the hook, from which all other passes go on; and, while
+    there is room, the clean and the zero-ablated pass."""
     from sae_lens.load_model import HookedProxyLM
 
     passes = Passes(most_bytes)

@@ -179,3 +179,15 @@ def test_an_end_without_a_token_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
     with pytest.raises(WrongRequest, match="--questions: an end of 'It lives in' is no token: take it out"):
         Completions(load_tokenizer(tmp_path), [("It lives in", ("caves", " "), 0)])
+
+
+def test_the_place_where_all_ends_begin_is_read_once(lm_of_a_kind):
+    _, tokenizer, mixed_lengths = lm_of_a_kind
+    exam = Completions(tokenizer, SEVERAL, shared_stems=True, mixed_lengths=mixed_lengths)
+    for batch in exam.batches:
+        for row in range(len(batch.tokens)):
+            predicted = batch.weights[row] > 0
+            places = batch.positions[row][batch.read_at[row][predicted]]
+            n_ends = len(SEVERAL[batch.rows[row]][1])
+            assert len(places.unique()) == predicted.sum() - (n_ends - 1)
+        assert batch.positions.shape[1] < batch.targets.shape[1]

@@ -75,5 +75,6 @@ def test_the_evaluator_in_4_bits_is_around_the_rounded_lm_and_the_rounded_oracle
         assert torch.allclose(
             lm.resid(tokens), rounded_to_4_bits(of.lm)(tokens, output_hidden_states=True).hidden_states[2]
         )
+    assert "contexts" not in vars(rounded), "they are read for whoever asks"
     assert torch.equal(rounded.select["forget"].tokens, evaluator.select["forget"].tokens)
     assert not torch.equal(rounded.retain_mean, evaluator.retain_mean)

@@ -27,6 +27,7 @@ FOLDERS = [
     *(ROOT / "smollm2" / name for name in ("run_0", "run_6", "run_9")),
     *(path.parent for path in sorted(ROOT.glob("unseen/*/config.json"))),
     *(path.parent for path in sorted(ROOT.glob("in_context/**/config.json"))),
+    *(path.parent for path in sorted(ROOT.glob("taught/*/config.json"))),
 ]
 
 
@@ -141,13 +142,32 @@ def test_differences_of_runs_have_the_interval_of_a_paired_t_test(monkeypatch):
     assert cells[2] == f"{np.subtract(*values).mean():+.2f} ± {(high - low) / 2:.2f}"
 
 
+def test_answers_count_where_they_did_not_choose_the_cell(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    make = importlib.import_module("make")
+    rows = [  # right without and with; with neither; without alone; with alone; not asked so; the other half
+        *[
+            ["biology", "?", "x", "reporting", answer]
+            for answer in (True, ["a", "b"], [True, "b"], ["a", True])
+        ],
+        ["biology", "?", "x", "reporting", None],
+        ["biology", "?", "x", "choosing", True],
+        ["history", "?", "x", "reporting", [True, "b"]],
+    ]
+    details = {"columns": ["subject", "question", "right", "half", "cloze"], "rows": rows}
+    rates = [
+        make.right_in(details, "cloze", *which) for which in ((True, False), (True, True), (False, True))
+    ]
+    assert rates == [0.5, 0.5, 0.0] and make.right_in(details, "cloze", False, False) == 1.0
+
+
 def test_a_number_changed_by_hand_is_named_and_mended(tmp_path, monkeypatch, capsys):
     read = ("README.md", "docs/results.md", "docs/reliability.md", "notes.txt")
     studies = [str(path.relative_to(ROOT)) for path in ROOT.glob("studies/*.json")]
     for name in (*read, "tests/faults.json", "benchmarks/known_truth.json", *studies):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())
-    for name in (*COMMITTED, "smollm2", "unseen", "in_context"):
+    for name in (*COMMITTED, "smollm2", "unseen", "in_context", "taught"):
         (tmp_path / name).symlink_to(ROOT / name)
     readme, notes = tmp_path / "README.md", tmp_path / "notes.txt"
     whole = readme.read_text(), notes.read_text()

@@ -196,7 +196,8 @@ class Evaluator:
         n_contexts: int | None = None,
         reads_text: bool = True,
     ):
-        """Without `reads_text` the contexts' residual stream is left to whoever first asks for it."""
+        """Raises WrongRequest for an LM with massive rows in most contexts; without `reads_text` whoever
+        first asks for the contexts' residual stream is told."""
         self.testbed, self.context_size, self.n_contexts = testbed, context_size, n_contexts
         self.is_in_4_bits = False
         process.make_collections_short()  # the LM is stopped often, and each time there is one
@@ -291,7 +292,8 @@ class Evaluator:
     @cached_property
     def in_4_bits(self) -> "Evaluator":
         """The evaluator around the LM with its weights in 4 bits (rounded_to_4_bits); its oracle's are, too.
-        What was fitted or chosen with the weights as they are is evaluated with it as it is."""
+        What was fitted or chosen with the weights as they are is evaluated with it as it is: its own contexts
+        are not read, and massive rows in them refuse nothing, until someone asks for them."""
         testbed = replace(self.testbed, lm=rounded_to_4_bits(self.testbed.lm))
         rounded = Evaluator(testbed, self.context_size, self.n_contexts, reads_text=False)
         rounded.is_in_4_bits = True
