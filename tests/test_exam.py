@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from typing import Any
 
 import pytest
 import tiny
@@ -183,6 +184,7 @@ def test_an_end_without_a_token_is_refused(tmp_path):
 
 def test_the_place_where_all_ends_begin_is_read_once(lm_of_a_kind):
     _, tokenizer, mixed_lengths = lm_of_a_kind
+    batch: Any
     exam = Completions(tokenizer, SEVERAL, shared_stems=True, mixed_lengths=mixed_lengths)
     for batch in exam.batches:
         for row in range(len(batch.tokens)):
