@@ -18,7 +18,8 @@ from scipy.special import stdtrit
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sae_separation.plots import folders, tables  # noqa: E402  (the checkout's)
+from sae_separation import results  # noqa: E402  (the checkout's)
+from sae_separation.plots import folders, tables  # noqa: E402
 from studies import controls as of_controls  # noqa: E402
 from studies import worlds as of_worlds  # noqa: E402
 
@@ -328,21 +329,24 @@ def right_in(details: dict, how: str, of_forget: bool, with_cell: bool) -> float
 
 def answers_table(runs: list[folders.Run]) -> str:
     """Accuracy in the formats that the taught LM answers, on questions that did not choose the cell."""
-    asked = [(how, of_forget) for of_forget in (True, False) for how in ("cloze", "prose")]
+    asked = {
+        f"{'biology' if of_forget else 'the others'}, {how}": (how, of_forget)
+        for of_forget in (True, False)
+        for how in ("cloze", "prose")
+    }
     runs = [run for run in runs if run.evals.get("questions")]
     rows = []
-    for with_cell, some in ((False, runs[:1]), (True, runs)):
-        for run in some:
-            cells = []
-            for how, of_forget in asked:
-                values = [right_in(d, how, of_forget, with_cell) for d in run.evals["questions"]]
-                error = (
-                    np.std(values, ddof=1) / len(values) ** 0.5 if with_cell and len(values) > 1 else np.nan
-                )
-                cells.append(tables.shown(float(np.mean(values)), float(error), ".2f"))
-            rows.append([run.label if with_cell else "nothing switched off", *cells])
-    heads = [f"{'biology' if of_forget else 'the others'}, {how}" for how, of_forget in asked]
-    return tables.markdown(["method", *heads], rows)
+    for label, run, with_cell in (
+        *(("nothing switched off", run, False) for run in runs[:1]),
+        *((run.label, run, True) for run in runs),
+    ):
+        seeds = run.evals["questions"] if with_cell else run.evals["questions"][:1]
+        found = results.summarise(
+            {h: [right_in(d, *of, with_cell) for d in seeds] for h, of in asked.items()}
+        )
+        means = ((folders.finite(found[kind][head]) for kind in ("means", "stderrs")) for head in asked)
+        rows.append([label, *(tables.shown(mean, stderr, ".2f") for mean, stderr in means)])
+    return tables.markdown(["method", *asked], rows)
 
 
 def taught() -> str:
@@ -400,7 +404,7 @@ def documents() -> dict[Path, str]:
     runs = runs_in([ROOT / name for name in folders.labels if (ROOT / name).exists()])
     smollm2 = runs_in([ROOT / "smollm2" / name for name in SMOLLM2])
     unseen = runs_in([path.parent for path in ROOT.glob("unseen/*/final_info.json")])
-    readme, results, notes = (ROOT / name for name in ("README.md", "docs/results.md", "notes.txt"))
+    readme, of_results, notes = (ROOT / name for name in ("README.md", "docs/results.md", "notes.txt"))
     reliability = ROOT / "docs/reliability.md"
     filled_in = {"lead": lead(runs), "ruler": tables.ruler_table(runs)}
     filled_in |= {"results": tables.summary_table(with_saes(runs)), "smollm2": tables.summary_table(smollm2)}
@@ -415,7 +419,7 @@ def documents() -> dict[Path, str]:
     filled_in |= {"worlds": worlds("worlds"), "worlds-two-writes": worlds("worlds_two_writes")}
     return {
         readme: filled(readme, {"results": f"{short}\n\n{provenance(runs)}"}),
-        results: filled(results, filled_in),
+        of_results: filled(of_results, filled_in),
         reliability: filled(reliability, {"faults": faults_table()}),
         notes: quoted_anew(notes.read_text(), runs),
     }

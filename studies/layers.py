@@ -77,13 +77,13 @@ def swept(evaluator: Evaluator, layers: list[int]) -> dict[str, dict[str, list[f
     with tqdm(total=2 * sum(map(bool, known.values())), desc="asking across", unit="subject") as bar:
         for domain in ("forget", "retain"):
             subjects = [s for s in known if (s == saebench.FORGET) == (domain == "forget") and known[s]]
-            out[domain] = {"lm_above": [], "oracle_above": []}
-            for exam in (evaluator.questions.exam(s, known[s]) for s in subjects):
-                out[domain]["lm_above"].append(right(oracle, lm, exam, layers))
-                bar.update()
-                out[domain]["oracle_above"].append(right(lm, oracle, exam, layers))
-                bar.update()
-            out[domain] = {name: mean(of_subjects) for name, of_subjects in out[domain].items()}
+            exams, out[domain] = [evaluator.questions.exam(s, known[s]) for s in subjects], {}
+            for name, below, above in (("lm_above", oracle, lm), ("oracle_above", lm, oracle)):
+                of_subjects = []
+                for exam in exams:
+                    of_subjects.append(right(below, above, exam, layers))
+                    bar.update()
+                out[domain][name] = mean(of_subjects)
             for whose, found in readouts.items():
                 of_layers = mean([found[s] for s in subjects if s in found])
                 out[domain][f"readout_{whose}"] = [of_layers[layer - layers[0]] for layer in layers]
