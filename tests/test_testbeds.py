@@ -520,9 +520,13 @@ def test_no_module_but_the_table_of_testbeds_knows_a_testbed_by_name():
         assert not set(SPECS) & {said for said in strings if isinstance(said, str)}, path
 
 
-def test_smollm2_is_dequantised_once_and_cached(tmp_path, monkeypatch, own):
-    """On a package of the same form that holds a small GGUF."""
+@pytest.mark.parametrize("rank", [None, 1])
+def test_smollm2_is_dequantised_once_and_cached(rank, tmp_path, monkeypatch, own):
+    """On a package of the same form that holds a small GGUF; of several ranks, whichever is first."""
     pytest.importorskip("gguf")
+    if rank is not None:  # transformers asks torch
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
     make_smollm2(tmp_path / "site")
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
