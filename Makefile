@@ -68,8 +68,8 @@ real: $(VENV)/ready-real
 taught: $(VENV)/ready-real  # the study on it: SAEs that share one pass of the LM, and what needs none
 	$(BIN)/python -m studies.layers $(TAUGHT)
 	$(BIN)/python experiment.py $(TAUGHT) --seeds 0 1 2 $(STEPS) $(RULER) questions \
-		--out_dir $(addprefix reproduced/taught/run_,0 9 6 23 15 28)
-	$(BIN)/python experiment.py $(TAUGHT) --seeds 0 --out_dir reproduced/taught/run_21 $(RULER) questions
+		--out_dir $(addprefix reproduced/taught/run_,0 9 6 23 15)
+	$(BIN)/python experiment.py $(TAUGHT) --seeds 0 $(RULER) questions --out_dir $(addprefix reproduced/taught/run_,14 21)
 
 check: $(VENV)/ready-dev  # form, lint, types
 	$(BIN)/ruff format --check .

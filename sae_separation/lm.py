@@ -35,7 +35,8 @@ class Testbed:
     are retain subjects. `scoring` is "letter" (SAEBench's) or "cloze"; `prompt_format` is SAEBench's name of
     a chat format, or None. `clamp_scale` is "feature" when SAEBench's multipliers count in units of a
     feature's own mean active value, or "absolute" when they are activation units as in SAEBench; `sweep`
-    changes the sweep's settings, and core is measured on `n_held_out` contexts of each domain. `exam_lm`, if
+    changes the sweep's settings, and core is measured on `n_held_out` contexts of each domain, and
+    methods without an SAE are fitted on `n_fitted`. `exam_lm`, if
     there is one, is asked the questions in place of `lm`; `shared_stems` and `mixed_lengths` say how its rows
     can be laid out (Exam), and in rows of at most `alone_up_to` tokens the last layer can be run where it is
     read alone (SplitLM.logits_of). `defaults` are config fields that depend on the LM, `published` core
@@ -64,6 +65,7 @@ class Testbed:
     mixed_lengths: bool = True
     alone_up_to: float = 0
     n_held_out: int = 128
+    n_fitted: int = 512
     published: dict = field(default_factory=dict)
     general: list[str] = field(default_factory=list)
     oracle: Path | None = None

@@ -14,8 +14,8 @@ rmu, npo: the weights of the hook layer and the one before it are trained. These
 ones too; all others change only what SAEs are trained on (Residuals.trained).
 oracle: no method, but the LM that never read what is to be forgotten.
 
-All are fitted on training text: the contexts that SAE features are selected on, or pieces of more of it
-(context_gate, feature_gate). No setting was chosen on questions that report. Sizes of the grids: 8, 5, 10,
+All are fitted on training text: contexts of it (Evaluator.fitting), or pieces of more of it (context_gate,
+feature_gate). No setting was chosen on questions that report. Sizes of the grids: 8, 5, 10,
 10, 6, 6, 6, 8, 8, 6, 6, 1.
 """
 
@@ -42,7 +42,7 @@ from sae_separation.lm import InterventionLM, Testbed, hidden_of, parameters_as
 
 if TYPE_CHECKING:
     from sae_separation.evals.cells import Hook
-    from sae_separation.evals.evaluator import Evaluator
+    from sae_separation.evals.evaluator import Contexts, Evaluator
 
 WEIGHTS = "sae_weights.safetensors"  # where an SAE's would be
 Fitted = tuple[dict[str, Tensor], dict]  # tensors and settings
@@ -154,8 +154,14 @@ def is_method(folder: Path) -> bool:
 
 def both(evaluator: Evaluator) -> tuple[Residuals, Residuals]:
     """The forget text and the retain text on which methods are fitted."""
-    tokens, resid = evaluator.select["forget"]
-    return Residuals(resid, trained_on(tokens, evaluator.special), tokens), evaluator.retain_residuals
+    forget, retain = (evaluator.fitting[domain] for domain in ("forget", "retain"))
+    return as_read(evaluator, forget), as_read(evaluator, retain)
+
+
+def as_read(evaluator: Evaluator, contexts: Contexts) -> Residuals:
+    """Contexts, as methods are given them."""
+    tokens, resid = contexts
+    return Residuals(resid, trained_on(tokens, evaluator.special), tokens)
 
 
 def labelled(evaluator: Evaluator) -> tuple[Tensor, Tensor]:
@@ -227,7 +233,7 @@ def written(cells: list[dict]) -> list[dict]:
 
 def gate(evaluator: Evaluator, tensors: dict[str, Tensor], score: Callable) -> Fitted:
     """A gate that fires on RETAIN_SHARES of the trained tokens of retain text."""
-    retain = evaluator.retain_residuals
+    _, retain = both(evaluator)
     scores = score(retain, tensors)[retain.trained].sort(descending=True).values
     cells = []
     for share in RETAIN_SHARES:
@@ -478,7 +484,7 @@ def train(evaluator: Evaluator, kind: str, generator: torch.Generator, loss_on: 
         if name.startswith(layers)
     }
     adam, kept = torch.optim.Adam(weights.values(), TRAINING["lr"]), {}
-    sizes = [len(evaluator.select[domain].tokens) for domain in ("forget", "retain")]
+    sizes = [len(evaluator.fitting[domain].tokens) for domain in ("forget", "retain")]
     for step in range(1, CHECKPOINTS[-1] + 1):
         some = (torch.randint(n, (TRAINING["batch"],), generator=generator) for n in sizes)
         adam.zero_grad()
@@ -520,7 +526,7 @@ def fit_rmu(evaluator: Evaluator, generator: torch.Generator) -> Fitted:
 def fit_npo(evaluator: Evaluator, generator: torch.Generator) -> Fitted:
     """Negative preference optimisation (arXiv 2404.05868), with the cross-entropy of retain text."""
     lm = evaluator.lm
-    forget, retain = (evaluator.select[domain].tokens for domain in ("forget", "retain"))
+    forget, retain = (evaluator.fitting[domain].tokens for domain in ("forget", "retain"))
     with torch.no_grad():
         before = torch.cat([log_likelihood(forward(lm, {}, t), t) for t in forget.split(TRAINING["batch"])])
 

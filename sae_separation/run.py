@@ -460,8 +460,7 @@ class UntrainedRun(Run):
 
 
 class MethodRun(UntrainedRun):
-    """A run of a method that is told the labels and needs no SAE: fitted on the text that features are
-    selected on."""
+    """A run of a method that is told the labels and needs no SAE: fitted on training text."""
 
     def __init__(self, out_dir: str, requested: Request, config: Config, testbed: Testbed, *more):
         """Raises WrongRequest for a method that the testbed does not allow."""
@@ -476,7 +475,7 @@ class MethodRun(UntrainedRun):
     def _write_sae(self, trainer: Fit, folder: Path):
         began, testbed = time.monotonic(), self.testbed
         method = self._fit(trainer.seed)
-        n_tokens = sum(contexts.tokens.numel() for contexts in self.evaluator.select.values())
+        n_tokens = sum(contexts.tokens.numel() for contexts in self.evaluator.fitting.values())
         method.settings |= {"model_name": testbed.name, "hook_name": testbed.hook_name}
         method.settings = {"tokens_trained": n_tokens} | method.settings
         method.settings["train_seconds"] = time.monotonic() - began

@@ -30,7 +30,8 @@ class Spec:
     `layer` counts from 0, and the LM has `n_layers`. `exam_lm`: an LM that is asked the questions instead of
     `lm`, with the SAE trained on `lm`. `document_end`: the token that parted documents in pre-training, where
     the tokenizer names another one. `gpu`: whether it gains by one. `prompt_format`, `clamp_scale`, `sweep`,
-    `n_held_out` and `defaults` as in lm.Testbed; `published` are core metrics to print beside ours.
+    `n_held_out`, `n_fitted` and `defaults` as in lm.Testbed; `published` are core metrics to print beside
+    ours.
     """
 
     lm: str = ""
@@ -52,6 +53,7 @@ class Spec:
     clamp_scale: ClampScale = "feature"
     sweep: dict = field(default_factory=dict)
     n_held_out: int = 128
+    n_fitted: int = 512
     defaults: dict = field(default_factory=dict)
     published: dict = field(default_factory=dict)
 

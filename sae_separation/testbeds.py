@@ -140,6 +140,7 @@ def load(
         describe={"lm": spec.lm, "sources": described} | ({"world_seed": world.seed} if world else {}),
         sweep=spec.sweep,
         n_held_out=spec.n_held_out,
+        n_fitted=spec.n_fitted,
         published=spec.published,
         general=world.general[:HELD_OUT] if world else [],
         oracle=oracle,

@@ -141,6 +141,19 @@ def test_a_gate_fires_on_the_stated_share_of_retain_tokens_and_writes_there_alon
     assert shares == [(share, write) for share in methods.RETAIN_SHARES for write in ("zero", "retain_mean")]
 
 
+def test_methods_are_fitted_on_more_text_where_few_contexts_select_features(micro):
+    few = Evaluator(dataclasses.replace(micro, n_held_out=16, n_fitted=80), 128)
+    for domain, read in zip(("forget", "retain"), methods.both(few)):
+        assert len(few.select[domain].tokens) == 64 and len(read.tokens) == 80
+        assert torch.equal(read.tokens[:64], few.select[domain].tokens)
+        torch.testing.assert_close(read.resid[:64], few.select[domain].resid, atol=1e-4, rtol=1e-4)
+    cells = methods.fit("linear_gate", few, seed=0).settings["cells"]
+    score = methods.linear_score(read, methods.fit("linear_gate", few, seed=0).tensors)[read.trained]
+    for cell in cells:  # a threshold is a score of the text that it was fitted on
+        fires = (score >= cell["threshold"]).float().mean().item()
+        assert fires == pytest.approx(cell["retain_share"], abs=1 / len(score))
+
+
 @pytest.mark.parametrize("kind", ["linear_gate", "mlp_gate"])
 def test_a_gate_fires_on_forget_text_it_never_read(kind, fitted, evaluator, texts):
     cell = fitted[kind].settings["cells"][-1]

@@ -68,10 +68,7 @@ def evaluation_contexts(
     for domain, text in (("forget", testbed.forget), ("retain", testbed.retain)):
         for part, n in (("train", 4 * testbed.n_held_out), ("held_out", testbed.n_held_out)):
             n = n if n_contexts is None else min(n, n_contexts)
-            every = packed_contexts(
-                getattr(text, part), testbed.tokenizer, context_size, seed=0, repeat=False
-            )
-            contexts = list(islice(every, n))
+            contexts = first_contexts(testbed, getattr(text, part), context_size, n)
             if len(contexts) < 16:
                 there = f"its {part.replace('_', '-')} part holds {len(contexts)} contexts"
                 raise WrongRequest(
@@ -80,6 +77,12 @@ def evaluation_contexts(
                 )
             out[part, domain] = torch.tensor(contexts, device=testbed.lm.device)
     return out
+
+
+def first_contexts(testbed: Testbed, text: datasets.Dataset, context_size: int, n: int) -> list[list[int]]:
+    """The first n contexts of a text in a fixed random order of its documents, or all that there are."""
+    every = packed_contexts(text, testbed.tokenizer, context_size, seed=0, repeat=False)
+    return list(islice(every, n))
 
 
 class Questions:
@@ -223,6 +226,19 @@ class Evaluator:
         return {domain: self.contexts["train", domain] for domain in ("forget", "retain")}
 
     @cached_property
+    def fitting(self) -> dict[str, Contexts]:
+        """Those of each domain that methods without an SAE are fitted on: the same, and where they are fewer
+        than `n_fitted`, more of that text."""
+        testbed, n = self.testbed, self.testbed.n_fitted
+        if self.n_contexts is not None or n <= 4 * testbed.n_held_out:
+            return self.select
+        out, device = {}, self.special.device
+        for domain in ("forget", "retain"):
+            contexts = first_contexts(testbed, getattr(testbed, domain).train, self.context_size, n)
+            out[domain] = self._with_resid(torch.tensor(contexts, device=device))
+        return out
+
+    @cached_property
     def held_out(self) -> dict[str, Contexts]:
         """Those of each domain that are held out."""
         return {domain: self.contexts["held_out", domain] for domain in ("forget", "retain")}
@@ -243,8 +259,8 @@ class Evaluator:
     def general(self) -> Contexts | None:
         """Of the testbed's general text, if it has any."""
         text = datasets.Dataset.from_dict({"text": self.testbed.general})
-        packed = packed_contexts(text, self.testbed.tokenizer, self.context_size, seed=0, repeat=False)
-        contexts = list(islice(packed, self.n_contexts or self.testbed.n_held_out))
+        n = self.n_contexts or self.testbed.n_held_out
+        contexts = first_contexts(self.testbed, text, self.context_size, n)
         return self._with_resid(torch.tensor(contexts, device=self.testbed.lm.device)) if contexts else None
 
     def once(self, make: Callable[["Evaluator"], T]) -> T:
