@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae_separation import saebench
 from sae_separation.exam import Completions, most_positions, single_letters
-from sae_separation.lm import Testbed
+from sae_separation.lm import Testbed, fast_lm_tokens
 from sae_separation.questions import Question
 
 HOW = ("letter", "cloze", "prose")
@@ -79,6 +79,7 @@ class Asker:
         if not places or by_letter and self.letters is None:
             return None
         how = {"device": testbed.lm.device, "mixed_lengths": testbed.mixed_lengths}
+        how |= {"tokens_per_batch": fast_lm_tokens(testbed)}
         how |= {"spelled_out": by_letter and testbed.prompt_format is not None}
         how |= {"asked": [self.ask(form, i) for i in places], "letters": self.letters if by_letter else None}
         most = most_positions(testbed.lm.config.to_dict())

@@ -26,7 +26,15 @@ from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.exam import Exam, Residuals, special_ids, trained_on
 from sae_separation.four_bits import rounded_to_4_bits
 from sae_separation.interventions import ChosenFeatures
-from sae_separation.lm import InterventionLM, Testbed, device_of, load_lm, massive, runs_in_bf16
+from sae_separation.lm import (
+    InterventionLM,
+    Testbed,
+    device_of,
+    fast_lm_tokens,
+    load_lm,
+    massive,
+    runs_in_bf16,
+)
 from sae_separation.progress import section
 from sae_separation.testbeds import packed_contexts
 
@@ -167,6 +175,7 @@ class Questions:
             self.testbed.lm.device,
             self.testbed.shared_stems,
             self.testbed.mixed_lengths,
+            fast_lm_tokens(self.testbed),
         )
 
     def _probs(self, exam: Exam) -> Tensor:
