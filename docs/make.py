@@ -62,7 +62,7 @@ INTERVALS = "95 % bootstrap intervals of the unlearning score over questions, se
 
 def runs_in(where: list[Path], by_section: bool = False) -> list[folders.Run]:
     """Complete runs: all SAEs trained at one commit and evaluated at one, and all methods that need none; or
-    each method and each section. Raises SystemExit for others: documents quote no mixture."""
+    each method, and each section of a kind. Raises SystemExit for others: documents quote no mixture."""
     runs, skipped = folders.find_runs(where)
     of_kinds = [commits for some in by_kind(runs).values() for commits in commits_of(some)]
     commits = [*trained_at(runs).values(), *sections_at(runs).values()] if by_section else of_kinds
@@ -95,12 +95,17 @@ def trained_at(runs: list[folders.Run]) -> dict[str, set[str]]:
 
 
 def sections_at(runs: list[folders.Run]) -> dict[str, set[str]]:
-    """The commits at which each section was measured."""
+    """The commits at which each section was measured; of each kind apart where those of the kinds differ."""
+    found: dict[str, dict[str, set[str]]] = {}
+    for kind, some in by_kind(runs).items():
+        for run in some:
+            for section, part in run.info.items():
+                if "made_by" in part:
+                    found.setdefault(section, {}).setdefault(kind, set()).add(part["made_by"]["git"])
     out: dict[str, set[str]] = {}
-    for run in runs:
-        for section, part in run.info.items():
-            if "made_by" in part:
-                out.setdefault(section, set()).add(part["made_by"]["git"])
+    for section, kinds in found.items():
+        alike = len({frozenset(commits) for commits in kinds.values()}) == 1
+        out |= {section if alike else f"{section} ({kind})": commits for kind, commits in kinds.items()}
     return out
 
 

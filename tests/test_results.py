@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,19 @@ def test_answers_count_where_they_did_not_choose_the_cell(monkeypatch):
         make.right_in(details, "cloze", *which) for which in ((True, False), (True, True), (False, True))
     ]
     assert rates == [0.5, 0.5, 0.0] and make.right_in(details, "cloze", False, False) == 1.0
+
+
+def test_sections_of_saes_and_of_other_methods_may_be_of_a_commit_each(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    make = importlib.import_module("make")
+
+    def run(**commits: str) -> Any:
+        return SimpleNamespace(info={name: {"made_by": {"git": git}} for name, git in commits.items()})
+
+    runs = [run(core="a", depth="a", robustness="c"), run(depth="b", robustness="c")]
+    found = {"core": {"a"}, "depth (SAEs)": {"a"}, "depth (without an SAE)": {"b"}, "robustness": {"c"}}
+    assert make.sections_at(runs) == found
+    assert make.sections_at([*runs, run(core="a", depth="b")])["depth (SAEs)"] == {"a", "b"}, "no mixture"
 
 
 def test_a_number_changed_by_hand_is_named_and_mended(tmp_path, monkeypatch, capsys):
