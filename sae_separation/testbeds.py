@@ -258,9 +258,12 @@ def sha256(path: Path) -> str:
 
 
 def cached(name: str, doing: str, make: Callable[[Path], None]) -> Path:
-    """A folder of the cache; where it is not there yet, of what `make` writes into the path it is given."""
+    """An LM's folder in the cache; where it is not there yet, of what `make` writes into the path it is
+    given. Raises WrongRequest for one that lost its config or its weights."""
     folder = cache_folder() / name
     if folder.exists():
+        if lost := [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]:
+            raise WrongRequest(f"{folder} is not whole: {lost[0]} is missing; remove it, and it is made anew")
         return folder
     print(f"{doing} once, into {folder}", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)

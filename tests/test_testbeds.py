@@ -543,6 +543,9 @@ def test_smollm2_is_dequantised_once_and_cached(rank, tmp_path, monkeypatch, own
     assert (cached / "model.safetensors").stat().st_mtime_ns == written
     for name, value in testbed.lm.state_dict().items():
         assert torch.equal(value, again.lm.state_dict()[name])
+    (cached / "model.safetensors").unlink()
+    with pytest.raises(WrongRequest, match="not whole: model.safetensors is missing; remove it"):
+        testbeds.load(DataConfig(testbed="smollm2-135m", **own | {"layer": 1}))
 
 
 def make_smollm2(site):
