@@ -135,6 +135,14 @@ def fit(kind: str, evaluator: Evaluator, seed: int, sae: Any = None) -> Method:
     return Method(kind, tensors, ({"seed": seed} if kind in SEEDED else {}) | settings)
 
 
+def tokens_to_fit_on(kind: str, evaluator: Evaluator) -> int:
+    """How many tokens of Evaluator.fitting a method is fitted on, which the LM has read by then; none of the
+    oracle and of what reads pieces of its own."""
+    if kind == "oracle" or kind in READERS:
+        return 0
+    return sum(contexts.tokens.numel() for contexts in evaluator.fitting.values())
+
+
 def load(folder: Path, device: str | torch.device = "cpu") -> Method:
     """A method as it was saved. Raises WrongRequest for a kind that is none of FITTED."""
     from safetensors.torch import load_file

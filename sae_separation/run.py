@@ -473,9 +473,9 @@ class MethodRun(UntrainedRun):
         return {k: settings[k] for k in ("tokens_trained", "train_seconds")}
 
     def _write_sae(self, trainer: Fit, folder: Path):
+        n_tokens = methods.tokens_to_fit_on(self.config.arm, self.evaluator)
         began, testbed = time.monotonic(), self.testbed
         method = self._fit(trainer.seed)
-        n_tokens = sum(contexts.tokens.numel() for contexts in self.evaluator.fitting.values())
         method.settings |= {"model_name": testbed.name, "hook_name": testbed.hook_name}
         method.settings = {"tokens_trained": n_tokens} | method.settings
         method.settings["train_seconds"] = time.monotonic() - began

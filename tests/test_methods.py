@@ -143,6 +143,8 @@ def test_a_gate_fires_on_the_stated_share_of_retain_tokens_and_writes_there_alon
 
 def test_methods_are_fitted_on_more_text_where_few_contexts_select_features(micro):
     few = Evaluator(dataclasses.replace(micro, n_held_out=16, n_fitted=80), 128)
+    assert methods.tokens_to_fit_on("oracle", few) == 0 and "fitting" not in vars(few), "and reads none"
+    assert methods.tokens_to_fit_on("linear_gate", few) == 2 * 80 * 128
     for domain, read in zip(("forget", "retain"), methods.both(few)):
         assert len(few.select[domain].tokens) == 64 and len(read.tokens) == 80
         assert torch.equal(read.tokens[:64], few.select[domain].tokens)

@@ -142,7 +142,7 @@ class Answered(robustness.Asked):
     def right(self, lm) -> np.ndarray:
         ASKED.append(self.form.name)
         n = {"letter": 9, "cloze": 10, "prose": 20}[self.form.how]
-        n = 18 if self.form.header == "other" else n
+        n = {"own": 0 if self.form.how == "prose" else n, "no": n, "other": 18}[self.form.header]
         return np.tile(np.arange(20) < n, 2)
 
 
@@ -150,7 +150,8 @@ ASKED = []  # forms, in their order
 
 
 def test_an_lm_that_fails_at_a_kinds_plainest_form_is_not_asked_the_others():
-    """Unless half is right: then any other form may count."""
+    """Unless half is right: then any other form may count. Taught in prose without a header, it may fail with
+    one."""
     every = range(40)
     forms: list = [Answered(form, UNASKED, list(every), 0.25, np.ones(40, bool)) for form in FORMS]
     forget = np.array([i < 20 for i in every])
@@ -159,9 +160,13 @@ def test_an_lm_that_fails_at_a_kinds_plainest_form_is_not_asked_the_others():
     found = robustness.answered(SimpleNamespace(hook=None, reset_hooks=lambda: None), exam)  # type: ignore
     by_letter = [form.name for form in FORMS if form.how == "letter"]
     assert found.not_asked == ["before", *by_letter[1:]] and exam.not_asked == ["before"]
-    assert ASKED == [form.name for form in FORMS if form.name not in by_letter[1:]]
+    plainest = ["letter_own_trained_alone", "cloze_no_trained_alone", "prose_no_trained_alone"]
+    rest = [form.name for form in FORMS if form.name not in by_letter and form.name not in plainest]
+    assert ASKED == [*plainest, *rest]
     counted = {form.form.name for form in found.forms}
-    assert counted == {f.name for f in FORMS if f.how == "prose" or f.how == "cloze" and f.header == "other"}
+    counts = {("cloze", "other"), ("prose", "no"), ("prose", "other")}
+    assert counted == {f.name for f in FORMS if (f.how, f.header) in counts}
+    assert [form.form for form in found.forms] == [form for form in FORMS if form.name in counted]
     assert found.left_out[by_letter[0]] == {"forget": 0.45, "retain": 0.45}
     assert len(found.left_out) + len(counted) + len(by_letter) - 1 == len(FORMS)
 

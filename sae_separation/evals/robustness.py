@@ -32,7 +32,7 @@ from sae_separation.evals.cells import (
 from sae_separation.evals.evaluator import Evaluator, finite
 from sae_separation.evals.unlearning import MIN_KNOWN, too_few
 from sae_separation.exam import Completions, Residuals
-from sae_separation.forms import FORMS, Asker, Form
+from sae_separation.forms import FORMS, HOW, Asker, Form
 from sae_separation.lm import InterventionLM
 from sae_separation.progress import section
 
@@ -41,11 +41,10 @@ HOPELESS = (
     0.5  # of them, in its plainest form, below which an LM is not asked by letter, cloze or prose at all
 )
 KEPT, KEPT_OF_A_SUBJECT = 0.99, 0.95  # of the retain questions, in every form, or the score is 0
-TRIED = tuple(
-    Form(how, "own" if how == "letter" else "no", "trained", place).name
-    for how in ("letter", "cloze", "prose")
-    for place in ("alone", "passage")
-)  # by every cell of the frontier
+PLAINEST = [Form(how, "own" if how == "letter" else "no", "trained", "alone") for how in HOW]
+TRIED = tuple(  # by every cell of the frontier
+    replace(form, place=place).name for form in PLAINEST for place in ("alone", "passage")
+)
 Places = dict[str, tuple[int, ...]]  # of questions, by subject
 
 
@@ -142,8 +141,8 @@ def unchanged(resid: Tensor, hook: Residuals) -> None:
 def answered(lm: InterventionLM, exam: Examined) -> Examined:
     """The same questions, in the forms that count for this LM."""
     out = replace(exam, forms=[], left_out={}, not_asked=[*exam.not_asked])
-    plainest: dict[str, float] = {}  # of its kind, which comes first: what the LM answers
-    for form in section.steps(exam.forms, 0.25):
+    plainest: dict[str, float] = {}  # of its kind, which is asked first: what the LM answers
+    for form in section.steps(sorted(exam.forms, key=lambda asked: asked.form not in PLAINEST), 0.25):
         if plainest.get(form.form.how, 1.0) < HOPELESS:
             out.not_asked.append(form.form.name)
             continue
@@ -155,6 +154,7 @@ def answered(lm: InterventionLM, exam: Examined) -> Examined:
             out.forms.append(asked)
         else:
             out.left_out[form.form.name] = rates
+    out.forms.sort(key=lambda asked: FORMS.index(asked.form))
     return out
 
 
