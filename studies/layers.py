@@ -34,6 +34,7 @@ from sae_separation.evals import depth
 from sae_separation.evals.cells import known_among
 from sae_separation.evals.evaluator import Evaluator
 from sae_separation.exam import Exam
+from sae_separation.files import write_json
 from sae_separation.lm import InterventionLM, Testbed
 from sae_separation.results import maker
 
@@ -134,10 +135,10 @@ def main():
         raise WrongRequest(f"--out {args.out}: {args.out.parent} is no folder")
     process.tune_memory()
     testbed = testbeds.load(experiment.Request(arm="vanilla", testbed=args.testbed, lm=args.lm, layer=0))
-    rows = json.loads(args.out.read_text()) if args.out.exists() else {}
     row = row_of(testbed)
+    rows = json.loads(args.out.read_text()) if args.out.exists() else {}
     rows[f"{args.testbed}, world {testbed.describe['world_seed']}"] = row
-    args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(args.out, rows)
     for i, layer in enumerate(row["layers"]):
         for domain in ("forget", "retain"):
             rates = ", ".join(f"{name} {of[i]:.2f}" for name, of in row[domain].items())

