@@ -339,18 +339,17 @@ def answers_table(runs: list[folders.Run]) -> str:
         for of_forget in (True, False)
         for how in ("cloze", "prose")
     }
-    runs = [run for run in runs if run.evals.get("questions")]
-    rows = []
-    for label, run, with_cell in (
-        *(("nothing switched off", run, False) for run in runs[:1]),
-        *((run.label, run, True) for run in runs),
-    ):
-        seeds = run.evals["questions"] if with_cell else run.evals["questions"][:1]
+
+    def row(label: str, seeds: list[dict], with_cell: bool) -> list[str]:
         found = results.summarise(
-            {h: [right_in(d, *of, with_cell) for d in seeds] for h, of in asked.items()}
+            {head: [right_in(d, *of, with_cell) for d in seeds] for head, of in asked.items()}
         )
         means = ((folders.finite(found[kind][head]) for kind in ("means", "stderrs")) for head in asked)
-        rows.append([label, *(tables.shown(mean, stderr, ".2f") for mean, stderr in means)])
+        return [label, *(tables.shown(mean, stderr, ".2f") for mean, stderr in means)]
+
+    runs = [run for run in runs if run.evals.get("questions")]
+    rows = [row("nothing switched off", run.evals["questions"][:1], False) for run in runs[:1]]
+    rows += [row(run.label, run.evals["questions"], True) for run in runs]
     return tables.markdown(["method", *asked], rows)
 
 
