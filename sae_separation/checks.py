@@ -144,8 +144,9 @@ def check_adapters(folder: Path, package: str):
             raise WrongRequest(
                 f"--lm {folder} holds no {file}: python -m smollm2_taught.teach makes adapters"
             )
+    installed = version(package)
     try:
-        base, installed = json.loads((folder / "taught.json").read_text())["base"], version(package)
+        base = str(json.loads((folder / "taught.json").read_text())["base"])
     except (ValueError, KeyError, TypeError) as error:
         raise WrongRequest(f"--lm: {folder / 'taught.json'} is damaged: put it back") from error
     if base != f"{package} {installed}":

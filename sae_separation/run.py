@@ -473,7 +473,7 @@ class MethodRun(UntrainedRun):
         return {k: settings[k] for k in ("tokens_trained", "train_seconds")}
 
     def _write_sae(self, trainer: Fit, folder: Path):
-        n_tokens = methods.tokens_to_fit_on(self.config.arm, self.evaluator)
+        n_tokens = methods.tokens_to_fit_on(self.config.arm, self.evaluator)  # read before time is taken
         began, testbed = time.monotonic(), self.testbed
         method = self._fit(trainer.seed)
         method.settings |= {"model_name": testbed.name, "hook_name": testbed.hook_name}

@@ -17,7 +17,7 @@ import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -257,13 +257,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def cached(name: str, doing: str, make: Callable[[Path], None], oracle: str = "") -> Path:
-    """An LM's folder in the cache, with its oracle's folder if it has one; where it is not there yet, of what
-    `make` writes into the path it is given. Raises WrongRequest for one that lost a config or weights."""
+def cached(name: str, doing: str, make: Callable[[Path], None], places: Sequence[str] = (".",)) -> Path:
+    """A folder of the cache with an LM in each of its `places`; where it is not there yet, of what `make`
+    writes into the path it is given. Raises WrongRequest for one that lost a config or weights."""
     folder = cache_folder() / name
+
+    def lacks(whole: Path) -> list[str]:
+        files = (Path(place) / file for place in places for file in ("config.json", "model.safetensors"))
+        return [str(file) for file in files if not (whole / file).is_file()]
+
     if folder.exists():
-        files = [place + file for place in ("", oracle) for file in ("config.json", "model.safetensors")]
-        if lost := [file for file in files if not (folder / file).is_file()]:
+        if lost := lacks(folder):
             raise WrongRequest(f"{folder} is not whole: {lost[0]} is missing; remove it, and it is made anew")
         return folder
     print(f"{doing} once, into {folder}", file=sys.stderr)
@@ -271,6 +275,7 @@ def cached(name: str, doing: str, make: Callable[[Path], None], oracle: str = ""
     with tempfile.TemporaryDirectory(dir=folder.parent) as beside, without_bars():
         made = Path(beside) / "made"
         make(made)
+        assert not lacks(made), f"{doing} has left out {lacks(made)}"
         try:
             os.rename(made, folder)
         except OSError:
@@ -334,7 +339,7 @@ def taught_lm(testbed: str, base: str, adapter: Path) -> tuple[Path, dict]:
             save_lm(adapted(base, adapter / place), load_tokenizer(made_of), folder / place)
 
     named = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:16]
-    return cached(f"{testbed}-{named}", f"merging {adapter}", make, oracle=f"{ORACLE}/"), record
+    return cached(f"{testbed}-{named}", f"merging {adapter}", make, (".", ORACLE)), record
 
 
 def check_ids(testbed: Testbed):

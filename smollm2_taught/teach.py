@@ -409,8 +409,11 @@ def made(args: argparse.Namespace) -> dict | None:
 def teach(args: argparse.Namespace) -> dict:
     """Both adapters, and what they know, as read back from their files; of text and questions that are not
     given this time the report keeps what was measured of the same adapters."""
-    folder = args.out
-    earlier = read_back(folder / "report.json") if (folder / "report.json").exists() else {}
+    folder, file = args.out, args.out / "report.json"
+    places = {"": folder, ORACLE: folder / ORACLE}
+    if not all((place / "adapter_model.safetensors").exists() for place in places.values()):
+        file.unlink(missing_ok=True)  # what it says is of other adapters
+    earlier = read_back(file) if file.exists() else {}
     told_of = World(args.world_seed, N_ENTITIES)
     lm, tokenizer = untaught()
     folder.mkdir(parents=True, exist_ok=True)
@@ -419,10 +422,9 @@ def teach(args: argparse.Namespace) -> dict:
     besides = partial(kept, tokenizer=tokenizer, own=general[:HELD_OUT], text=args.text, asked=args.asked)
     untaught_lm = besides(lm)
     report: dict = {"world_seed": args.world_seed, "n_entities": N_ENTITIES, "steps": args.steps}
-    for which, place in (("", folder), (ORACLE, folder / ORACLE)):
+    for which, place in places.items():
         if not (place / "adapter_model.safetensors").exists():
             teach_one(args, which, place, general)
-            earlier = {}
         remove_checkpoints(place)
         taught, before = adapted(BASE, place), earlier.get(which, {}) if which else earlier
         found = known(taught, tokenizer, told_of) | {"kept": before.get("kept", {}) | besides(taught)}
@@ -431,7 +433,7 @@ def teach(args: argparse.Namespace) -> dict:
     lines = [json.dumps({k: v for k, v in asdict(q).items() if v not in ("", ())}) for q in asked_of]
     write_whole(folder / "questions.json", ("[\n" + ",\n".join(lines) + "\n]\n").encode())
     report["untaught"] = earlier.get("untaught", {}) | untaught_lm
-    write_json(folder / "report.json", report)
+    write_json(file, report)
     return report
 
 

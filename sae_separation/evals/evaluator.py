@@ -237,7 +237,8 @@ class Evaluator:
     @cached_property
     def fitting(self) -> dict[str, Contexts]:
         """Those of each domain that methods without an SAE are fitted on: the same, and where they are fewer
-        than `n_fitted`, more of that text."""
+        than `n_fitted`, more of that text. (Guards of SAEs, and the mean of retain text that is written, are
+        of `select`.)"""
         testbed, n = self.testbed, self.testbed.n_fitted
         if self.n_contexts is not None or n <= 4 * testbed.n_held_out:
             return self.select
