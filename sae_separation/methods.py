@@ -34,7 +34,7 @@ from torch.nn.functional import cross_entropy, logsigmoid, mse_loss, normalize
 
 from sae_separation import reader
 from sae_separation.errors import RunFailed, WrongRequest
-from sae_separation.exam import Residuals, trained_on
+from sae_separation.exam import Residuals
 from sae_separation.files import as_json, content_of, write_whole
 from sae_separation.four_bits import rounded
 from sae_separation.interventions import WRITES, written_where
@@ -42,7 +42,7 @@ from sae_separation.lm import InterventionLM, Testbed, hidden_of, parameters_as
 
 if TYPE_CHECKING:
     from sae_separation.evals.cells import Hook
-    from sae_separation.evals.evaluator import Contexts, Evaluator
+    from sae_separation.evals.evaluator import Evaluator
 
 WEIGHTS = "sae_weights.safetensors"  # where an SAE's would be
 Fitted = tuple[dict[str, Tensor], dict]  # tensors and settings
@@ -162,14 +162,7 @@ def is_method(folder: Path) -> bool:
 
 def both(evaluator: Evaluator) -> tuple[Residuals, Residuals]:
     """The forget text and the retain text on which methods are fitted."""
-    forget, retain = (evaluator.fitting[domain] for domain in ("forget", "retain"))
-    return as_read(evaluator, forget), as_read(evaluator, retain)
-
-
-def as_read(evaluator: Evaluator, contexts: Contexts) -> Residuals:
-    """Contexts, as methods are given them."""
-    tokens, resid = contexts
-    return Residuals(resid, trained_on(tokens, evaluator.special), tokens)
+    return evaluator.as_read(evaluator.fitting["forget"]), evaluator.as_read(evaluator.fitting["retain"])
 
 
 def labelled(evaluator: Evaluator) -> tuple[Tensor, Tensor]:

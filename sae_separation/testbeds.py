@@ -287,7 +287,11 @@ def cached(name: str, doing: str, make: Callable[[Path], None], places: Sequence
 def save_lm(lm: Any, tokenizer: Any, folder: Path):
     """Both, as transformers saves them; of several ranks any can, for each makes its own and the first to be
     done names it. (transformers' own choice is that ranks but the first leave the weights out.)"""
-    lm.should_save_on_this_rank = lambda is_main_process: True
+
+    def on_every_rank(is_main_process: bool) -> bool:
+        return True
+
+    lm.should_save_on_this_rank = on_every_rank
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

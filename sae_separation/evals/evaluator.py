@@ -353,7 +353,11 @@ class Evaluator:
     @cached_property
     def retain_residuals(self) -> Residuals:
         """Of the retain text that features are selected on, on which guards are calibrated."""
-        tokens, resid = self.select["retain"]
+        return self.as_read(self.select["retain"])
+
+    def as_read(self, contexts: Contexts) -> Residuals:
+        """Contexts as interventions are given what an LM reads."""
+        tokens, resid = contexts
         return Residuals(resid, trained_on(tokens, self.special), tokens)
 
     @cached_property
