@@ -57,6 +57,8 @@ KNOWN_TRUTH: dict[str, tuple[str, str, bool]] = {
 TOLD = [(f"run_{i}", "run_15") for i in (6, 7, 8, 11, 22, 23, 24, 25, 19, 20)] + [("run_23", "run_6")]
 UNTOLD = [(f"run_{i}", "run_0") for i in (1, 2, 3, 4, 5, 9, 10, 26, 27)]
 OF_DIFFERENCES = ("mean", "standard", "left at most", "depth")
+OF_TAUGHT = [("run_6", "run_0"), ("run_6", "run_15"), ("run_23", "run_6"), ("run_9", "run_0")]
+TAUGHT_DIFFERENCES = ("mean", "left at most", "kept at least", "same entity", "4 bits: left", "depth")
 INTERVALS = "95 % bootstrap intervals of the unlearning score over questions, seed by seed: "
 
 
@@ -291,12 +293,14 @@ def controls() -> str:
     return f"{of_controls.table(rows)}\n\n{len(seeds)} seeds, trained at `{trained}`."
 
 
-def differences(runs: list[folders.Run], pairs: list[tuple[str, str]]) -> str:
-    """Markdown: pairs of runs by OF_DIFFERENCES, seed by seed, with the 95 % interval of Student's t; p of
-    the paired t-test of the first, after Holm's correction over the rows."""
+def differences(
+    runs: list[folders.Run], pairs: list[tuple[str, str]], of: tuple[str, ...] = OF_DIFFERENCES
+) -> str:
+    """Markdown: pairs of runs by these columns, seed by seed, with the 95 % interval of Student's t; p of the
+    paired t-test of the first, after Holm's correction over the rows."""
     by_name = {run.name: run for run in runs}
     asked = [(by_name[a], by_name[b]) for a, b in pairs if a in by_name and b in by_name]
-    found = [tables.paired_tests(asked, *tables.RULER[head]) for head in OF_DIFFERENCES]
+    found = [tables.paired_tests(asked, *tables.RULER[head]) for head in of]
     rows = []
     for tests in zip(*found, strict=True):
         assert len({(test["a"].name, test["b"].name) for test in tests}) == 1, "every pair has every metric"
@@ -304,7 +308,7 @@ def differences(runs: list[folders.Run], pairs: list[tuple[str, str]]) -> str:
         cells = [tables.shown(test["difference"], half, "+.2f") for test, half in zip(tests, halves)]
         p = f"{tests[0]['holm']:.2g}" if np.isfinite(tests[0]["holm"]) else "-"
         rows.append([tests[0]["a"].label, tests[0]["b"].label, *(c.replace("± +", "± ") for c in cells), p])
-    heads = [head.replace("mean", "mean of forms") for head in OF_DIFFERENCES]
+    heads = [head.replace("mean", "mean of forms") for head in of]
     return tables.markdown(["of", "less", *heads, "p of the first (Holm)"], rows)
 
 
@@ -354,14 +358,14 @@ def answers_table(runs: list[folders.Run]) -> str:
 
 
 def taught() -> str:
-    """The tables of the study on the LM that was taught its facts: the ruler, the answers, the SAEs by
-    SAEBench's measures, and at which commits they were made. Where it is yet to be made, how."""
+    """The tables of the study on the LM that was taught its facts: the ruler, differences in it, the answers,
+    the SAEs by SAEBench's measures, and at which commits they were made. Where it is yet to be made, how."""
     runs = runs_in([path.parent for path in ROOT.glob("taught/*/final_info.json")], by_section=True)
     if not runs:
         return "Not made yet: `make taught`."
     blocks = [answers_table(runs), tables.summary_table(runs), provenance_by_section(runs)]
     if tables.by_worst_case(runs):
-        blocks.insert(0, tables.ruler_table(runs))
+        blocks[:0] = [tables.ruler_table(runs), differences(runs, OF_TAUGHT, TAUGHT_DIFFERENCES)]
     return "\n\n".join(blocks)
 
 

@@ -123,6 +123,11 @@ def row_of(testbed: Testbed) -> dict:
     return row | {"lm": testbed.describe["sources"]["lm"], "made_by": maker(evaluator)}
 
 
+def name_of(name: str, lm: str, testbed: Testbed) -> str:
+    """The row's. An LM that was given has its own, beside the shipped one of the same world."""
+    return f"{name}, {lm}" if lm else f"{name}, world {testbed.describe['world_seed']}"
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -137,7 +142,7 @@ def main():
     testbed = testbeds.load(experiment.Request(arm="vanilla", testbed=args.testbed, lm=args.lm, layer=0))
     row = row_of(testbed)
     rows = json.loads(args.out.read_text()) if args.out.exists() else {}
-    rows[f"{args.testbed}, world {testbed.describe['world_seed']}"] = row
+    rows[name_of(args.testbed, args.lm, testbed)] = row
     write_json(args.out, rows)
     for i, layer in enumerate(row["layers"]):
         for domain in ("forget", "retain"):

@@ -64,3 +64,9 @@ def test_the_layer_is_where_more_is_looked_up_before_than_above():
     assert layers.looked_up([3, 6, 9], forget, fit) == 9
     assert layers.looked_up([3, 6], forget, fit) is None
     assert layers.looked_up([3, 6, 9], forget, fit | {"lm_above": [1.0, 1.0, 0.5]}) is None, "they do not fit"
+
+
+def test_a_given_lm_has_a_row_beside_the_shipped_one_of_its_world(facts_testbed):
+    of_world = replace(facts_testbed, describe={"world_seed": 0})
+    assert layers.name_of("smollm2-taught", "", of_world) == "smollm2-taught, world 0"
+    assert layers.name_of("smollm2-taught", "mine/lm", of_world) == "smollm2-taught, mine/lm"
