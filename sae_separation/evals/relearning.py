@@ -21,6 +21,7 @@ from sae_separation.evals.evaluator import Evaluator, finite
 from sae_separation.exam import Batch, Exam, Residuals, trained_on
 from sae_separation.lm import InterventionLM, SplitLM, Testbed, hidden_of, low_precision, massive
 from sae_separation.methods import weights_of
+from sae_separation.progress import section
 from sae_separation.testbeds import packed_contexts
 
 STEPS = (0, 5, 10, 20, 30, 50, 75, 100)  # of fine-tuning, after which the LM is asked
@@ -193,7 +194,7 @@ def curve(evaluator: Evaluator, of: Material, lm: InterventionLM, hook: Hook | N
     small = lm.lm.device.type != "cpu" or sum(p.numel() for p in lm.lm.parameters()) < SMALL_LM
     n, rng = 4 if small else 1, np.random.default_rng(0)
     texts = of.both if how.facts else of.retain
-    for step in range(STEPS[-1]):
+    for step in section.steps(range(STEPS[-1]), 0.2):
         if step in STEPS:
             out.append(tuned.accuracy(of.exam))
         tuned.step(texts, rng.integers(len(texts.tokens), size=n).tolist())
