@@ -58,7 +58,7 @@ TOLD = [(f"run_{i}", "run_15") for i in (6, 7, 8, 11, 22, 23, 24, 25, 19, 20)] +
 UNTOLD = [(f"run_{i}", "run_0") for i in (1, 2, 3, 4, 5, 9, 10, 26, 27)]
 OF_DIFFERENCES = ("mean", "standard", "left at most", "depth")
 OF_TAUGHT = [("run_6", "run_0"), ("run_6", "run_15"), ("run_23", "run_6"), ("run_9", "run_0")]
-TAUGHT_DIFFERENCES = ("mean", "left at most", "kept at least", "same entity", "4 bits: left", "depth")
+TAUGHT_DIFFERENCES = ("mean", "left at most", "kept at least", "same entity", "4 bits: left")
 INTERVALS = "95 % bootstrap intervals of the unlearning score over questions, seed by seed: "
 
 
