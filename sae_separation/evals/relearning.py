@@ -192,12 +192,14 @@ def curve(evaluator: Evaluator, of: Material, lm: InterventionLM, hook: Hook | N
     """Accuracy on the facts that are not trained on, after each of STEPS."""
     tuned, out = FineTuned(evaluator.testbed, lm, hook, how.whole_lm), []
     small = lm.lm.device.type != "cpu" or sum(p.numel() for p in lm.lm.parameters()) < SMALL_LM
-    n, rng = 4 if small else 1, np.random.default_rng(0)
-    texts = of.both if how.facts else of.retain
-    for step in section.steps(range(STEPS[-1]), 0.2):
+    texts, n = of.both if how.facts else of.retain, 4 if small else 1
+    drawn = np.random.default_rng(0).integers(len(texts.tokens), size=(STEPS[-1], n))
+    read, rows = np.unique(drawn, return_inverse=True)  # the others need not pass through the LM
+    texts = texts.take(read.tolist())
+    for step, some in enumerate(section.steps(rows.reshape(drawn.shape).tolist(), 0.2)):
         if step in STEPS:
             out.append(tuned.accuracy(of.exam))
-        tuned.step(texts, rng.integers(len(texts.tokens), size=n).tolist())
+        tuned.step(texts, some)
     return [*out, tuned.accuracy(of.exam)]
 
 
