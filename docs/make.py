@@ -357,6 +357,45 @@ def answers_table(runs: list[folders.Run]) -> str:
     return tables.markdown(["method", *asked], rows)
 
 
+def some_forms_tables(runs: list[folders.Run]) -> list[str]:
+    """The ruler over the forms in which the oracle, which was never told, keeps as much as is asked for (in
+    the others even it has 0), and over those by cloze."""
+    (oracle,) = (run for run in runs if run.label == "oracle")
+    (asked,) = (details["forms"] for details in oracle.evals["robustness"])
+    kept = [row["form"] for row in asked if row["kept_enough"]]
+    by_cloze = [row["form"] for row in asked if row["form"].startswith("cloze")]
+    return [
+        f"Over the {len(kept)} of {len(asked)} forms in which the oracle keeps enough:",
+        some_forms_table(runs, kept),
+        f"Over the {len(by_cloze)} forms by cloze, one of which chose the cells, on other questions:",
+        some_forms_table(runs, by_cloze),
+    ]
+
+
+def some_forms_table(runs: list[folders.Run], forms: list[str]) -> str:
+    rows = []
+    for run in tables.by_worst_case(runs):
+        found = results.summarise(over_forms(run.evals["robustness"], forms))
+        means, stderrs = found["means"], found["stderrs"]
+        cells = (tables.shown(means[head], folders.finite(stderrs[head]), ".2f") for head in means)
+        rows.append([run.label, *cells])
+    return tables.markdown(["method", *means], rows)
+
+
+def over_forms(by_seed: list[dict], forms: list[str]) -> dict[str, list[float]]:
+    """The ruler's columns over some of the forms, by seed."""
+    found: dict[str, list[float]] = {}
+    for details in by_seed:
+        by_form = {row["form"]: row for row in details["forms"]}
+        some = [by_form[form] for form in forms]
+        most, failed = max(row["left"] for row in some), sum(not row["kept_enough"] for row in some)
+        found.setdefault("worst case", []).append(0.0 if failed else 1 - most)
+        found.setdefault("left at most", []).append(most)
+        found.setdefault("kept at least", []).append(min(row["kept"] for row in some))
+        found.setdefault("forms that keep too little", []).append(failed)
+    return found
+
+
 def taught() -> str:
     """The tables of the study on the LM that was taught its facts: the ruler, differences in it, the answers,
     the SAEs by SAEBench's measures, and at which commits they were made. Where it is yet to be made, how."""
@@ -365,7 +404,8 @@ def taught() -> str:
         return "Not made yet: `make taught`."
     blocks = [answers_table(runs), tables.summary_table(runs), provenance_by_section(runs)]
     if tables.by_worst_case(runs):
-        blocks[:0] = [tables.ruler_table(runs), differences(runs, OF_TAUGHT, TAUGHT_DIFFERENCES)]
+        of_pairs = differences(runs, OF_TAUGHT, TAUGHT_DIFFERENCES)
+        blocks[:0] = [tables.ruler_table(runs), *some_forms_tables(runs), of_pairs]
     return "\n\n".join(blocks)
 
 
