@@ -143,6 +143,24 @@ def test_differences_of_runs_have_the_interval_of_a_paired_t_test(monkeypatch):
     assert cells[2] == f"{np.subtract(*values).mean():+.2f} ± {(high - low) / 2:.2f}"
 
 
+def test_over_all_its_forms_a_run_scores_as_on_the_ruler_and_over_some_by_these_alone(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    make = importlib.import_module("make")
+    (run,) = make.runs_in([ROOT / "taught/run_15"], by_section=True)
+    by_seed, of_run = run.evals["robustness"], run.info["robustness"]["final_info_dict"]
+    found = make.over_forms(by_seed, [row["form"] for row in by_seed[0]["forms"]])
+    for head, metric in {"worst case": "worst_case_score", "left at most": "knowledge_left_max"}.items():
+        assert found[head] == pytest.approx(of_run[metric])
+    assert found["kept at least"] == pytest.approx(of_run["kept_at_worst"])
+    forms = [
+        {"form": "a", "left": 0.2, "kept": 1.0, "kept_enough": True},
+        {"form": "b", "left": 0.4, "kept": 0.995, "kept_enough": True},
+        {"form": "c", "left": 0.1, "kept": 0.9, "kept_enough": False},
+    ]
+    assert list(make.over_forms([{"forms": forms}], ["a", "b"]).values()) == [[0.6], [0.4], [0.995], [0]]
+    assert list(make.over_forms([{"forms": forms}], ["a", "c"]).values()) == [[0.0], [0.2], [0.9], [1]]
+
+
 def test_answers_count_where_they_did_not_choose_the_cell(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
     make = importlib.import_module("make")
