@@ -178,9 +178,12 @@ class Pass:
             training = seconds_of_training(known, self._work_left())
             parts.append("training not known" if training is None else f"{minutes(training)} of training")
         parts.append(self._time_of_evaluations(known))
-        if not any(parts):
+        said = [part for part in parts if part]
+        if not said:
             return "not known: no evaluation is asked for, and what is fitted has no time of its own"
-        return f"{' and '.join(filter(None, parts))}, in proportion to what {names} took"
+        if all(part.endswith("not known") for part in said):
+            return f"{' and '.join(said)}: {names} did not do it"
+        return f"{' and '.join(said)}, in proportion to what {names} took"
 
     def _time_of_evaluations(self, known: Sequence["Finished"]) -> str:
         total, lacking = 0.0, []
@@ -191,6 +194,8 @@ class Pass:
                 total += n_seeds * sum(of_it) / len(of_it)
             elif n_seeds:
                 lacking.append(row.name)
+        if lacking and not total:
+            return "evaluation not known"
         without = f" (without {', '.join(lacking)}: not known)" if lacking else ""
         return f"{minutes(total)} of evaluation{without}" if self.rows else ""
 

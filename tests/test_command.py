@@ -551,6 +551,9 @@ def test_a_dry_run_knows_what_is_there(tmp_path, monkeypatch, capsys):
         and ", in proportion to what run_1 took" in out
     )
     assert "run_1: arm" not in out, "nothing is left to do of it"
+    assert experiment.unfinished(*parse_command(said.replace(" run_1", " --evals choice").split()))[1] == []
+    time = "min of training and evaluation not known, in proportion to what run_1 took\n"
+    assert time in capsys.readouterr().out, "run_1 has no choice"
 
 
 def test_a_dry_run_says_at_which_step_runs_on_one_pass_go_on(tmp_path, monkeypatch, capsys):
