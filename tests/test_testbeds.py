@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from dataclasses import asdict, replace
 from itertools import islice
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -543,9 +544,18 @@ def test_smollm2_is_dequantised_once_and_cached(rank, tmp_path, monkeypatch, own
     assert (cached / "model.safetensors").stat().st_mtime_ns == written
     for name, value in testbed.lm.state_dict().items():
         assert torch.equal(value, again.lm.state_dict()[name])
-    (cached / "model.safetensors").unlink()
-    with pytest.raises(WrongRequest, match="not whole: model.safetensors is missing; remove it"):
+    for name in ("model.safetensors", "tokenizer.json"):
+        content = (cached / name).read_bytes()
+        (cached / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(WrongRequest, match=f"not whole: {name} is missing or cut short; remove"):
+            testbeds.load(DataConfig(testbed="smollm2-135m", **own | {"layer": 1}))
+        (cached / name).write_bytes(content)
+    shutil.rmtree(cached)
+    full = SimpleNamespace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: full)
+    with pytest.raises(RunFailed, match=r"the LM takes .* MB, and 0.0 MB are free in .*XDG_CACHE_HOME"):
         testbeds.load(DataConfig(testbed="smollm2-135m", **own | {"layer": 1}))
+    assert not any((tmp_path / "cache" / "orthogonal-sae").iterdir())
 
 
 def make_smollm2(site):
